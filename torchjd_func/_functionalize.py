@@ -1,0 +1,52 @@
+"""A module as a pure function of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torchjd_func import _check
+
+Tensors = dict[str, Tensor]
+
+
+def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:
+    """Turn a module into a pure function, its parameters and its buffers.
+
+    Args:
+        model: Any module. Whether it trains or evaluates is read at each call of `apply`.
+
+    Returns:
+        `(apply, params, buffers)`. `apply(params, buffers, *inputs, **kwargs)` returns
+        `(outputs, buffers)` and changes nothing: running statistics come back as new buffers.
+        `params` and `buffers` are dicts of detached tensors that share memory with the module;
+        a tied weight is listed once, under its first name.
+
+    Raises:
+        ValueError: From `apply`, if a name is unknown or missing.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> apply, params, buffers = jd.functionalize(torch.nn.Linear(2, 1))
+        >>> outputs, buffers = apply(params, buffers, torch.ones(3, 2))
+        >>> sorted(params), tuple(outputs.shape)
+        (['bias', 'weight'], (3, 1))
+    """
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+    return partial(_apply, model), params, buffers
+
+
+def _apply(
+    model: nn.Module, params: Tensors, buffers: Tensors, /, *inputs: Any, **kwargs: Any
+) -> tuple[Any, Tensors]:
+    """Run the module on copies of the buffers, which it may overwrite."""
+    _check.names("params", params, [name for name, _ in model.named_parameters()])
+    _check.names("buffers", buffers, [name for name, _ in model.named_buffers()])
+    fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+    outputs = functional_call(model, (params, fresh), inputs, kwargs, strict=True)
+    return outputs, fresh

@@ -1,0 +1,106 @@
+"""Pytrees of tensors: the one place that knows about optree.
+
+Leaves are visited in optree's order (dictionary keys sorted), whatever the order of insertion, so
+that objectives and parameters are counted the same way everywhere. `None` holds no leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+PyTree = Any
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """Return the leaves of `tree`, in order."""
+    return optree.tree_leaves(tree)
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
+    """Return the leaves of `tree` and the function that puts such leaves back."""
+    flat, spec = optree.tree_flatten(tree)
+    return flat, lambda values: optree.tree_unflatten(spec, values)
+
+
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Apply `fn` to corresponding leaves of trees of one structure."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Return the name of each leaf, such as `"encoder.0.weight"`."""
+    return [".".join(str(part) for part in path) for path in optree.tree_paths(tree)]
+
+
+def same_structure(a: PyTree, b: PyTree) -> bool:
+    """Say whether two trees differ in their leaves alone."""
+    return optree.tree_structure(a) == optree.tree_structure(b)
+
+
+def ravel(tree: PyTree) -> Tensor:
+    """Return all numbers of `tree` as one vector, in leaf order."""
+    flat = [leaf.reshape(-1) for leaf in leaves(tree)]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def unravel(like: PyTree, vector: Tensor) -> PyTree:
+    """Return the numbers of `vector` in the structure, shapes and dtypes of `like`."""
+    flat, rebuild = flatten(like)
+    parts = vector.split([leaf.numel() for leaf in flat])
+    pairs = zip(parts, flat, strict=True)
+    return rebuild([part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in pairs])
+
+
+def stack(trees: list[PyTree]) -> PyTree:
+    """Stack the leaves of trees of one structure along a new first dimension."""
+    return map(lambda *rows: torch.stack(rows), trees[0], *trees[1:])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the real dtype in which sums over numbers of `dtype` are kept: float32 or better."""
+    return torch.promote_types(dtype, torch.float32).to_real()
+
+
+def rows(leaf: Tensor) -> Tensor:
+    """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
+    real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return real.reshape(leaf.shape[0], -1).to(accumulation_dtype(leaf.dtype))
+
+
+def cross_gramian(jac_1: PyTree, jac_2: PyTree) -> Tensor:
+    """Return `J_1 J_2^T`, `(m_1, m_2)`, as the sum of the leaves' products."""
+    pairs = zip(leaves(jac_1), leaves(jac_2), strict=True)
+    first, *others = [rows(a) @ rows(b).mT for a, b in pairs]
+    for term in others:
+        first = first + term
+    return first
+
+
+def gramian(jac: PyTree) -> Tensor:
+    """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
+    return cross_gramian(jac, jac)
+
+
+def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
+    """Return `J^T weights`: each leaf `(m, ...)` loses its first dimension and keeps its dtype."""
+
+    def combine(leaf: Tensor) -> Tensor:
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        return torch.tensordot(weights.to(dtype), leaf.to(dtype), dims=1).to(leaf.dtype)
+
+    return map(combine, jac)
+
+
+def leading_size(tree: PyTree) -> int:
+    """Return the size of the first dimension of the first leaf."""
+    return leaves(tree)[0].shape[0]
+
+
+def placeholder(leaf: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of `shape` with the dtype and device of `leaf`, without its memory."""
+    return leaf.new_zeros(()).expand(shape)

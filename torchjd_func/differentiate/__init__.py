@@ -1,0 +1,26 @@
+"""Differentiate a vector of losses: Jacobians, Gramians, and update directions."""
+
+from torchjd_func.differentiate._grad import grad, grad_and_value, init_state
+from torchjd_func.differentiate._gramian import (
+    cross_gramian,
+    gramian,
+    gramian_and_value,
+    gramian_vjp,
+)
+from torchjd_func.differentiate._jacobian import jac, jac_and_value
+from torchjd_func.differentiate._objectives import instancewise, multitask, per_example
+
+__all__ = [
+    "cross_gramian",
+    "grad",
+    "grad_and_value",
+    "gramian",
+    "gramian_and_value",
+    "gramian_vjp",
+    "init_state",
+    "instancewise",
+    "jac",
+    "jac_and_value",
+    "multitask",
+    "per_example",
+]

@@ -1,0 +1,203 @@
+"""From an objective and a rule to one update direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchjd_func import _check, _tree
+from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func.differentiate._gramian import _validate, contract, pullback_of
+from torchjd_func.differentiate._jacobian import rows, value
+from torchjd_func.differentiate._linearize import as_vector, bind, linearize, split_aux
+from torchjd_func.differentiate._objectives import MultiTask
+
+PyTree = Any
+
+
+def grad(
+    fn: Callable[..., Any],
+    rule: Aggregator | Scalarizer,
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Transform an objective and a rule into the function that returns one update direction.
+
+    Args:
+        fn: As for `jd.jac`.
+        rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian.
+        chunk_size: As for `jd.gramian`.
+
+    Returns:
+        `f(state, *args) -> (grads, state)`, grads like the differentiated argument; `state` may be
+        `None` at the first call. `(grads, aux, state)` with aux.
+
+    Raises:
+        TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = lambda x: torch.stack([x[0] + x[1], x[0] - 2 * x[1]])
+        >>> grads, state = jd.grad(objective, jd.upgrad())(None, torch.zeros(2))
+        >>> grads
+        tensor([1.2000, 0.1500])
+    """
+    run = grad_and_value(fn, rule, argnums, has_aux=has_aux, method=method, chunk_size=chunk_size)
+
+    def grad_fn(state: Any, *args: Any) -> tuple[Any, ...]:
+        """Return the update direction (and aux) and the next state."""
+        grads, out, state = run(state, *args)
+        return (grads, out[1], state) if has_aux else (grads, state)
+
+    return grad_fn
+
+
+def grad_and_value(
+    fn: Callable[..., Any],
+    rule: Aggregator | Scalarizer,
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Transform an objective and a rule into the function that also returns the losses.
+
+    Args:
+        fn: As for `jd.jac`.
+        rule: As for `jd.grad`.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        method: As for `jd.gramian`.
+        chunk_size: As for `jd.gramian`.
+
+    Returns:
+        `f(state, *args) -> (grads, losses, state)`; `(grads, (losses, aux), state)` with aux.
+
+    Raises:
+        TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> step = jd.grad_and_value(lambda x: x.square(), jd.mean())
+        >>> step(None, torch.tensor([1.0, 3.0]))
+        (tensor([1., 3.]), tensor([1., 9.]), ())
+    """
+    _check.rule(rule, (Aggregator, Scalarizer))
+    _validate(method, chunk_size)
+
+    def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        """Return the update direction, the losses (and aux) and the next state."""
+        if isinstance(rule, Scalarizer):
+            return _scalarized(fn, rule, state, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux)
+        if rule.weighting is None:
+            grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
+        else:
+            statistic, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
+            weights, state = rule.weighting(statistic, state, losses=linear.vector)
+            grads = pullback(weights)
+        return linear.assemble(grads), value(linear, has_aux), state
+
+    return grad_and_value_fn
+
+
+def init_state(
+    rule: Aggregator | Scalarizer,
+    fn: Callable[..., Any],
+    *args: Any,
+    key: Tensor | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+) -> Any:
+    """Return the initial state of `rule` for the objective `fn`, from shapes alone.
+
+    Args:
+        rule: As for `jd.grad`.
+        fn: The objective; nothing is computed, only its shapes are derived.
+        *args: Arguments of `fn`, such as the first batch.
+        key: `(2,)`, from `jd.random.key`; random methods need it.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+
+    Returns:
+        The state, for `jd.grad(fn, rule)`.
+
+    Raises:
+        ValueError: If a random method is given no key.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.init_state(jd.upgrad(), lambda x: x.square(), torch.ones(3))
+        ()
+    """
+    _check.rule(rule, (Aggregator, Scalarizer))
+    primals, _ = bind(fn, args, argnums)
+    losses = _losses_like(fn, args, has_aux)
+    if isinstance(rule, Scalarizer):
+        return rule.init(losses, key=key)
+    m = sum(leaf.numel() for leaf in _tree.leaves(losses))
+    shared = primals[0] if isinstance(fn, MultiTask) else primals
+    _check.params(f"argument {argnums}", _tree.paths(shared), _tree.leaves(shared))
+    jac = _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape)), shared)
+    return rule.init(jac, key=key)
+
+
+def _statistic(linear, needs: str, method: str, chunk_size: int | None):
+    """Return what a weighting needs to see, and the pullback that goes with it."""
+    if needs == "size":
+        m = linear.vector.shape[0]
+        return _tree.placeholder(linear.vector, (m, m)), pullback_of(linear)
+    return contract(linear, method, chunk_size)
+
+
+def _scalarized(
+    fn: Callable[..., Any],
+    rule: Scalarizer,
+    state: Any,
+    args: tuple[Any, ...],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+) -> tuple[Any, Any, Any]:
+    """Differentiate the one loss that `rule` makes of all: one backward pass."""
+    primals, call = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
+    _check.params(f"argument {argnums}", _tree.paths(primals), flat)
+
+    def loss_fn(leaves: list[Tensor]) -> tuple[Tensor, Any]:
+        """Return the loss, and all else as auxiliary output."""
+        losses, aux = split_aux(call(rebuild(leaves)), has_aux)
+        loss, new_state = rule(as_vector(fn, losses), state)
+        return loss, (losses, aux, new_state)
+
+    grads, (losses, aux, state) = torch.func.grad(loss_fn, has_aux=True)(flat)
+    return rebuild(grads), (losses, aux) if has_aux else losses, state
+
+
+def _losses_like(fn: Callable[..., Any], args: tuple[Any, ...], has_aux: bool) -> PyTree:
+    """Return placeholders for the losses of `fn`; its arithmetic runs on shapes only."""
+    if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
+        return split_aux(fn(*args), has_aux)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        losses, _ = split_aux(fn(*_tree.map(_fake_like, args)), has_aux)
+    return _tree.map(
+        lambda leaf: torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape),
+        losses,
+    )
+
+
+def _fake_like(leaf: Any) -> Any:
+    """Return a tensor of the same shape, under a mode that allocates nothing."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)

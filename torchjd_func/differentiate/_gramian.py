@@ -1,0 +1,243 @@
+"""Gramians of a vector of losses, by several routes that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.func import vjp
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._jacobian import rows, value
+from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows
+
+PyTree = Any
+
+
+class Gramian(NamedTuple):
+    """A Gramian, and the pullback that goes with it."""
+
+    matrix: Tensor  # (m, m)
+    pullback: Callable[[Tensor], PyTree]  # (m,) -> J^T weights
+
+
+def gramian(
+    fn: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Transform an objective into the function that returns its Gramian `J J^T`.
+
+    | method | cost (forward + ...) | memory beside the graph | when |
+    |---|---|---|---|
+    | `"jacobian"` | m backward, then m^2 n multiplications | m n | default |
+    | `"product"` | m times (backward, and backward of that) | n for each of `chunk_size` rows | `m n` numbers do not fit |
+
+    All give the same Gramian, from one forward pass (dropout is drawn once).
+    `"auto"` is `"jacobian"`.
+
+    Args:
+        fn: As for `jd.jac`.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        method: `"auto"`, `"jacobian"` or `"product"`.
+        chunk_size: How many rows or columns at a time. `None` is the method's own choice: all for
+            `"jacobian"`, one for `"product"`.
+
+    Returns:
+        `f(*args) -> G`, `(m, m)`, in float32 or better; `(G, aux)` with aux.
+
+    Raises:
+        ValueError: If `method`, `argnums` or `chunk_size` is not allowed.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.gramian(lambda x: (x.sum(), x.prod()))(torch.tensor([2.0, 3.0]))
+        tensor([[ 2.,  5.],
+                [ 5., 13.]])
+    """  # noqa: E501
+    _validate(method, chunk_size)
+
+    def gramian_fn(*args: Any) -> Any:
+        """Return the Gramian (and aux)."""
+        linear = linearize(fn, args, argnums, has_aux)
+        matrix = contract(linear, method, chunk_size).matrix
+        return (matrix, linear.aux) if has_aux else matrix
+
+    return gramian_fn
+
+
+def gramian_and_value(
+    fn: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Transform an objective into the function that returns its Gramian and its losses.
+
+    Args:
+        fn: As for `jd.jac`.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        method: As for `jd.gramian`.
+        chunk_size: As for `jd.gramian`.
+
+    Returns:
+        `f(*args) -> (G, losses)`; `(G, (losses, aux))` with aux.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.gramian_and_value(lambda x: x.square())(torch.tensor([1.0, 3.0]))
+        (tensor([[ 4.,  0.],
+                 [ 0., 36.]]), tensor([1., 9.]))
+    """
+    _validate(method, chunk_size)
+
+    def gramian_and_value_fn(*args: Any) -> Any:
+        """Return the Gramian and the losses (and aux)."""
+        linear = linearize(fn, args, argnums, has_aux)
+        return contract(linear, method, chunk_size).matrix, value(linear, has_aux)
+
+    return gramian_and_value_fn
+
+
+def gramian_vjp(
+    fn: Callable[..., Any],
+    *primals: Any,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Any, ...]:
+    """Compute losses, Gramian and pullback of an objective, from one forward pass.
+
+    Args:
+        fn: As for `jd.jac`.
+        *primals: The arguments of `fn`.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        method: As for `jd.gramian`.
+        chunk_size: As for `jd.gramian`.
+
+    Returns:
+        `(losses, G, vjp_fn)`, and `aux` as a fourth with aux; `vjp_fn(weights)` is `J^T weights`
+        for weights `(m,)`, as a pytree like `primals[argnums]`. With `jd.multitask` it returns
+        `(J^T weights, head_grads)`, the heads' plain gradients.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> losses, gramian, vjp_fn = jd.gramian_vjp(lambda x: x.square(), x)
+        >>> weights, _ = jd.mgda().weighting(gramian)
+        >>> vjp_fn(weights)
+        tensor([1.8000, 0.6000])
+    """
+    _validate(method, chunk_size)
+    linear = linearize(fn, primals, argnums, has_aux)
+    matrix, pullback = contract(linear, method, chunk_size)
+
+    def vjp_fn(weights: Tensor) -> PyTree:
+        """Return `J^T weights`."""
+        _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
+        return linear.assemble(pullback(weights))
+
+    result = (linear.losses, matrix, vjp_fn)
+    return (*result, linear.aux) if has_aux else result
+
+
+def cross_gramian(
+    fn: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Transform an objective into the function that returns `J_1 J_2^T` of two batches.
+
+    Args:
+        fn: Objective `fn(params, *batch)`.
+        argnums: As for `jd.jac`; names one of the arguments before the batch.
+        has_aux: As for `jd.jac`.
+        method: As for `jd.gramian`.
+        chunk_size: As for `jd.gramian`.
+
+    Returns:
+        `f(params, batch_1, batch_2) -> G`, `(m_1, m_2)`, not symmetric in general; each batch is a
+        tuple of arguments of `fn`. `(G, (aux_1, aux_2))` with aux.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> cross = jd.cross_gramian(lambda w, x: (x @ w).square())
+        >>> cross(torch.ones(2), (torch.eye(2),), (2 * torch.eye(2),))
+        tensor([[16.,  0.],
+                [ 0., 16.]])
+    """
+    _validate(method, chunk_size)
+
+    def cross_gramian_fn(*args: Any) -> Any:
+        """Return the cross-Gramian (and both aux)."""
+        *leading, batch_1, batch_2 = args
+        first = linearize(fn, (*leading, *batch_1), argnums, has_aux)
+        second = linearize(fn, (*leading, *batch_2), argnums, has_aux)
+        matrix = _CROSS[method](first, second, chunk_size)
+        return (matrix, (first.aux, second.aux)) if has_aux else matrix
+
+    return cross_gramian_fn
+
+
+def contract(linear: Linearized, method: str, chunk_size: int | None) -> Gramian:
+    """Return the Gramian of a linearized objective, by the chosen route."""
+    return _ROUTES[method](linear, chunk_size)
+
+
+def _jacobian_route(linear: Linearized, chunk_size: int | None) -> Gramian:
+    """Build the Jacobian; its rows also serve the pullback."""
+    jacobian = rows(linear, chunk_size)
+    return Gramian(_tree.gramian(jacobian), lambda w: _tree.weighted_sum(jacobian, w))
+
+
+def _product_route(linear: Linearized, chunk_size: int | None) -> Gramian:
+    """Never build the Jacobian."""
+    return Gramian(_product(linear, linear, chunk_size), pullback_of(linear))
+
+
+def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+    """Contract the two Jacobians."""
+    return _tree.cross_gramian(rows(first, chunk_size), rows(second, chunk_size))
+
+
+def _product(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+    """Return `J_1 J_2^T` column by column: pull a unit cotangent back, and push the result forward.
+
+    Pushing forward is the transpose of the pullback, which is linear; so no second forward pass.
+    """
+    _, push = vjp(first.pullback, first.vector.new_zeros(first.vector.shape))
+
+    def column(cotangent: Tensor) -> Tensor:
+        """Return `J_1 J_2^T cotangent`."""
+        return push(second.pullback(cotangent))[0]
+
+    columns = pull_rows(column, basis(second.vector), chunk_size or 1)
+    return columns.mT.to(_tree.accumulation_dtype(columns.dtype))
+
+
+def pullback_of(linear: Linearized) -> Callable[[Tensor], PyTree]:
+    """Return the pullback for weights of any floating dtype."""
+    return lambda weights: linear.rebuild(linear.pullback(weights.to(linear.vector.dtype)))
+
+
+def _validate(method: str, chunk_size: int | None) -> None:
+    """Check the options that all transforms to Gramians share."""
+    _check.choice("method", method, tuple(_ROUTES))
+    _check.chunk_size(chunk_size)
+
+
+_ROUTES = {"auto": _jacobian_route, "jacobian": _jacobian_route, "product": _product_route}
+_CROSS = {"auto": _jacobian_cross, "jacobian": _jacobian_cross, "product": _product}

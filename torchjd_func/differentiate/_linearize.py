@@ -1,0 +1,155 @@
+"""One forward pass of an objective, and the linear map that pulls weights back to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+
+PyTree = Any
+
+
+class Linearized(NamedTuple):
+    """An objective at one point."""
+
+    vector: Tensor  # (m,): the losses, in leaf order
+    losses: PyTree  # the losses in the user's structure
+    aux: PyTree  # what the objective returned beside its losses
+    pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
+    rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
+    assemble: Callable[[PyTree], PyTree]  # such a pytree -> gradients of the whole argument
+
+
+def linearize(
+    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Run the objective once and keep what is needed to pull cotangents back."""
+    if isinstance(fn, MultiTask):
+        return _linearize_multitask(fn, args, argnums, has_aux)
+    primals, call = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
+    _check.params(f"argument {argnums}", _tree.paths(primals), flat)
+
+    def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
+        """Return the losses as one vector, for torch.func to differentiate."""
+        losses, aux = split_aux(call(rebuild(leaves)), has_aux)
+        return as_vector(fn, losses), (losses, aux)
+
+    vector, pull, (losses, aux) = vjp(from_leaves, flat, has_aux=True)
+    return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, _identity)
+
+
+def bind(
+    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...]
+) -> tuple[PyTree, Callable[[PyTree], Any]]:
+    """Return the differentiated argument(s), and `fn` as a function of them alone."""
+    positions = _check.argnums(argnums, len(args))
+
+    def call(primals: PyTree) -> Any:
+        """Put the differentiated arguments back in their places."""
+        values = primals if isinstance(argnums, tuple) else (primals,)
+        filled = list(args)
+        for position, value in zip(positions, values, strict=True):
+            filled[position] = value
+        return fn(*filled)
+
+    chosen = tuple(args[position] for position in positions)
+    return (chosen if isinstance(argnums, tuple) else chosen[0]), call
+
+
+def split_aux(out: Any, has_aux: bool) -> tuple[PyTree, PyTree]:
+    """Separate the losses from the auxiliary output, which is `()` if there is none."""
+    losses, aux = _check.aux_pair(out) if has_aux else (out, ())
+    _check.losses(_tree.paths(losses), _tree.leaves(losses))
+    return losses, aux
+
+
+def as_vector(fn: Callable[..., Any], losses: PyTree) -> Tensor:
+    """Return all losses as one vector; those of an instance-wise objective already are."""
+    if isinstance(fn, InstanceWise) and not (isinstance(losses, Tensor) and losses.ndim == 1):
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"`losses` of an instance-wise objective must have shape (b,), got {found}. "
+            "Return one loss for each example, not reduced over the batch."
+        )
+    return _tree.ravel(losses)
+
+
+def pull_rows(
+    pullback: Callable[[Tensor], Any], cotangents: Tensor, chunk_size: int | None
+) -> PyTree:
+    """Pull `(k, m)` cotangents back, `chunk_size` at a time; 1 is a loop, without vmap."""
+    if chunk_size == 1:
+        return _tree.stack([pullback(row) for row in cotangents.unbind()])
+    return vmap(pullback, chunk_size=chunk_size)(cotangents)
+
+
+def basis(vector: Tensor) -> Tensor:
+    """Return the `(m, m)` identity, one cotangent for each loss."""
+    return torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
+
+
+def _linearize_multitask(
+    fn: MultiTask, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Use the chain rule through the features: each head is traversed once."""
+    if argnums != 0 or len(args) != 2:
+        raise ValueError(
+            f"`argnums` of a multi-task objective must be 0, of the two arguments (params, batch), "
+            f"got {argnums} of {len(args)}. Close over what is not differentiated."
+        )
+    if has_aux != fn.has_aux:
+        raise ValueError(
+            f"`has_aux` must be {fn.has_aux}, as it was for jd.multitask, got {has_aux}. "
+            "Pass the same value to both."
+        )
+    (shared, head_params), batch = args
+    _check.names("head_params", head_params, fn.heads)
+    flat, rebuild = _tree.flatten(shared)
+    _check.params("the shared parameters", _tree.paths(shared), flat)
+
+    def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
+        """Return features and auxiliary output."""
+        out = fn.trunk(rebuild(leaves), batch)
+        return _check.aux_pair(out) if has_aux else (out, ())
+
+    features, pull_trunk, aux = vjp(trunk, flat, has_aux=True)
+    losses, head_grads, rows = {}, {}, []
+    for name in sorted(fn.heads):
+        losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
+        rows.append(row)
+    cotangents = _tree.stack(rows)
+    return Linearized(
+        _tree.ravel(losses),
+        losses,
+        aux,
+        lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights))[0],
+        rebuild,
+        lambda grads: (grads, head_grads),
+    )
+
+
+def _head(
+    fn: MultiTask, name: str, params: PyTree, features: PyTree, batch: Any
+) -> tuple[Tensor, PyTree, PyTree]:
+    """Return the loss of one task, its gradient by the head, and by the features."""
+    loss, pull = vjp(lambda p, z: fn.heads[name](p, z, batch), params, features)
+    if loss.ndim != 0:
+        raise ValueError(
+            f"`heads[{name!r}]` must return a scalar, got shape {tuple(loss.shape)}. "
+            "Reduce the loss of the task over the batch."
+        )
+    _check.losses([name], [loss])
+    head_grad, feature_grad = pull(torch.ones_like(loss))
+    return loss, head_grad, feature_grad
+
+
+def _identity(grads: PyTree) -> PyTree:
+    """Return the gradients as they are."""
+    return grads

@@ -1,0 +1,134 @@
+"""Objectives whose structure is part of their type, so that transforms can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.func import vmap
+
+from torchjd_func import _check
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class InstanceWise:
+    """An objective `fn(params, *batch) -> (b,)` whose loss i depends on example i alone."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Return the losses, one for each example (and `aux`, if `fn` has one)."""
+        return self.fn(*args)
+
+    def __repr__(self) -> str:
+        """Return the name of the function in one line."""
+        return f"InstanceWise({getattr(self.fn, '__name__', repr(self.fn))})"
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class MultiTask:
+    """An objective `((shared, {name: head_params}), batch) -> {name: loss}` of shared features."""
+
+    trunk: Callable[..., Any]
+    heads: Mapping[str, Callable[..., Tensor]]
+    has_aux: bool = False
+
+    def __call__(self, params: tuple[Any, Mapping[str, Any]], batch: Any) -> Any:
+        """Return the dict of losses (and `aux`, if the trunk has one)."""
+        shared, head_params = params
+        _check.names("head_params", head_params, self.heads)
+        out = self.trunk(shared, batch)
+        features, aux = _check.aux_pair(out) if self.has_aux else (out, None)
+        losses = {
+            name: head(head_params[name], features, batch) for name, head in self.heads.items()
+        }
+        return (losses, aux) if self.has_aux else losses
+
+    def __repr__(self) -> str:
+        """Return the tasks in one line."""
+        return f"MultiTask({', '.join(self.heads)})"
+
+
+def instancewise(fn: Callable[..., Any]) -> InstanceWise:
+    """Declare that loss i of `fn` depends on example i alone.
+
+    Args:
+        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`; dimension 0 of each argument in `batch`
+            counts the examples. Nothing may mix examples: no batch normalisation in training mode.
+
+    Returns:
+        The same function, as an objective that transforms know the structure of.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.instancewise(lambda w, x: (x @ w).square())
+        >>> jd.gramian(objective)(torch.ones(2), torch.eye(2))
+        tensor([[4., 0.],
+                [0., 4.]])
+    """
+    return InstanceWise(fn)
+
+
+def per_example(
+    fn: Callable[..., Any], in_dims: tuple[Any, ...] | None = None, randomness: str = "error"
+) -> InstanceWise:
+    """Make an objective over a batch from the loss of ONE example.
+
+    Args:
+        fn: `fn(params, *example) -> ()`, or `((), aux)`.
+        in_dims: As for `torch.func.vmap`, for all arguments, `params` included. By default `params`
+            is not batched, and all other arguments are over dimension 0.
+        randomness: As for `torch.func.vmap`: `"error"`, `"different"` or `"same"`.
+
+    Returns:
+        The instance-wise objective `(params, *batch) -> (b,)`.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.per_example(lambda w, x: (x @ w).square())
+        >>> objective(torch.ones(2), torch.eye(2))
+        tensor([1., 1.])
+    """
+    _check.choice("randomness", randomness, ("error", "different", "same"))
+
+    def batched(*args: Any) -> Any:
+        """Map the loss of one example over the batch."""
+        dims = (None, *[0] * (len(args) - 1)) if in_dims is None else in_dims
+        return vmap(fn, in_dims=dims, randomness=randomness)(*args)
+
+    return InstanceWise(batched)
+
+
+def multitask(
+    trunk: Callable[..., Any], heads: Mapping[str, Callable[..., Tensor]], *, has_aux: bool = False
+) -> MultiTask:
+    """Declare that tasks share features, and nothing else.
+
+    The Jacobian and the Gramian of such an objective are those of the shared parameters, by the
+    chain rule through the features, each head traversed once. The gradient of a head is the plain
+    gradient of its own loss. A scalarizer sees an ordinary objective: it weighs heads too.
+
+    Args:
+        trunk: `trunk(shared, batch) -> features`, a tensor or a pytree of tensors.
+        heads: `{name: head}` with `head(head_params, features, batch) -> ()`.
+        has_aux: Whether the trunk returns `(features, aux)`; the objective then returns
+            `(losses, aux)`, and transforms are called with `has_aux=True` as well.
+
+    Returns:
+        The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
+        as a dict, and are counted in the order of the sorted names.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> heads = {"a": lambda p, z, batch: (p * z).sum(), "b": lambda p, z, batch: z.sum()}
+        >>> objective = jd.multitask(lambda w, batch: batch @ w, heads)
+        >>> params = (torch.ones(2), {"a": torch.tensor(3.0), "b": {}})
+        >>> jd.jac(objective)(params, torch.eye(2))
+        tensor([[3., 3.],
+                [1., 1.]])
+    """
+    if not heads:
+        raise ValueError("`heads` must have at least one task, got none. Pass {name: head}.")
+    return MultiTask(trunk, dict(heads), has_aux)

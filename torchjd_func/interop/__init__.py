@@ -1,0 +1,5 @@
+"""The border to the impure world; names that change their arguments end in an underscore."""
+
+from torchjd_func.interop._optimizers import assign_grads_
+
+__all__ = ["assign_grads_"]

@@ -1,0 +1,6 @@
+"""The small problems at the core: exact, batched over leading dimensions, in float64 inside."""
+
+from torchjd_func.linalg._nnqp import Solution, dual_cone_projection, min_norm_point, nnqp
+from torchjd_func.linalg._simplex import project_simplex
+
+__all__ = ["Solution", "dual_cone_projection", "min_norm_point", "nnqp", "project_simplex"]
