@@ -50,7 +50,7 @@ def grad(
         >>> objective = lambda x: torch.stack([x[0] + x[1], x[0] - 2 * x[1]])
         >>> grads, state = jd.grad(objective, jd.upgrad())(None, torch.zeros(2))
         >>> grads
-        tensor([1.2000, 0.1500])
+        tensor([ 1.3500, -0.4500])
     """
     run = grad_and_value(fn, rule, argnums, has_aux=has_aux, method=method, chunk_size=chunk_size)
 

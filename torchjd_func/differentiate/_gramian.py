@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.func import vjp
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows
+from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows, vjp
 
 PyTree = Any
 
@@ -32,13 +31,13 @@ def gramian(
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Gramian `J J^T`.
 
-    | method | cost (forward + ...) | memory beside the graph | when |
+    | method | cost beside one forward | memory beside the graph | when |
     |---|---|---|---|
-    | `"jacobian"` | m backward, then m^2 n multiplications | m n | default |
-    | `"product"` | m times (backward, and backward of that) | n for each of `chunk_size` rows | `m n` numbers do not fit |
+    | `"jacobian"` | m backward, m^2 n multiplications | m n | default |
+    | `"product"` | m backward, each run forward again | n * chunk_size | m n does not fit |
 
-    All give the same Gramian, from one forward pass (dropout is drawn once).
-    `"auto"` is `"jacobian"`.
+    All give the same Gramian, from one forward pass (dropout is drawn once). `"auto"` is
+    `"jacobian"`.
 
     Args:
         fn: As for `jd.jac`.
@@ -59,7 +58,7 @@ def gramian(
         >>> jd.gramian(lambda x: (x.sum(), x.prod()))(torch.tensor([2.0, 3.0]))
         tensor([[ 2.,  5.],
                 [ 5., 13.]])
-    """  # noqa: E501
+    """
     _validate(method, chunk_size)
 
     def gramian_fn(*args: Any) -> Any:

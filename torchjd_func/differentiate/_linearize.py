@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
@@ -41,7 +41,7 @@ def linearize(
         losses, aux = split_aux(call(rebuild(leaves)), has_aux)
         return as_vector(fn, losses), (losses, aux)
 
-    vector, pull, (losses, aux) = vjp(from_leaves, flat, has_aux=True)
+    vector, pull, (losses, aux) = vjp_aux(from_leaves, flat)
     return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, _identity)
 
 
@@ -90,6 +90,18 @@ def pull_rows(
     return vmap(pullback, chunk_size=chunk_size)(cotangents)
 
 
+def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:
+    """Return the value of `fn` and its pullback."""
+    value, pullback = torch.func.vjp(fn, *primals)[:2]
+    return value, pullback
+
+
+def vjp_aux(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
+    """Return the value of `fn`, its pullback, and its auxiliary output."""
+    result: Any = torch.func.vjp(fn, *primals, has_aux=True)
+    return result
+
+
 def basis(vector: Tensor) -> Tensor:
     """Return the `(m, m)` identity, one cotangent for each loss."""
     return torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
@@ -119,7 +131,7 @@ def _linearize_multitask(
         out = fn.trunk(rebuild(leaves), batch)
         return _check.aux_pair(out) if has_aux else (out, ())
 
-    features, pull_trunk, aux = vjp(trunk, flat, has_aux=True)
+    features, pull_trunk, aux = vjp_aux(trunk, flat)
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)

@@ -120,6 +120,9 @@ def multitask(
         The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
         as a dict, and are counted in the order of the sorted names.
 
+    Raises:
+        ValueError: If there is no head.
+
     Example:
         >>> import torch, torchjd_func as jd
         >>> heads = {"a": lambda p, z, batch: (p * z).sum(), "b": lambda p, z, batch: z.sum()}

@@ -77,8 +77,9 @@ def _vmap(info, in_dims, matrix: Tensor, vector: Tensor, solver: str):
 def masked_solver(matrix: Tensor, support: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Factorise `Q` on the support, once.
 
-    Returns the function that solves `Q_FF x_F = b_F` with 0 elsewhere, and whether the rows of the
-    support are independent.
+    Returns:
+        The function that solves `Q_FF x_F = b_F` with 0 elsewhere, and whether the rows of the
+        support are independent.
     """
     free = support.to(matrix.dtype)
     masked = matrix * free.unsqueeze(-1) * free.unsqueeze(-2) + torch.diag_embed(1 - free)
@@ -87,7 +88,7 @@ def masked_solver(matrix: Tensor, support: Tensor) -> tuple[Callable[[Tensor], T
 
     def solve(b: Tensor) -> Tensor:
         """Solve on the support."""
-        return torch.cholesky_solve((free * b).unsqueeze(-1), factor).squeeze(-1)
+        return torch.cholesky_solve(torch.where(support, b, 0.0).unsqueeze(-1), factor).squeeze(-1)
 
     return solve, (info == 0) & (pivots > RANK_TOL)
 
@@ -106,10 +107,13 @@ def _block_pivoting(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Ten
     """Guess the support, and flip all indices of the wrong sign at once until there is none.
 
     Few steps on independent rows; may cycle on dependent ones. A problem that is done, or has
-    failed, leaves the batch. Returns `(support, iterations, done)`.
+    failed, leaves the batch.
 
     J. J. Judice, F. M. Pires, A block principal pivoting algorithm for large-scale strictly
     monotone linear complementarity problems, Computers & OR 21, 1994.
+
+    Returns:
+        `(support, iterations, done)`.
     """
     n, m = vector.shape
     support = torch.zeros_like(vector, dtype=torch.bool)
@@ -138,9 +142,12 @@ def _active_set(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """Free the steepest unknown, move to the minimum, pin what reaches zero; never go up.
 
     Ends for every problem: the objective falls with each full move, and a row that depends on
-    those already free is never needed. Returns `(support, iterations)`.
+    those already free is never needed.
 
     C. L. Lawson, R. J. Hanson, Solving Least Squares Problems, 1974, chapter 23.
+
+    Returns:
+        `(support, iterations)`.
     """
     support = torch.zeros_like(vector, dtype=torch.bool)
     iterations = torch.zeros(len(vector), dtype=torch.int64, device=vector.device)
@@ -169,8 +176,9 @@ def _move(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Go towards the minimum over the free unknowns until one of them reaches zero.
 
-    Returns `(z, free, refused, moving)`: a `new` unknown is refused if its row depends on the
-    others or it would turn negative at once; `moving` says that the minimum is not reached yet.
+    Returns:
+        `(z, free, refused, moving)`: a `new` unknown is refused if its row depends on the others
+        or it would turn negative at once; `moving` says that the minimum is not reached yet.
     """
     solve, independent = masked_solver(matrix, free)
     target = solve(-vector)
