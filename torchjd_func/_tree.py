@@ -63,7 +63,7 @@ def stack(trees: list[PyTree]) -> PyTree:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the real dtype in which sums over numbers of `dtype` are kept: float32 or better."""
-    return torch.promote_types(dtype, torch.float32).to_real()
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def rows(leaf: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Every method, how to make it for m objectives, and what it claims. Contracts run over this.
+
+A name is an exported factory, with the options in brackets when one factory is listed twice. A
+factory that is exported and not listed fails `test_public_api.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import torchjd_func as jd
+
+
+@dataclass(frozen=True)
+class Method:
+    """An aggregator and its claims; the claims are tested, and counter-examples to the others."""
+
+    make: Callable[[int], jd.Aggregator]
+    non_conflicting: bool = False  # J d >= 0
+    linear_under_scaling: bool = False  # c -> d(diag(c) J) is linear, at a fixed state
+    weighted: bool = True  # d is a combination of the rows
+    equivariant: bool = True  # permuting rows (and losses) leaves d
+    degree: float | None = 1.0  # d(s J) = s^degree d on a fresh state; None: not homogeneous
+    random: bool = False  # init needs a key
+    needs_losses: bool = False
+    differentiable: bool = True  # d is differentiable in J almost everywhere, not only constant
+    min_m: int = 1
+    cost: str = ""  # growth of the solve with m
+
+
+def _preference(m: int) -> Tensor:
+    """A preference with a different number for each objective."""
+    weights = torch.arange(1, m + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+METHODS: dict[str, Method] = {
+    "mean": Method(lambda m: jd.mean(), linear_under_scaling=True, cost="m"),
+    "sum": Method(lambda m: jd.sum(), linear_under_scaling=True, cost="m"),
+    "constant": Method(
+        lambda m: jd.constant(_preference(m)),
+        linear_under_scaling=True,
+        equivariant=False,
+        cost="m",
+    ),
+    "upgrad": Method(
+        lambda m: jd.upgrad(), non_conflicting=True, linear_under_scaling=True, cost="m^4"
+    ),
+    "upgrad[preference]": Method(
+        lambda m: jd.upgrad(_preference(m)),
+        non_conflicting=True,
+        linear_under_scaling=True,
+        equivariant=False,
+        cost="m^4",
+    ),
+    "dualproj": Method(lambda m: jd.dualproj(), non_conflicting=True, cost="m^3"),
+    "dualproj[preference]": Method(
+        lambda m: jd.dualproj(_preference(m)),
+        non_conflicting=True,
+        equivariant=False,
+        cost="m^3",
+    ),
+    "mgda": Method(lambda m: jd.mgda(), non_conflicting=True, cost="m^3"),
+    "mgda[l2]": Method(lambda m: jd.mgda("l2"), cost="m^3"),
+    "mgda[l2, normalized]": Method(
+        lambda m: jd.mgda("l2", apply_to="normalized"),
+        non_conflicting=True,
+        degree=0.0,
+        cost="m^3",
+    ),
+    "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, cost="m^3"),
+    "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, cost="m^3"),
+}
+
+
+def exported(name: str) -> str:
+    """Return the factory's name of a registry entry."""
+    return name.split("[")[0]
+
+
+def key_for(method: Method, seed: int = 0) -> Tensor | None:
+    """Return a key if the method draws random numbers."""
+    return jd.random.key(seed) if method.random else None
+
+
+def losses_for(method: Method, m: int) -> Tensor | None:
+    """Return positive losses if the method needs them."""
+    return torch.linspace(0.5, 2.0, m, dtype=torch.float64) if method.needs_losses else None
+
+
+def fresh(method: Method, jac, m: int, seed: int = 0):
+    """Return the aggregator and an initial state."""
+    aggregator = method.make(m)
+    return aggregator, aggregator.init(jac, key=key_for(method, seed))
+
+
+def run(method: Method, jac, m: int, *, seed: int = 0, losses: Tensor | None = None):
+    """Aggregate once from a fresh state."""
+    aggregator, state = fresh(method, jac, m, seed)
+    losses = losses_for(method, m) if losses is None else losses
+    return aggregator(jac, state, losses=losses)[0]
