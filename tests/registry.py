@@ -28,6 +28,7 @@ class Method:
     random: bool = False  # init needs a key
     needs_losses: bool = False
     differentiable: bool = True  # d is differentiable in J almost everywhere, not only constant
+    unique: bool = True  # d is determined; False: only if rows are independent
     min_m: int = 1
     cost: str = ""  # growth of the solve with m
 
@@ -65,15 +66,15 @@ METHODS: dict[str, Method] = {
         cost="m^3",
     ),
     "mgda": Method(lambda m: jd.mgda(), non_conflicting=True, cost="m^3"),
-    "mgda[l2]": Method(lambda m: jd.mgda("l2"), cost="m^3"),
+    "mgda[l2]": Method(lambda m: jd.mgda("l2"), unique=False, cost="m^3"),
     "mgda[l2, normalized]": Method(
         lambda m: jd.mgda("l2", apply_to="normalized"),
         non_conflicting=True,
         degree=0.0,
         cost="m^3",
     ),
-    "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, cost="m^3"),
-    "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, cost="m^3"),
+    "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, unique=False, cost="m^3"),
+    "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, unique=False, cost="m^3"),
 }
 
 

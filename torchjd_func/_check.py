@@ -16,14 +16,14 @@ def preference(preference: Tensor | Sequence[float] | None) -> Tensor | None:
 
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
-    """Return `value` as a 1-D floating tensor."""
-    tensor = torch.as_tensor(value)
+    """Return `value` as a 1-D floating tensor; Python numbers become float64."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     if tensor.ndim != 1:
         raise ValueError(
             f"`{name}` must be 1-D, with one number for each objective, "
             f"got shape {tuple(tensor.shape)}. To sweep several, use torch.func.vmap over them."
         )
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
 def length(name: str, value: Tensor, m: int) -> None:
