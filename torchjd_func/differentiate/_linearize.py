@@ -96,10 +96,39 @@ def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., An
     return value, pullback
 
 
-def vjp_aux(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
+def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
     """Return the value of `fn`, its pullback, and its auxiliary output."""
-    result: Any = torch.func.vjp(fn, *primals, has_aux=True)
-    return result
+    packed, unpack = packing(fn)
+    result: Any = torch.func.vjp(packed, primals, has_aux=True)
+    value, pullback, tensors = result
+    return value, pullback, unpack(tensors)
+
+
+def grad_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[PyTree, Any]:
+    """Return the gradient of `fn`, and its auxiliary output."""
+    packed, unpack = packing(fn)
+    grads, tensors = torch.func.grad(packed, has_aux=True)(primals)
+    return grads, unpack(tensors)
+
+
+def packing(
+    fn: Callable[..., Any],
+) -> tuple[Callable[..., Any], Callable[[list[Tensor]], Any]]:
+    """Make `fn` return its auxiliary output as a list of tensors, all that torch.func takes.
+
+    Returns:
+        The changed function, and the function that undoes it once the first has run.
+    """
+    restore: list[Callable[[list[Tensor]], Any]] = []
+
+    def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
+        """Return the value, and the tensors of the auxiliary output."""
+        value, aux = fn(primals)
+        tensors, unpack = _tree.pack(aux)
+        restore.append(unpack)
+        return value, tensors
+
+    return packed, lambda tensors: restore[0](tensors)
 
 
 def basis(vector: Tensor) -> Tensor:
