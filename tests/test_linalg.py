@@ -11,7 +11,7 @@ from torch.func import vmap
 import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
-from tests.matrices import A, KINDS, jacobians, matrix
+from tests.matrices import KINDS, A, jacobians, matrix
 from torchjd_func.linalg._pivoting import _active_set, nnqp_support
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.matrices import A, B, C, E, K, KINDS, S, all_matrices, conflict, jacobians, matrix
+from tests.matrices import KINDS, A, B, C, E, K, S, all_matrices, conflict, jacobians, matrix
 from tests.registry import METHODS, Method, losses_for, run
 
 LOWEST_COSINE = -1e-6

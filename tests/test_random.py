@@ -78,7 +78,7 @@ def test_moments():
     n = 40_000
     uniform = jd.random.uniform(jd.random.key(0), (n,), dtype=torch.float64)
     normal = jd.random.normal(jd.random.key(1), (n,), dtype=torch.float64)
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 5 / (12 * n) ** 0.5
     assert abs(uniform.var() - 1 / 12) < 0.002
     assert abs(normal.mean()) < 5 / n**0.5

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 import torchjd_func as jd
 from tests import oracles
+from tests.helpers import weights_of
 from tests.matrices import A, B, C, S, jacobians
 
 
@@ -55,7 +56,7 @@ def test_directions(rule, jac, want):
 
 @pytest.mark.parametrize(("rule", "jac", "want"), WEIGHTS)
 def test_weights(rule, jac, want):
-    got = rule.weighting(jac @ jac.mT)[0]
+    got = weights_of(rule, jac @ jac.mT)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-7, atol=1e-8)
 
 
@@ -66,12 +67,12 @@ def test_upgrad_keeps_the_tiny_row_safe():
 def test_upgrad_of_two_rows_has_a_closed_form():
     gramian = A @ A.mT
     want = 0.5 * (1 + (-gramian[0, 1] / gramian.diagonal()).clamp(min=0))
-    close(jd.upgrad().weighting(gramian)[0], want)
+    close(weights_of(jd.upgrad(), gramian), want)
 
 
 def test_mgda_reaches_the_corner_of_the_simplex():
     rows = torch.tensor([[1.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
-    close(jd.mgda().weighting(rows @ rows.mT)[0], [1.0, 0.0])
+    close(weights_of(jd.mgda(), rows @ rows.mT), [1.0, 0.0])
 
 
 @given(jacobians(max_m=5))

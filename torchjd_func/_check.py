@@ -276,3 +276,26 @@ def same_structure(name: str, same: bool) -> None:
             f"`{name}` must have the structure of the parameters, got another one. "
             "Pass the pytree that jd.grad returned for these parameters."
         )
+
+
+def two_batches(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+    """Return leading arguments and the two batches that follow them."""
+    *leading, batch_1, batch_2 = args if len(args) >= 3 else (None, None, None)
+    if not leading or not isinstance(batch_1, tuple) or not isinstance(batch_2, tuple):
+        raise ValueError(
+            "`batch_1, batch_2` must be the last two arguments, each a tuple of arguments of the "
+            f"objective, got {[type(arg).__name__ for arg in args]}. Call it as "
+            "f(params, (x_1, y_1), (x_2, y_2))."
+        )
+    return leading, batch_1, batch_2
+
+
+def multitask_params(params: Any, heads: Any) -> tuple[Any, Any]:
+    """Return shared and head parameters of a multi-task objective."""
+    if not isinstance(params, tuple) or len(params) != 2:
+        raise ValueError(
+            "`params` of a multi-task objective must be (shared, {name: head_params}), "
+            f"got {type(params).__name__}. Pass a pair."
+        )
+    names("head_params", params[1], heads)
+    return params

@@ -150,8 +150,8 @@ def _linearize_multitask(
             f"`has_aux` must be {fn.has_aux}, as it was for jd.multitask, got {has_aux}. "
             "Pass the same value to both."
         )
-    (shared, head_params), batch = args
-    _check.names("head_params", head_params, fn.heads)
+    params, batch = args
+    shared, head_params = _check.multitask_params(params, fn.heads)
     flat, rebuild = _tree.flatten(shared)
     _check.params("the shared parameters", _tree.paths(shared), flat)
 
