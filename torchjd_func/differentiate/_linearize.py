@@ -73,11 +73,8 @@ def split_aux(out: Any, has_aux: bool) -> tuple[PyTree, PyTree]:
 def as_vector(fn: Callable[..., Any], losses: PyTree) -> Tensor:
     """Return all losses as one vector; those of an instance-wise objective already are."""
     if isinstance(fn, InstanceWise) and not (isinstance(losses, Tensor) and losses.ndim == 1):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"`losses` of an instance-wise objective must have shape (b,), got {found}. "
-            "Return one loss for each example, not reduced over the batch."
-        )
+        name, remedy = "`losses` of an instance-wise objective", "Return one for each example."
+        _check.fail(ValueError, name, "have shape (b,)", _check.describe(losses), remedy)
     return _tree.ravel(losses)
 
 
@@ -141,15 +138,10 @@ def _linearize_multitask(
 ) -> Linearized:
     """Use the chain rule through the features: each head is traversed once."""
     if argnums != 0 or len(args) != 2:
-        raise ValueError(
-            f"`argnums` of a multi-task objective must be 0, of the two arguments (params, batch), "
-            f"got {argnums} of {len(args)}. Close over what is not differentiated."
-        )
-    if has_aux != fn.has_aux:
-        raise ValueError(
-            f"`has_aux` must be {fn.has_aux}, as it was for jd.multitask, got {has_aux}. "
-            "Pass the same value to both."
-        )
+        rule = "be 0, of the two arguments (params, batch) of a multi-task objective"
+        got, remedy = f"{argnums} of {len(args)}", "Close over what is not differentiated."
+        _check.fail(ValueError, "`argnums`", rule, got, remedy)
+    _check.choice("has_aux", has_aux, (fn.has_aux,))
     params, batch = args
     shared, head_params = _check.multitask_params(params, fn.heads)
     flat, rebuild = _tree.flatten(shared)
@@ -182,10 +174,8 @@ def _head(
     """Return the loss of one task, its gradient by the head, and by the features."""
     loss, pull = vjp(lambda p, z: fn.heads[name](p, z, batch), params, features)
     if loss.ndim != 0:
-        raise ValueError(
-            f"`heads[{name!r}]` must return a scalar, got shape {tuple(loss.shape)}. "
-            "Reduce the loss of the task over the batch."
-        )
+        remedy = "Reduce the loss of the task over the batch."
+        _check.fail(ValueError, f"`heads[{name!r}]`", "return a scalar", tuple(loss.shape), remedy)
     _check.losses([name], [loss])
     head_grad, feature_grad = pull(torch.ones_like(loss))
     return loss, head_grad, feature_grad

@@ -132,5 +132,5 @@ def multitask(
                 [1., 1.]])
     """
     if not heads:
-        raise ValueError("`heads` must have at least one task, got none. Pass {name: head}.")
+        _check.fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
     return MultiTask(trunk, dict(heads), has_aux)
