@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
-from torchjd_func.linalg._pivoting import _active_set, nnqp_support
+from torchjd_func.linalg._masked import solve_masked
+from torchjd_func.linalg._pivoting import _active_set
 
 
 def kkt_residual(quadratic, linear, z):
@@ -68,14 +70,34 @@ def test_the_exact_path_takes_over_and_says_so():
     assert not jd.linalg.nnqp(independent @ independent.mT, independent[:, :10]).fallback.any()
 
 
-def test_both_paths_agree():
+def test_the_exact_path_alone_agrees():
     jac = matrix("gaussian", 6, 9, seed=2)
     norms = jac.norm(dim=-1, keepdim=True)
     gramian = (jac / norms) @ (jac / norms).mT
-    fast, _, fallback = nnqp_support(gramian.expand(6, 6, 6), gramian, "auto")
-    exact, _ = _active_set(gramian.expand(6, 6, 6), gramian)
-    assert not fallback.any()
-    assert torch.equal(fast, exact)
+    numbers = gramian.numpy()
+    exact, support, _ = _active_set(numbers[None], np.zeros(6, dtype=int), numbers)
+    solution = jd.linalg.nnqp(gramian, gramian)
+    assert not solution.fallback.any()
+    torch.testing.assert_close(torch.from_numpy(exact), solution.value)
+    assert ((solution.value > 0).numpy() == support).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(1, 3), (3, 5), (8, 4), (12, 30), (16, 8)])
+def test_the_path_of_accelerators_agrees(kind, m, n):
+    jac = torch.stack([matrix(kind, m, n, seed) for seed in range(3)])
+    gramian = jac @ jac.mT
+    value, _, converged, _, _ = solve_masked(gramian.unsqueeze(-3), gramian)
+    want = jd.linalg.nnqp(gramian.unsqueeze(-3), gramian)
+    assert converged.all()
+    gap = (jac.mT.unsqueeze(-3) @ (value - want.value).unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+    assert (gap <= 1e-7 * jac.norm(dim=-1)).all() or kind == "scaled"
+
+
+def test_the_path_of_accelerators_never_waits_for_values():
+    meta = torch.empty(2, 5, 5, device="meta", dtype=torch.float64)
+    value, *_ = solve_masked(meta, meta[..., 0])
+    assert value.shape == (2, 5)
 
 
 def test_unbounded_problems_are_not_called_converged():
@@ -86,11 +108,14 @@ def test_unbounded_problems_are_not_called_converged():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_non_finite_input_does_not_raise_and_is_not_called_converged(bad):
-    quadratic = torch.eye(3, dtype=torch.float64)
-    linear = torch.tensor([1.0, bad, -1.0], dtype=torch.float64)
-    assert not jd.linalg.nnqp(quadratic, linear).converged
-    assert not jd.linalg.nnqp(quadratic * bad, -torch.ones_like(linear)).converged
+@pytest.mark.parametrize("m", [3, 40])
+def test_non_finite_input_gives_non_finite_output(bad, m):
+    quadratic = torch.eye(m, dtype=torch.float64)
+    linear = -torch.ones(m, dtype=torch.float64)
+    for problem in ((quadratic, linear * bad), (quadratic * bad, linear)):
+        for solution in (jd.linalg.nnqp(*problem), compiled(jd.linalg.nnqp)[0](*problem)):
+            assert not solution.converged
+            assert not solution.value.isfinite().all()
 
 
 @pytest.mark.parametrize("solver", ["quadprog"])
