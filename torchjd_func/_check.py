@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def preference(preference: Tensor | Sequence[float] | None) -> Tensor | None:
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
     """Return `value` as a 1-D floating tensor."""
-    tensor = torch.as_tensor(value)
+    is_tensor = isinstance(value, Tensor)
+    tensor = value if is_tensor else torch.as_tensor(value, dtype=torch.float64)
     if tensor.ndim != 1:
         raise ValueError(
             f"`{name}` must be 1-D, with one number for each objective, "
@@ -134,6 +136,21 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         allowed = ", ".join(repr(option) for option in choices)
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of these.")
+
+
+def interval(name: str, value: Any, low: float, high: float = math.inf, *, open_low=False) -> Any:
+    """Return a number that lies in an interval; a tensor is returned unread."""
+    if isinstance(value, Tensor):
+        return value
+    above = value > low if open_low else value >= low
+    below = value < high if high == math.inf else value <= high
+    if not (above and below):
+        brackets = "(" if open_low else "[", ")" if high == math.inf else "]"
+        raise ValueError(
+            f"`{name}` must be in {brackets[0]}{low}, {high}{brackets[1]}, got {value}. "
+            "Pass a number of that range."
+        )
+    return value
 
 
 def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
