@@ -93,7 +93,7 @@ def power_mean(p: Number, weights: Vector | None = None) -> Scalarizer:
 
     From the minimum ($p \to -\infty$) by the harmonic (`-1`), geometric (`0`, in the limit),
     arithmetic (`1`) and quadratic (`2`) mean to the maximum ($p \to \infty$). Accurate at any `p`,
-    however small. Assumes positive losses, else `s` is NaN; `p_norm` allows zeros.
+    however small. Assumes positive losses; `p_norm` allows zeros.
 
     Args:
         p: Any finite number. A tensor may be vmapped.
