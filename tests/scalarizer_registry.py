@@ -51,6 +51,9 @@ def losses(m: int = 4) -> Tensor:
     return torch.tensor([0.5, 3.0, 1.2, 2.0, 0.7], dtype=torch.float64)[:m]
 
 
+LA, LB = [0.5, 3.0], [1.0, 2.0, 4.0]
+WA, WB = [0.25, 0.75], [0.2, 0.3, 0.5]  # the losses and weights of the published examples
+
 METHODS: dict[str, Method] = {
     "mean": Method(lambda m: sc.mean(), convex=True, equivariant=True, degree=1.0),
     "sum": Method(lambda m: sc.sum(), equivariant=True, degree=1.0),
@@ -171,3 +174,18 @@ def experienced(method: Method, values: Tensor, seed: int = 0):
 def gradient(scalarizer: jd.Scalarizer, values, state):
     """Return the derivative of the loss by the losses."""
     return torch.func.grad(lambda values: scalarizer(values, state)[0])(values)
+
+
+def draws(n: int, m: int) -> torch.Tensor:
+    """Draw `n` positive vectors, from small to large."""
+    return jd.random.normal(jd.random.key(m), (n, m), dtype=torch.float64).exp()
+
+
+def vec(values) -> torch.Tensor:
+    """Return a float64 vector."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def assert_close(got, want, atol: float = 6e-9) -> None:
+    """Compare to the digits that were published."""
+    torch.testing.assert_close(got, vec(want), rtol=0, atol=atol)

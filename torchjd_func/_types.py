@@ -147,8 +147,8 @@ class Scalarizer:
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state) -> (loss, state)`, given a vector in float32 or better.
         observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, with the losses of the same batch; DWA: at the end of an epoch); `None` for
-            most methods.
+            the step, with the losses of the same batch; DWA: at the end of an epoch, with `None`).
+            `None` for most methods.
     """
 
     name: str

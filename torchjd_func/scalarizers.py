@@ -15,7 +15,8 @@ from torchjd_func.scalarization._norm import p_norm, power_mean
 from torchjd_func.scalarization._pbi import pbi
 from torchjd_func.scalarization._random import random
 from torchjd_func.scalarization._softmax import softmax
-from torchjd_func.scalarization._tchebycheff import augmented_tchebycheff, stch, tchebycheff
+from torchjd_func.scalarization._stch import stch
+from torchjd_func.scalarization._tchebycheff import augmented_tchebycheff, tchebycheff
 from torchjd_func.scalarization._uncertainty import imtl_l, uw
 from torchjd_func.scalarization._worst_case import cvar, group_dro
 

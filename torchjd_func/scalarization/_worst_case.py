@@ -78,7 +78,7 @@ def cvar(alpha: Number = 0.5, *, k: int | None = None) -> Scalarizer:
         ValueError: If `alpha` or `k` is out of range.
 
     Differs from other implementations:
-        Some drop the loss that counts in part, so that the result jumps with `alpha`.
+        The mean of the `k` largest losses, as others have it, is `k=`.
 
     References:
         R. T. Rockafellar, S. Uryasev, Optimization of Conditional Value-at-Risk, J. Risk 2, 2000,
