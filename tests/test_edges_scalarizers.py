@@ -50,7 +50,7 @@ def test_pbi_on_the_ray_has_no_second_term(dtype, scale):
 
 
 def test_weights_may_be_one_hot():
-    values, one_hot = vec(LB), vec([0.0, 1.0, 0.0])
+    values, one_hot = vec([1.0, 2.0, 4.0]), vec([0.0, 1.0, 0.0])
     for scalarizer in (
         sc.constant(one_hot),
         sc.tchebycheff(one_hot),
@@ -67,7 +67,13 @@ def test_weights_may_be_one_hot():
 
 
 def test_weights_given_as_numbers_are_not_rounded():
-    assert float(sc.constant([0.1])(vec([1.0]))[0]) == 0.1
+    assert torch.equal(sc.constant([0.1])(vec([1.0]))[0], torch.tensor(0.1, dtype=torch.float64))
+
+
+def test_first_of_equal_losses_count():
+    values = torch.ones(40, dtype=torch.float64)
+    got = gradient(sc.cvar(k=3), values, None)
+    assert got.nonzero().flatten().tolist() == [0, 1, 2]
 
 
 def test_cosine_is_free_of_underflow():
@@ -177,7 +183,9 @@ def test_random_hypervolume_outside_the_reference_has_no_gradient(transform):
     scalarizer = sc.hypervolume([2.0, 2.0], variant="random", transform=transform)
     state = scalarizer.init(vec(LA), key=jd.random.key(0))
     assert_close(scalarizer(vec(LA), state)[0], math.inf if transform == "log" else 0.0)
-    assert_close(gradient(scalarizer, vec(LA), state), [0.0, 0.0], atol=0)
+    for corner in ([2.0, 2.0], [0.5, 4.0], [0.5, 3.0], [0.5, 2.0]):
+        fixed = sc.hypervolume(corner, variant="random", direction=[1.0, 1.0], transform=transform)
+        assert_close(gradient(fixed, vec(LA), None), [0.0, 0.0], atol=0)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ def test_state_holds_no_graph(method):
 
 
 @every_method
+def test_only_learned_states_are_differentiated(method):
+    scalarizer, state = experienced(method, L)
+    traced = _tree.map(
+        lambda leaf: leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf, state
+    )
+    assert scalarizer(L, traced)[0].requires_grad == method.learned
+
+
+@every_method
 def test_nothing_is_mutated(method):
     scalarizer, state = experienced(method, L)
     before = clone((L, state)), torch.get_rng_state()
@@ -107,6 +116,16 @@ def test_nothing_is_mutated(method):
     assert_trees_close((L, state), before[0], rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), before[1])
     assert_trees_close(scalarizer(L, state), scalarizer(L, state), rtol=0, atol=0)
+
+
+@every_method
+def test_random_methods_draw_anew_at_every_call(method):
+    scalarizer, state = fresh(method, L, 4)
+    seen = set()
+    for _ in range(6 if method.random else 0):
+        loss, state = scalarizer(L, state)
+        seen.add(float(loss))
+    assert len(seen) == (6 if method.random else 0)
 
 
 @every_method
