@@ -1,6 +1,6 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, random
+from torchjd_func import interop, linalg, random, scalarizers
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -53,6 +53,7 @@ __all__ = [
     "multitask",
     "per_example",
     "random",
+    "scalarizers",
     "stateless",
     "sum",
     "upgrad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -27,6 +28,20 @@ def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     if value not in tuple(choices):
         allowed = "be one of " + ", ".join(repr(option) for option in choices)
         fail(ValueError, f"`{name}`", allowed, repr(value), "Choose one of these.")
+
+
+def interval(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
+) -> Any:
+    """Return a number that lies in an interval; a tensor is returned unread."""
+    if isinstance(value, Tensor):
+        return value
+    above = value > low if open_low else value >= low
+    if not (above and (value < high or (value == high and high < math.inf))):
+        start, end = "(" if open_low else "[", ")" if high == math.inf else "]"
+        rule = f"be in {start}{low}, {high}{end}"
+        fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
+    return value
 
 
 def solver(name: str) -> str:

@@ -79,6 +79,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def wide(leaf: Tensor) -> Tensor:
+    """Return `leaf` in the dtype in which sums over it are kept."""
+    return leaf.to(accumulation_dtype(leaf.dtype))
+
+
 def rows(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
     real = torch.view_as_real(leaf) if leaf.is_complex() else leaf

@@ -140,12 +140,15 @@ class Aggregator:
 class Scalarizer:
     """A method as a map from the losses to one loss, which is then differentiated once.
 
+    The loss is computed in float32 or better and returned in the dtype of the losses.
+
     Attributes:
         name: The method, for messages.
-        init_fn: `(losses, key) -> state`; reads shape, dtype and device only.
-        update_fn: `(losses, state) -> (loss, state)`.
+        init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
+        update_fn: `(losses, state) -> (loss, state)`, given a vector in float32 or better.
         observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, DWA: at the end of an epoch); `None` for most methods.
+            the step, with the losses of the same batch; DWA: at the end of an epoch, with `None`).
+            `None` for most methods.
     """
 
     name: str
@@ -164,7 +167,7 @@ class Scalarizer:
             The state, a pytree of tensors.
         """
         _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        return self.init_fn(_tree.ravel(losses), key)
+        return self.init_fn(_tree.wide(_tree.ravel(losses)), key)
 
     def __call__(self, losses: PyTree, state: State = None) -> tuple[Tensor, State]:
         """Return one loss, to be differentiated, and the next state.
@@ -178,7 +181,10 @@ class Scalarizer:
         """
         _check.losses(_tree.paths(losses), _tree.leaves(losses))
         vector = _tree.ravel(losses)
-        return self.update_fn(vector, self.init_fn(vector, None) if state is None else state)
+        wide = _tree.wide(vector)
+        state = self.init_fn(wide, None) if state is None else state
+        loss, state = self.update_fn(wide, state)
+        return loss.to(vector.dtype), state
 
     def __repr__(self) -> str:
         """Return the name in one line."""

@@ -1,0 +1,139 @@
+"""FAMO: fast adaptive multitask optimization.
+
+B. Liu, Y. Feng, P. Stone, Q. Liu, FAMO: Fast Adaptive Multitask Optimization, NeurIPS 2023,
+arXiv:2306.03792.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._types import PyTree, Scalarizer
+from torchjd_func.scalarization._common import Number, Vector, entries, number, observed, optional
+
+_EPS = 1e-8  # of the paper's code: D = L - b + eps, and of Adam
+_BETA_1, _BETA_2 = 0.9, 0.999
+
+
+class FAMOState(NamedTuple):
+    """State of `famo`."""
+
+    logits: Tensor  # (m,), xi
+    first: Tensor  # (m,), running mean of the gradient of the logits
+    second: Tensor  # (m,), running mean of its square
+    step: Tensor  # () int64, number of updates of the logits
+    before: Tensor  # (m,), log D at the last call
+    pending: Tensor  # () bool, whether that call was not yet observed
+
+
+def _init(losses: Tensor, key: Tensor | None) -> FAMOState:
+    """Start with uniform weights."""
+    zero = torch.zeros_like(losses)
+    step = torch.zeros((), dtype=torch.int64, device=losses.device)
+    pending = torch.zeros((), dtype=torch.bool, device=losses.device)
+    return FAMOState(zero, zero.clone(), zero.clone(), step, zero.clone(), pending)
+
+
+def _log_gap(losses: Tensor, min_losses: Tensor | None) -> Tensor:
+    """Return `log D`, with the gap `D = L - b + eps`."""
+    return (losses - entries("min_losses", min_losses, losses, 0.0) + _EPS).log()
+
+
+def _update(
+    losses: Tensor, state: FAMOState, *, min_losses: Tensor | None
+) -> tuple[Tensor, FAMOState]:
+    """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
+    _check.state("famo", "logits", state.logits, losses.shape)
+    log_gap = _log_gap(losses, min_losses)
+    z, before = torch.softmax(state.logits.detach(), 0), log_gap.detach()
+    c = 1 / (z * torch.exp(-before)).sum()
+    called = state._replace(before=before, pending=torch.ones_like(state.pending))
+    return c * (z * log_gap).sum(), called
+
+
+def _observe(
+    losses: PyTree,
+    state: FAMOState,
+    *,
+    min_losses: Tensor | None,
+    beta: Number,
+    gamma: Number,
+    optimizer: str,
+) -> FAMOState:
+    """Move the logits; tasks that improved most lose weight. Without a call nothing moves."""
+    after = _log_gap(observed("famo", losses, state.logits), min_losses)
+    delta, z = state.before - after, torch.softmax(state.logits, 0)
+    slope = z * (delta - (z * delta).sum()) + number(gamma, z) * state.logits
+    first = _BETA_1 * state.first + (1 - _BETA_1) * slope
+    second = _BETA_2 * state.second + (1 - _BETA_2) * slope.square()
+    step = state.step + 1
+    if optimizer == "adam":
+        slope = first / (1 - _BETA_1 ** step.to(z))
+        slope = slope / ((second / (1 - _BETA_2 ** step.to(z))).sqrt() + _EPS)
+    logits = state.logits - number(beta, z) * slope
+    moved = FAMOState(logits, first, second, step, state.before, torch.zeros_like(state.pending))
+    return _tree.map(partial(torch.where, state.pending), moved, state)
+
+
+def famo(
+    beta: Number = 0.025,
+    gamma: Number = 1e-3,
+    *,
+    min_losses: Vector | None = None,
+    optimizer: str = "adam",
+) -> Scalarizer:
+    r"""Decrease all losses at about the same relative rate, at the price of one backward pass.
+
+    $$s = c \sum_i z_i \log D_i, \qquad z = \mathrm{softmax}(\xi), \quad D = L - b + 10^{-8}, \quad
+    c = \Big(\sum_i z_i / D_i\Big)^{-1}, \qquad
+    \frac{\partial s}{\partial L_i} = c\, z_i / D_i.$$
+
+    `z` and `c` are constants, so that the weights of the gradients are positive and sum to 1. After
+    the step compute the losses of the SAME batch again and call
+    `state = scalarizer.observe(losses, state)`: with $\delta = \log D^{before} - \log D^{after}$
+    the logits move against the gradient $z \circ (\delta - z^\top \delta) + \gamma \xi$. The state
+    holds the logits, the moments of their optimiser, and the last losses. Assumes `L > b`.
+
+    Args:
+        beta: Step size of the logits. A tensor may be vmapped.
+        gamma: Decay of the logits; `1e-3` in the paper, other values in its scripts.
+        min_losses: `b`, `(m,)`, a lower bound of each loss; zeros by default.
+        optimizer: Of the logits: `"adam"`, as in the paper's experiments and all codes, whose first
+            step has length `beta` whatever $\delta$; `"sgd"`, the plain step of its Algorithm 1.
+
+    Returns:
+        The Scalarizer, with `observe` for the time after the step.
+
+    Raises:
+        ValueError: If `beta` or `gamma` is negative, or `optimizer` is unknown.
+
+    Differs from other implementations:
+        The official code also clips the norm of the gradient to 1; that is left to the optimiser.
+        The official class has `gamma=1e-5`, its stand-alone file 0.01.
+        An observation without a call before it changes nothing; TorchJD raises, or repeats it.
+
+    References:
+        B. Liu, Y. Feng, P. Stone, Q. Liu, FAMO: Fast Adaptive Multitask Optimization, NeurIPS 2023,
+        https://arxiv.org/abs/2306.03792
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> scalarizer = jd.scalarizers.famo()
+        >>> loss, state = scalarizer(torch.tensor([0.5, 3.0]))
+        >>> scalarizer.observe(torch.tensor([0.45, 2.9]), state).logits
+        tensor([-0.0250,  0.0250])
+    """
+    _check.choice("optimizer", optimizer, ("adam", "sgd"))
+    bounds = optional("min_losses", min_losses)
+    options = {
+        "beta": _check.interval("beta", beta, 0),
+        "gamma": _check.interval("gamma", gamma, 0),
+        "optimizer": optimizer,
+    }
+    observe = partial(_observe, min_losses=bounds, **options)
+    return Scalarizer("famo", _init, partial(_update, min_losses=bounds), observe)
