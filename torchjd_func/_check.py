@@ -46,7 +46,8 @@ def interval(
 
 def solver(name: str) -> str:
     """Return the name of a solver that is installed."""
-    choice("solver", name, ("auto", *qpsolvers.available_solvers))
+    if name != "auto":
+        choice("solver", name, ("auto", *qpsolvers.available_solvers))
     return name
 
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Aggregator, stateless, weighted
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg import dual_cone_projection
+from torchjd_func.linalg import nnqp
 
 
 def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
-    """Project each row on the dual cone, and average the coordinates of the projections."""
-    units = torch.eye(gramian.shape[0], dtype=gramian.dtype, device=gramian.device)
-    projected = dual_cone_projection(gramian, units, solver=solver).value
-    return resolve(preference, gramian) @ projected
+    """Project each row on the dual cone: `v = e_i + z`, and average the projections."""
+    multipliers = nnqp(gramian, gramian, solver=solver).value  # row i is z, for q = G e_i
+    weights = resolve(preference, gramian)
+    return weights + weights @ multipliers
 
 
 def upgrad(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,14 +164,17 @@ def _search(matrix: Tensor, vector: Tensor, solver: str) -> Any:
     if matrix.device.type != "cpu" and solver == "auto":
         return solve_masked(matrix, vector)
     m = vector.shape[-1]
-    shape = np.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
-    matrices = matrix.detach().cpu().numpy().reshape(-1, m, m)
-    which = np.arange(len(matrices)).reshape(matrix.shape[:-2])
-    which = np.broadcast_to(which, shape).reshape(-1)
-    vectors = np.broadcast_to(vector.detach().cpu().numpy(), (*shape, m)).reshape(-1, m)
-    answer = _pivoting.solve(matrices, which, vectors, solver)
-    value, support, *flags = (torch.from_numpy(part).to(matrix.device) for part in answer)
-    return value.reshape(*shape, m), support.reshape(*shape, m), *(f.reshape(shape) for f in flags)
+    matrices, vectors = matrix.detach().cpu().numpy(), vector.detach().cpu().numpy()
+    shape = np.broadcast_shapes(matrices.shape[:-2], vectors.shape[:-1])
+    which = np.arange(math.prod(matrices.shape[:-2])).reshape(matrices.shape[:-2])
+    answer = _pivoting.solve(
+        matrices.reshape(-1, m, m),
+        np.broadcast_to(which, shape).reshape(-1),
+        np.broadcast_to(vectors, (*shape, m)).reshape(-1, m),
+        solver,
+    )
+    parts = [torch.from_numpy(part.reshape((*shape, *part.shape[1:]))) for part in answer]
+    return tuple(parts if matrix.is_cpu else (part.to(matrix.device) for part in parts))
 
 
 @search.register_fake
