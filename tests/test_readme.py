@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests import readme
+from tests import property_table, readme
+from tests.registry import METHODS
 
 
 def test_the_first_two_shell_blocks_are_one_command_each():
@@ -18,3 +19,15 @@ def test_the_first_two_shell_blocks_are_one_command_each():
 @pytest.mark.parametrize("block", readme.blocks("python"))
 def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_table_of_properties_is_up_to_date():
+    text = readme.README.read_text()
+    message = "run `python -m tests.property_table --write`"
+    assert property_table.inserted(text) == text, message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_measured_properties_are_the_claimed_ones(name):
+    measured = property_table.measure(METHODS[name])
+    assert measured == {claim: getattr(METHODS[name], claim) for claim in measured}

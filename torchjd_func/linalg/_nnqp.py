@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -241,3 +242,7 @@ class _Differentiable(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Solve one larger batch."""
         return _Differentiable.apply(*_align(in_dims, *args[:2]), args[2]), (0,) * 5
+
+
+# `apply` asks for the signature at each call; deriving it takes longer than a small problem.
+_Differentiable.forward.__dict__["__signature__"] = inspect.signature(_Differentiable.forward)

@@ -46,6 +46,8 @@ class Answer(NamedTuple):
 @np.errstate(all="ignore")  # what is not finite is said in the answer
 def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
+    if solver == "auto" and (vectors >= 0).all() and np.isfinite(matrices).all():
+        return _nothing_to_do(vectors)
     diagonal = np.einsum("pii->pi", matrices)
     scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     unit = matrices * scales[:, :, None] * scales[:, None, :]
@@ -60,6 +62,13 @@ def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     # Not-a-number spreads from the input through the residual.
     value = z * scale * size + 0.0 * residual[:, None]
     return Answer(value, support, converged, iterations, fallback)
+
+
+def _nothing_to_do(vectors: Array) -> Answer:
+    """Return zero, which is the answer where no slope is negative: nothing conflicts."""
+    n = len(vectors)
+    true, zero = np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64)
+    return Answer(0 * vectors, np.zeros(vectors.shape, dtype=bool), true, zero, ~true)
 
 
 def push(matrices: Array, which: Array, z: Array) -> Array:
@@ -144,8 +153,10 @@ def _exchange(
         done[place] = independent & (count == 0)
         iterations[place] += 1
         patience = np.where(count < fewest, PATIENCE, patience - 1)
-        fewest = np.minimum(fewest, count)
         stay = independent & (count > 0) & (patience > 0)
+        if not stay.any():
+            break
+        fewest = np.minimum(fewest, count)
         place, which, vectors = place[stay], which[stay], vectors[stay]
         free, fewest, patience = (free ^ wrong)[stay], fewest[stay], patience[stay]
     return z, support, iterations, done

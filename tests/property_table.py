@@ -1,0 +1,84 @@
+"""The table of properties in the README, measured, not claimed.
+
+python -m tests.property_table            # prints it
+python -m tests.property_table --write    # puts it into the README
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.matrices import A, matrix
+from tests.properties import lowest_conflict, scaling_gap, span_distance
+from tests.readme import README
+from tests.registry import METHODS, Method, fresh
+
+START, END = "<!-- properties: begin -->", "<!-- properties: end -->"
+COLUMNS = (
+    "method",
+    "never conflicts",
+    "linear in scale",
+    "combines rows",
+    "order of rows is free",
+    "needs",
+    "state",
+    "differentiable",
+    "solve grows like",
+)
+
+
+def measure(method: Method) -> dict[str, bool]:
+    """Return the properties that hold on every witness."""
+    return {
+        "non_conflicting": lowest_conflict(method) >= -1e-6,
+        "linear_under_scaling": scaling_gap(method) < 1e-6,
+        "weighted": span_distance(method) < 1e-6,
+    }
+
+
+def needs(method: Method) -> str:
+    """Say what a method looks at."""
+    weighting = method.make(max(3, method.min_m)).weighting
+    looked = {"size": "m", "gramian": "G", "cross_gramian": "two batches"}
+    statistic = "rows" if weighting is None else looked[weighting.needs]
+    return statistic + (" and losses" if method.needs_losses else "")
+
+
+def state(method: Method) -> str:
+    """Say what a method remembers."""
+    m = max(3, method.min_m)
+    _, initial = fresh(method, matrix("gaussian", m, A.shape[1]), m)
+    return ("key" if method.random else "") or ("yes" if initial != () else "none")
+
+
+def row(name: str, method: Method) -> str:
+    """Return one line of the table."""
+    held = measure(method)
+    marks = ["yes" if held[claim] else "no" for claim in held]
+    order = "yes" if method.equivariant else "no"
+    order = "in law" if method.random and method.equivariant else order
+    smooth = "yes" if method.differentiable else "no"
+    cells = [f"`{name}`", *marks, order, needs(method), state(method), smooth, method.cost]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table() -> str:
+    """Return the whole table in Markdown."""
+    plain = {name: method for name, method in METHODS.items() if "[" not in name}
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    return "\n".join([*lines, *(row(name, method) for name, method in plain.items())])
+
+
+def inserted(text: str) -> str:
+    """Return a README with the table between its marks."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(inserted(README.read_text()))
+    elif sys.argv[1:]:
+        raise SystemExit(__doc__)
+    else:
+        print(table())
