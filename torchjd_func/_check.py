@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -276,3 +277,37 @@ def same_structure(name: str, same: bool) -> None:
             f"`{name}` must have the structure of the parameters, got another one. "
             "Pass the pytree that jd.grad returned for these parameters."
         )
+
+
+def number(name: str, value: float | Tensor, low: float, high: float = math.inf) -> float | Tensor:
+    """Return `value`, a Python number from `low` to `high`; a tensor passes, its value unread."""
+    if not isinstance(value, Tensor) and not low <= value <= high:
+        raise ValueError(
+            f"`{name}` must be between {low} and {high}, got {value}. Choose one in this range."
+        )
+    return value
+
+
+def state_type(method: str, state: Any, kind: type) -> None:
+    """Check that a state was made by the `init` of this method."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"`state` of `{method}` must be a {kind.__name__}, got {type(state).__name__}. "
+            "Pass the state that this method's init returned."
+        )
+
+
+def rtol(rtol: float | None) -> float | None:
+    """Return a tolerance relative to the largest eigenvalue."""
+    if rtol is not None:
+        number("rtol", rtol, 0, 1)
+    return rtol
+
+
+def decay(name: str, value: float | Tensor) -> float | Tensor:
+    """Return `value`, a Python number from 0 to below 1; a tensor passes, its value unread."""
+    if not isinstance(value, Tensor) and not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be at least 0 and below 1, got {value}. Use 0 to forget at once."
+        )
+    return value
