@@ -15,7 +15,7 @@ from torch import Tensor
 from torchjd_func import _check, random
 from torchjd_func._types import Aggregator, Weighting, weighted
 from torchjd_func.aggregation._orders import one_hot, shuffled_others
-from torchjd_func.linalg._gramian import rows_of
+from torchjd_func.linalg._gramian import rank_tol, rows_of
 
 
 class GradVacState(NamedTuple):
@@ -46,14 +46,17 @@ def _update(
     next_key, draw = random.split(state.key)
     # Row i holds the coordinates of the corrected gradient of objective i.
     coordinates = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
-    inverse, seen = rows_of(gramian).inverse, state.phi
+    rows, tol, seen = rows_of(gramian), rank_tol(gramian), state.phi
     for j in shuffled_others(draw, m).unbind(-1):
         visited = one_hot(j, m)
-        length = _safe_sqrt(((coordinates @ gramian) * coordinates).sum(-1))
+        square = ((coordinates @ gramian) * coordinates).sum(-1)
+        # A corrected gradient may cancel to rounding, which has no direction.
+        size = coordinates.detach().abs() @ rows.norms
+        length = _safe_sqrt(torch.where(square > tol * size.square(), square, 0.0))
         inner = (coordinates * gramian[j]).sum(-1)
-        phi = _cosine(inner * inverse[j], length)
+        phi = _cosine(inner * rows.inverse[j], length)
         target = torch.where(visited, state.phi, 0.0).sum(-1)
-        added = length * inverse[j] * _correction(phi, target)
+        added = length * rows.inverse[j] * _correction(phi, target)
         coordinates = coordinates + torch.where(visited, added.unsqueeze(-1), 0.0)
         seen = torch.where(visited, phi.unsqueeze(-1), seen)
     weights = coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
