@@ -103,7 +103,7 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
     For `c < 1` it converges to a minimum of the mean loss, and may conflict; for `c >= 1` it never
     conflicts. Where no direction improves all objectives (their gradients balance, or one is zero)
     several `d` are optimal: the one closest to $g_0$ is taken. Solves about 200 quadratic programs
-    in `m` unknowns in 8 batches, then a closed form; exact to about 1e-8.
+    in `m` unknowns in 9 batches, then a closed form; exact to about 1e-8.
 
     Args:
         c: Radius of the ball, relative to $\lVert g_0 \rVert$, at least 0. A tensor may be vmapped
