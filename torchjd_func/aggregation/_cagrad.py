@@ -14,12 +14,13 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._types import Aggregator, stateless, weighted
 from torchjd_func.linalg import min_norm_point, nnqp
-from torchjd_func.linalg._gramian import Rows, rank_tol, rows_of
-from torchjd_func.linalg._pivoting import masked_solver
+from torchjd_func.linalg._gramian import Rows, pseudo_inverse, rank_tol, rows_of
 
 RESCALES = (None, "1+c^2", "1+c")
 # Each round cuts the bracket of the worst improvement into 33: to 1e-9 of its width in all.
 ROUNDS, POINTS = 6, 32
+# Added to cosines while searching, so that dependent rows share what they add.
+RIDGE = 1e-11
 
 
 def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tensor:
@@ -30,66 +31,68 @@ def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tens
     square = (mean @ pushed).clamp(min=0)
     length = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
     radius = c * length
-    low, high = _search(gramian.detach(), pushed.detach(), length.detach(), radius.detach())
-    support = _added(gramian.detach(), pushed.detach(), low) > 0
-    total = mean + _closed_form(rows_of(gramian), pushed, radius, support, low, high)
+    rows, tol = rows_of(gramian), rank_tol(gramian)
+    support, inside = _search(
+        gramian.detach(), pushed.detach(), length.detach(), radius.detach(), tol
+    )
+    total = mean + _closed_form(rows, pushed, radius, support, inside, tol)
     if rescale is None:
         return total
     return total / (1 + c * c if rescale == "1+c^2" else 1 + c)
 
 
-def _added(gramian: Tensor, pushed: Tensor, nu: Tensor) -> Tensor:
-    """Return what has to be added to the mean's weights, at least, to improve all by `nu`.
-
-    The shortest `J' v`, `v >= 0`, with `G (b + v) >= nu`, for each `nu` of a batch.
-    """
-    return nnqp(gramian, pushed - nu.unsqueeze(-1)).value
-
-
 def _search(
-    gramian: Tensor, pushed: Tensor, length: Tensor, radius: Tensor
+    gramian: Tensor, pushed: Tensor, length: Tensor, radius: Tensor, tol: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Enclose the largest `nu` that the ball allows: the length of the addition grows with `nu`."""
+    """Enclose the largest `nu` that the ball allows: the length of the addition grows with `nu`.
+
+    Returns:
+        The support `(m,)` of what is then added to the mean's weights, and whether `()` it stays
+        inside of the ball.
+    """
     rows = rows_of(gramian)
+    ridged = gramian + torch.diag_embed(tol.clamp(min=RIDGE) * gramian.diagonal())
     low, high = pushed.amin(), rows.norms.amin() * (length + radius)
-    # Gradients that balance, up to rounding, cannot all improve; zero is where this sets in.
+    # Gradients that balance, up to rounding, cannot all improve; 0 is the most they all can.
     balance = rows.cosines * torch.outer(rows.norms > 0, rows.norms > 0)
     weights = min_norm_point(balance).value
-    stationary = weights @ balance @ weights <= rank_tol(gramian)
-    at_zero = _fits(gramian, pushed, radius, torch.zeros_like(low))
+    stationary = weights @ balance @ weights <= tol
+    at_zero = _fits(ridged, pushed, radius, torch.zeros_like(low))
     high = torch.where(stationary | ~at_zero, high.clamp(max=0), high)
     low = torch.where(at_zero, low.clamp(min=0), low)
     share = torch.arange(1, POINTS + 1, dtype=low.dtype, device=low.device) / (POINTS + 1)
     for _ in range(ROUNDS):
         width = high - low
-        fits = _fits(gramian, pushed, radius, low + width * share)
+        fits = _fits(ridged, pushed, radius, low + width * share)
         passed = fits.to(low.dtype).cumprod(0).sum() / (POINTS + 1)
         low, high = low + width * passed, low + width * (passed + 1 / (POINTS + 1))
-    return low, high
+    return nnqp(ridged, pushed - low).value > 0, stationary & at_zero
 
 
 def _fits(gramian: Tensor, pushed: Tensor, radius: Tensor, nu: Tensor) -> Tensor:
-    """Say for each `nu` whether the addition stays in the ball."""
-    added = _added(gramian, pushed, nu)
+    """Say for each `nu` whether all can improve by it in the ball.
+
+    The shortest addition `J' v`, `v >= 0`, with `G (b + v) >= nu`, is a quadratic program.
+    """
+    added = nnqp(gramian, pushed - nu.unsqueeze(-1)).value
     return ((added @ gramian) * added).sum(-1) <= radius.square()
 
 
 def _closed_form(
-    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, low: Tensor, high: Tensor
+    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, inside: Tensor, tol: Tensor
 ) -> Tensor:
     """Solve `G v = nu - G b` on the support, with the `nu` for which `J' v` has length `radius`."""
-    solve, _ = masked_solver(rows.cosines, support)
+    cosines = torch.where(torch.outer(support, support), rows.cosines, 0.0)
+    inverse = pseudo_inverse(cosines + torch.diag_embed((~support).to(cosines.dtype)), tol)
     used = torch.where(support, rows.inverse, 0.0)
     scaled = used * pushed
-    p, q = solve(used), solve(scaled)
+    p, q = inverse @ used, inverse @ scaled
     a_1, a_2, a_3 = used @ p, used @ q, scaled @ q - radius.square()
     found = a_1 > 0
     root = a_2.square() - a_1 * a_3
     positive = found & (root > 0)
     root = torch.where(positive, torch.where(positive, root, 1.0).sqrt(), 0.0)
-    nu = (a_2 + root) / torch.where(found, a_1, 1.0)
-    # Outside the bracket the ball is not the limit: gradients balance, and `low` is the most.
-    nu = torch.where((nu < low) | (nu > high), low, nu)
+    nu = torch.where(inside, 0.0, (a_2 + root) / torch.where(found, a_1, 1.0))
     return ((nu * p - q) * used).clamp(min=0)
 
 
