@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import torchjd_func as jd
 from torchjd_func import _tree
 
 
@@ -58,3 +59,9 @@ def as_matrix(tree: dict) -> Tensor:
 def clone(tree):
     """Copy every tensor of a pytree."""
     return _tree.map(lambda leaf: leaf.clone(), tree)
+
+
+def weights_of(rule: jd.Aggregator, gramian: Tensor) -> Tensor:
+    """Return the weights of a method that needs the Gramian alone."""
+    assert rule.weighting is not None
+    return rule.weighting(gramian)[0]

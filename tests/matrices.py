@@ -47,10 +47,12 @@ def all_matrices() -> list[tuple[str, Tensor]]:
 
 
 @st.composite
-def jacobians(draw, min_m: int = 1, max_m: int = 6, kinds: tuple[str, ...] = KINDS) -> Tensor:
+def jacobians(
+    draw, min_m: int = 1, max_m: int = 6, min_n: int = 1, kinds: tuple[str, ...] = KINDS
+) -> Tensor:
     """Draw a matrix of any kind and size."""
     m = draw(st.integers(min_m, max_m))
-    n = draw(st.integers(1, 8))
+    n = draw(st.integers(min_n, 8))
     return matrix(draw(st.sampled_from(kinds)), m, n, draw(st.integers(0, 10**6)))
 
 

@@ -28,7 +28,7 @@ def enumerate_nnqp(matrix: Tensor, vector: Tensor) -> Tensor:
 def upgrad(jac: Tensor, preference: Tensor | None = None) -> Tensor:
     """Project each row on the dual cone by enumeration, then average."""
     gramian, m = jac @ jac.T, len(jac)
-    weights = torch.full((m,), 1 / m) if preference is None else preference
+    weights = torch.full((m,), 1 / m, dtype=torch.float64) if preference is None else preference
     direction = torch.zeros(jac.shape[1], dtype=torch.float64)
     for i in range(m):
         multipliers = enumerate_nnqp(gramian, gramian[i])

@@ -28,6 +28,7 @@ class Method:
     random: bool = False  # init needs a key
     needs_losses: bool = False
     differentiable: bool = True  # d is differentiable in J almost everywhere, not only constant
+    unique: bool = True  # d is determined; False: only if rows are independent
     keeps_direction: bool = True  # one objective: d is along its gradient
     min_m: int = 1
     cost: str = ""  # growth of the solve with m
@@ -66,15 +67,15 @@ METHODS: dict[str, Method] = {
         cost="m^3",
     ),
     "mgda": Method(lambda m: jd.mgda(), non_conflicting=True, cost="m^3"),
-    "mgda[l2]": Method(lambda m: jd.mgda("l2"), cost="m^3"),
+    "mgda[l2]": Method(lambda m: jd.mgda("l2"), unique=False, cost="m^3"),
     "mgda[l2, normalized]": Method(
         lambda m: jd.mgda("l2", apply_to="normalized"),
         non_conflicting=True,
         degree=0.0,
         cost="m^3",
     ),
-    "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, cost="m^3"),
-    "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, cost="m^3"),
+    "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, unique=False, cost="m^3"),
+    "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, unique=False, cost="m^3"),
     "cagrad": Method(lambda m: jd.cagrad(), cost="m^3"),
     "cagrad[1+c^2]": Method(lambda m: jd.cagrad(0.4, rescale="1+c^2"), cost="m^3"),
     "cagrad[2]": Method(lambda m: jd.cagrad(2.0), non_conflicting=True, cost="m^3"),
@@ -99,13 +100,16 @@ METHODS: dict[str, Method] = {
         random=True,
         cost="m^4",
     ),
-    "imtl_g": Method(lambda m: jd.imtl_g(), cost="m^3"),
-    "imtl_g[safe]": Method(lambda m: jd.imtl_g(safe=True), cost="m^3"),
-    "aligned_mtl": Method(lambda m: jd.aligned_mtl(), cost="m^3"),
+    "imtl_g": Method(lambda m: jd.imtl_g(), unique=False, cost="m^3"),
+    "imtl_g[safe]": Method(lambda m: jd.imtl_g(safe=True), unique=False, cost="m^3"),
+    "aligned_mtl": Method(lambda m: jd.aligned_mtl(), unique=False, cost="m^3"),
     "aligned_mtl[preference, median]": Method(
-        lambda m: jd.aligned_mtl(_preference(m), "median"), equivariant=False, cost="m^3"
+        lambda m: jd.aligned_mtl(_preference(m), "median"),
+        equivariant=False,
+        unique=False,
+        cost="m^3",
     ),
-    "aligned_mtl[rmse]": Method(lambda m: jd.aligned_mtl(scale="rmse"), cost="m^3"),
+    "aligned_mtl[rmse]": Method(lambda m: jd.aligned_mtl(scale="rmse"), unique=False, cost="m^3"),
     "config": Method(lambda m: jd.config(), linear_under_scaling=True, cost="m^3"),
     "config[preference]": Method(
         lambda m: jd.config(_preference(m)),
@@ -114,15 +118,6 @@ METHODS: dict[str, Method] = {
         cost="m^3",
     ),
     "config[min]": Method(lambda m: jd.config(length="min"), cost="m^3"),
-    "config_momentum": Method(
-        lambda m: jd.config_momentum(),
-        weighted=False,
-        equivariant=False,
-        degree=None,
-        differentiable=False,
-        keeps_direction=False,
-        cost="m^3",
-    ),
     "config_momentum[all]": Method(
         lambda m: jd.config_momentum(visit="all"),
         weighted=False,

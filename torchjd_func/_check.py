@@ -3,255 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import qpsolvers
 import torch
 from torch import Tensor
 
 
-def preference(preference: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Return `preference` as a 1-D tensor (or `None`)."""
-    return None if preference is None else vector("preference", preference)
+def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> NoReturn:
+    """Raise the one kind of message: `name` must <rule>, got <value>. <what to do>."""
+    raise kind(f"{name} must {rule}, got {got}. {remedy}")
 
 
-def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
-    """Return `value` as a 1-D floating tensor."""
-    tensor = torch.as_tensor(value)
-    if tensor.ndim != 1:
-        raise ValueError(
-            f"`{name}` must be 1-D, with one number for each objective, "
-            f"got shape {tuple(tensor.shape)}. To sweep several, use torch.func.vmap over them."
-        )
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+def describe(value: Any) -> str:
+    """Describe a value that is not what it should be."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return type(value).__name__
 
 
-def length(name: str, value: Tensor, m: int) -> None:
-    """Check that `value` has one entry for each of the `m` objectives."""
-    if value.shape[-1] != m:
-        raise ValueError(
-            f"`{name}` must have one entry for each of the {m} objectives, "
-            f"got {value.shape[-1]}. Objectives are counted in leaf order of the losses."
-        )
-
-
-def square(method: str, statistic: Tensor) -> None:
-    """Check that `statistic` is one `(m, m)` floating matrix."""
-    if not isinstance(statistic, Tensor):
-        raise TypeError(
-            f"`{method}` must be given the Gramian as a tensor, got {type(statistic).__name__}. "
-            "For a Jacobian pytree call the aggregator, not its weighting."
-        )
-    if statistic.ndim != 2 or statistic.shape[0] != statistic.shape[1]:
-        raise ValueError(
-            f"`{method}` must be given a Gramian of shape (m, m), got {tuple(statistic.shape)}. "
-            "For a Jacobian call the aggregator; for a batch of Gramians use torch.func.vmap."
-        )
-    floating(f"{method}: the Gramian", statistic)
-
-
-def floating(name: str, value: Tensor) -> None:
-    """Check that `value` has a real floating-point dtype."""
-    if not value.is_floating_point():
-        raise TypeError(
-            f"{name} must have a floating-point dtype, got {value.dtype}. Convert it with .float()."
-        )
-
-
-def jacobian(method: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    """Check that all `leaves` are floating and share their leading dimension."""
-    if not leaves:
-        raise ValueError(
-            f"`{method}` must be given a Jacobian with at least one tensor, got an empty pytree. "
-            "Pass the pytree that jd.jac returns."
-        )
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(
-                f"`{method}` must be given floating-point tensors, got {found} at {path!r}. "
-                "Leave constants out of the Jacobian."
-            )
-        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
-            raise ValueError(
-                f"`{method}` must be given leaves of one leading dimension m, got shape "
-                f"{tuple(leaf.shape)} at {path!r}. The first dimension counts the objectives."
-            )
-
-
-def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    """Check that `leaves` can be differentiated."""
-    if not leaves:
-        raise ValueError(
-            f"{name} must hold at least one floating-point tensor, got an empty pytree. "
-            "Check `argnums`, or pass the parameters of jd.functionalize."
-        )
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(
-                f"{name} must hold floating-point tensors only, got {found} at {path!r}. "
-                "Pass it as another argument, which is not differentiated."
-            )
-
-
-def argnums(argnums: Any, n_args: int) -> tuple[int, ...]:
-    """Return `argnums` as a tuple of non-negative positions."""
-    wanted = argnums if isinstance(argnums, tuple) else (argnums,)
-    for index in wanted:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(
-                f"`argnums` must be an int or a tuple of ints, got {argnums!r}. "
-                "Name positions, not argument names."
-            )
-        if not -n_args <= index < n_args:
-            raise ValueError(
-                f"`argnums` must name one of the {n_args} positional arguments, got {index}. "
-                "Differentiated arguments are passed by position."
-            )
-    positions = tuple(index % n_args for index in wanted)
-    if not positions or len(set(positions)) != len(positions):
-        raise ValueError(
-            f"`argnums` must name each argument once and at least one, got {argnums!r}. "
-            "Use 0 for the first argument."
-        )
-    return positions
-
-
-def chunk_size(chunk_size: int | None) -> None:
-    """Check a number of cotangents at a time."""
-    if chunk_size is None:
-        return
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(
-            f"`chunk_size` must be a positive int or None, got {chunk_size!r}. "
-            "Use 1 for a loop, None for the method's own choice."
-        )
-
-
-def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Check that `value` is one of `choices`."""
-    if value not in choices:
-        allowed = ", ".join(repr(option) for option in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of these.")
-
-
-def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    """Check that what an objective returned can be differentiated."""
-    if not leaves or all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
-        raise ValueError(
-            "`losses` must hold at least one number, got none. "
-            "Return a tensor, or a pytree of tensors, from the objective."
-        )
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"`losses` must be tensors, got {type(leaf).__name__} at {path!r}. "
-                "With an auxiliary output, return (losses, aux) and pass has_aux=True."
-            )
-        floating(f"`losses` at {path!r}", leaf)
-
-
-def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
-    """Check the `losses` handed to a method beside its statistic."""
-    if losses is not None and tuple(losses.shape) != (m,):
-        raise ValueError(
-            f"`losses` of `{method}` must have shape ({m},), one for each objective, "
-            f"got {tuple(losses.shape)}. Flatten them in leaf order."
-        )
-
-
-def losses_present(method: str, losses: Tensor | None) -> Tensor:
-    """Return the `losses` that `method` cannot do without."""
-    if losses is None:
-        raise ValueError(
-            f"`{method}` must be given the losses, got None. "
-            "Call it with losses=..., or through jd.grad, which passes them."
-        )
-    return losses
-
-
-def aux_pair(out: Any) -> tuple[Any, Any]:
-    """Return the `(losses, aux)` of an objective with an auxiliary output."""
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            f"`fn` must return (losses, aux) when has_aux=True, got {type(out).__name__}. "
-            "Return a pair, or drop has_aux."
-        )
-    return out
-
-
-def rule(rule: Any, types: tuple[type, ...]) -> None:
-    """Check that `rule` is of one of the core types."""
-    if not isinstance(rule, types):
-        names = " or ".join(f"jd.{kind.__name__}" for kind in types)
-        raise TypeError(
-            f"`rule` must be a {names}, got {type(rule).__name__}. "
-            "Call the factory, e.g. jd.upgrad(); lift a jd.Weighting with jd.weighted."
-        )
-
-
-def key(key: Any) -> None:
-    """Check that `key` was made by `torchjd_func.random`."""
-    if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
-        found = (
-            f"shape {tuple(key.shape)} and dtype {key.dtype}"
-            if isinstance(key, Tensor)
-            else type(key).__name__
-        )
-        raise ValueError(
-            f"`key` must be an int64 tensor of shape (2,), got {found}. "
-            "Make one with jd.random.key(seed); for a batch of keys use torch.func.vmap."
-        )
-
-
-def key_present(method: str, key: Tensor | None) -> Tensor:
-    """Return the `key` that the random `method` cannot do without."""
-    if key is None:
-        raise ValueError(
-            f"`key` must be given to `{method}`, which draws random numbers, got None. "
-            "Call init(..., key=jd.random.key(0)) and pass the state on."
-        )
-    return key
-
-
-def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
-    """Check that a tensor of the state has the size of this problem."""
-    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"`state.{field}` of `{method}` must have shape {tuple(shape)}, got {found}. "
-            "A state belongs to one number of objectives and parameters: call init again."
-        )
-
-
-def stateless(method: str, state: Any) -> None:
-    """Check that a method without state is handed none."""
-    if state != ():
-        raise ValueError(
-            f"`state` of `{method}` must be (), since it keeps none, got {type(state).__name__}. "
-            "Pass the state that this method's init returned."
-        )
-
-
-def names(kind: str, given: Any, expected: Any) -> None:
-    """Check that two sets of names are equal."""
-    unknown, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
-    if unknown or missing:
-        raise ValueError(
-            f"`{kind}` must have exactly the expected names, got unknown {unknown} "
-            f"and missing {missing}. Keep the names of the pytree it was made from."
-        )
-
-
-def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:
-    """Check that a leaf has the shape of its counterpart."""
-    if got.shape != want.shape:
-        raise ValueError(
-            f"`{name}` must have shape {tuple(want.shape)} at {path!r}, got {tuple(got.shape)}. "
-            "Pass the pytree that belongs to these parameters."
-        )
+    if value not in tuple(choices):
+        allowed = "be one of " + ", ".join(repr(option) for option in choices)
+        fail(ValueError, f"`{name}`", allowed, repr(value), "Choose one of these.")
 
 
 def solver(name: str) -> str:
@@ -260,54 +36,255 @@ def solver(name: str) -> str:
     return name
 
 
+def chunk_size(value: int | None) -> None:
+    """Check a number of cotangents at a time."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        remedy = "Use 1 for a loop, None for the method's own choice."
+        fail(ValueError, "`chunk_size`", "be a positive int or None", repr(value), remedy)
+
+
+def argnums(value: Any, n_args: int) -> tuple[int, ...]:
+    """Return `argnums` as a tuple of non-negative positions."""
+    wanted = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in wanted):
+        remedy = "Name positions, not argument names."
+        fail(TypeError, "`argnums`", "be an int or a tuple of ints", repr(value), remedy)
+    if not all(-n_args <= index < n_args for index in wanted):
+        rule = f"name some of the {n_args} positional arguments"
+        fail(ValueError, "`argnums`", rule, value, "Pass what is differentiated by position.")
+    positions = tuple(index % n_args for index in wanted)
+    if not positions or len(set(positions)) != len(positions):
+        rule, remedy = "name at least one argument, each once", "Use 0 for the first argument."
+        fail(ValueError, "`argnums`", rule, value, remedy)
+    return positions
+
+
+def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:
+    """Return `preference` as a 1-D tensor (or `None`)."""
+    return None if value is None else vector("preference", value)
+
+
+def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
+    """Return `value` as a 1-D floating tensor; Python numbers become float64."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if tensor.ndim != 1:
+        remedy = "To sweep several, use torch.func.vmap over them."
+        fail(
+            ValueError, f"`{name}`", "be 1-D, a number for each objective", describe(tensor), remedy
+        )
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def length(name: str, value: Tensor, m: int) -> None:
+    """Check that `value` has one entry for each of the `m` objectives."""
+    if value.shape[-1] != m:
+        rule = f"have one entry for each of the {m} objectives"
+        remedy = "Objectives are counted in leaf order of the losses."
+        fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Check that `value` has a real floating-point dtype."""
+    if not value.is_floating_point():
+        fail(TypeError, name, "be floating-point", value.dtype, "Convert it with .float().")
+
+
 def matrix(name: str, value: Tensor) -> None:
-    """Check that `value` is a floating matrix, or a batch of them, with as many rows as columns."""
+    """Check that `value` is a floating square matrix, or a batch of them."""
     floating(f"`{name}`", value)
     if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
-        raise ValueError(
-            f"`{name}` must have shape (..., m, m), got {tuple(value.shape)}. "
-            "Pass a square matrix, e.g. a Gramian."
-        )
+        remedy = "Pass a square matrix, e.g. a Gramian."
+        fail(ValueError, f"`{name}`", "have shape (..., m, m)", describe(value), remedy)
+
+
+def square(method: str, statistic: Tensor) -> None:
+    """Check that a weighting is given one `(m, m)` floating matrix."""
+    name = f"the Gramian given to `{method}`"
+    if not isinstance(statistic, Tensor):
+        remedy = "For a Jacobian pytree call the aggregator, not its weighting."
+        fail(TypeError, name, "be a tensor", describe(statistic), remedy)
+    if statistic.ndim != 2 or statistic.shape[0] != statistic.shape[1]:
+        remedy = "For a Jacobian call the aggregator; for several Gramians use torch.func.vmap."
+        fail(ValueError, name, "have shape (m, m)", describe(statistic), remedy)
+    floating(name, statistic)
+
+
+def jacobian(method: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that all `leaves` are floating and share their leading dimension."""
+    name = f"the Jacobian given to `{method}`"
+    if not leaves:
+        remedy = "Pass the pytree that jd.jac returns."
+        fail(ValueError, name, "hold at least one tensor", "an empty pytree", remedy)
+    _differentiable(name, paths, leaves, "Leave constants out of it.")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            rule, got = (
+                "have one leading dimension m in all leaves",
+                f"{describe(leaf)} at {path!r}",
+            )
+            fail(ValueError, name, rule, got, "The first dimension counts the objectives.")
+
+
+def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
+    """Check the `losses` handed to a method beside its statistic."""
+    if losses is not None and tuple(losses.shape) != (m,):
+        rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
+        fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+
+
+def losses_present(method: str, losses: Tensor | None) -> Tensor:
+    """Return the `losses` that `method` cannot do without."""
+    if losses is None:
+        remedy = "Call it with losses=..., or through jd.grad, which passes them."
+        fail(ValueError, f"`{method}`", "be given the losses", "None", remedy)
+    return losses
+
+
+def key(value: Any) -> None:
+    """Check that a key was made by `torchjd_func.random`."""
+    if not isinstance(value, Tensor) or value.shape != (2,) or value.dtype != torch.int64:
+        remedy = "Make one with jd.random.key(seed); for several use torch.func.vmap."
+        fail(ValueError, "`key`", "be an int64 tensor of shape (2,)", describe(value), remedy)
+
+
+def key_present(method: str, value: Tensor | None) -> Tensor:
+    """Return the key that the random `method` cannot do without."""
+    if value is None:
+        rule = f"be given to `{method}`, which draws random numbers"
+        remedy = "Call init(..., key=jd.random.key(0)) and pass the state on."
+        fail(ValueError, "`key`", rule, "None", remedy)
+    key(value)
+    return value
+
+
+def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
+    """Check that a tensor of the state has the size of this problem."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        name, rule = f"`state.{field}` of `{method}`", f"have shape {tuple(shape)}"
+        remedy = "A state belongs to one size of problem: call init again."
+        fail(ValueError, name, rule, describe(value), remedy)
+
+
+def stateless(method: str, value: Any) -> None:
+    """Check that a method without state is handed none."""
+    if value != ():
+        remedy = "Pass the state that this method's init returned."
+        fail(ValueError, f"`state` of `{method}`", "be ()", describe(value), remedy)
+
+
+def rule(value: Any, types: tuple[type, ...]) -> None:
+    """Check that a rule is of one of the core types."""
+    if not isinstance(value, types):
+        names = " or ".join(f"jd.{kind.__name__}" for kind in types)
+        remedy = "Call the factory, e.g. jd.upgrad(); lift a jd.Weighting with jd.weighted."
+        fail(TypeError, "`rule`", f"be a {names}", type(value).__name__, remedy)
+
+
+def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that `leaves` can be differentiated."""
+    if not leaves:
+        remedy = "Check `argnums`, or pass the parameters of jd.functionalize."
+        fail(ValueError, name, "hold at least one floating-point tensor", "an empty pytree", remedy)
+    _differentiable(name, paths, leaves, "Pass what is not differentiated as another argument.")
+
+
+def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that what an objective returned can be differentiated."""
+    if not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
+        remedy = "Return a tensor, or a pytree of tensors, from the objective."
+        fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            remedy = "With an auxiliary output, return (losses, aux) and pass has_aux=True."
+            got = f"{describe(leaf)} at {path!r}"
+            fail(TypeError, "`losses`", "be tensors", got, remedy)
+        floating(f"`losses` at {path!r}", leaf)
+
+
+def aux_pair(out: Any) -> tuple[Any, Any]:
+    """Return the `(losses, aux)` of an objective with an auxiliary output."""
+    if not isinstance(out, tuple) or len(out) != 2:
+        rule, remedy = "return (losses, aux) when has_aux=True", "Return a pair, or drop has_aux."
+        fail(TypeError, "`fn`", rule, describe(out), remedy)
+    return out
+
+
+def two_batches(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+    """Return leading arguments and the two batches that follow them."""
+    *leading, batch_1, batch_2 = args if len(args) >= 3 else (None, None)
+    if not leading or not isinstance(batch_1, tuple) or not isinstance(batch_2, tuple):
+        rule = "be the last two arguments, each a tuple of arguments of the objective"
+        got = [type(arg).__name__ for arg in args]
+        fail(ValueError, "`batch_1, batch_2`", rule, got, "Call f(params, (x_1,), (x_2,)).")
+    return leading, batch_1, batch_2
+
+
+def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
+    """Return shared and head parameters of a multi-task objective."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        name, rule = "`params` of a multi-task objective", "be (shared, {name: head_params})"
+        fail(ValueError, name, rule, describe(value), "Pass a pair.")
+    names("head_params", value[1], heads)
+    return value
+
+
+def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    """Check that two sets of names are equal."""
+    unknown, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+    if unknown or missing:
+        got = f"unknown {unknown} and missing {missing}"
+        remedy = "Keep the names of the pytree it was made from."
+        fail(ValueError, f"`{kind}`", "have exactly the expected names", got, remedy)
 
 
 def same_structure(name: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
-        raise ValueError(
-            f"`{name}` must have the structure of the parameters, got another one. "
-            "Pass the pytree that jd.grad returned for these parameters."
-        )
+        remedy = "Pass the pytree that jd.grad returned for these parameters."
+        fail(ValueError, f"`{name}`", "have the structure of the parameters", "another", remedy)
+
+
+def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:
+    """Check that a leaf has the shape of its counterpart."""
+    if got.shape != want.shape:
+        rule = f"have shape {tuple(want.shape)} at {path!r}"
+        remedy = "Pass the pytree that belongs to these parameters."
+        fail(ValueError, f"`{name}`", rule, tuple(got.shape), remedy)
+
+
+def _differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
+    """Check that all leaves are floating or complex tensors."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            got = f"{describe(leaf)} at {path!r}"
+            fail(TypeError, name, "hold floating-point tensors only", got, remedy)
 
 
 def number(name: str, value: float | Tensor, low: float, high: float = math.inf) -> float | Tensor:
     """Return `value`, a Python number from `low` to `high`; a tensor passes, its value unread."""
     if not isinstance(value, Tensor) and not low <= value <= high:
-        raise ValueError(
-            f"`{name}` must be between {low} and {high}, got {value}. Choose one in this range."
-        )
+        rule = f"be between {low} and {high}"
+        fail(ValueError, f"`{name}`", rule, value, "Choose one in this range.")
     return value
-
-
-def state_type(method: str, state: Any, kind: type) -> None:
-    """Check that a state was made by the `init` of this method."""
-    if not isinstance(state, kind):
-        raise ValueError(
-            f"`state` of `{method}` must be a {kind.__name__}, got {type(state).__name__}. "
-            "Pass the state that this method's init returned."
-        )
-
-
-def rtol(rtol: float | None) -> float | None:
-    """Return a tolerance relative to the largest eigenvalue."""
-    if rtol is not None:
-        number("rtol", rtol, 0, 1)
-    return rtol
 
 
 def decay(name: str, value: float | Tensor) -> float | Tensor:
     """Return `value`, a Python number from 0 to below 1; a tensor passes, its value unread."""
     if not isinstance(value, Tensor) and not 0 <= value < 1:
-        raise ValueError(
-            f"`{name}` must be at least 0 and below 1, got {value}. Use 0 to forget at once."
-        )
+        rule = "be at least 0 and below 1"
+        fail(ValueError, f"`{name}`", rule, value, "Use 0 to forget at once.")
     return value
+
+
+def rtol(value: float | None) -> float | None:
+    """Return a tolerance relative to the largest eigenvalue."""
+    if value is not None:
+        number("rtol", value, 0, 1)
+    return value
+
+
+def state_type(method: str, value: Any, kind: type) -> None:
+    """Check that a state was made by the `init` of this method."""
+    if not isinstance(value, kind):
+        remedy = "Pass the state that this method's init returned."
+        fail(ValueError, f"`state` of `{method}`", f"be a {kind.__name__}", describe(value), remedy)

@@ -207,6 +207,12 @@ def stateless(
 
     Returns:
         The Weighting.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> shortest = lambda gramian: (gramian.diagonal() == gramian.diagonal().min()).double()
+        >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
+        tensor([-1.])
     """
     return Weighting(name, _no_state, partial(_stateless_update, name, weights_fn), needs)
 
@@ -219,6 +225,11 @@ def weighted(weighting: Weighting) -> Aggregator:
 
     Returns:
         The Aggregator; it shares the state of `weighting`.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.weighted(jd.upgrad().weighting)(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))[0]
+        tensor([0.5000, 1.5000])
     """
     init, update = partial(_weighted_init, weighting), partial(_weighted_update, weighting)
     return Aggregator(weighting.name, init, update, weighting)

@@ -32,10 +32,10 @@ def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tens
     length = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
     radius = c * length
     rows, tol = rows_of(gramian), rank_tol(gramian)
-    support, inside = _search(
+    support, slack = _search(
         gramian.detach(), pushed.detach(), length.detach(), radius.detach(), tol
     )
-    total = mean + _closed_form(rows, pushed, radius, support, inside, tol)
+    total = mean + _closed_form(rows, pushed, radius, support, slack, tol)
     if rescale is None:
         return total
     return total / (1 + c * c if rescale == "1+c^2" else 1 + c)
@@ -44,12 +44,7 @@ def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tens
 def _search(
     gramian: Tensor, pushed: Tensor, length: Tensor, radius: Tensor, tol: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Enclose the largest `nu` that the ball allows: the length of the addition grows with `nu`.
-
-    Returns:
-        The support `(m,)` of what is then added to the mean's weights, and whether `()` it stays
-        inside of the ball.
-    """
+    """Return the support of the addition, and whether the ball does not limit it."""
     rows = rows_of(gramian)
     ridged = gramian + torch.diag_embed(tol.clamp(min=RIDGE) * gramian.diagonal())
     low, high = pushed.amin(), rows.norms.amin() * (length + radius)
@@ -60,6 +55,7 @@ def _search(
     at_zero = _fits(ridged, pushed, radius, torch.zeros_like(low))
     high = torch.where(stationary | ~at_zero, high.clamp(max=0), high)
     low = torch.where(at_zero, low.clamp(min=0), low)
+    # The length of the addition grows with `nu`: enclose the largest `nu` that the ball allows.
     share = torch.arange(1, POINTS + 1, dtype=low.dtype, device=low.device) / (POINTS + 1)
     for _ in range(ROUNDS):
         width = high - low
@@ -79,7 +75,7 @@ def _fits(gramian: Tensor, pushed: Tensor, radius: Tensor, nu: Tensor) -> Tensor
 
 
 def _closed_form(
-    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, inside: Tensor, tol: Tensor
+    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, slack: Tensor, tol: Tensor
 ) -> Tensor:
     """Solve `G v = nu - G b` on the support, with the `nu` for which `J' v` has length `radius`."""
     cosines = torch.where(torch.outer(support, support), rows.cosines, 0.0)
@@ -92,7 +88,7 @@ def _closed_form(
     root = a_2.square() - a_1 * a_3
     positive = found & (root > 0)
     root = torch.where(positive, torch.where(positive, root, 1.0).sqrt(), 0.0)
-    nu = torch.where(inside, 0.0, (a_2 + root) / torch.where(found, a_1, 1.0))
+    nu = torch.where(slack, 0.0, (a_2 + root) / torch.where(found, a_1, 1.0))
     return ((nu * p - q) * used).clamp(min=0)
 
 

@@ -13,7 +13,7 @@ from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.differentiate._gramian import _validate, contract, pullback_of
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import as_vector, bind, linearize, split_aux
+from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
 from torchjd_func.differentiate._objectives import MultiTask
 
 PyTree = Any
@@ -180,7 +180,7 @@ def _scalarized(
         loss, new_state = rule(as_vector(fn, losses), state)
         return loss, (losses, aux, new_state)
 
-    grads, (losses, aux, state) = torch.func.grad(loss_fn, has_aux=True)(flat)
+    grads, (losses, aux, state) = grad_aux(loss_fn, flat)
     return rebuild(grads), (losses, aux) if has_aux else losses, state
 
 

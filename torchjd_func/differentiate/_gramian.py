@@ -182,7 +182,7 @@ def cross_gramian(
 
     def cross_gramian_fn(*args: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""
-        *leading, batch_1, batch_2 = args
+        leading, batch_1, batch_2 = _check.two_batches(args)
         first = linearize(fn, (*leading, *batch_1), argnums, has_aux)
         second = linearize(fn, (*leading, *batch_2), argnums, has_aux)
         matrix = _CROSS[method](first, second, chunk_size)

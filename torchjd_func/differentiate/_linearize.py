@@ -73,11 +73,8 @@ def split_aux(out: Any, has_aux: bool) -> tuple[PyTree, PyTree]:
 def as_vector(fn: Callable[..., Any], losses: PyTree) -> Tensor:
     """Return all losses as one vector; those of an instance-wise objective already are."""
     if isinstance(fn, InstanceWise) and not (isinstance(losses, Tensor) and losses.ndim == 1):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"`losses` of an instance-wise objective must have shape (b,), got {found}. "
-            "Return one loss for each example, not reduced over the batch."
-        )
+        name, remedy = "`losses` of an instance-wise objective", "Return one for each example."
+        _check.fail(ValueError, name, "have shape (b,)", _check.describe(losses), remedy)
     return _tree.ravel(losses)
 
 
@@ -96,10 +93,39 @@ def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., An
     return value, pullback
 
 
-def vjp_aux(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
+def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
     """Return the value of `fn`, its pullback, and its auxiliary output."""
-    result: Any = torch.func.vjp(fn, *primals, has_aux=True)
-    return result
+    packed, unpack = packing(fn)
+    result: Any = torch.func.vjp(packed, primals, has_aux=True)
+    value, pullback, tensors = result
+    return value, pullback, unpack(tensors)
+
+
+def grad_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[PyTree, Any]:
+    """Return the gradient of `fn`, and its auxiliary output."""
+    packed, unpack = packing(fn)
+    grads, tensors = torch.func.grad(packed, has_aux=True)(primals)
+    return grads, unpack(tensors)
+
+
+def packing(
+    fn: Callable[..., Any],
+) -> tuple[Callable[..., Any], Callable[[list[Tensor]], Any]]:
+    """Make `fn` return its auxiliary output as a list of tensors, all that torch.func takes.
+
+    Returns:
+        The changed function, and the function that undoes it once the first has run.
+    """
+    restore: list[Callable[[list[Tensor]], Any]] = []
+
+    def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
+        """Return the value, and the tensors of the auxiliary output."""
+        value, aux = fn(primals)
+        tensors, unpack = _tree.pack(aux)
+        restore.append(unpack)
+        return value, tensors
+
+    return packed, lambda tensors: restore[0](tensors)
 
 
 def basis(vector: Tensor) -> Tensor:
@@ -112,17 +138,12 @@ def _linearize_multitask(
 ) -> Linearized:
     """Use the chain rule through the features: each head is traversed once."""
     if argnums != 0 or len(args) != 2:
-        raise ValueError(
-            f"`argnums` of a multi-task objective must be 0, of the two arguments (params, batch), "
-            f"got {argnums} of {len(args)}. Close over what is not differentiated."
-        )
-    if has_aux != fn.has_aux:
-        raise ValueError(
-            f"`has_aux` must be {fn.has_aux}, as it was for jd.multitask, got {has_aux}. "
-            "Pass the same value to both."
-        )
-    (shared, head_params), batch = args
-    _check.names("head_params", head_params, fn.heads)
+        rule = "be 0, of the two arguments (params, batch) of a multi-task objective"
+        got, remedy = f"{argnums} of {len(args)}", "Close over what is not differentiated."
+        _check.fail(ValueError, "`argnums`", rule, got, remedy)
+    _check.choice("has_aux", has_aux, (fn.has_aux,))
+    params, batch = args
+    shared, head_params = _check.multitask_params(params, fn.heads)
     flat, rebuild = _tree.flatten(shared)
     _check.params("the shared parameters", _tree.paths(shared), flat)
 
@@ -153,10 +174,8 @@ def _head(
     """Return the loss of one task, its gradient by the head, and by the features."""
     loss, pull = vjp(lambda p, z: fn.heads[name](p, z, batch), params, features)
     if loss.ndim != 0:
-        raise ValueError(
-            f"`heads[{name!r}]` must return a scalar, got shape {tuple(loss.shape)}. "
-            "Reduce the loss of the task over the batch."
-        )
+        remedy = "Reduce the loss of the task over the batch."
+        _check.fail(ValueError, f"`heads[{name!r}]`", "return a scalar", tuple(loss.shape), remedy)
     _check.losses([name], [loss])
     head_grad, feature_grad = pull(torch.ones_like(loss))
     return loss, head_grad, feature_grad

@@ -37,8 +37,7 @@ class MultiTask:
 
     def __call__(self, params: tuple[Any, Mapping[str, Any]], batch: Any) -> Any:
         """Return the dict of losses (and `aux`, if the trunk has one)."""
-        shared, head_params = params
-        _check.names("head_params", head_params, self.heads)
+        shared, head_params = _check.multitask_params(params, self.heads)
         out = self.trunk(shared, batch)
         features, aux = _check.aux_pair(out) if self.has_aux else (out, None)
         losses = {
@@ -133,5 +132,5 @@ def multitask(
                 [1., 1.]])
     """
     if not heads:
-        raise ValueError("`heads` must have at least one task, got none. Pass {name: head}.")
+        _check.fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
     return MultiTask(trunk, dict(heads), has_aux)

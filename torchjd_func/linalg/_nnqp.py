@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func.linalg._pivoting import gradient, masked_solver, nnqp_support
-
-# Largest relative KKT residual of a solution that is called converged.
-KKT_TOL = 1e-8
+from torchjd_func.linalg import _pivoting
+from torchjd_func.linalg._masked import masked_solve, solve_masked
 
 
 class Solution(NamedTuple):
@@ -19,7 +18,7 @@ class Solution(NamedTuple):
 
     value: Tensor  # (..., m)
     converged: Tensor  # (...,) bool: the relative KKT residual is at most 1e-8
-    iterations: Tensor  # (...,) int64: pivots
+    iterations: Tensor  # (...,) int64: linear systems solved
     fallback: Tensor  # (...,) bool: the fast path failed and the exact path answered
 
 
@@ -35,12 +34,14 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 
     Args:
         matrix: `Q`, `(..., m, m)`, symmetric positive semi-definite.
-        vector: `q`, `(..., m)`. Leading dimensions broadcast against those of `matrix`.
+        vector: `q`, `(..., m)`. Leading dimensions broadcast against those of `matrix`; problems
+            that share a matrix this way are solved together.
         solver: `"auto"`, or the name of any installed solver of qpsolvers, such as `"quadprog"`,
             which then finds the support, one problem at a time, on the CPU.
 
     Returns:
-        A `Solution`. `converged` is false for a problem that is unbounded below or not finite.
+        A `Solution`. `converged` is false for a problem that is unbounded below or not finite; the
+        value of the latter is not finite either.
 
     Raises:
         TypeError: If an argument is not floating-point.
@@ -61,16 +62,8 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     _check.floating("`vector`", vector)
     _check.length("vector", vector, matrix.shape[-1])
     dtype = torch.promote_types(matrix.dtype, vector.dtype)
-    wide_matrix, wide_vector = matrix.to(torch.float64), vector.to(torch.float64)
-    # Constants of an exact change of variables, so derivatives need not pass through them.
-    diagonal = wide_matrix.detach().diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    linear = scale * wide_vector
-    largest = linear.detach().abs().amax(-1, keepdim=True)
-    size = torch.where(largest > 0, largest, 1.0)
-    unit_matrix = wide_matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    solution = _solve_scaled(unit_matrix, linear / size, solver)
-    return solution._replace(value=(solution.value * scale * size).to(dtype))
+    solution = _solve(matrix.to(torch.float64), vector.to(torch.float64), solver)
+    return solution._replace(value=solution.value.to(dtype))
 
 
 def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = "auto") -> Solution:
@@ -93,14 +86,14 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
         >>> jd.linalg.dual_cone_projection(gramian, torch.tensor([0.0, 1.0])).value
         tensor([1., 1.])
     """
+    _check.solver(solver)
     _check.matrix("gramian", gramian)
     _check.floating("`coordinates`", coordinates)
     _check.length("coordinates", coordinates, gramian.shape[-1])
-    wide_gramian, wide = gramian.to(torch.float64), coordinates.to(torch.float64)
-    pushed = (wide_gramian @ wide.unsqueeze(-1)).squeeze(-1)
-    solution = nnqp(wide_gramian, pushed, solver=solver)
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
-    return solution._replace(value=(wide + solution.value).to(dtype))
+    wide, start = gramian.to(torch.float64), coordinates.to(torch.float64)
+    solution = _solve(wide, (start.unsqueeze(-2) @ wide).squeeze(-2), solver)
+    return solution._replace(value=(start + solution.value).to(dtype))
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
@@ -121,24 +114,126 @@ def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
         >>> jd.linalg.min_norm_point(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).value
         tensor([0.7500, 0.2500])
     """
+    _check.solver(solver)
     _check.matrix("gramian", gramian)
     wide = gramian.to(torch.float64)
     diagonal = wide.detach().diagonal(dim1=-2, dim2=-1)
     # The shortest row decides, so its scale is kept; any positive number gives the same answer.
     shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
     kappa = torch.where(shortest.isinf(), 1.0, shortest)
-    solution = nnqp(wide + kappa.unsqueeze(-1), -kappa.expand_as(diagonal), solver=solver)
+    solution = _solve(wide + kappa.unsqueeze(-1), -kappa.expand_as(diagonal), solver)
     total = solution.value.sum(-1, keepdim=True)
     return solution._replace(value=(solution.value / total).to(gramian.dtype))
 
 
-def _solve_scaled(matrix: Tensor, vector: Tensor, solver: str) -> Solution:
-    """Solve a problem of unit diagonal and unit `max|q|`: search the support, then one solve."""
-    shape = torch.broadcast_shapes(matrix.shape[:-1], vector.shape)
-    matrix, vector = matrix.expand(*shape, shape[-1]), vector.expand(shape)
-    support, iterations, fallback = nnqp_support(matrix.detach(), vector.detach(), solver)
-    solve, _ = masked_solver(matrix, support)
-    value = solve(-vector).clamp(min=0)
-    residual = torch.minimum(value, gradient(matrix, value, vector)).abs().amax(-1)
-    converged = residual <= KKT_TOL * (1 + value.abs().amax(-1))
-    return Solution(value, converged, iterations, fallback)
+def _solve(matrix: Tensor, vector: Tensor, solver: str) -> Solution:
+    """Solve a float64 problem, differentiably."""
+    if matrix.ndim != vector.ndim + 1:
+        ndim = max(matrix.ndim - 1, vector.ndim)
+        matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
+        vector = vector[(None,) * (ndim - vector.ndim)]
+    if not torch.compiler.is_compiling():
+        value, _, *flags = _Differentiable.apply(matrix, vector, solver)
+        return Solution(value, *flags)
+    # A graph holds no autograd.Function under vmap (torch 2.13), so its value is solved in torch.
+    found, support, *flags = search(matrix.detach(), vector.detach(), solver)
+    value = masked_solve(matrix, support, -vector).clamp(min=0)
+    return Solution(value + 0 * found, *flags)  # not-a-number spreads
+
+
+@torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
+def search(
+    matrix: Tensor, vector: Tensor, solver: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solve each problem of a batch; opaque to the compiler, since the search branches on values.
+
+    Args:
+        matrix: `(..., m, m)` float64.
+        vector: `(..., m)` float64; as many leading dimensions, each equal or 1.
+        solver: As for `nnqp`.
+
+    Returns:
+        `value`, `support` `(..., m)`, `converged`, `iterations`, `fallback` `(...,)`.
+    """
+    return _search(matrix, vector, solver)
+
+
+def _search(matrix: Tensor, vector: Tensor, solver: str) -> Any:
+    """Number matrices and problems, and hand them to numpy; accelerators stay on their device."""
+    if matrix.device.type != "cpu" and solver == "auto":
+        return solve_masked(matrix, vector)
+    m = vector.shape[-1]
+    shape = np.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
+    matrices = matrix.detach().cpu().numpy().reshape(-1, m, m)
+    which = np.arange(len(matrices)).reshape(matrix.shape[:-2])
+    which = np.broadcast_to(which, shape).reshape(-1)
+    vectors = np.broadcast_to(vector.detach().cpu().numpy(), (*shape, m)).reshape(-1, m)
+    answer = _pivoting.solve(matrices, which, vectors, solver)
+    value, support, *flags = (torch.from_numpy(part).to(matrix.device) for part in answer)
+    return value.reshape(*shape, m), support.reshape(*shape, m), *(f.reshape(shape) for f in flags)
+
+
+@search.register_fake
+def _fake(matrix: Tensor, vector: Tensor, solver: str) -> Any:
+    """Tell the compiler the shapes."""
+    shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
+    value = vector.new_empty((*shape, vector.shape[-1]))
+    flag = vector.new_empty(shape, dtype=torch.bool)
+    return value, value.new_empty(value.shape, dtype=torch.bool), flag, flag.long(), flag.clone()
+
+
+@search.register_vmap
+def _search_vmap(info: Any, in_dims: Any, matrix: Tensor, vector: Tensor, solver: str) -> Any:
+    """Solve one larger batch."""
+    return search(*_align(in_dims, matrix, vector), solver), (0,) * 5
+
+
+def _align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+    """Bring mapped dimensions to the front; tensors that are not mapped get one of size 1."""
+    pairs = zip(tensors, in_dims, strict=False)
+    return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The search, with the derivative of the solution at a fixed support."""
+
+    @staticmethod
+    def forward(matrix: Tensor, vector: Tensor, solver: str) -> Any:
+        """Solve; a plain tensor need not pass through the dispatcher."""
+        return (_search if type(matrix) is Tensor else search)(matrix, vector, solver)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what derivatives need."""
+        matrix, vector, _ = inputs
+        value, support, *flags = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(support, *flags)
+        ctx.save_for_backward(matrix, vector, value, support)
+        ctx.save_for_forward(matrix, vector, value, support)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        """Pull a cotangent of the value back: `Q_FF x = -c_F` gives both."""
+        if cotangents[0] is None:
+            return None, None, None
+        matrix, vector, value, support = ctx.saved_tensors
+        pulled = masked_solve(matrix, support, -cotangents[0])
+        outer = pulled.unsqueeze(-1) * value.unsqueeze(-2)
+        symmetric = (outer + outer.mT) / 2
+        return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(vector.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Push tangents forward: `Q_FF dz = -(dQ z + dq)_F`."""
+        matrix, _, value, support = ctx.saved_tensors
+        d_matrix, d_vector, _ = tangents
+        right = torch.zeros_like(value)
+        right = right if d_matrix is None else right + (d_matrix @ value.unsqueeze(-1)).squeeze(-1)
+        right = right if d_vector is None else right + d_vector
+        return masked_solve(matrix, support, -right), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Solve one larger batch."""
+        return _Differentiable.apply(*_align(in_dims, *args[:2]), args[2]), (0,) * 5

@@ -1,144 +1,203 @@
-"""Which unknowns of a non-negative quadratic program are positive: a combinatorial search.
+"""Non-negative quadratic programs on the CPU: a search for the support that branches on values.
 
-The search branches on values, so it is an opaque operator to the compiler and to `torch.func`; it
-is not differentiated (see `_nnqp.py`). Problems arrive preconditioned: unit diagonal, `max|q| = 1`.
+    argmin_{z >= 0} z'Qz/2 + q'z   <=>   z >= 0,  y = Qz + q >= 0,  z'y = 0
+
+Guess which unknowns are positive, solve for them, and exchange all unknowns of the wrong sign,
+until there is none. `N` problems share `P` matrices: problem `i` has `matrices[which[i]]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import qpsolvers
 import torch
-from torch import Tensor
 
-# Signs are told apart relative to rounding in `Q z + q`, whose terms grow with `z`.
+Array = Any  # numpy.ndarray; numpy's types of reductions are too wide to be checked
+
+# Largest relative KKT residual of a solution that is called converged.
+KKT_TOL = 1e-8
+# Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
 SIGN_TOL = 1e-12
 # A pivot of the Cholesky factor (of a unit diagonal) below this marks a dependent row.
 RANK_TOL = 1e-12
-# Full flips without improvement before the fast path gives up.
+# An unknown this large (of a unit diagonal, `max|q| = 1`) comes from dependent rows.
+LARGEST = 1e8
+# Exchanges without improvement before the fast path gives up.
 PATIENCE = 3
+# Up to this size whole systems are solved; above, the support is cut out, and guessed better.
+SMALL = 24
+GUESS_STEPS = 20
+# Numbers in the largest batch of cut-out systems.
+BLOCK = 2_000_000
 
 
-@torch.library.custom_op("torchjd_func::nnqp_support", mutates_args=())
-def nnqp_support(matrix: Tensor, vector: Tensor, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the support of `argmin_{z >= 0} z'Qz/2 + q'z` for each problem of a batch.
+class Answer(NamedTuple):
+    """What was found for each of `N` problems."""
 
-    Args:
-        matrix: `(..., m, m)` float64, positive semi-definite, unit diagonal.
-        vector: `(..., m)` float64.
-        solver: `"auto"`, or the name of a solver of qpsolvers.
-
-    Returns:
-        `support` `(..., m)` bool, `iterations` `(...,)` int64, `fallback` `(...,)` bool: whether
-        the exact path had to take over.
-    """
-    shape, m = vector.shape[:-1], vector.shape[-1]
-    flat_matrix, flat_vector = matrix.reshape(-1, m, m), vector.reshape(-1, m)
-    if solver == "auto":
-        support, iterations, done = _block_pivoting(flat_matrix, flat_vector)
-        rest = (~done).nonzero().flatten()
-        if len(rest):
-            support[rest], extra = _active_set(flat_matrix[rest], flat_vector[rest])
-            iterations[rest] += extra
-    else:
-        support = _reference(flat_matrix, flat_vector, solver)
-        done = support.new_ones(len(support))
-        iterations = done.to(torch.int64)
-    return support.reshape(vector.shape), iterations.reshape(shape), ~done.reshape(shape)
+    value: Array  # (N, m)
+    support: Array  # (N, m) bool
+    converged: Array  # (N,) bool
+    iterations: Array  # (N,) int64: linear systems solved
+    fallback: Array  # (N,) bool: the exact path answered
 
 
-@nnqp_support.register_fake
-def _fake(matrix: Tensor, vector: Tensor, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tell the compiler the shapes."""
-    shape = vector.shape[:-1]
-    return (
-        vector.new_empty(vector.shape, dtype=torch.bool),
-        vector.new_empty(shape, dtype=torch.int64),
-        vector.new_empty(shape, dtype=torch.bool),
-    )
+@np.errstate(all="ignore")  # what is not finite is said in the answer
+def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
+    """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
+    diagonal = np.einsum("pii->pi", matrices)
+    scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    unit = matrices * scales[:, :, None] * scales[:, None, :]
+    scale = scales[which]
+    linear = vectors * scale
+    largest = np.abs(linear).max(axis=1, keepdims=True, initial=0.0)
+    size = np.where(largest > 0, largest, 1.0)
+    linear = linear / size
+    z, support, iterations, fallback = _search(unit, which, linear, solver)
+    residual = np.abs(np.minimum(z, push(unit, which, z) + linear)).max(axis=1, initial=0.0)
+    converged = residual <= KKT_TOL * (1 + z.max(axis=1, initial=0.0))
+    # Not-a-number spreads from the input through the residual.
+    value = z * scale * size + 0.0 * residual[:, None]
+    return Answer(value, support, converged, iterations, fallback)
 
 
-@nnqp_support.register_vmap
-def _vmap(info, in_dims, matrix: Tensor, vector: Tensor, solver: str):
-    """Solve one larger batch."""
-
-    def batched(x: Tensor, dim: int | None) -> Tensor:
-        """Bring the mapped dimension to the front, or add one."""
-        if dim is None:
-            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
-        return x.movedim(dim, 0)
-
-    out = nnqp_support(batched(matrix, in_dims[0]), batched(vector, in_dims[1]), solver)
-    return out, (0, 0, 0)
+def push(matrices: Array, which: Array, z: Array) -> Array:
+    """Return `Q z` for each problem."""
+    if len(matrices) == 1:
+        return z @ matrices[0]
+    if 4 * len(matrices) > len(z):
+        return np.matmul(matrices[which], z[:, :, None])[:, :, 0]
+    out = np.empty_like(z)
+    for index, matrix in enumerate(matrices):
+        out[which == index] = z[which == index] @ matrix
+    return out
 
 
-def masked_solver(matrix: Tensor, support: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Factorise `Q` on the support, once.
-
-    Returns:
-        The function that solves `Q_FF x_F = b_F` with 0 elsewhere, and whether the rows of the
-        support are independent.
-    """
-    free = support.to(matrix.dtype)
-    masked = matrix * free.unsqueeze(-1) * free.unsqueeze(-2) + torch.diag_embed(1 - free)
-    factor, info = torch.linalg.cholesky_ex(masked)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-
-    def solve(b: Tensor) -> Tensor:
-        """Solve on the support."""
-        return torch.cholesky_solve(torch.where(support, b, 0.0).unsqueeze(-1), factor).squeeze(-1)
-
-    return solve, (info == 0) & (pivots > RANK_TOL)
-
-
-def gradient(matrix: Tensor, z: Tensor, vector: Tensor) -> Tensor:
-    """Return `Q z + q`."""
-    return (matrix @ z.unsqueeze(-1)).squeeze(-1) + vector
+def _search(
+    matrices: Array, which: Array, vectors: Array, solver: str
+) -> tuple[Array, Array, Array, Array]:
+    """Find `(z, support, iterations, fallback)`; the exact path takes what the fast one leaves."""
+    if solver != "auto":
+        support = _reference(matrices, which, vectors, solver)
+        z, _ = _cut_out(matrices, which, support, -vectors)
+        ones = np.ones(len(z), dtype=np.int64)
+        return z.clip(min=0), support, ones, ones.astype(bool)
+    guess = vectors < -SIGN_TOL
+    if vectors.shape[1] > SMALL and guess.any():
+        guess = _guess(matrices, which, vectors)
+    z, support, iterations, done = _exchange(matrices, which, vectors, guess)
+    left = np.flatnonzero(~done)
+    if len(left):
+        z[left], support[left], extra = _active_set(matrices, which[left], vectors[left])
+        iterations[left] += extra
+    return z.clip(min=0), support, iterations, ~done
 
 
-def _sign_tol(z: Tensor) -> Tensor:
-    """Return the threshold `(..., 1)` under which a sign is rounding."""
-    return SIGN_TOL * (1 + z.abs().amax(-1, keepdim=True))
+def _guess(matrices: Array, which: Array, vectors: Array) -> Array:
+    """Guess supports by a few accelerated projected gradient steps: products of matrices only."""
+    rows = np.abs(matrices).sum(axis=2).max(axis=1)  # no eigenvalue is larger
+    probe = np.ones(matrices.shape[:2])
+    for _ in range(6):
+        probe = np.matmul(matrices, probe[:, :, None])[:, :, 0]
+        probe = probe / np.maximum(np.linalg.norm(probe, axis=1, keepdims=True), 1e-300)
+    largest = np.matmul(matrices, probe[:, :, None])[:, :, 0]
+    curvature = np.minimum(1.2 * np.linalg.norm(largest, axis=1), rows)[which, None]
+    z = np.zeros_like(vectors)
+    ahead, momentum = z, 1.0
+    for _ in range(GUESS_STEPS):
+        slope = push(matrices, which, ahead) + vectors
+        stepped = np.maximum(ahead - slope / np.maximum(curvature, 1e-300), 0)
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = stepped + (momentum - 1) / following * (stepped - z)
+        z, momentum = stepped, following
+    return z > 0
 
 
-def _block_pivoting(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Guess the support, and flip all indices of the wrong sign at once until there is none.
+def _exchange(
+    matrices: Array, which: Array, vectors: Array, free: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Block principal pivoting: flip all indices of the wrong sign at once until there is none.
 
-    Few steps on independent rows; may cycle on dependent ones. A problem that is done, or has
-    failed, leaves the batch.
+    Few steps on independent rows; may cycle on dependent ones. Solved and failed problems leave.
 
     J. J. Judice, F. M. Pires, A block principal pivoting algorithm for large-scale strictly
     monotone linear complementarity problems, Computers & OR 21, 1994.
 
     Returns:
-        `(support, iterations, done)`.
+        `(z, support, iterations, done)`.
     """
-    n, m = vector.shape
-    support = torch.zeros_like(vector, dtype=torch.bool)
-    iterations = torch.zeros(n, dtype=torch.int64, device=vector.device)
-    done = torch.zeros_like(iterations, dtype=torch.bool)
-    place = torch.arange(n, device=vector.device)
-    free, fewest, patience = support.clone(), iterations + m + 1, iterations + PATIENCE
+    z, support = np.zeros_like(vectors), free.copy()
+    iterations, done = np.zeros(len(z), dtype=np.int64), ~free.any(axis=1)
+    system = _whole if vectors.shape[1] <= SMALL else _cut_out
+    wrong_at_zero = vectors < -SIGN_TOL
+    place = np.flatnonzero(~(done & ~wrong_at_zero.any(axis=1)))
+    done[place] = False
+    which, vectors, free = which[place], vectors[place], free[place]
+    fewest, patience = np.full(len(place), free.shape[1] + 1), np.full(len(place), PATIENCE)
     while len(place):
-        solve, independent = masked_solver(matrix, free)
-        z = solve(-vector)
-        wrong = torch.where(free, z, gradient(matrix, z, vector)) < -_sign_tol(z)
-        count = wrong.sum(-1)
-        patience = torch.where(count < fewest, PATIENCE, patience - 1)
-        fewest = torch.minimum(fewest, count)
-        support[place], done[place] = free, independent & (count == 0)
-        stay = independent & (count > 0) & (patience > 0)
-        free = free ^ wrong
-        matrix, vector, free, fewest, patience, place = (
-            x[stay] for x in (matrix, vector, free, fewest, patience, place)
-        )
+        x, independent = system(matrices, which, free, -vectors)
+        tolerance = SIGN_TOL * (1 + np.abs(x).max(axis=1, keepdims=True))
+        wrong = np.where(free, x, push(matrices, which, x) + vectors) < -tolerance
+        count = wrong.sum(axis=1)
+        z[place], support[place] = x, free
+        done[place] = independent & (count == 0)
         iterations[place] += 1
-    return support, iterations, done
+        patience = np.where(count < fewest, PATIENCE, patience - 1)
+        fewest = np.minimum(fewest, count)
+        stay = independent & (count > 0) & (patience > 0)
+        place, which, vectors = place[stay], which[stay], vectors[stay]
+        free, fewest, patience = (free ^ wrong)[stay], fewest[stay], patience[stay]
+    return z, support, iterations, done
 
 
-def _active_set(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
+    """Solve on the support, in systems of full size: the least overhead for small ones."""
+    matrix = matrices if len(matrices) == 1 else matrices[which]
+    masked = np.where(free[:, :, None] & free[:, None, :], matrix, np.eye(free.shape[1]))
+    try:
+        x = np.linalg.solve(masked, np.where(free, right, 0.0)[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:
+        return _cut_out(matrices, which, free, right)
+    return x, np.abs(x).max(axis=1) < LARGEST
+
+
+def _cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
+    """Solve on the support, in systems of its size, by Cholesky.
+
+    Returns:
+        `x`, zero off the support, and whether the rows of the support are independent.
+    """
+    x, independent = np.zeros_like(right), np.ones(len(right), dtype=bool)
+    counts = free.sum(axis=1)
+    order = np.argsort(counts, kind="stable")
+    step = max(1, BLOCK // max(1, int(counts.max(initial=0))) ** 2)
+    for start in range(0, len(order), step):
+        block = order[start : start + step]
+        found = _cut_out_block(matrices, which[block], free[block], right[block])
+        x[block], independent[block] = found
+    return x, independent
+
+
+def _cut_out_block(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
+    """Cut out systems of the size of the largest support; the rest of each is the identity."""
+    size = int(free.sum(axis=1).max())
+    if size == 0:
+        return np.zeros_like(right), np.ones(len(right), dtype=bool)
+    places = np.argsort(~free, axis=1, kind="stable")[:, :size]
+    valid = np.take_along_axis(free, places, axis=1)
+    small = matrices[which[:, None, None], places[:, :, None], places[:, None, :]]
+    small = np.where(valid[:, :, None] & valid[:, None, :], small, np.eye(size))
+    reduced = np.where(valid, np.take_along_axis(right, places, axis=1), 0.0)
+    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(small))
+    solved = torch.cholesky_solve(torch.from_numpy(reduced).unsqueeze(-1), factor).squeeze(-1)
+    x = np.zeros_like(right)
+    np.put_along_axis(x, places, np.where(valid, solved.numpy(), 0.0), axis=1)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return x, ((info == 0) & (pivots > RANK_TOL)).numpy()
+
+
+def _active_set(matrices: Array, which: Array, vectors: Array) -> tuple[Array, Array, Array]:
     """Free the steepest unknown, move to the minimum, pin what reaches zero; never go up.
 
     Ends for every problem: the objective falls with each full move, and a row that depends on
@@ -147,63 +206,60 @@ def _active_set(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     C. L. Lawson, R. J. Hanson, Solving Least Squares Problems, 1974, chapter 23.
 
     Returns:
-        `(support, iterations)`.
+        `(z, support, iterations)`.
     """
-    support = torch.zeros_like(vector, dtype=torch.bool)
-    iterations = torch.zeros(len(vector), dtype=torch.int64, device=vector.device)
-    place = torch.arange(len(vector), device=vector.device)
-    z, free, banned = torch.zeros_like(vector), support.clone(), support.clone()
-    moving = torch.zeros_like(place, dtype=torch.bool)
-    for _ in range(10 * vector.shape[-1] + 10):
-        slope = torch.where(free | banned, torch.inf, gradient(matrix, z, vector))
-        steepest, entering = slope.min(-1)
-        stay = moving | (steepest < -_sign_tol(z).squeeze(-1))
-        support[place] = free
-        matrix, vector, z, free, banned, moving, entering, place = (
-            x[stay] for x in (matrix, vector, z, free, banned, moving, entering, place)
+    n, m = vectors.shape
+    out, support = np.zeros_like(vectors), np.zeros((n, m), dtype=bool)
+    iterations, place = np.zeros(n, dtype=np.int64), np.arange(n)
+    z, free, banned = out.copy(), support.copy(), support.copy()
+    moving = np.zeros(n, dtype=bool)
+    for _ in range(10 * m + 10):
+        slope = np.where(free | banned, np.inf, push(matrices, which, z) + vectors)
+        entering = slope.argmin(axis=1)
+        steepest = np.take_along_axis(slope, entering[:, None], axis=1)[:, 0]
+        stay = moving | (steepest < -SIGN_TOL * (1 + np.abs(z).max(axis=1)))
+        out[place], support[place] = z, free
+        which, vectors, z, free, banned, moving, entering, place = (
+            x[stay] for x in (which, vectors, z, free, banned, moving, entering, place)
         )
         if not len(place):
             break
         iterations[place] += 1
-        new = torch.nn.functional.one_hot(entering, z.shape[-1]).bool() & ~moving.unsqueeze(-1)
-        z, free, refused, moving = _move(matrix, vector, z, free | new, new)
-        banned = torch.where(refused.unsqueeze(-1), banned | new, False)
-    return support, iterations
+        new = (np.arange(m) == entering[:, None]) & ~moving[:, None]
+        z, free, refused, moving = _move(matrices, which, vectors, z, free | new, new)
+        banned = np.where(refused[:, None], banned | new, False)
+    return out, support, iterations
 
 
 def _move(
-    matrix: Tensor, vector: Tensor, z: Tensor, free: Tensor, new: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrices: Array, which: Array, vectors: Array, z: Array, free: Array, new: Array
+) -> tuple[Array, Array, Array, Array]:
     """Go towards the minimum over the free unknowns until one of them reaches zero.
 
     Returns:
         `(z, free, refused, moving)`: a `new` unknown is refused if its row depends on the others
         or it would turn negative at once; `moving` says that the minimum is not reached yet.
     """
-    solve, independent = masked_solver(matrix, free)
-    target = solve(-vector)
+    target, independent = _cut_out(matrices, which, free, -vectors)
     negative = free & (target <= 0)
-    refused = ~independent | (negative & new).any(-1)
-    gap = torch.where(negative, z - target, 1.0)
-    ratio = torch.where(negative, z / torch.where(gap > 0, gap, 1.0), torch.inf)
-    step = ratio.amin(-1, keepdim=True)
-    moving = negative.any(-1) & ~refused
-    partial = torch.where(free, z + step.clamp(max=1) * (target - z), 0.0)
-    moved = torch.where(moving.unsqueeze(-1), partial, target)
-    pinned = negative & (ratio <= step) & moving.unsqueeze(-1)
-    keep = refused.unsqueeze(-1)
-    z = torch.where(keep, z, torch.where(pinned, 0.0, moved))
-    return z, torch.where(keep, free & ~new, free & ~pinned), refused, moving
+    refused = ~independent | (negative & new).any(axis=1)
+    gap = np.where(negative & (z > target), z - target, 1.0)
+    ratio = np.where(negative, z / gap, np.inf)
+    step = ratio.min(axis=1, keepdims=True)
+    moving = negative.any(axis=1) & ~refused
+    partial = np.where(free, z + step.clip(max=1) * (target - z), 0.0)
+    pinned = negative & (ratio <= step) & moving[:, None]
+    moved = np.where(pinned, 0.0, np.where(moving[:, None], partial, target))
+    keep = refused[:, None]
+    return np.where(keep, z, moved), np.where(keep, free & ~new, free & ~pinned), refused, moving
 
 
-def _reference(matrix: Tensor, vector: Tensor, solver: str) -> Tensor:
+def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
     """Ask a solver of qpsolvers, one problem at a time, which unknowns are positive."""
-    ridge = RANK_TOL * np.eye(matrix.shape[-1])
-    supports = []
-    for quadratic, linear in zip(matrix.cpu().numpy(), vector.cpu().numpy(), strict=True):
-        found = qpsolvers.solve_qp(
-            quadratic + ridge, linear, lb=np.zeros_like(linear), solver=solver
-        )
-        size = np.zeros_like(linear) if found is None else found
-        supports.append(torch.from_numpy(size > np.maximum(quadratic @ size + linear, 0)))
-    return torch.stack(supports).to(matrix.device)
+    ridge, zero = RANK_TOL * np.eye(vectors.shape[1]), np.zeros(vectors.shape[1])
+    support = np.zeros(vectors.shape, dtype=bool)
+    for index, (matrix, vector) in enumerate(zip(matrices[which], vectors, strict=True)):
+        found = qpsolvers.solve_qp(matrix + ridge, vector, lb=zero, solver=solver)
+        z = zero if found is None else found
+        support[index] = z > np.maximum(matrix @ z + vector, 0)
+    return support

@@ -32,6 +32,7 @@ def project_simplex(y: Tensor) -> Tensor:
         tensor([0.7500, 0.2500, 0.0000])
     """
     _check.floating("`y`", y)
+    y = y - y.amax(dim=-1, keepdim=True)  # changes nothing but the rounding
     ordered = y.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
     excess = ordered.cumsum(dim=-1) - 1

@@ -1,0 +1,209 @@
+"""Bad input gets an error that names the argument and says what to do: one table."""
+
+# Wrong types are the point here.
+# pyright: reportArgumentType=false, reportOptionalCall=false
+
+import pytest
+import torch
+from torch import nn
+
+import torchjd_func as jd
+from tests.matrices import A
+
+PARAMS = {"w": torch.ones(3)}
+X = torch.ones(4, 3)
+G = A @ A.mT
+
+
+def losses(params, x):
+    return x @ params["w"]
+
+
+def model_call(params=None, buffers=None):
+    apply, good_params, good_buffers = jd.functionalize(nn.BatchNorm1d(3))
+    return apply(
+        good_params if params is None else params,
+        good_buffers if buffers is None else buffers,
+        X,
+    )
+
+
+HEADS = {"a": lambda p, z, batch: z.sum()}
+MULTITASK = jd.multitask(lambda w, x: x @ w, HEADS)
+NEEDS_KEY = jd.weighted(
+    jd.Weighting(
+        "needs_key",
+        lambda statistic, key: (jd_key("needs_key", key),),
+        lambda statistic, state, losses: (statistic[0], state),
+    )
+)
+
+
+def jd_key(name, key):
+    from torchjd_func import _check
+
+    return _check.key_present(name, key)
+
+
+CASES = {
+    # shapes
+    "gramian not square": (lambda: jd.upgrad().weighting(A), ValueError, "Gramian"),
+    "gramian batched": (lambda: jd.mgda().weighting(G.expand(2, 2, 2)), ValueError, "vmap"),
+    "gramian a tree": (lambda: jd.mgda().weighting({"a": G}), TypeError, "aggregator"),
+    "gramian of ints": (lambda: jd.mgda().weighting(G.long()), TypeError, "float"),
+    "jacobian empty": (lambda: jd.mean()({}), ValueError, "empty pytree"),
+    "jacobian uneven": (lambda: jd.mean()([A, A[:1]]), ValueError, "leading dimension"),
+    "jacobian of ints": (lambda: jd.mean()(A.long()), TypeError, "floating-point"),
+    "jacobian a number": (lambda: jd.mean()({"x": 3.0}), TypeError, "floating-point"),
+    "losses of another length": (
+        lambda: jd.mgda("loss")(A, losses=torch.ones(3)),
+        ValueError,
+        "losses",
+    ),
+    "losses missing": (lambda: jd.mgda("loss")(A), ValueError, r"losses=\.\.\."),
+    # preferences
+    "preference 2-D": (lambda: jd.upgrad(torch.eye(2)), ValueError, "preference.*vmap"),
+    "preference 0-D": (lambda: jd.dualproj(torch.tensor(1.0)), ValueError, "preference.*1-D"),
+    "preference of another length": (lambda: jd.upgrad([1.0])(A), ValueError, "preference"),
+    "weights 2-D": (lambda: jd.constant([[1.0, 2.0]]), ValueError, "weights"),
+    "weights of another length": (lambda: jd.constant([1.0])(A), ValueError, "weights"),
+    # options
+    "unknown solver": (lambda: jd.upgrad(solver="nope"), ValueError, "solver.*quadprog"),
+    "unknown normalization": (lambda: jd.mgda("l3"), ValueError, "normalization.*'l2'"),
+    "unknown method": (lambda: jd.gramian(losses, method="x"), ValueError, "method.*product"),
+    "chunk_size 0": (lambda: jd.jac(losses, chunk_size=0), ValueError, "chunk_size"),
+    "chunk_size a float": (lambda: jd.grad(losses, jd.mean(), chunk_size=2.0), ValueError, "int"),
+    "randomness": (lambda: jd.per_example(losses, randomness="x"), ValueError, "randomness"),
+    # keys and states
+    "missing key": (lambda: NEEDS_KEY.init(A), ValueError, r"key.*jd\.random\.key"),
+    "missing key at the first call": (lambda: NEEDS_KEY(A), ValueError, "key"),
+    "key of floats": (lambda: jd.random.split(torch.ones(2)), ValueError, r"jd\.random\.key"),
+    "key a number": (lambda: jd.random.bits(0), ValueError, r"jd\.random\.key"),
+    "batch of keys": (
+        lambda: jd.random.bits(jd.random.split(jd.random.key(0), 3)),
+        ValueError,
+        "vmap",
+    ),
+    "state of another method": (lambda: jd.mean()(A, (1,)), ValueError, "state"),
+    # objectives
+    "integer losses": (
+        lambda: jd.jac(lambda p: p["w"].long())(PARAMS),
+        TypeError,
+        "losses.*floating",
+    ),
+    "losses a number": (lambda: jd.jac(lambda p: 1.0)(PARAMS), TypeError, "losses.*has_aux"),
+    "losses missing entirely": (lambda: jd.jac(lambda p: {})(PARAMS), ValueError, "losses"),
+    "losses empty": (lambda: jd.jac(lambda p: p["w"][:0])(PARAMS), ValueError, "losses"),
+    "params without leaves": (lambda: jd.jac(losses)({}, X), ValueError, "argument 0.*argnums"),
+    "params of ints": (
+        lambda: jd.jac(losses)({"w": torch.ones(3).long()}, X),
+        TypeError,
+        "argument 0.*'w'",
+    ),
+    "params a number": (
+        lambda: jd.grad(losses, jd.mean())(None, {"w": 1.0}, X),
+        TypeError,
+        "argument 0.*'w'",
+    ),
+    "params to init_state": (
+        lambda: jd.init_state(jd.mean(), lambda p: torch.ones(2), {"w": 3}),
+        TypeError,
+        "'w'",
+    ),
+    "argnums out of range": (lambda: jd.jac(losses, 2)(PARAMS, X), ValueError, "argnums"),
+    "argnums a name": (lambda: jd.jac(losses, "w")(PARAMS, X), TypeError, "argnums"),
+    "argnums twice": (lambda: jd.jac(losses, (0, 0))(PARAMS, X), ValueError, "argnums"),
+    "argnums none": (lambda: jd.jac(losses, ())(PARAMS, X), ValueError, "argnums"),
+    "aux missing": (lambda: jd.jac(losses, has_aux=True)(PARAMS, X), TypeError, "has_aux"),
+    "rule is the factory": (lambda: jd.grad(losses, jd.upgrad), TypeError, r"jd\.upgrad\(\)"),
+    "rule is a weighting": (
+        lambda: jd.grad(losses, jd.upgrad().weighting),
+        TypeError,
+        r"jd\.weighted",
+    ),
+    "weights to the pullback": (
+        lambda: jd.gramian_vjp(losses, PARAMS, X)[2](torch.ones(3)),
+        ValueError,
+        "weights",
+    ),
+    "instance losses reduced": (
+        lambda: jd.jac(jd.instancewise(lambda p, x: losses(p, x).mean()))(PARAMS, X),
+        ValueError,
+        r"\(b,\)",
+    ),
+    "cross-gramian without batches": (
+        lambda: jd.cross_gramian(losses)(PARAMS, X),
+        ValueError,
+        "batch_1, batch_2",
+    ),
+    "no heads": (lambda: jd.multitask(losses, {}), ValueError, "heads"),
+    "unknown head": (
+        lambda: jd.jac(MULTITASK)((PARAMS["w"], {"b": {}}), X),
+        ValueError,
+        r"head_params.*'b'.*'a'",
+    ),
+    "head not scalar": (
+        lambda: jd.jac(jd.multitask(lambda w, x: x @ w, {"a": lambda p, z, b: z}))(
+            (PARAMS["w"], {"a": {}}), X
+        ),
+        ValueError,
+        r"heads\['a'\].*scalar",
+    ),
+    "argnums of multitask": (
+        lambda: jd.jac(MULTITASK, 1)((PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "argnums",
+    ),
+    "params of multitask": (lambda: jd.jac(MULTITASK)(PARAMS, X), ValueError, "shared"),
+    "has_aux of multitask": (
+        lambda: jd.jac(MULTITASK, has_aux=True)((PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "has_aux",
+    ),
+    # solvers
+    "nnqp not square": (lambda: jd.linalg.nnqp(A, A[0]), ValueError, "matrix"),
+    "nnqp of another length": (lambda: jd.linalg.nnqp(G, A[0]), ValueError, "vector"),
+    "nnqp of ints": (lambda: jd.linalg.nnqp(G.long(), A[0]), TypeError, "matrix"),
+    "simplex of ints": (lambda: jd.linalg.project_simplex(torch.ones(2).long()), TypeError, "y"),
+    # modules
+    "unknown parameter": (lambda: model_call(params={"nope": X}), ValueError, "params.*nope"),
+    "missing parameter": (lambda: model_call(params={}), ValueError, "params.*bias"),
+    "unknown buffer": (lambda: model_call(buffers={"nope": X}), ValueError, "buffers.*nope"),
+    "grads of unknown names": (
+        lambda: jd.interop.assign_grads_(nn.Linear(1, 1), {"nope": X}),
+        ValueError,
+        "grads.*nope",
+    ),
+    "grads of another shape": (
+        lambda: jd.interop.assign_grads_(nn.Linear(1, 1), {"bias": X}),
+        ValueError,
+        "grads.*bias",
+    ),
+    "grads of another structure": (
+        lambda: jd.interop.assign_grads_(PARAMS, [X]),
+        ValueError,
+        "grads.*structure",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), CASES.values(), ids=CASES.keys())
+def test_error_names_the_argument_and_the_remedy(call, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        call()
+    text = str(caught.value)
+    assert "must" in text
+    assert text.count(". ") >= 1, "a rule, then a remedy"
+    assert text.endswith(".")
+
+
+def test_a_failed_assignment_changes_nothing():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="grads"):
+        jd.interop.assign_grads_(model, {"bias": torch.ones(1), "weight": torch.ones(3)})
+    assert model.bias.grad is None
+
+
+def test_errors_also_come_from_inside_vmap():
+    with pytest.raises(ValueError, match="preference"):
+        torch.func.vmap(lambda b: jd.upgrad(b)(A)[0])(torch.ones(4, 3))

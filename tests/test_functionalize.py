@@ -1,0 +1,106 @@
+"""Modules as pure functions, and gradients back to optimisers."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchjd_func as jd
+from tests.helpers import assert_trees_close, clone, compiled
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def test_equals_the_module_and_is_detached():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    apply, params, buffers = jd.functionalize(model)
+    x = torch.randn(5, 3)
+    outputs, after = apply(params, buffers, x)
+    torch.testing.assert_close(outputs, model(x))
+    assert not outputs.requires_grad
+    assert after == {}
+
+
+def test_batch_norm_buffers_are_returned_and_inputs_kept():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    apply, params, buffers = jd.functionalize(model)
+    before = clone((params, buffers))
+    x = torch.randn(6, 3)
+
+    def objective(params, buffers, x):
+        outputs, buffers = apply(params, buffers, x)
+        return outputs.square().mean(0), buffers
+
+    step = jd.grad_and_value(objective, jd.upgrad(), has_aux=True)
+    _, (_, after), _ = step(None, params, buffers, x)
+    assert_trees_close((params, buffers), before, rtol=0, atol=0)
+    model(x)
+    assert_trees_close(after, dict(model.named_buffers()), rtol=1e-6)
+    fast, counter = compiled(step)
+    assert_trees_close(fast(None, params, buffers, x), step(None, params, buffers, x), rtol=1e-5)
+    assert counter.graphs == 1
+
+
+def test_tied_weights_are_listed_once_with_their_whole_gradient():
+    model = Tied().double()
+    apply, params, buffers = jd.functionalize(model)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    assert list(params) == ["first.weight"]
+    grads, _ = jd.grad(lambda p: apply(p, buffers, x)[0].square().mean(), jd.mean())(None, params)
+    model(x).square().mean().backward()
+    torch.testing.assert_close(grads["first.weight"], model.first.weight.grad)
+
+
+def test_keyword_arguments_reach_the_module():
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    apply, params, buffers = jd.functionalize(attention)
+    x = torch.randn(2, 3, 4)
+    (outputs, weights), _ = apply(params, buffers, x, x, x, need_weights=False)
+    assert weights is None
+    torch.testing.assert_close(outputs, attention(x, x, x)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_assigned_gradients_step_an_optimiser():
+    model = nn.Linear(3, 2)
+    apply, params, buffers = jd.functionalize(model)
+    x = torch.randn(4, 3)
+    step = jd.grad(lambda p, x: apply(p, buffers, x)[0].square().mean(0), jd.upgrad())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grads, _ = step(None, params, x)
+    before = clone(params)
+    jd.interop.assign_grads_(model, grads)
+    optimizer.step()
+    want = {name: before[name] - 0.1 * grads[name] for name in before}
+    assert_trees_close(dict(model.named_parameters()), want, rtol=1e-6)
+    assert_trees_close(params, want, rtol=1e-6)  # detached views of the same memory
+
+
+def test_assigned_gradients_of_a_pytree():
+    params = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.ones(3)]}
+    grads = {"a": torch.tensor([1.0, 2.0]), "b": [torch.full((3,), 4.0)]}
+    jd.interop.assign_grads_(params, grads)
+    assert params["a"].grad is not None
+    assert params["a"].grad.dtype == torch.float64
+    assert torch.equal(params["b"][0].grad, grads["b"][0])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_modules_work_by_mapping_the_pullback(layer):
+    apply, params, buffers = jd.functionalize(layer(3, 4, batch_first=True).double())
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def objective(params):
+        return apply(params, buffers, x)[0][0].square().mean((0, 1))
+
+    mapped = jd.gramian(objective)(params)
+    torch.testing.assert_close(mapped, jd.gramian(objective, chunk_size=1)(params))

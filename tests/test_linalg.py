@@ -1,0 +1,186 @@
+"""The small solvers: exact, scale-free, batched, honest."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import vmap
+
+import torchjd_func as jd
+from tests import oracles
+from tests.helpers import compiled
+from tests.matrices import KINDS, A, jacobians, matrix
+from torchjd_func.linalg._masked import solve_masked
+from torchjd_func.linalg._pivoting import _active_set
+
+
+def kkt_residual(quadratic, linear, z):
+    """Return the residual after scaling to a unit diagonal and unit `max|q|`."""
+    diagonal = quadratic.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    slope = ((quadratic @ z.unsqueeze(-1)).squeeze(-1) + linear) * scale
+    size = (linear * scale).abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    y, gradient = z / scale / size, slope / size
+    return torch.minimum(y, gradient).abs().amax(-1) / (1 + y.abs().amax(-1))
+
+
+@given(jacobians(), st.integers(0, 10**6), st.integers(-6, 6))
+@settings(deadline=None, max_examples=100)
+def test_nnqp_satisfies_its_optimality_conditions(jac, seed, power):
+    gramian = jac @ jac.mT * 10.0**power
+    coordinates = jd.random.normal(jd.random.key(seed), (len(jac),), dtype=torch.float64)
+    linear = gramian @ coordinates  # in the range of the matrix, so that a minimum exists
+    solution = jd.linalg.nnqp(gramian, linear)
+    assert solution.converged
+    assert (solution.value >= 0).all()
+    assert kkt_residual(gramian, linear, solution.value) <= 1e-8
+
+
+@given(jacobians(max_m=5), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=60)
+def test_nnqp_objective_equals_enumeration(jac, seed):
+    gramian = jac @ jac.mT
+    linear = gramian @ jd.random.normal(jd.random.key(seed), (len(jac),), dtype=torch.float64)
+    got = jd.linalg.nnqp(gramian, linear).value
+    want = oracles.enumerate_nnqp(gramian, linear)
+    step = jac.mT @ (got - want)
+    assert float(step.norm()) <= 1e-8 * float(1 + (jac.mT @ want).norm() + jac.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(8, 4), (16, 8), (16, 40), (32, 20)])
+def test_larger_problems_converge(kind, m, n):
+    jac = torch.stack([matrix(kind, m, n, seed) for seed in range(3)])
+    gramian = jac @ jac.mT
+    solution = jd.linalg.nnqp(gramian.unsqueeze(-3), gramian)
+    assert solution.converged.all()
+    assert (kkt_residual(gramian.unsqueeze(-3), gramian, solution.value) <= 1e-8).all()
+
+
+def test_the_exact_path_takes_over_and_says_so():
+    jac = matrix("gaussian", 30, 10, seed=1)
+    gramian = jac @ jac.mT
+    solution = jd.linalg.nnqp(gramian, gramian)
+    assert solution.fallback.any()
+    assert solution.converged.all()
+    independent = matrix("gaussian", 10, 30, seed=1)
+    assert not jd.linalg.nnqp(independent @ independent.mT, independent[:, :10]).fallback.any()
+
+
+def test_the_exact_path_alone_agrees():
+    jac = matrix("gaussian", 6, 9, seed=2)
+    norms = jac.norm(dim=-1, keepdim=True)
+    gramian = (jac / norms) @ (jac / norms).mT
+    numbers = gramian.numpy()
+    exact, support, _ = _active_set(numbers[None], np.zeros(6, dtype=int), numbers)
+    solution = jd.linalg.nnqp(gramian, gramian)
+    assert not solution.fallback.any()
+    torch.testing.assert_close(torch.from_numpy(exact), solution.value)
+    assert ((solution.value > 0).numpy() == support).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(1, 3), (3, 5), (8, 4), (12, 30), (16, 8)])
+def test_the_path_of_accelerators_agrees(kind, m, n):
+    jac = torch.stack([matrix(kind, m, n, seed) for seed in range(3)])
+    gramian = jac @ jac.mT
+    value, _, converged, _, _ = solve_masked(gramian.unsqueeze(-3), gramian)
+    want = jd.linalg.nnqp(gramian.unsqueeze(-3), gramian)
+    assert converged.all()
+    gap = (jac.mT.unsqueeze(-3) @ (value - want.value).unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+    assert (gap <= 1e-7 * jac.norm(dim=-1)).all() or kind == "scaled"
+
+
+def test_the_path_of_accelerators_never_waits_for_values():
+    meta = torch.empty(2, 5, 5, device="meta", dtype=torch.float64)
+    value, *_ = solve_masked(meta, meta[..., 0])
+    assert value.shape == (2, 5)
+
+
+def test_unbounded_problems_are_not_called_converged():
+    quadratic = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert not jd.linalg.nnqp(quadratic, -torch.ones(2, dtype=torch.float64)).converged
+    assert not jd.linalg.nnqp(torch.zeros(1, 1), -torch.ones(1)).converged
+    assert jd.linalg.nnqp(torch.zeros(1, 1), torch.ones(1)).converged
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("m", [3, 40])
+def test_non_finite_input_gives_non_finite_output(bad, m):
+    quadratic = torch.eye(m, dtype=torch.float64)
+    linear = -torch.ones(m, dtype=torch.float64)
+    for problem in ((quadratic, linear * bad), (quadratic * bad, linear)):
+        for solution in (jd.linalg.nnqp(*problem), compiled(jd.linalg.nnqp)[0](*problem)):
+            assert not solution.converged
+            assert not solution.value.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["quadprog"])
+def test_other_solvers_agree(solver):
+    for kind, (m, n) in itertools.product(("gaussian", "scaled"), ((3, 5), (6, 8))):
+        jac = matrix(kind, m, n, seed=7)
+        ours, theirs = (jd.upgrad(solver=name)(jac)[0] for name in ("auto", solver))
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_dtypes_batches_and_broadcasting():
+    gramian = (A @ A.mT).float()
+    units = torch.eye(2)
+    solution = jd.linalg.dual_cone_projection(gramian, units)
+    assert solution.value.dtype == torch.float32
+    assert solution.value.shape == (2, 2)
+    assert solution.converged.shape == (2,)
+    nested = vmap(vmap(lambda u: jd.linalg.dual_cone_projection(gramian, u).value))(
+        units.expand(3, 2, 2)
+    )
+    torch.testing.assert_close(nested, solution.value.expand(3, 2, 2))
+    over_matrices = vmap(lambda g: jd.linalg.dual_cone_projection(g, units[0]).value)(
+        torch.stack([gramian, 4 * gramian])
+    )
+    torch.testing.assert_close(over_matrices, solution.value[:1].expand(2, 2))
+
+
+def test_compiles_with_its_flags():
+    gramian = A @ A.mT
+    fast, counter = compiled(lambda g: jd.linalg.min_norm_point(g))
+    got = fast(gramian)
+    assert counter.graphs == 1
+    torch.testing.assert_close(got.value, jd.linalg.min_norm_point(gramian).value)
+    assert bool(got.converged)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9))
+@settings(deadline=None, max_examples=100)
+def test_simplex_projection(numbers):
+    y = torch.tensor(numbers, dtype=torch.float64)
+    got = jd.linalg.project_simplex(y)
+    scale = 1e-9 * (1 + float(y.abs().max()))
+    assert (got >= 0).all()
+    assert abs(float(got.sum()) - 1) <= scale
+    torch.testing.assert_close(got, oracles.project_simplex(y), rtol=0, atol=scale)
+    torch.testing.assert_close(jd.linalg.project_simplex(got), got, rtol=0, atol=1e-12)
+    torch.testing.assert_close(jd.linalg.project_simplex(y + 3), got, rtol=0, atol=scale)
+    torch.testing.assert_close(jd.linalg.project_simplex(y.flip(0)), got.flip(0))
+
+
+def test_min_norm_point_optimality():
+    for kind in KINDS:
+        jac = matrix(kind, 6, 9, seed=3)
+        gramian = jac @ jac.mT
+        solution = jd.linalg.min_norm_point(gramian)
+        pushed = gramian @ solution.value
+        norms = jac.norm(dim=-1)
+        tolerance = norms * (1e-9 * norms.min() + 1e-15 * norms.max()) + 1e-28 * norms.max() ** 2
+        assert solution.converged
+        assert abs(float(solution.value.sum()) - 1) < 1e-12
+        assert (pushed >= solution.value @ pushed - tolerance).all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda"])
+def test_solutions_are_differentiable(name):
+    jac = matrix("gaussian", 4, 7, seed=5)
+    weighting = getattr(jd, name)().weighting
+    assert torch.autograd.gradcheck(lambda jac: weighting(jac @ jac.mT)[0], (jac.requires_grad_(),))

@@ -1,0 +1,68 @@
+"""What is exported is documented, listed, and tested."""
+
+import dataclasses
+import inspect
+import pathlib
+import pickle
+
+import pytest
+
+import torchjd_func as jd
+from tests.registry import METHODS, exported
+from torchjd_func import aggregation
+
+NAMESPACES = (jd, jd.linalg, jd.random, jd.interop)
+PUBLIC = {
+    f"{space.__name__}.{name}": getattr(space, name)
+    for space in NAMESPACES
+    for name in getattr(space, "__all__", [n for n in vars(space) if not n.startswith("_")])
+    if callable(getattr(space, name)) and getattr(space, name).__module__.startswith("torchjd_func")
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    doc = inspect.getdoc(PUBLIC[name]) or ""
+    assert len(doc.splitlines()[0]) > 10
+    if inspect.isfunction(PUBLIC[name]):
+        assert "Example:" in doc, "an example that is run"
+        assert ">>>" in doc
+        assert "Returns:" in doc or inspect.signature(PUBLIC[name]).return_annotation == "None"
+
+
+@pytest.mark.parametrize("name", aggregation.__all__)
+def test_methods_follow_the_template(name):
+    doc = inspect.getdoc(getattr(aggregation, name)) or ""
+    for section in ("Returns:", "Differs from other implementations:", "References:", "Example:"):
+        assert section in doc
+
+
+def test_every_exported_method_is_in_the_registry():
+    listed = {exported(name) for name in METHODS}
+    assert listed == set(aggregation.__all__)
+    assert set(aggregation.__all__) <= set(jd.__all__)
+
+
+def test_all_is_sorted_and_real():
+    for space in (jd, jd.linalg, jd.interop, aggregation):
+        assert list(space.__all__) == sorted(space.__all__)
+        assert all(hasattr(space, name) for name in space.__all__)
+
+
+@pytest.mark.parametrize("kind", [jd.Weighting, jd.Aggregator, jd.Scalarizer])
+def test_core_types_are_frozen_dataclasses(kind):
+    assert dataclasses.is_dataclass(kind)
+    assert vars(kind)["__dataclass_params__"].frozen
+    assert "__slots__" in vars(kind)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_can_be_pickled(name):
+    aggregator = METHODS[name].make(3)
+    assert pickle.loads(pickle.dumps(aggregator)).name == aggregator.name
+
+
+def test_files_are_short():
+    package = pathlib.Path(jd.__file__).parent
+    lengths = {path.name: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    assert max(lengths.values()) <= 300, lengths
