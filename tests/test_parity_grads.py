@@ -6,7 +6,7 @@ import torchjd.aggregation as peer
 from torch.func import vmap
 
 import torchjd_func as jd
-from tests.helpers import as_matrix, as_tree
+from tests.helpers import as_matrix, as_tree, row_weights, vector_of
 from tests.matrices import A, B, E, matrix
 from torchjd_func.aggregation._orders import shuffled_others
 
@@ -31,15 +31,6 @@ def close(got, want, tol=1e-8):
     torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
 
-def vector(aggregator, jac, seed=0):
-    return aggregator(jac, aggregator.init(jac, key=jd.random.key(seed)))[0]
-
-
-def weights(aggregator, jac, seed=0):
-    state = aggregator.init(jac, key=jd.random.key(seed))
-    return aggregator.weighting(jac @ jac.mT, state)[0]
-
-
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0)
 
@@ -47,14 +38,14 @@ def cosine(a, b):
 def test_two_objectives_pcgrad_is_twice_upgrad_and_the_first_gradvac():
     for seed in range(6):
         jac = matrix("gaussian", 2, 4, seed=seed)
-        close(vector(jd.pcgrad(), jac), 2 * vector(jd.upgrad(), jac))
-        close(vector(jd.gradvac(), jac), vector(jd.pcgrad(), jac))
+        close(vector_of(jd.pcgrad(), jac), 2 * vector_of(jd.upgrad(), jac))
+        close(vector_of(jd.gradvac(), jac), vector_of(jd.pcgrad(), jac))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_first_gradvac_is_pcgrad(seed):
     jac = matrix("gaussian", 5, 4, seed=seed)
-    close(vector(jd.gradvac(), jac, seed), vector(jd.pcgrad(), jac, seed))
+    close(vector_of(jd.gradvac(), jac, seed), vector_of(jd.pcgrad(), jac, seed))
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "gradvac", "config"])
@@ -72,20 +63,27 @@ def test_linear_under_scaling(name):
 def test_weights_ignore_the_overall_scale(name, scale):
     for shape in SHAPES:
         jac = matrix("gaussian", *shape, seed=2)
-        close(weights(GRAMIAN_METHODS[name], scale * jac), weights(GRAMIAN_METHODS[name], jac))
+        close(
+            row_weights(GRAMIAN_METHODS[name], scale * jac), row_weights(GRAMIAN_METHODS[name], jac)
+        )
 
 
 @every_gramian_method
 def test_weights_ignore_rotations(name):
     jac = matrix("gaussian", 4, 6, seed=3)
     rotation = torch.linalg.qr(matrix("gaussian", 6, 6, seed=4)).Q
-    close(weights(GRAMIAN_METHODS[name], jac @ rotation), weights(GRAMIAN_METHODS[name], jac))
+    close(
+        row_weights(GRAMIAN_METHODS[name], jac @ rotation), row_weights(GRAMIAN_METHODS[name], jac)
+    )
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_permuted_rows_permute_weights(name):
     jac, order = matrix("gaussian", 5, 7, seed=5), torch.tensor([3, 0, 4, 1, 2])
-    close(weights(GRAMIAN_METHODS[name], jac[order]), weights(GRAMIAN_METHODS[name], jac)[order])
+    close(
+        row_weights(GRAMIAN_METHODS[name], jac[order]),
+        row_weights(GRAMIAN_METHODS[name], jac)[order],
+    )
 
 
 def test_two_objectives_imtl_g_and_config_bisect_the_angle():
@@ -93,7 +91,7 @@ def test_two_objectives_imtl_g_and_config_bisect_the_angle():
         jac = matrix("gaussian", 2, 4, seed=seed)
         bisector = (jac / jac.norm(dim=1, keepdim=True)).sum(0)
         for method in (jd.imtl_g(), jd.config()):
-            close(cosine(vector(method, jac), bisector).item(), 1.0)
+            close(cosine(vector_of(method, jac), bisector).item(), 1.0)
 
 
 def test_imtl_g_is_config_up_to_a_signed_scale():
@@ -101,7 +99,7 @@ def test_imtl_g_is_config_up_to_a_signed_scale():
     signs = []
     for jac in cases:
         sign = torch.linalg.solve(jac @ jac.T, jac.norm(dim=1)).sum().sign()
-        close(cosine(vector(jd.imtl_g(), jac), vector(jd.config(), jac)), sign)
+        close(cosine(vector_of(jd.imtl_g(), jac), vector_of(jd.config(), jac)), sign)
         signs.append(sign.item())
     assert set(signs) == {1.0, -1.0}
 
@@ -110,9 +108,9 @@ def test_imtl_g_is_config_up_to_a_signed_scale():
 def test_cagrad_identities(shape):
     jac = matrix("gaussian", *shape, seed=6)
     mean = jac.mean(0)
-    close(vector(jd.cagrad(0.0), jac), mean)
+    close(vector_of(jd.cagrad(0.0), jac), mean)
     for c in (0.1, 0.7, 1.0, 3.0):
-        direction = vector(jd.cagrad(c), jac)
+        direction = vector_of(jd.cagrad(c), jac)
         close((direction - mean).norm(), c * mean.norm())
         if c >= 1:
             assert (jac @ direction).min() > -1e-9 * mean.norm()
@@ -123,7 +121,7 @@ def test_aligned_rows_are_orthogonal_and_of_equal_length(scale):
     for jac in (matrix("gaussian", 4, 6), matrix("gaussian", 4, 2), matrix("duplicate", 4, 6)):
         aggregator = jd.aligned_mtl
         units = torch.eye(4, dtype=torch.float64)
-        aligned = torch.stack([vector(aggregator(unit, scale), jac) for unit in units])
+        aligned = torch.stack([vector_of(aggregator(unit, scale), jac) for unit in units])
         got, values = aligned @ aligned.T, torch.linalg.svdvals(jac)
         values = values[values > 1e-7 * values[0]].square()
         sigma = {"min": values.amin(), "median": values.median(), "rmse": values.mean()}[scale]
@@ -164,21 +162,23 @@ def test_the_others_equal_the_peer(shape):
     preference = torch.linspace(0.5, 2.0, shape[0], dtype=torch.float64)
     for seed in range(4):
         jac = matrix("gaussian", *shape, seed=seed)
-        close(vector(jd.imtl_g(), jac), peer.IMTLG()(jac))
-        close(vector(jd.config(), jac), peer.ConFIG()(jac))
-        close(vector(jd.config(preference), jac), peer.ConFIG(preference)(jac))
+        close(vector_of(jd.imtl_g(), jac), peer.IMTLG()(jac))
+        close(vector_of(jd.config(), jac), peer.ConFIG()(jac))
+        close(vector_of(jd.config(preference), jac), peer.ConFIG(preference)(jac))
         for scale in ("min", "median", "rmse"):
-            close(vector(jd.aligned_mtl(scale=scale), jac), peer.AlignedMTL(scale_mode=scale)(jac))
-        close(vector(jd.aligned_mtl(preference), jac), peer.AlignedMTL(preference)(jac))
+            close(
+                vector_of(jd.aligned_mtl(scale=scale), jac), peer.AlignedMTL(scale_mode=scale)(jac)
+            )
+        close(vector_of(jd.aligned_mtl(preference), jac), peer.AlignedMTL(preference)(jac))
 
 
 def test_the_peer_scales_rounding_and_sees_scale():
     opposite = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])
     assert peer.ConFIG()(opposite).abs().max() > 0  # pure rounding
-    assert not vector(jd.config(), opposite).any()
+    assert not vector_of(jd.config(), opposite).any()
     tiny = 1e-9 * A
     assert not torch.allclose(peer.GradVac()(tiny), 1e-9 * peer.GradVac()(A), rtol=1e-3, atol=0)
-    close(1e9 * vector(jd.gradvac(), tiny), vector(jd.gradvac(), A))
+    close(1e9 * vector_of(jd.gradvac(), tiny), vector_of(jd.gradvac(), A))
 
 
 @pytest.mark.parametrize("name", ["imtl_g", "aligned_mtl", "aligned_mtl[rmse]", "config"])
@@ -187,21 +187,21 @@ def test_dependent_rows_in_float32_are_seen_as_such(name):
     for seed in range(5):
         exact = matrix("gaussian", 3, 40, seed=seed)
         jac = torch.cat([exact, exact[:1] / 3])
-        want = vector(aggregator, jac)
-        got = vector(aggregator, jac.float()).double()
+        want = vector_of(aggregator, jac)
+        got = vector_of(aggregator, jac.float()).double()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
 def test_rank_tolerance_can_be_chosen():
     jac = torch.tensor([[1.0, 0.0], [3.0, 1e-3]], dtype=torch.float64)
     norms = jac.norm(dim=1)
-    close(weights(jd.imtl_g(rtol=1e-3), jac), torch.tensor([0.25, 0.75]).double(), tol=1e-6)
-    close(weights(jd.imtl_g(), jac), torch.tensor([0.75, 0.25]).double(), tol=1e-6)
-    got = weights(jd.config([1.0, 2.0], rtol=1e-3), jac) * norms  # rows count as parallel
+    close(row_weights(jd.imtl_g(rtol=1e-3), jac), torch.tensor([0.25, 0.75]).double(), tol=1e-6)
+    close(row_weights(jd.imtl_g(), jac), torch.tensor([0.75, 0.25]).double(), tol=1e-6)
+    got = row_weights(jd.config([1.0, 2.0], rtol=1e-3), jac) * norms  # rows count as parallel
     close(got[0], got[1], tol=1e-6)
-    assert weights(jd.config([1.0, 2.0]), jac)[0] < 0
+    assert row_weights(jd.config([1.0, 2.0]), jac)[0] < 0
     smallest, largest = torch.linalg.svdvals(jac).flip(0)
-    full, cut = (vector(jd.aligned_mtl(rtol=rtol), jac) for rtol in (0.0, 1e-3))
+    full, cut = (vector_of(jd.aligned_mtl(rtol=rtol), jac) for rtol in (0.0, 1e-3))
     assert full.norm() < 2 * smallest < 1e-3 * largest
     assert cut.norm() > 0.5 * largest
 
@@ -233,14 +233,14 @@ def test_config_momentum_can_be_differentiated():
 def test_swept_hyper_parameters_may_be_mapped():
     sweep = torch.tensor([0.1, 0.5, 0.9, 2.0], dtype=torch.float64)
     got = vmap(lambda c: jd.cagrad(c)(B)[0])(sweep)
-    close(got, torch.stack([vector(jd.cagrad(float(c)), B) for c in sweep]))
+    close(got, torch.stack([vector_of(jd.cagrad(float(c)), B) for c in sweep]))
     state = jd.gradvac().init(A, key=jd.random.key(0))
     got = vmap(lambda beta: jd.gradvac(beta)(A, state)[1].phi)(sweep[:3])
     close(got[1], jd.gradvac(0.5)(A, state)[1].phi)
     for factory in (jd.config, jd.aligned_mtl):
         preferences = torch.tensor([[1.0, 2.0], [3.0, 1.0]], dtype=torch.float64)
         got = vmap(lambda b, make=factory: make(b)(A)[0])(preferences)
-        close(got, torch.stack([vector(factory(b), A) for b in preferences]))
+        close(got, torch.stack([vector_of(factory(b), A) for b in preferences]))
     jac = matrix("gaussian", 2, 3)
 
     def two_steps(beta):
@@ -264,8 +264,8 @@ def test_complex_leaves_count_as_pairs_of_reals():
     real = matrix("gaussian", 3, 8, seed=9)
     pairs = torch.view_as_complex(real.reshape(3, 4, 2))
     for aggregator in (jd.cagrad(), jd.imtl_g(), jd.aligned_mtl(), jd.config()):
-        got = torch.view_as_real(vector(aggregator, pairs)).flatten()
-        close(got, vector(aggregator, real))
+        got = torch.view_as_real(vector_of(aggregator, pairs)).flatten()
+        close(got, vector_of(aggregator, real))
 
 
 @pytest.mark.parametrize(

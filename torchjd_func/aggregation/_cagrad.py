@@ -66,10 +66,8 @@ def _search(
 
 
 def _fits(gramian: Tensor, pushed: Tensor, radius: Tensor, nu: Tensor) -> Tensor:
-    """Say for each `nu` whether all can improve by it in the ball.
-
-    The shortest addition `J' v`, `v >= 0`, with `G (b + v) >= nu`, is a quadratic program.
-    """
+    """Say for each `nu` whether all can improve by it in the ball."""
+    # The shortest J'v, v >= 0, with G (b + v) >= nu.
     added = nnqp(gramian, pushed - nu.unsqueeze(-1)).value
     return ((added @ gramian) * added).sum(-1) <= radius.square()
 
