@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +66,24 @@ def weights_of(rule: jd.Aggregator, gramian: Tensor) -> Tensor:
     """Return the weights of a method that needs the Gramian alone."""
     assert rule.weighting is not None
     return rule.weighting(gramian)[0]
+
+
+def vector_of(aggregator, jac, seed: int = 0) -> Tensor:
+    """Aggregate once, from a fresh state."""
+    return aggregator(jac, aggregator.init(jac, key=jd.random.key(seed)))[0]
+
+
+def weigh(aggregator, jac: Tensor, state) -> tuple[Tensor, Any]:
+    """Weigh the rows of a matrix once."""
+    return aggregator.weighting(jac @ jac.mT, state)
+
+
+def row_weights(aggregator, jac: Tensor, seed: int = 0) -> Tensor:
+    """Weigh once, from a fresh state."""
+    return weigh(aggregator, jac, aggregator.init(jac, key=jd.random.key(seed)))[0]
+
+
+def assert_numbers(got: Tensor, want, tol: float = 1e-7) -> None:
+    """Compare with known numbers."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=tol, atol=tol)

@@ -88,3 +88,84 @@ def jacobian_by_loops(fn, params: dict[str, Tensor], *args) -> dict[str, Tensor]
         )
         for i, name in enumerate(leaves)
     }
+
+
+def surgery(
+    jac: Tensor, orders: Tensor, phi: Tensor | None = None, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Correct the rows one by one, on the rows themselves; return the sum and the new targets.
+
+    Without targets PCGrad, with targets GradVac.
+    """
+    targets = torch.zeros(len(jac), len(jac), dtype=jac.dtype) if phi is None else phi.clone()
+    total = torch.zeros(jac.shape[1], dtype=jac.dtype)
+    for i, order in enumerate(orders.tolist()):
+        x = jac[i].clone()
+        for j in order:
+            g, target = jac[j], targets[i, j].clone()
+            cancelled = x.norm() <= 1e-6 * jac[i].norm()
+            scale = torch.where(cancelled, 0.0, x.norm() * g.norm())
+            cosine = (x @ g) / scale if scale > 0 else torch.zeros((), dtype=jac.dtype)
+            if cosine < target and scale > 0:
+                angle = torch.arccos(cosine.clamp(-1, 1)) - torch.arccos(target)
+                x = x + x.norm() * torch.sin(angle) / torch.sin(torch.arccos(target)) * g / g.norm()
+            if phi is not None:
+                targets[i, j] = (1 - beta) * target + beta * cosine
+        total += x
+    return total, targets
+
+
+def cagrad(jac: Tensor, c: float) -> Tensor:
+    """Try every support of the addition to the mean, and keep the best feasible direction."""
+    m = len(jac)
+    mean = jac.mean(0)
+    pushed, radius = jac @ mean, c * mean.norm()
+    best, value = mean, pushed.min()
+    for bits in itertools.product([False, True], repeat=m):
+        free = torch.tensor(bits)
+        if not free.any():
+            continue
+        inverse = torch.linalg.pinv(jac[free] @ jac[free].T)
+        p, q = inverse.sum(-1), inverse @ pushed[free]
+        a, b, e = p.sum(), q.sum(), q @ pushed[free] - radius**2
+        if b**2 - a * e < 0:
+            continue
+        added = (((b + (b**2 - a * e).sqrt()) / a) * p - q).clamp(min=0)
+        direction = mean + jac[free].T @ added
+        feasible = (direction - mean).norm() <= radius * (1 + 1e-9)
+        if feasible and (jac @ direction).min() > value:
+            best, value = direction, (jac @ direction).min()
+    return best
+
+
+def config(jac: Tensor, preference: Tensor) -> Tensor:
+    """Take the pseudo-inverse of the unit rows themselves."""
+    units = jac / jac.norm(dim=1, keepdim=True)
+    direction = torch.linalg.pinv(units) @ preference
+    direction = direction / direction.norm()
+    return (jac @ direction).sum() * direction
+
+
+def config_momentum(
+    rows: list[tuple[int, Tensor]], m: int, beta_1: float, beta_2: float
+) -> list[Tensor]:
+    """Visit the given rows one at a time."""
+    n = rows[0][1].shape[0]
+    momenta, visits = torch.zeros(m, n, dtype=torch.float64), [0] * m
+    first = torch.zeros(n, dtype=torch.float64)
+    second, k, out = first.clone(), 0, []
+    for index, row in rows:
+        momenta[index] = beta_1 * momenta[index] + (1 - beta_1) * row
+        visits[index] += 1
+        if 0 in visits:
+            out.append(torch.zeros(n, dtype=torch.float64))
+            continue
+        k += 1
+        unbiased = torch.stack([momenta[i] / (1 - beta_1 ** visits[i]) for i in range(m)])
+        d = config(unbiased, torch.ones(m, dtype=torch.float64))
+        shrunk = d * (1 - beta_1**k)
+        implied = (shrunk - beta_1 * first) / (1 - beta_1)
+        first = shrunk
+        second = beta_2 * second + (1 - beta_2) * implied**2
+        out.append(d / ((second / (1 - beta_2**k)).sqrt() + 1e-8))
+    return out

@@ -29,6 +29,7 @@ class Method:
     needs_losses: bool = False
     differentiable: bool = True  # d is differentiable in J almost everywhere, not only constant
     unique: bool = True  # d is determined; False: only if rows are independent
+    keeps_direction: bool = True  # one objective: d is along its gradient
     min_m: int = 1
     cost: str = ""  # growth of the solve with m
 
@@ -75,6 +76,55 @@ METHODS: dict[str, Method] = {
     ),
     "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, unique=False, cost="m^3"),
     "mgda[loss+]": Method(lambda m: jd.mgda("loss+"), needs_losses=True, unique=False, cost="m^3"),
+    "cagrad": Method(lambda m: jd.cagrad(), cost="m^3"),
+    "cagrad[1+c^2]": Method(lambda m: jd.cagrad(0.4, rescale="1+c^2"), cost="m^3"),
+    "cagrad[2]": Method(lambda m: jd.cagrad(2.0), non_conflicting=True, cost="m^3"),
+    "pcgrad": Method(
+        lambda m: jd.pcgrad(),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m^3",
+    ),
+    "pcgrad[mean]": Method(
+        lambda m: jd.pcgrad(reduction="mean"),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m^3",
+    ),
+    "gradvac": Method(
+        lambda m: jd.gradvac(),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m^4",
+    ),
+    "imtl_g": Method(lambda m: jd.imtl_g(), unique=False, cost="m^3"),
+    "imtl_g[safe]": Method(lambda m: jd.imtl_g(safe=True), unique=False, cost="m^3"),
+    "aligned_mtl": Method(lambda m: jd.aligned_mtl(), unique=False, cost="m^3"),
+    "aligned_mtl[preference, median]": Method(
+        lambda m: jd.aligned_mtl(_preference(m), "median"),
+        equivariant=False,
+        unique=False,
+        cost="m^3",
+    ),
+    "aligned_mtl[rmse]": Method(lambda m: jd.aligned_mtl(scale="rmse"), unique=False, cost="m^3"),
+    "config": Method(lambda m: jd.config(), linear_under_scaling=True, cost="m^3"),
+    "config[preference]": Method(
+        lambda m: jd.config(_preference(m)),
+        linear_under_scaling=True,
+        equivariant=False,
+        cost="m^3",
+    ),
+    "config[min]": Method(lambda m: jd.config(length="min"), cost="m^3"),
+    "config_momentum[all]": Method(
+        lambda m: jd.config_momentum(visit="all"),
+        weighted=False,
+        degree=None,
+        keeps_direction=False,
+        cost="m^3",
+    ),
 }
 
 

@@ -273,3 +273,33 @@ def _differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], reme
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
+
+
+def number(name: str, value: float | Tensor, low: float, high: float = math.inf) -> float | Tensor:
+    """Return `value`, a Python number from `low` to `high`; a tensor passes, its value unread."""
+    if not isinstance(value, Tensor) and not low <= value <= high:
+        rule = f"be between {low} and {high}"
+        fail(ValueError, f"`{name}`", rule, value, "Choose one in this range.")
+    return value
+
+
+def decay(name: str, value: float | Tensor) -> float | Tensor:
+    """Return `value`, a Python number from 0 to below 1; a tensor passes, its value unread."""
+    if not isinstance(value, Tensor) and not 0 <= value < 1:
+        rule = "be at least 0 and below 1"
+        fail(ValueError, f"`{name}`", rule, value, "Use 0 to forget at once.")
+    return value
+
+
+def rtol(value: float | None) -> float | None:
+    """Return a tolerance relative to the largest eigenvalue."""
+    if value is not None:
+        number("rtol", value, 0, 1)
+    return value
+
+
+def state_type(method: str, value: Any, kind: type) -> None:
+    """Check that a state was made by the `init` of this method."""
+    if not isinstance(value, kind):
+        remedy = "Pass the state that this method's init returned."
+        fail(ValueError, f"`state` of `{method}`", f"be a {kind.__name__}", describe(value), remedy)

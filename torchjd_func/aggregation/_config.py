@@ -1,0 +1,109 @@
+"""ConFIG: the conflict-free inverse of gradients.
+
+Q. Liu, M. Chu, N. Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural
+Networks, ICLR 2025, arXiv:2408.11104.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check
+from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func.aggregation._preference import resolve
+from torchjd_func.linalg._gramian import pseudo_inverse, rank_tol, rows_of
+
+LENGTHS = ("projection", "min", "max", "arithmetic", "geometric", "harmonic")
+
+
+def _weights(
+    gramian: Tensor, *, preference: Tensor | None, length: str, rtol: float | None
+) -> Tensor:
+    """Return the weights of the unit direction, times the length."""
+    rows, tol = rows_of(gramian), rank_tol(gramian, rtol)
+    wanted = torch.where(rows.norms > 0, resolve(preference, gramian), 0.0)
+    inverse = pseudo_inverse(rows.cosines, tol)
+    solved = inverse @ wanted
+    square = wanted @ solved
+    # What the rounding of `wanted` alone would give: a direction this short is not one.
+    rounding = tol.square() * wanted.square().sum() * inverse.diagonal().sum()
+    defined = square.detach() > rounding.detach()
+    unit = solved * torch.where(defined, torch.where(defined, square, 1.0).rsqrt(), 0.0)
+    return _length(rows.norms, rows.cosines @ unit, length) * unit * rows.inverse
+
+
+def _length(norms: Tensor, cosines: Tensor, length: str) -> Tensor:
+    """Return the length `()`, given the cosine of the direction with each gradient."""
+    if length == "projection":
+        return norms @ cosines
+    return _common_norm(norms, length) * torch.where(norms > 0, cosines, 0.0).sum()
+
+
+def _common_norm(norms: Tensor, length: str) -> Tensor:
+    """Return the one norm `()` that stands for all."""
+    if length == "min":
+        return norms.amin()
+    if length == "max":
+        return norms.amax()
+    if length == "arithmetic":
+        return norms.mean()
+    safe = torch.where(norms > 0, norms, 1.0)
+    mean = safe.log().mean().exp() if length == "geometric" else 1 / (1 / safe).mean()
+    return torch.where((norms > 0).all(), mean, 0.0)
+
+
+def config(
+    preference: Tensor | Sequence[float] | None = None,
+    *,
+    length: str = "projection",
+    rtol: float | None = None,
+) -> Aggregator:
+    r"""Step in the direction of the same angle with all gradients.
+
+    With unit rows $U$ and $\hat x$ the direction of $U^\dagger b$,
+    $$d = \Big( \sum_i g_i^\top \hat x \Big) \hat x.$$
+
+    For independent gradients the cosines with `d` are proportional to `b`, so nothing conflicts,
+    and the result is linear in the scale of each gradient. For dependent gradients, as with more
+    objectives than parameters, it may conflict. Zero where $U^\dagger b$ is zero up to rounding.
+    One pseudo-inverse of an `(m, m)` matrix.
+
+    Args:
+        preference: `b`, `(m,)`, positive, of any sum; equal angles by default. A tensor may be
+            vmapped or changed without recompiling.
+        length: `"projection"` as above, or a mean (`"arithmetic"`, `"geometric"`, `"harmonic"`) or
+            an extreme (`"min"`, `"max"`) that replaces the norm of every $g_i$ in the sum.
+        rtol: Share of the largest eigenvalue below which an eigenvalue of $U U^\top$ is taken as
+            0; by default `m` times the rounding of the Gramian.
+
+    Returns:
+        The Aggregator, without state.
+
+    Raises:
+        ValueError: If `length` is unknown, `rtol` is negative, or `preference` is not 1-D or not of
+            the number of objectives.
+
+    Differs from other implementations:
+        The authors' form for two gradients is not a number where they are parallel or zero.
+        TorchJD and the authors scale rounding to a direction where opposite gradients cancel.
+
+    References:
+        Q. Liu, M. Chu, N. Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed
+        Neural Networks, ICLR 2025, https://arxiv.org/abs/2408.11104
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.config()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
+        tensor([0.1588, 2.0706, 2.0706])
+    """
+    _check.choice("length", length, LENGTHS)
+    options = {
+        "preference": _check.preference(preference),
+        "length": length,
+        "rtol": _check.rtol(rtol),
+    }
+    return weighted(stateless("config", partial(_weights, **options)))

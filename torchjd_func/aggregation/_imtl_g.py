@@ -1,0 +1,82 @@
+"""IMTL-G: equal projections on all gradients.
+
+L. Liu et al., Towards Impartial Multi-task Learning, ICLR 2021; any rank: P. Quinton, V. Rey,
+arXiv:2406.16232.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check
+from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func.linalg._gramian import full_rank, pseudo_inverse, rank_tol, rows_of
+
+
+def _weights(gramian: Tensor, *, safe: bool, rtol: float | None) -> Tensor:
+    """Normalise `G^+ delta` to the sum 1."""
+    tol = rank_tol(gramian, rtol)
+    balanced, rounding = _balanced(gramian, tol)
+    total = balanced.sum()
+    total = total.abs() if safe else total
+    defined = total.abs() > rounding
+    return torch.where(defined, balanced / torch.where(defined, total, 1.0), 0.0)
+
+
+def _balanced(gramian: Tensor, tol: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `G^+ delta`, with `delta` the norms, and the rounding of the sum of its entries."""
+    rows = rows_of(gramian)
+    # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
+    regular = rows.inverse * (pseudo_inverse(rows.cosines, tol) @ (rows.norms > 0).to(gramian))
+    inverse = pseudo_inverse(gramian, tol)
+    spread = inverse.diagonal().sum() * rows.norms.square().sum().detach().sqrt()
+    is_regular = full_rank(rows.cosines, tol)
+    balanced = torch.where(is_regular, regular, inverse @ rows.norms)
+    rounding = tol * torch.where(is_regular, regular.abs().sum(), spread)
+    return balanced, rounding
+
+
+def imtl_g(*, safe: bool = False, rtol: float | None = None) -> Aggregator:
+    r"""Combine the gradients so that the result has the same projection on each.
+
+    $$d = J^\top w, \qquad w = \frac{v}{\mathbf 1^\top v}, \qquad v = G^\dagger \delta, \qquad
+    \delta_i = \lVert g_i \rVert.$$
+
+    For independent gradients the projections $g_i^\top d / \lVert g_i \rVert$ are equal, and the
+    weights, some of which may be negative, sum to 1. If $\mathbf 1^\top v < 0$, which takes three
+    objectives, the equal projections are negative: a step uphill for all; see `safe`. For dependent
+    gradients the projections differ. Zero where $\mathbf 1^\top v = 0$ up to rounding. One
+    pseudo-inverse of an `(m, m)` matrix.
+
+    Args:
+        safe: Divide by $|\mathbf 1^\top v|$ instead. Independent gradients then never conflict with
+            the result.
+        rtol: Share of the largest eigenvalue below which an eigenvalue is taken as 0; by default
+            `m` times the rounding of the Gramian.
+
+    Returns:
+        The Aggregator, without state.
+
+    Raises:
+        ValueError: If `rtol` is negative.
+
+    Differs from other implementations:
+        The paper's own form is for independent gradients only, where it is the same.
+        TorchJD compares $\mathbf 1^\top v$ with 1e-12; here the scale does not matter.
+
+    References:
+        L. Liu, Y. Li, Z. Kuang, J.-H. Xue, Y. Chen, W. Yang, Q. Liao, W. Zhang, Towards Impartial
+        Multi-task Learning, ICLR 2021, https://openreview.net/forum?id=IMPnRXEWpvr. Any rank:
+        P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
+        https://arxiv.org/abs/2406.16232
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.imtl_g()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
+        tensor([0.0767, 1.0000, 1.0000])
+    """
+    weights_fn = partial(_weights, safe=safe, rtol=_check.rtol(rtol))
+    return weighted(stateless("imtl_g", weights_fn))
