@@ -38,12 +38,15 @@ class Weighting:
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch;
             `"cross_gramian"`, `J_1 J_2^T` of two independent batches, not symmetric;
             `"size"`, anything of the right shape, since only the shape is read.
+        widen: Whether `update_fn` is given a float64 statistic; if not, the statistic as it is, for
+            methods that must know its rounding, or that hand it on.
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
     needs: Needs = "gramian"
+    widen: bool = True
 
     def init(self, statistic: Tensor, *, key: Tensor | None = None) -> State:
         """Return the initial state for statistics like this one.
@@ -75,7 +78,8 @@ class Weighting:
         _check.losses_vector(self.name, losses, statistic.shape[0])
         state = self.init(statistic) if state is None else state
         wide = None if losses is None else losses.to(torch.float64)
-        weights, state = self.update_fn(statistic.to(torch.float64), state, wide)
+        given = statistic.to(torch.float64) if self.widen else statistic
+        weights, state = self.update_fn(given, state, wide)
         return weights.to(statistic.dtype), state
 
     def __repr__(self) -> str:
@@ -202,7 +206,11 @@ class Observation(NamedTuple):
 
 
 def stateless(
-    name: str, weights_fn: Callable[[Tensor], Tensor], *, needs: Needs = "gramian"
+    name: str,
+    weights_fn: Callable[[Tensor], Tensor],
+    *,
+    needs: Needs = "gramian",
+    widen: bool = True,
 ) -> Weighting:
     """Lift a pure function from Gramian to weights to a Weighting with the empty state `()`.
 
@@ -210,6 +218,7 @@ def stateless(
         name: The method, for messages.
         weights_fn: `(gramian) -> weights`, from `(m, m)` to `(m,)`, in float64.
         needs: What the statistic has to be, see `jd.Weighting`.
+        widen: Whether `weights_fn` is given the statistic in float64, see `jd.Weighting`.
 
     Returns:
         The Weighting.
@@ -220,7 +229,7 @@ def stateless(
         >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
         tensor([-1.])
     """
-    return Weighting(name, _no_state, partial(_stateless_update, name, weights_fn), needs)
+    return Weighting(name, _no_state, partial(_stateless_update, name, weights_fn), needs, widen)
 
 
 def weighted(weighting: Weighting) -> Aggregator:

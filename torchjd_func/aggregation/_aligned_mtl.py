@@ -24,8 +24,9 @@ def _weights(
     gramian: Tensor, *, preference: Tensor | None, scale: str, rtol: float | None
 ) -> Tensor:
     """Combine the aligned rows by the preference."""
-    combination = resolve(preference, gramian)
-    eigenvalues, vectors = torch.linalg.eigh(gramian)
+    wide = gramian.to(torch.float64)
+    combination = resolve(preference, wide)
+    eigenvalues, vectors = torch.linalg.eigh(wide)
     kept = eigenvalues > rank_tol(gramian, rtol) * eigenvalues[-1:]
     roots = torch.where(kept, torch.where(kept, eigenvalues, 1.0).rsqrt(), 0.0)
     aligned = vectors @ (roots * (combination @ vectors))
@@ -93,4 +94,4 @@ def aligned_mtl(
         "scale": scale,
         "rtol": _check.rtol(rtol),
     }
-    return weighted(stateless("aligned_mtl", partial(_weights, **options)))
+    return weighted(stateless("aligned_mtl", partial(_weights, **options), widen=False))

@@ -25,13 +25,14 @@ RIDGE = 1e-11
 
 def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tensor:
     """Find the worst improvement by search, then the weights in closed form on their support."""
-    m = gramian.shape[0]
+    m, tol = gramian.shape[0], rank_tol(gramian)
+    gramian = gramian.to(torch.float64)
     mean = gramian.new_full((m,), 1 / max(m, 1))
     pushed = gramian @ mean  # improvements under the mean gradient
     square = (mean @ pushed).clamp(min=0)
     length = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
     radius = c * length
-    rows, tol = rows_of(gramian), rank_tol(gramian)
+    rows = rows_of(gramian)
     support, slack = _search(
         gramian.detach(), pushed.detach(), length.detach(), radius.detach(), tol
     )
@@ -42,11 +43,11 @@ def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tens
 
 
 def _search(
-    gramian: Tensor, pushed: Tensor, length: Tensor, radius: Tensor, tol: Tensor
+    gramian: Tensor, pushed: Tensor, length: Tensor, radius: Tensor, tol: float
 ) -> tuple[Tensor, Tensor]:
     """Return the support of the addition, and whether the ball does not limit it."""
     rows = rows_of(gramian)
-    ridged = gramian + torch.diag_embed(tol.clamp(min=RIDGE) * gramian.diagonal())
+    ridged = gramian + torch.diag_embed(max(tol, RIDGE) * gramian.diagonal())
     low, high = pushed.amin(), rows.norms.amin() * (length + radius)
     # Gradients that balance, up to rounding, cannot all improve; 0 is the most they all can.
     balance = rows.cosines * torch.outer(rows.norms > 0, rows.norms > 0)
@@ -73,7 +74,7 @@ def _fits(gramian: Tensor, pushed: Tensor, radius: Tensor, nu: Tensor) -> Tensor
 
 
 def _closed_form(
-    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, slack: Tensor, tol: Tensor
+    rows: Rows, pushed: Tensor, radius: Tensor, support: Tensor, slack: Tensor, tol: float
 ) -> Tensor:
     """Solve `G v = nu - G b` on the support, with the `nu` for which `J' v` has length `radius`."""
     cosines = torch.where(torch.outer(support, support), rows.cosines, 0.0)
@@ -129,4 +130,4 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
     """
     _check.choice("rescale", rescale, RESCALES)
     options = {"c": _check.number("c", c, 0), "rescale": rescale}
-    return weighted(stateless("cagrad", partial(_weights, **options)))
+    return weighted(stateless("cagrad", partial(_weights, **options), widen=False))

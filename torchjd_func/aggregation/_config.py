@@ -24,13 +24,13 @@ def _weights(
     gramian: Tensor, *, preference: Tensor | None, length: str, rtol: float | None
 ) -> Tensor:
     """Return the weights of the unit direction, times the length."""
-    rows, tol = rows_of(gramian), rank_tol(gramian, rtol)
-    wanted = torch.where(rows.norms > 0, resolve(preference, gramian), 0.0)
+    rows, tol = rows_of(gramian.to(torch.float64)), rank_tol(gramian, rtol)
+    wanted = torch.where(rows.norms > 0, resolve(preference, rows.norms), 0.0)
     inverse = pseudo_inverse(rows.cosines, tol)
     solved = inverse @ wanted
     square = wanted @ solved
     # What the rounding of `wanted` alone would give: a direction this short is not one.
-    rounding = tol.square() * wanted.square().sum() * inverse.diagonal().sum()
+    rounding = tol**2 * wanted.square().sum() * inverse.diagonal().sum()
     defined = square.detach() > rounding.detach()
     unit = solved * torch.where(defined, torch.where(defined, square, 1.0).rsqrt(), 0.0)
     return _length(rows.norms, rows.cosines @ unit, length) * unit * rows.inverse
@@ -106,4 +106,4 @@ def config(
         "length": length,
         "rtol": _check.rtol(rtol),
     }
-    return weighted(stateless("config", partial(_weights, **options)))
+    return weighted(stateless("config", partial(_weights, **options), widen=False))

@@ -42,11 +42,12 @@ def _update(
     """Correct every row, all rows at once, one step of their orders at a time."""
     _check.state_type("gradvac", state, GradVacState)
     _check.state("gradvac", "phi", state.phi, gramian.shape)
-    m = gramian.shape[0]
+    m, tol = gramian.shape[0], rank_tol(gramian)
+    gramian = gramian.to(torch.float64)
     next_key, draw = random.split(state.key)
     # Row i holds the coordinates of the corrected gradient of objective i.
     coordinates = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
-    rows, tol, seen = rows_of(gramian), rank_tol(gramian), state.phi
+    rows, seen = rows_of(gramian), state.phi
     for j in shuffled_others(draw, m).unbind(-1):
         visited = one_hot(j, m)
         square = ((coordinates @ gramian) * coordinates).sum(-1)
@@ -123,4 +124,4 @@ def gradvac(beta: float | Tensor = 0.5, *, reduction: str = "sum") -> Aggregator
     """
     options = {"beta": _check.number("beta", beta, 0, 1), "reduction": reduction}
     _check.choice("reduction", reduction, ("sum", "mean"))
-    return weighted(Weighting("gradvac", _init, partial(_update, **options)))
+    return weighted(Weighting("gradvac", _init, partial(_update, **options), widen=False))

@@ -19,14 +19,14 @@ from torchjd_func.linalg._gramian import full_rank, pseudo_inverse, rank_tol, ro
 def _weights(gramian: Tensor, *, safe: bool, rtol: float | None) -> Tensor:
     """Normalise `G^+ delta` to the sum 1."""
     tol = rank_tol(gramian, rtol)
-    balanced, rounding = _balanced(gramian, tol)
+    balanced, rounding = _balanced(gramian.to(torch.float64), tol)
     total = balanced.sum()
     total = total.abs() if safe else total
     defined = total.abs() > rounding
     return torch.where(defined, balanced / torch.where(defined, total, 1.0), 0.0)
 
 
-def _balanced(gramian: Tensor, tol: Tensor) -> tuple[Tensor, Tensor]:
+def _balanced(gramian: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """Return `G^+ delta`, with `delta` the norms, and the rounding of the sum of its entries."""
     rows = rows_of(gramian)
     # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
@@ -79,4 +79,4 @@ def imtl_g(*, safe: bool = False, rtol: float | None = None) -> Aggregator:
         tensor([0.0767, 1.0000, 1.0000])
     """
     weights_fn = partial(_weights, safe=safe, rtol=_check.rtol(rtol))
-    return weighted(stateless("imtl_g", weights_fn))
+    return weighted(stateless("imtl_g", weights_fn, widen=False))

@@ -7,11 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-
-# A float64 has 29 bits more than a float32.
-LAST_BITS = (1 << 29) - 1
-
 
 class Rows(NamedTuple):
     """What a Gramian says about rows one by one; a zero row has norm, inverse and cosines 0."""
@@ -32,26 +27,20 @@ def rows_of(gramian: Tensor) -> Rows:
     return Rows(filled, torch.where(positive, safe.sqrt(), 0.0), inverse)
 
 
-def rank_tol(gramian: Tensor, rtol: float | None = None) -> Tensor:
-    """Return the share `()` of the largest eigenvalue below which an eigenvalue is rounding.
+def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
+    """Return the share of the largest eigenvalue below which an eigenvalue is rounding.
 
-    By default `m` times the rounding of the entries. Gramians come widened to float64: those whose
-    entries all fit in float32 were computed in it.
+    By default `m` times the rounding of the entries, in the dtype in which they were computed.
     """
-    if rtol is not None:
-        return gramian.new_full((), rtol)
-    # By the last bits of the mantissa: a compiler may drop a cast to float32 and back.
-    single = (gramian.detach().view(torch.int64) & LAST_BITS == 0).all()
-    eps = torch.where(single, gramian.new_full((), SINGLE), DOUBLE)
-    return gramian.shape[0] * eps
+    return gramian.shape[0] * torch.finfo(gramian.dtype).eps if rtol is None else rtol
 
 
-def pseudo_inverse(gramian: Tensor, tol: Tensor) -> Tensor:
+def pseudo_inverse(gramian: Tensor, tol: float) -> Tensor:
     """Return the pseudo-inverse of a symmetric matrix, with eigenvalues up to `tol` taken as 0."""
     return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
 
 
-def full_rank(gramian: Tensor, tol: Tensor) -> Tensor:
+def full_rank(gramian: Tensor, tol: float) -> Tensor:
     """Say `()` whether every eigenvalue is above `tol` times the largest."""
     eigenvalues = torch.linalg.eigvalsh(gramian.detach())
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
