@@ -31,15 +31,22 @@ def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def interval(
-    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> Any:
-    """Return a number that lies in an interval; a tensor is returned unread."""
-    if isinstance(value, Tensor):
+    """Return a number that lies in an interval; a tensor is returned unread, `None` too."""
+    if value is None or isinstance(value, Tensor):
         return value
+    open_high = open_high or high == math.inf
     above = value > low if open_low else value >= low
-    if not (above and (value < high or (value == high and high < math.inf))):
-        start, end = "(" if open_low else "[", ")" if high == math.inf else "]"
-        rule = f"be in {start}{low}, {high}{end}"
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
     return value
 
@@ -273,29 +280,6 @@ def _differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], reme
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
-
-
-def number(name: str, value: float | Tensor, low: float, high: float = math.inf) -> float | Tensor:
-    """Return `value`, a Python number from `low` to `high`; a tensor passes, its value unread."""
-    if not isinstance(value, Tensor) and not low <= value <= high:
-        rule = f"be between {low} and {high}"
-        fail(ValueError, f"`{name}`", rule, value, "Choose one in this range.")
-    return value
-
-
-def decay(name: str, value: float | Tensor) -> float | Tensor:
-    """Return `value`, a Python number from 0 to below 1; a tensor passes, its value unread."""
-    if not isinstance(value, Tensor) and not 0 <= value < 1:
-        rule = "be at least 0 and below 1"
-        fail(ValueError, f"`{name}`", rule, value, "Use 0 to forget at once.")
-    return value
-
-
-def rtol(value: float | None) -> float | None:
-    """Return a tolerance relative to the largest eigenvalue."""
-    if value is not None:
-        number("rtol", value, 0, 1)
-    return value
 
 
 def state_type(method: str, value: Any, kind: type) -> None:

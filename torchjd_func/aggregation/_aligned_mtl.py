@@ -92,6 +92,6 @@ def aligned_mtl(
     options = {
         "preference": _check.preference(preference),
         "scale": scale,
-        "rtol": _check.rtol(rtol),
+        "rtol": _check.interval("rtol", rtol, 0, 1),
     }
     return weighted(stateless("aligned_mtl", partial(_weights, **options), widen=False))

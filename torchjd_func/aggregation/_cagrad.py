@@ -129,5 +129,5 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
         tensor([0.1835, 1.2041, 1.2041])
     """
     _check.choice("rescale", rescale, RESCALES)
-    options = {"c": _check.number("c", c, 0), "rescale": rescale}
+    options = {"c": _check.interval("c", c, 0), "rescale": rescale}
     return weighted(stateless("cagrad", partial(_weights, **options), widen=False))

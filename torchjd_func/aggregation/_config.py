@@ -104,6 +104,6 @@ def config(
     options = {
         "preference": _check.preference(preference),
         "length": length,
-        "rtol": _check.rtol(rtol),
+        "rtol": _check.interval("rtol", rtol, 0, 1),
     }
     return weighted(stateless("config", partial(_weights, **options), widen=False))

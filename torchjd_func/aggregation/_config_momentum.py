@@ -187,8 +187,8 @@ def config_momentum(
     options = {
         "direction": config(preference, length=length, rtol=rtol),
         "visit": visit,
-        "beta_1": _check.decay("beta_1", beta_1),
-        "beta_2": _check.decay("beta_2", beta_2),
-        "eps": _check.number("eps", eps, 0),
+        "beta_1": _check.interval("beta_1", beta_1, 0, 1, open_high=True),
+        "beta_2": _check.interval("beta_2", beta_2, 0, 1, open_high=True),
+        "eps": _check.interval("eps", eps, 0),
     }
     return Aggregator("config_momentum", _init, partial(_update, **options))

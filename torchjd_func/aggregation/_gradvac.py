@@ -122,6 +122,6 @@ def gradvac(beta: float | Tensor = 0.5, *, reduction: str = "sum") -> Aggregator
         >>> aggregator.weighting(jac @ jac.T, state)[0]
         tensor([1.8580, 1.4064])
     """
-    options = {"beta": _check.number("beta", beta, 0, 1), "reduction": reduction}
+    options = {"beta": _check.interval("beta", beta, 0, 1), "reduction": reduction}
     _check.choice("reduction", reduction, ("sum", "mean"))
     return weighted(Weighting("gradvac", _init, partial(_update, **options), widen=False))
