@@ -42,7 +42,7 @@ def scaling_gap(method: Method) -> float:
     gaps = []
     for jac in witnesses(method):
         ramp = torch.linspace(1.0, 3.0, len(jac), dtype=torch.float64)
-        if float(run(method, jac, len(jac)).norm()) > 1e-4 * float(jac.norm()):
+        if float(run(method, jac, len(jac)).norm()) > 1e-8 * float(jac.norm()):
             gaps.append(scaled_sum_gap(method, jac, ramp, ramp.flip(0).square()))
     return max(gaps)
 
@@ -61,4 +61,4 @@ def flip_gap(method: Method) -> float:
 def span_distance(method: Method) -> float:
     """Return the largest relative distance of the update from the span of the rows."""
     found = [(jac, run(method, jac, len(jac))) for jac in witnesses(method)]
-    return max(span_gap(j, d) for j, d in found if float(d.norm()) > 1e-7 * float(j.norm()))
+    return max(span_gap(j, d) for j, d in found if float(d.norm()) > 1e-8 * float(j.norm()))

@@ -125,6 +125,59 @@ METHODS: dict[str, Method] = {
         keeps_direction=False,
         cost="m^3",
     ),
+    "nash_mtl": Method(lambda m: jd.nash_mtl(), non_conflicting=True, degree=0.0, cost="m^3"),
+    "nash_mtl[max_norm]": Method(
+        lambda m: jd.nash_mtl(max_norm=1.0), non_conflicting=True, degree=0.0, cost="m^3"
+    ),
+    "nash_mtl[update_every]": Method(
+        lambda m: jd.nash_mtl(update_every=2), non_conflicting=True, degree=0.0, cost="m^3"
+    ),
+    "fairgrad": Method(lambda m: jd.fairgrad(), non_conflicting=True, degree=0.0, cost="m^3"),
+    "fairgrad[alpha=0.5]": Method(
+        lambda m: jd.fairgrad(0.5), non_conflicting=True, degree=1 / 3, cost="m^3"
+    ),
+    "fairgrad[alpha=2]": Method(
+        lambda m: jd.fairgrad(2.0), non_conflicting=True, degree=-1 / 3, cost="m^3"
+    ),
+    "pcd": Method(lambda m: jd.pcd(), equivariant=False, degree=None, cost="m^3"),
+    "pcd[eps=0]": Method(
+        lambda m: jd.pcd(eps=0.0), linear_under_scaling=True, equivariant=False, cost="m^3"
+    ),
+    "epo": Method(
+        lambda m: jd.epo([1.0] * m), needs_losses=True, unique=False, cost="m^3 to C(2m+1, m+2)"
+    ),
+    "epo[preference]": Method(
+        lambda m: jd.epo(_preference(m)),
+        needs_losses=True,
+        equivariant=False,
+        unique=False,
+        cost="m^3 to C(2m+1, m+2)",
+    ),
+    "pmgda": Method(
+        lambda m: jd.pmgda([1.0] * m),
+        needs_losses=True,
+        degree=None,
+        unique=False,
+        cost="m^3 to C(2m+2, m+1)",
+    ),
+    "pmgda[preference]": Method(
+        lambda m: jd.pmgda(_preference(m)),
+        needs_losses=True,
+        equivariant=False,
+        degree=None,
+        unique=False,
+        cost="m^3 to C(2m+2, m+1)",
+    ),
+    # Weightings of a cross-Gramian, on the Gramian of one batch, where it is symmetric.
+    "modo": Method(lambda m: jd.weighted(jd.modo()), degree=None, cost="m^2"),
+    "sdmgrad": Method(lambda m: jd.weighted(jd.sdmgrad()), cost="m^3"),
+    "sdmgrad[preference]": Method(
+        lambda m: jd.weighted(jd.sdmgrad(preference=_preference(m))), equivariant=False, cost="m^3"
+    ),
+    "sdmgrad[pgd]": Method(lambda m: jd.weighted(jd.sdmgrad(solver="pgd")), cost="m^3"),
+    "sdmgrad[reference]": Method(
+        lambda m: jd.weighted(jd.sdmgrad(solver="reference")), degree=None, cost="m^2"
+    ),
 }
 
 

@@ -5,11 +5,18 @@ from torchjd_func.aggregation._cagrad import cagrad
 from torchjd_func.aggregation._config import config
 from torchjd_func.aggregation._config_momentum import config_momentum
 from torchjd_func.aggregation._dualproj import dualproj
+from torchjd_func.aggregation._epo import epo
+from torchjd_func.aggregation._fairgrad import fairgrad
 from torchjd_func.aggregation._gradvac import gradvac
 from torchjd_func.aggregation._imtl_g import imtl_g
 from torchjd_func.aggregation._linear import constant, mean, sum
 from torchjd_func.aggregation._mgda import mgda
+from torchjd_func.aggregation._modo import modo
+from torchjd_func.aggregation._nash_mtl import nash_mtl
+from torchjd_func.aggregation._pcd import pcd
 from torchjd_func.aggregation._pcgrad import pcgrad
+from torchjd_func.aggregation._pmgda import pmgda
+from torchjd_func.aggregation._sdmgrad import sdmgrad
 from torchjd_func.aggregation._upgrad import upgrad
 
 __all__ = [
@@ -19,11 +26,18 @@ __all__ = [
     "config_momentum",
     "constant",
     "dualproj",
+    "epo",
+    "fairgrad",
     "gradvac",
     "imtl_g",
     "mean",
     "mgda",
+    "modo",
+    "nash_mtl",
+    "pcd",
     "pcgrad",
+    "pmgda",
+    "sdmgrad",
     "sum",
     "upgrad",
 ]

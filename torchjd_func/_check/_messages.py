@@ -1,0 +1,28 @@
+"""The one form of an error: what must hold, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+
+def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> NoReturn:
+    """Raise the one kind of message: `name` must <rule>, got <value>. <what to do>."""
+    raise kind(f"{name} must {rule}, got {got}. {remedy}")
+
+
+def describe(value: Any) -> str:
+    """Describe a value that is not what it should be."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return type(value).__name__
+
+
+def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
+    """Check that all leaves are floating or complex tensors."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            got = f"{describe(leaf)} at {path!r}"
+            fail(TypeError, name, "hold floating-point tensors only", got, remedy)

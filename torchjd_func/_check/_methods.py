@@ -1,0 +1,139 @@
+"""What methods are given: statistics, Jacobians, losses, keys and states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func._check._messages import describe, differentiable, fail
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Check that `value` has a real floating-point dtype."""
+    if not value.is_floating_point():
+        fail(TypeError, name, "be floating-point", value.dtype, "Convert it with .float().")
+
+
+def matrix(name: str, value: Tensor) -> None:
+    """Check that `value` is a floating square matrix, or a batch of them."""
+    floating(f"`{name}`", value)
+    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
+        remedy = "Pass a square matrix, e.g. a Gramian."
+        fail(ValueError, f"`{name}`", "have shape (..., m, m)", describe(value), remedy)
+
+
+def square(method: str, statistic: Tensor) -> None:
+    """Check that a weighting is given one `(m, m)` floating matrix."""
+    name = f"the Gramian given to `{method}`"
+    if not isinstance(statistic, Tensor):
+        remedy = "For a Jacobian pytree call the aggregator, not its weighting."
+        fail(TypeError, name, "be a tensor", describe(statistic), remedy)
+    if statistic.ndim != 2 or statistic.shape[0] != statistic.shape[1]:
+        remedy = "For a Jacobian call the aggregator; for several Gramians use torch.func.vmap."
+        fail(ValueError, name, "have shape (m, m)", describe(statistic), remedy)
+    floating(name, statistic)
+
+
+def jacobian(method: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that all `leaves` are floating and share their leading dimension."""
+    name = f"the Jacobian given to `{method}`"
+    if not leaves:
+        remedy = "Pass the pytree that jd.jac returns."
+        fail(ValueError, name, "hold at least one tensor", "an empty pytree", remedy)
+    differentiable(name, paths, leaves, "Leave constants out of it.")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            rule, got = (
+                "have one leading dimension m in all leaves",
+                f"{describe(leaf)} at {path!r}",
+            )
+            fail(ValueError, name, rule, got, "The first dimension counts the objectives.")
+
+
+def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
+    """Check the `losses` handed to a method beside its statistic."""
+    if losses is not None and tuple(losses.shape) != (m,):
+        rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
+        fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+
+
+def losses_present(method: str, losses: Tensor | None) -> Tensor:
+    """Return the `losses` that `method` cannot do without."""
+    if losses is None:
+        remedy = "Call it with losses=..., or through jd.grad, which passes them."
+        fail(ValueError, f"`{method}`", "be given the losses", "None", remedy)
+    return losses
+
+
+def key(value: Any) -> None:
+    """Check that a key was made by `torchjd_func.random`."""
+    if not isinstance(value, Tensor) or value.shape != (2,) or value.dtype != torch.int64:
+        remedy = "Make one with jd.random.key(seed); for several use torch.func.vmap."
+        fail(ValueError, "`key`", "be an int64 tensor of shape (2,)", describe(value), remedy)
+
+
+def key_present(method: str, value: Tensor | None) -> Tensor:
+    """Return the key that the random `method` cannot do without."""
+    if value is None:
+        rule = f"be given to `{method}`, which draws random numbers"
+        remedy = "Call init(..., key=jd.random.key(0)) and pass the state on."
+        fail(ValueError, "`key`", rule, "None", remedy)
+    key(value)
+    return value
+
+
+def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
+    """Check that a tensor of the state has the size of this problem."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        name, rule = f"`state.{field}` of `{method}`", f"have shape {tuple(shape)}"
+        remedy = "A state belongs to one size of problem: call init again."
+        fail(ValueError, name, rule, describe(value), remedy)
+
+
+def state_type(method: str, value: Any, kind: type) -> None:
+    """Check that a state was made by the `init` of this method."""
+    if not isinstance(value, kind):
+        remedy = "Pass the state that this method's init returned."
+        fail(ValueError, f"`state` of `{method}`", f"be a {kind.__name__}", describe(value), remedy)
+
+
+def state_structure(method: str, field: str, same: bool) -> None:
+    """Check that a pytree of the state has the structure of the Jacobian."""
+    if not same:
+        name, remedy = f"`state.{field}` of `{method}`", "Call init again for these parameters."
+        fail(ValueError, name, "have the structure of the Jacobian", "another", remedy)
+
+
+def stateless(method: str, value: Any) -> None:
+    """Check that a method without state is handed none."""
+    if value != ():
+        remedy = "Pass the state that this method's init returned."
+        fail(ValueError, f"`state` of `{method}`", "be ()", describe(value), remedy)
+
+
+def rule(value: Any, types: tuple[type, ...]) -> None:
+    """Check that a rule is of one of the core types."""
+    if not isinstance(value, types):
+        names = " or ".join(f"jd.{kind.__name__}" for kind in types)
+        remedy = "Call the factory, e.g. jd.upgrad(); lift a jd.Weighting with jd.weighted."
+        fail(TypeError, "`rule`", f"be a {names}", type(value).__name__, remedy)
+
+
+def combinable(combinator: str, value: Any, types: tuple[type, ...]) -> None:
+    """Check that a combinator is given a rule of a type that it can wrap."""
+    if not isinstance(value, types):
+        kinds = " or ".join(f"jd.{kind.__name__}" for kind in types)
+        remedy = "Call the factory first, e.g. jd.upgrad()."
+        fail(TypeError, f"`{combinator}`", f"be given a {kinds}", repr(value), remedy)
+
+
+def weighting_present(combinator: str, name: str, weighting: Any) -> Any:
+    """Return the weighting that a combinator works through."""
+    if weighting is None:
+        rule, got = "be given a rule with a weighting", f"`{name}`, which needs the rows"
+        remedy = "Wrap a method whose `.weighting` is not None."
+        fail(ValueError, f"`{combinator}`", rule, got, remedy)
+    return weighting

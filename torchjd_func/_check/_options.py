@@ -1,0 +1,126 @@
+"""Options and hyper-parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import qpsolvers
+import torch
+from torch import Tensor
+
+from torchjd_func._check._messages import describe, fail
+
+
+def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Check that `value` is one of `choices`."""
+    if value not in tuple(choices):
+        allowed = "be one of " + ", ".join(repr(option) for option in choices)
+        fail(ValueError, f"`{name}`", allowed, repr(value), "Choose one of these.")
+
+
+def interval(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """Return a number that lies in an interval; a tensor is returned unread, `None` too."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    open_high = open_high or high == math.inf
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
+    return value
+
+
+def integer(name: str, value: Any, low: int = 1) -> int:
+    """Return a number that is part of the shape of the computation."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        remedy = "It shapes the computation, so it cannot be a tensor."
+        fail(ValueError, f"`{name}`", f"be an int of at least {low}", repr(value), remedy)
+    return value
+
+
+def solver(name: str) -> str:
+    """Return the name of a solver that is installed."""
+    if name != "auto":
+        choice("solver", name, ("auto", *qpsolvers.available_solvers))
+    return name
+
+
+def chunk_size(value: int | None) -> None:
+    """Check a number of cotangents at a time."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        remedy = "Use 1 for a loop, None for the method's own choice."
+        fail(ValueError, "`chunk_size`", "be a positive int or None", repr(value), remedy)
+
+
+def argnums(value: Any, n_args: int) -> tuple[int, ...]:
+    """Return `argnums` as a tuple of non-negative positions."""
+    wanted = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in wanted):
+        remedy = "Name positions, not argument names."
+        fail(TypeError, "`argnums`", "be an int or a tuple of ints", repr(value), remedy)
+    if not all(-n_args <= index < n_args for index in wanted):
+        rule = f"name some of the {n_args} positional arguments"
+        fail(ValueError, "`argnums`", rule, value, "Pass what is differentiated by position.")
+    positions = tuple(index % n_args for index in wanted)
+    if not positions or len(set(positions)) != len(positions):
+        rule, remedy = "name at least one argument, each once", "Use 0 for the first argument."
+        fail(ValueError, "`argnums`", rule, value, remedy)
+    return positions
+
+
+def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:
+    """Return `preference` as a 1-D tensor (or `None`)."""
+    return None if value is None else vector("preference", value)
+
+
+def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
+    """Return `value` as a 1-D floating tensor; Python numbers become float64."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if tensor.ndim != 1:
+        remedy = "To sweep several, use torch.func.vmap over them."
+        fail(
+            ValueError, f"`{name}`", "be 1-D, a number for each objective", describe(tensor), remedy
+        )
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def numbers(name: str, value: float | Tensor | Sequence[float]) -> float | Tensor:
+    """Return one number, or a vector of them, none negative; tensors are returned unread."""
+    if isinstance(value, Tensor):
+        return value
+    for number in [value] if isinstance(value, int | float) else value:
+        interval(name, number, 0)
+    return value if isinstance(value, int | float) else vector(name, value)
+
+
+def secondary(name: str, value: float | Tensor, n: int) -> None:
+    """Check that `value` is one number, or one for each of the `n` secondary objectives."""
+    if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != (n,):
+        rule = f"be one number, or have shape ({n},), one for each secondary objective"
+        fail(ValueError, f"`{name}`", rule, describe(value), "The first objective has none.")
+
+
+def length(name: str, value: Tensor, m: int) -> None:
+    """Check that `value` has one entry for each of the `m` objectives."""
+    if value.shape[-1] != m:
+        rule = f"have one entry for each of the {m} objectives"
+        remedy = "Objectives are counted in leaf order of the losses."
+        fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+
+
+def enough_objectives(method: str, m: int, least: int, rule: str) -> None:
+    """Check that a method that sets objectives aside has enough of them."""
+    if m < least:
+        wanted = f"be given at least {least} objectives ({rule})"
+        fail(ValueError, f"`{method}`", wanted, m, "Set fewer aside, or use jd.mean().")

@@ -1,0 +1,141 @@
+"""PCD: follow a primary objective while every secondary one progresses enough.
+
+D. Varam, M. I. AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for
+Hierarchical Multi-Objective Optimization, TMLR 2026, arXiv:2606.29521.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check
+from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func.linalg import nnqp
+
+# Squared length, relative to that of its parts, below which a direction is rounding.
+CANCELLED = 10 * torch.finfo(torch.float64).eps
+# One over the squared relative length of the shift above which no shift is thought to do.
+INFEASIBLE = 1e-11
+
+
+class PCDState(NamedTuple):
+    """The average of the squared gradient lengths."""
+
+    ema: Tensor  # (m,) float64
+    step: Tensor  # () int64
+
+
+def _init(statistic: Tensor, key: Tensor | None) -> PCDState:
+    """Start from zero; the average is corrected for it."""
+    m = statistic.shape[0]
+    step = statistic.new_zeros((), dtype=torch.int64)
+    return PCDState(statistic.new_zeros((m,), dtype=torch.float64), step)
+
+
+def _update(
+    gramian: Tensor,
+    state: PCDState,
+    losses: Tensor | None,
+    *,
+    tau: float | Tensor,
+    beta: float | Tensor,
+    eps: float | Tensor,
+) -> tuple[Tensor, PCDState]:
+    """Normalise, solve, and give the result the length of the primary gradient."""
+    _check.state("pcd", "ema", state.ema, gramian.shape[:1])
+    squares = gramian.diagonal()
+    step = state.step + 1
+    ema = beta * state.ema + (1 - beta) * squares
+    mean_square = ema / (1 - torch.as_tensor(beta, dtype=torch.float64) ** step) + eps
+    scale = torch.where(mean_square > 0, torch.where(mean_square > 0, mean_square, 1.0).rsqrt(), 0)
+    normalized = gramian * scale.unsqueeze(-1) * scale
+    coordinates = _solve(normalized, tau)
+    square = coordinates @ normalized @ coordinates
+    longest = (coordinates * normalized.diagonal().clamp(min=0).sqrt()).sum().square()
+    real = (square > CANCELLED * longest) & (squares[0] > 0)
+    ratio = torch.where(real, squares[0], 1.0) / torch.where(real, square, 1.0)
+    weights = torch.where(real, ratio.sqrt() * scale * coordinates, 0.0)
+    finite = gramian.isfinite().all()
+    kept = PCDState(torch.where(finite, ema, state.ema), torch.where(finite, step, state.step))
+    return torch.where(finite, weights, torch.nan), kept
+
+
+def _solve(gramian: Tensor, tau: float | Tensor) -> Tensor:
+    """Project the primary gradient on the constraints; drop these if they cannot be met.
+
+    The shift of the primary gradient is the shortest vector with products of at least `short` with
+    the secondary ones. That is a non-negative least-squares problem (Lawson and Hanson, Solving
+    Least Squares Problems, 1974, chapter 23.4), whose residual tells whether there is any.
+
+    Returns:
+        `(1, mu)`, `(m,)`, with the multipliers of the secondary objectives.
+    """
+    primary = torch.ones_like(gramian[:1, 0])
+    if gramian.shape[0] == 1:
+        return primary
+    secondary = gramian[1:, 1:]
+    _check.secondary("tau", tau, len(secondary))
+    short = tau * secondary.diagonal() - gramian[1:, 0]
+    largest = short.detach().abs().amax()
+    unit = short / torch.where(largest > 0, largest, 1.0)
+    multipliers = nnqp(secondary + unit.unsqueeze(-1) * unit, -unit).value
+    residual = 1 - unit @ multipliers
+    feasible = residual > INFEASIBLE
+    shift = multipliers * largest / torch.where(feasible, residual, 1.0)
+    return torch.cat([primary, torch.where(feasible, shift, 0.0)])
+
+
+def pcd(
+    tau: float | Tensor | Sequence[float] = 0.02,
+    beta: float | Tensor = 0.999,
+    eps: float | Tensor = 1e-8,
+) -> Aggregator:
+    r"""Follow the first gradient as closely as the progress of the others allows.
+
+    $$\tilde d = \arg\min_d \tfrac12 \lVert d - \tilde g_1 \rVert^2 \quad \text{s.t.}\quad
+    \tilde g_j^\top d \ge \tau_j \lVert \tilde g_j \rVert^2,\ j \ge 2, \qquad
+    d = \tilde d\, \lVert g_1 \rVert / \lVert \tilde d \rVert,$$
+
+    where $\tilde g_i = g_i / \sqrt{\hat v_i + \epsilon}$, and $\hat v_i$ is the average of
+    $\lVert g_i \rVert^2$ over the calls so far, kept in the state. The first objective is the
+    primary one; it is sacrificed where the secondary ones oppose it. If the constraints exclude
+    each other they are dropped. Solves one quadratic program in `m - 1` unknowns, exactly.
+
+    Args:
+        tau: Progress of each secondary objective, as a fraction of that along its own gradient; one
+            number, or `(m - 1,)`. Tensors may be vmapped or changed without recompiling.
+        beta: Decay of the average, in `[0, 1)`.
+        eps: Added to the average, in squared units of the gradients.
+
+    Returns:
+        The Aggregator, with state.
+
+    Raises:
+        ValueError: If a number is out of its range, or `tau` is of the wrong length.
+
+    Differs from other implementations:
+        The reference implementation enumerates working sets, TorchJD uses a dual active-set method;
+        the numbers agree. In float32, TorchJD counts rows that depend up to rounding as dependent,
+        which matters only where the constraints exclude each other.
+
+    References:
+        D. Varam, M. I. AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for
+        Hierarchical Multi-Objective Optimization, TMLR 2026, https://arxiv.org/abs/2606.29521
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.pcd(tau=0.5)(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
+        tensor([2.0889, 2.6112, 2.6112])
+    """
+    update = partial(
+        _update,
+        tau=_check.numbers("tau", tau),
+        beta=_check.interval("beta", beta, 0, 1, open_high=True),
+        eps=_check.interval("eps", eps, 0),
+    )
+    return weighted(Weighting("pcd", _init, update))
