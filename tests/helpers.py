@@ -43,15 +43,15 @@ def assert_same_layout(got, want) -> None:
 
 
 def as_tree(matrix: Tensor) -> dict:
-    """Cut the columns of a matrix into a nested pytree of differently shaped leaves."""
+    """Cut the columns of a matrix into a nested pytree, in leaf order, not insertion order."""
     m, n = matrix.shape
     half = n // 2
-    return {"z": (matrix[:, :half].reshape(m, half, 1), None), "a": [matrix[:, half:]]}
+    return {"z": [matrix[:, half:]], "a": (matrix[:, :half].reshape(m, half, 1), None)}
 
 
 def as_matrix(tree: dict) -> Tensor:
     """Undo `as_tree`, for a tree with or without the leading dimension."""
-    first, second = tree["z"][0], tree["a"][0]
+    first, second = tree["a"][0], tree["z"][0]
     return torch.cat([first.reshape(*second.shape[:-1], -1), second], dim=-1)
 
 

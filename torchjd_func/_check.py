@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def preference(preference: Tensor | Sequence[float] | None) -> Tensor | None:
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
     """Return `value` as a 1-D floating tensor."""
-    tensor = torch.as_tensor(value)
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     if tensor.ndim != 1:
         raise ValueError(
             f"`{name}` must be 1-D, with one number for each objective, "
@@ -136,6 +137,35 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of these.")
 
 
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Return a hyper-parameter; a Python number has to lie in a range, a tensor is not read."""
+    if not isinstance(value, Tensor) and not low <= value <= high:
+        raise ValueError(
+            f"`{name}` must be between {low:g} and {high:g}, got {value}. "
+            "Choose a number in that range."
+        )
+    return value
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """Return a hyper-parameter that counts something."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(
+            f"`{name}` must be an int of at least {low}, got {value!r}. It is part of the shape of "
+            "the computation, so it cannot be a tensor."
+        )
+    return value
+
+
+def enough_objectives(method: str, m: int, least: int, rule: str) -> None:
+    """Check that a method that sets objectives aside has enough of them."""
+    if m < least:
+        raise ValueError(
+            f"`{method}` must be given at least {least} objectives ({rule}), got {m}. "
+            "Set fewer aside, or use jd.mean()."
+        )
+
+
 def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Check that what an objective returned can be differentiated."""
     if not leaves or all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
@@ -191,6 +221,26 @@ def rule(rule: Any, types: tuple[type, ...]) -> None:
         )
 
 
+def combinable(combinator: str, rule: Any, types: tuple[type, ...]) -> None:
+    """Check that a combinator is given a rule of a type that it can wrap."""
+    if not isinstance(rule, types):
+        names = " or ".join(f"jd.{kind.__name__}" for kind in types)
+        raise TypeError(
+            f"`{combinator}` must be given a {names}, got {rule!r}. "
+            "Call the factory first, e.g. jd.upgrad()."
+        )
+
+
+def weighting_present(combinator: str, name: str, weighting: Any) -> Any:
+    """Return the weighting that a combinator works through."""
+    if weighting is None:
+        raise ValueError(
+            f"`{combinator}` must be given a rule with a weighting, got `{name}`, which needs the "
+            "rows of the Jacobian. Wrap a method whose `.weighting` is not None."
+        )
+    return weighting
+
+
 def key(key: Any) -> None:
     """Check that `key` was made by `torchjd_func.random`."""
     if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
@@ -222,6 +272,24 @@ def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
         raise ValueError(
             f"`state.{field}` of `{method}` must have shape {tuple(shape)}, got {found}. "
             "A state belongs to one number of objectives and parameters: call init again."
+        )
+
+
+def state_type(method: str, state: Any, kind: type) -> None:
+    """Check that a state was made by the `init` of this method."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"`state` of `{method}` must be a {kind.__name__}, got {type(state).__name__}. "
+            "Pass the state that this method's init returned."
+        )
+
+
+def state_structure(method: str, field: str, same: bool) -> None:
+    """Check that a pytree of the state has the structure of the Jacobian."""
+    if not same:
+        raise ValueError(
+            f"`state.{field}` of `{method}` must have the structure of the Jacobian, got another "
+            "one. A state belongs to one pytree of parameters: call init again."
         )
 
 
