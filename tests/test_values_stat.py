@@ -11,6 +11,7 @@ from torch.func import vmap
 import torchjd_func as jd
 from tests.helpers import as_matrix, as_tree, assert_trees_close
 from tests.matrices import A2, A, B, C, K, matrix
+from tests.oracles import project_simplex
 
 LOSSES_A = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
@@ -297,20 +298,28 @@ def test_excess_mtl_gives_a_late_task_its_own_baseline():
     close(state.log_weights.exp(), torch.softmax(relative, dim=0))
 
 
+def test_excess_mtl_does_not_see_the_scale_of_the_gradients():
+    for s in (1e-6, 1e6):
+        rule, state, scaled = jd.excess_mtl(), None, None
+        for seed in range(4):
+            jac = matrix("gaussian", 3, 5, seed)
+            want, state = rule(jac, state)
+            got, scaled = rule(s * jac, scaled)
+            close(got / s, want, atol=1e-12)
+
+
 # MoCo
 
 
-def moco_loop(jacs, beta, gamma, rho, sigma):
+def moco_loop(jacs, beta, gamma, rho, sigmas):
     """Follow the formulas with projections by the oracle of the simplex."""
-    from tests.oracles import project_simplex
-
     m = len(jacs[0])
     tracked, weights = torch.zeros_like(jacs[0]), torch.full((m,), 1 / m, dtype=torch.float64)
     directions = []
     for t, jac in enumerate(jacs, start=1):
-        tracked = tracked - beta * t**-sigma * (tracked - jac)
+        tracked = tracked - beta * t ** -sigmas[0] * (tracked - jac)
         ridge = tracked @ tracked.T + rho * torch.eye(m, dtype=torch.float64)
-        weights = project_simplex(weights - gamma * t**-sigma * ridge @ weights)
+        weights = project_simplex(weights - gamma * t ** -sigmas[1] * ridge @ weights)
         directions.append(tracked.T @ weights)
     return directions
 
@@ -341,8 +350,8 @@ def test_moco_values_of_the_softmax_form():
 @pytest.mark.parametrize("rho", [0.0, 0.3])
 def test_moco_equals_a_loop(rho):
     jacs = [matrix("gaussian", 4, 6, seed) for seed in range(6)]
-    rule, state = jd.moco(0.8, 0.05, rho, beta_sigma=0.4, gamma_sigma=0.4), None
-    for jac, want in zip(jacs, moco_loop(jacs, 0.8, 0.05, rho, 0.4), strict=True):
+    rule, state = jd.moco(0.8, 0.05, rho, beta_sigma=0.4, gamma_sigma=0.7), None
+    for jac, want in zip(jacs, moco_loop(jacs, 0.8, 0.05, rho, (0.4, 0.7)), strict=True):
         got, state = rule(jac, state)
         close(got, want, atol=1e-10)
 
@@ -705,3 +714,28 @@ def test_a_state_of_other_parameters_is_an_error():
             rule(B, state, losses=double(1.0, 2.0, 3.0))
         with pytest.raises(ValueError, match=r"`state\.\w+\['a.0'\]` of"):
             rule({"z": [B], "a": (B, None)}, state, losses=double(1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        jd.graddrop([0.1, 0.2, 0.3]),
+        jd.trimmed_mean(1),
+        jd.excess_mtl(),
+        jd.moco(prescale=True),
+        jd.db_mtl(),
+        jd.smoothed(jd.gradnorm()),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_two_steps_can_be_differentiated(rule):
+    jac, losses = matrix("gaussian", 3, 4), double(1.0, 2.0, 0.5)
+
+    def second(jac):
+        first, state = rule(jac, rule.init(jac, key=jd.random.key(0)), losses=losses)
+        return rule(jac * (1 + first), state, losses=losses / 2)[0]
+
+    assert torch.autograd.gradcheck(second, jac.requires_grad_())
+    for kind in ("zero", "duplicate"):
+        assert torch.func.jacrev(second)(matrix(kind, 3, 4)).isfinite().all()
+    assert torch.func.jacrev(second)(torch.zeros(3, 4)).isfinite().all()

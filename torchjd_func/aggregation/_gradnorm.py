@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func.aggregation._rows import safe_sqrt
 
 NAME = "gradnorm"
 
@@ -50,7 +51,7 @@ def _update(
     losses = _check.losses_present(NAME, losses)
     initial = torch.where(state.step == 0, losses, state.initial_losses)
 
-    norms = gramian.diagonal().clamp(min=0).sqrt()
+    norms = safe_sqrt(gramian.diagonal())
     scaled = state.weights * norms
     targets = scaled.mean() * _inverse_rates(losses, initial) ** alpha
     slope = torch.sign(scaled - targets) * norms  # of sum_i |w_i norms_i - targets_i|

@@ -28,7 +28,12 @@ def check(method: str, field: str, tree: PyTree, jac: PyTree) -> None:
 def norms(jac: PyTree) -> Tensor:
     """Return the norm of each row, `(m,)` in float64."""
     squares = [_tree.rows(leaf).square().sum(dim=1).double() for leaf in _tree.leaves(jac)]
-    return torch.stack(squares).sum(dim=0).sqrt()
+    return safe_sqrt(torch.stack(squares).sum(dim=0))
+
+
+def safe_sqrt(squares: Tensor) -> Tensor:
+    """Return the square root, with a derivative of 0 where the square is not positive."""
+    return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
 
 
 def interpolate(tracked: PyTree, jac: PyTree, share: Tensor, scale: Tensor | None) -> PyTree:
