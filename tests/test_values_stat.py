@@ -113,6 +113,16 @@ def test_krum_equals_the_peer_and_a_double_loop(m, f, q, seed):
     close(jd.krum(f, q)(jac)[0], jac[best].mean(dim=0), atol=1e-8)
 
 
+@pytest.mark.parametrize("squared", [True, False])
+def test_krum_survives_rounding_between_almost_equal_rows(squared):
+    for seed in range(30):
+        noise = 1e-12 * matrix("gaussian", 4, 3, seed + 100)
+        close_rows = matrix("gaussian", 1, 3, seed) + noise  # squared distances below zero
+        jac = torch.cat([matrix("gaussian", 1, 3, seed + 50), close_rows])
+        got, _ = jd.krum(1, 4, squared=squared)(jac)
+        close(got, close_rows[0], atol=1e-10)
+
+
 def test_krum_says_how_many_objectives_it_needs():
     with pytest.raises(ValueError, match=r"at least 4 objectives \(n_byzantine \+ 3\), got 3"):
         jd.krum(1)(B)
@@ -234,6 +244,13 @@ def test_graddrop_never_drops_a_column_of_one_sign():
     assert torch.equal(over_keys(jd.graddrop(), jac, 500), double(0, -4, 2).expand(500, 3))
 
 
+def test_graddrop_draw_equal_to_the_purity_picks_the_negative_sign():
+    rule = jd.graddrop()
+    state = rule.init(A, key=jd.random.key(0))
+    uniform = jd.random.uniform(jd.random.split(state.key)[1], (3,))
+    close(jd.graddrop(f=lambda _: uniform)(A, state)[0], [-4.0, 0.0, 0.0], atol=0)
+
+
 @pytest.mark.parametrize("leak", [[0.5], [[0.5, 0.5]]])
 def test_graddrop_checks_the_leak(leak):
     with pytest.raises(ValueError, match="`leak` must"):
@@ -275,6 +292,11 @@ def test_excess_mtl_equals_the_peer_after_a_warm_up(n_warmup_steps):
         jac = 100 * matrix("gaussian", 3, 6, seed)  # the peer adds 1e-7 to the baseline
         got, state = ours(jac, state)
         torch.testing.assert_close(got, theirs(jac), rtol=1e-8, atol=1e-8)
+
+
+def test_excess_mtl_eps_is_under_the_root():
+    _, state = jd.excess_mtl(eps=2.0)(A)
+    close(state.baseline, (A.square() / (A.square() + 2).sqrt()).sum(dim=1))
 
 
 def test_excess_mtl_first_step_of_the_peer_is_raw():
@@ -485,13 +507,14 @@ def test_gradnorm_without_restoring_force_equalises_the_norms():
 
 
 def test_gradnorm_stays_finite_and_on_the_simplex():
-    for losses in (double(0.0, 1.0, 2.0), double(0.0, 0.0, 0.0), double(1.0, 1.0, 0.0)):
-        rule, state = jd.gradnorm(lr=10.0), None
-        for step in range(4):
-            grads, state = rule(B, state, losses=losses + step % 2)
-            assert torch.isfinite(grads).all()
-            assert (state.weights >= 0).all()
-            close(state.weights.sum(), 3.0, atol=1e-12)
+    for losses in ([0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]):
+        for lr in (0.5, 10.0):
+            rule, state = jd.gradnorm(lr=lr), None
+            for shift in ([0.0, 0.0, 0.0], [4.0, -2.0, 0.0], [-3.0, -3.0, -3.0], [0.5, 0.5, 1.0]):
+                grads, state = rule(B, state, losses=double(*losses) + double(*shift))
+                assert torch.isfinite(grads).all()
+                assert (state.weights >= 0).all()
+                close(state.weights.sum(), 3.0, atol=1e-12)
 
 
 # CR-MOGM
