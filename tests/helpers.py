@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import torchjd_func as jd
 from torchjd_func import _tree
 
 
@@ -58,3 +59,19 @@ def as_matrix(tree: dict) -> Tensor:
 def clone(tree):
     """Copy every tensor of a pytree."""
     return _tree.map(lambda leaf: leaf.clone(), tree)
+
+
+def close(got: Tensor, want, atol: float = 1e-7) -> None:
+    """Compare with numbers rounded to eight digits."""
+    torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=0, atol=atol)
+
+
+def double(*values) -> Tensor:
+    """Return a float64 tensor."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def weighting(rule: jd.Aggregator) -> jd.Weighting:
+    """Return the weighting of a rule that has one."""
+    assert rule.weighting is not None
+    return rule.weighting
