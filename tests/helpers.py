@@ -45,15 +45,15 @@ def assert_same_layout(got, want) -> None:
 
 
 def as_tree(matrix: Tensor) -> dict:
-    """Cut the columns of a matrix into a nested pytree of differently shaped leaves."""
+    """Cut the columns of a matrix into a nested pytree, in leaf order, not insertion order."""
     m, n = matrix.shape
     half = n // 2
-    return {"z": (matrix[:, :half].reshape(m, half, 1), None), "a": [matrix[:, half:]]}
+    return {"z": [matrix[:, half:]], "a": (matrix[:, :half].reshape(m, half, 1), None)}
 
 
 def as_matrix(tree: dict) -> Tensor:
     """Undo `as_tree`, for a tree with or without the leading dimension."""
-    first, second = tree["z"][0], tree["a"][0]
+    first, second = tree["a"][0], tree["z"][0]
     return torch.cat([first.reshape(*second.shape[:-1], -1), second], dim=-1)
 
 
@@ -87,3 +87,19 @@ def assert_numbers(got: Tensor, want, tol: float = 1e-7) -> None:
     """Compare with known numbers."""
     want = torch.as_tensor(want, dtype=torch.float64)
     torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+
+
+def close(got: Tensor, want, atol: float = 1e-7) -> None:
+    """Compare with numbers rounded to eight digits."""
+    torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=0, atol=atol)
+
+
+def double(*values) -> Tensor:
+    """Return a float64 tensor."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def weighting(rule: jd.Aggregator) -> jd.Weighting:
+    """Return the weighting of a rule that has one."""
+    assert rule.weighting is not None
+    return rule.weighting

@@ -178,6 +178,68 @@ METHODS: dict[str, Method] = {
     "sdmgrad[reference]": Method(
         lambda m: jd.weighted(jd.sdmgrad(solver="reference")), degree=None, cost="m^2"
     ),
+    "rlw": Method(
+        lambda m: jd.rlw(), linear_under_scaling=True, equivariant=False, random=True, cost="m"
+    ),
+    "krum": Method(lambda m: jd.krum(1), min_m=4, cost="m^2"),
+    "krum[n_selected, distances]": Method(
+        lambda m: jd.krum(1, 2, squared=False), min_m=4, cost="m^2"
+    ),
+    "graddrop": Method(lambda m: jd.graddrop(), weighted=False, random=True, cost="m n"),
+    "graddrop[leak]": Method(
+        lambda m: jd.graddrop(_preference(m)),
+        weighted=False,
+        equivariant=False,
+        random=True,
+        cost="m n",
+    ),
+    "trimmed_mean": Method(lambda m: jd.trimmed_mean(1), weighted=False, min_m=3, cost="n m log m"),
+    "excess_mtl": Method(lambda m: jd.excess_mtl(), cost="m n"),
+    "excess_mtl[warm-up]": Method(
+        lambda m: jd.excess_mtl(0.1, n_warmup_steps=2, eps=1e-7), cost="m n"
+    ),
+    "moco": Method(lambda m: jd.moco(), degree=None, cost="m^2 n"),
+    "moco[softmax, prescale]": Method(
+        lambda m: jd.moco(simplex="softmax", prescale=True),
+        degree=0.0,
+        needs_losses=True,
+        cost="m^2 n",
+    ),
+    "db_mtl": Method(lambda m: jd.db_mtl(), degree=None, needs_losses=True, cost="m n"),
+    "db_mtl[eps=0]": Method(lambda m: jd.db_mtl(eps=0.0), needs_losses=True, cost="m n"),
+    "gradnorm": Method(
+        lambda m: jd.gradnorm(), linear_under_scaling=True, needs_losses=True, cost="m"
+    ),
+    "gradnorm[softmax]": Method(
+        lambda m: jd.gradnorm(parametrization="softmax"),
+        linear_under_scaling=True,
+        needs_losses=True,
+        cost="m",
+    ),
+    "smoothed[upgrad]": Method(
+        lambda m: jd.smoothed(jd.upgrad()), linear_under_scaling=True, cost="m^4"
+    ),
+    "smoothed[mgda, initial_weights]": Method(
+        lambda m: jd.smoothed(jd.mgda(), initial_weights=_preference(m)),
+        equivariant=False,
+        cost="m^3",
+    ),
+    "smoothed[every[rlw]]": Method(
+        lambda m: jd.smoothed(jd.every(jd.rlw(), 2), 0.5),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m",
+    ),
+    "every[upgrad]": Method(
+        lambda m: jd.every(jd.upgrad(), 2), linear_under_scaling=True, cost="m^4"
+    ),
+    "every[gradnorm]": Method(
+        lambda m: jd.every(jd.gradnorm(), 2),
+        linear_under_scaling=True,
+        needs_losses=True,
+        cost="m",
+    ),
 }
 
 

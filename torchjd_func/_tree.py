@@ -84,10 +84,26 @@ def wide(leaf: Tensor) -> Tensor:
     return leaf.to(accumulation_dtype(leaf.dtype))
 
 
+def real_shape(leaf: Tensor) -> tuple[int, ...]:
+    """Return the shape of `real(leaf)`."""
+    return (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
+
+
+def real(leaf: Tensor) -> Tensor:
+    """View a leaf as real numbers, in float32 or better; complex ones gain a last dimension."""
+    pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return pairs.to(accumulation_dtype(leaf.dtype))
+
+
 def rows(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
-    real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    return real.reshape(leaf.shape[0], -1).to(accumulation_dtype(leaf.dtype))
+    return real(leaf).reshape(leaf.shape[0], -1)
+
+
+def row_like(row: Tensor, leaf: Tensor) -> Tensor:
+    """Return a row of real numbers in the shape and dtype of a row of `leaf`; undoes `rows`."""
+    shaped = row.reshape(real_shape(leaf)[1:])
+    return (torch.view_as_complex(shaped) if leaf.is_complex() else shaped).to(leaf.dtype)
 
 
 def cross_gramian(jac_1: PyTree, jac_2: PyTree) -> Tensor:

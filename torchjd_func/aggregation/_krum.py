@@ -1,0 +1,77 @@
+"""Krum and Multi-Krum: keep the gradients that agree with most others.
+
+P. Blanchard, E. M. El Mhamdi, R. Guerraoui, J. Stainer, Machine Learning with Adversaries,
+NeurIPS 2017.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check
+from torchjd_func._types import Aggregator, stateless, weighted
+
+
+def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: bool) -> Tensor:
+    """Average the `n_selected` rows of the smallest scores; of equal scores the first rows."""
+    m = gramian.shape[0]
+    _check.enough_objectives("krum", m, n_byzantine + 3, "n_byzantine + 3")
+    _check.enough_objectives("krum", m, n_selected, "n_selected")
+    distances = _squared_distances(gramian)
+    distances = distances if squared else distances.sqrt()
+    others = distances.masked_fill(torch.eye(m, dtype=torch.bool, device=gramian.device), torch.inf)
+    scores = others.sort(dim=-1).values[:, : m - n_byzantine - 2].sum(dim=-1)
+    ranks = scores.argsort(stable=True).argsort()
+    return (ranks < n_selected).to(gramian.dtype) / n_selected
+
+
+def _squared_distances(gramian: Tensor) -> Tensor:
+    """Return `|g_i - g_j|^2`, `(m, m)`."""
+    norms = gramian.diagonal()
+    return (norms.unsqueeze(-1) + norms - 2 * gramian).clamp(min=0)
+
+
+def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggregator:
+    r"""Average the gradients that are closest to most of the others.
+
+    $$s_i = \sum_{j \in N_i} \lVert g_i - g_j \rVert^2, \qquad
+    w = \tfrac1q \mathbf 1[\, i \text{ among the } q \text{ smallest } s_i \,],$$
+
+    with $N_i$ the $m - f - 2$ nearest other rows. Resists `f` arbitrary rows, of
+    faulty workers say, among `m`; the paper's theorem asks for $m \ge 2f + 3$. Not a multi-task
+    method: it may conflict with every row it drops. Of equal scores the smaller index wins.
+
+    Args:
+        n_byzantine: `f`, how many rows may be arbitrary.
+        n_selected: `q`, how many rows are averaged; 1 is Krum, more is Multi-Krum.
+        squared: Score by squared distances, as in the paper, or by distances.
+
+    Returns:
+        The Aggregator, without state.
+
+    Raises:
+        ValueError: If there are fewer than `n_byzantine + 3` or `n_selected` objectives.
+
+    Differs from other implementations:
+        TorchJD scores by distances that are not squared (`squared=False`): another row may win.
+        TorchJD leaves open which of equally good rows wins.
+
+    References:
+        P. Blanchard, E. M. El Mhamdi, R. Guerraoui, J. Stainer, Machine Learning with Adversaries:
+        Byzantine Tolerant Gradient Descent, NeurIPS 2017,
+        https://proceedings.neurips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jac = torch.tensor([[1.0, 0.0], [1.1, 0.1], [0.9, -0.2], [-99.0, 50.0]])
+        >>> jd.krum(n_byzantine=1, n_selected=3)(jac)[0]
+        tensor([ 1.0000, -0.0333])
+    """
+    options = {
+        "n_byzantine": _check.integer("n_byzantine", n_byzantine, 0),
+        "n_selected": _check.integer("n_selected", n_selected, 1),
+    }
+    return weighted(stateless("krum", partial(_weights, squared=squared, **options)))

@@ -1,0 +1,59 @@
+"""What methods share that keep a quantity for every entry of the Jacobian."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._types import PyTree
+
+
+def zeros_like(jac: PyTree) -> PyTree:
+    """Return zeros in the structure of `jac`, real, in float32 or better."""
+    return _tree.map(_zeros, jac)
+
+
+def check(method: str, field: str, tree: PyTree, jac: PyTree) -> None:
+    """Check that a pytree of the state belongs to Jacobians like `jac`."""
+    _check.state_structure(method, field, _tree.same_structure(tree, jac))
+    pairs = zip(_tree.leaves(tree), _tree.leaves(jac), strict=True)
+    for path, (value, leaf) in zip(_tree.paths(jac), pairs, strict=True):
+        name = f"{field}[{path!r}]" if path else field
+        _check.state(method, name, value, _tree.real_shape(leaf))
+
+
+def norms(jac: PyTree) -> Tensor:
+    """Return the norm of each row, `(m,)` in float64."""
+    squares = [_tree.rows(leaf).square().sum(dim=1).double() for leaf in _tree.leaves(jac)]
+    return safe_sqrt(torch.stack(squares).sum(dim=0))
+
+
+def safe_sqrt(squares: Tensor) -> Tensor:
+    """Return the square root, with a derivative of 0 where the square is not positive."""
+    return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
+
+
+def interpolate(tracked: PyTree, jac: PyTree, share: Tensor, scale: Tensor | None) -> PyTree:
+    """Return `tracked + share (scale_i g_i - tracked)`, with `scale` `(m,)` or 1."""
+    return _tree.map(partial(_interpolate, share=share, scale=scale), tracked, jac)
+
+
+def combine(tracked: PyTree, weights: Tensor, jac: PyTree) -> PyTree:
+    """Return the weighted sum of the `tracked` rows in the shapes and dtypes of rows of `jac`."""
+    return _tree.map(_tree.row_like, _tree.weighted_sum(tracked, weights), jac)
+
+
+def _zeros(leaf: Tensor) -> Tensor:
+    """Return zeros for one leaf."""
+    return leaf.new_zeros(_tree.real_shape(leaf), dtype=_tree.accumulation_dtype(leaf.dtype))
+
+
+def _interpolate(tracked: Tensor, leaf: Tensor, *, share: Tensor, scale: Tensor | None) -> Tensor:
+    """Move one leaf of `tracked` towards one of the Jacobian."""
+    rows = _tree.real(leaf)
+    if scale is not None:
+        rows = rows * scale.to(rows.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
+    return tracked + share.to(tracked.dtype) * (rows - tracked)

@@ -1,0 +1,73 @@
+"""Coordinate-wise trimmed mean.
+
+D. Yin, Y. Chen, K. Ramchandran, P. Bartlett, Byzantine-Robust Distributed Learning,
+ICML 2018, arXiv:1803.01498.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._types import Aggregator, PyTree, State
+
+
+def _init(jac: PyTree, key: Tensor | None) -> State:
+    """Return the empty state."""
+    return ()
+
+
+def _update(
+    jac: PyTree, state: State, losses: Tensor | None, *, trim_number: int
+) -> tuple[PyTree, State]:
+    """Trim each leaf by itself."""
+    _check.stateless("trimmed_mean", state)
+    m = _tree.leading_size(jac)
+    _check.enough_objectives("trimmed_mean", m, 2 * trim_number + 1, "2 trim_number + 1")
+    return _tree.map(partial(_trim, trim_number=trim_number), jac), state
+
+
+def _trim(leaf: Tensor, *, trim_number: int) -> Tensor:
+    """Average what is left of each column without its extremes."""
+    # Extremes are sorted out, never subtracted: they may be larger than the rest by any factor.
+    ordered = _tree.rows(leaf).sort(dim=0).values
+    kept = ordered.narrow(0, trim_number, leaf.shape[0] - 2 * trim_number)
+    return _tree.row_like(kept.mean(dim=0), leaf)
+
+
+def trimmed_mean(trim_number: int) -> Aggregator:
+    r"""Average each coordinate without its `t` largest and `t` smallest values.
+
+    $$d_k = \frac{1}{m - 2t} \sum_{i = t + 1}^{m - t} J_{(i) k}, \qquad
+    J_{(1) k} \le \dots \le J_{(m) k}.$$
+
+    Resists `t` arbitrary rows among `m`. `t = 0` is the mean and `m = 2t + 1` the coordinate-wise
+    median. Not a combination of the gradients, so it needs their rows; it may conflict with all of
+    them. Complex parameters count as pairs of real coordinates.
+
+    Args:
+        trim_number: `t`, how many values are left out on either side.
+
+    Returns:
+        The Aggregator, without state and without weighting.
+
+    Raises:
+        ValueError: If there are fewer than `2 trim_number + 1` objectives.
+
+    Differs from other implementations:
+        The paper gives a fraction `beta` of rows; like TorchJD this takes their number.
+
+    References:
+        D. Yin, Y. Chen, K. Ramchandran, P. Bartlett, Byzantine-Robust Distributed Learning: Towards
+        Optimal Statistical Rates, ICML 2018, https://arxiv.org/abs/1803.01498
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jac = torch.tensor([[1e11, 3.0], [1.0, -1e11], [-1e10, 1e10], [2.0, 2.0]])
+        >>> jd.trimmed_mean(1)(jac)[0]
+        tensor([1.5000, 2.5000])
+    """
+    update = partial(_update, trim_number=_check.integer("trim_number", trim_number, 0))
+    return Aggregator("trimmed_mean", _init, update)

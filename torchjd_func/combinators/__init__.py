@@ -1,0 +1,6 @@
+"""Rules made of rules: type in = type out."""
+
+from torchjd_func.combinators._every import every
+from torchjd_func.combinators._smoothed import smoothed
+
+__all__ = ["every", "smoothed"]
