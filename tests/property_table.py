@@ -11,7 +11,8 @@ import sys
 from tests.matrices import A, matrix
 from tests.properties import lowest_conflict, scaling_gap, span_distance
 from tests.readme import README
-from tests.registry import METHODS, Method, fresh
+from tests.registry import METHODS, Method, exported, fresh
+from torchjd_func import aggregation
 
 START, END = "<!-- properties: begin -->", "<!-- properties: end -->"
 COLUMNS = (
@@ -55,8 +56,7 @@ def row(name: str, method: Method) -> str:
     """Return one line of the table."""
     held = measure(method)
     marks = ["yes" if held[claim] else "no" for claim in held]
-    order = "yes" if method.equivariant else "no"
-    order = "in law" if method.random and method.equivariant else order
+    order = "in law" if method.random else "yes" if method.equivariant else "no"
     smooth = "yes" if method.differentiable else "no"
     cells = [f"`{name}`", *marks, order, needs(method), state(method), smooth, method.cost]
     return "| " + " | ".join(cells) + " |"
@@ -64,7 +64,10 @@ def row(name: str, method: Method) -> str:
 
 def table() -> str:
     """Return the whole table in Markdown."""
-    plain = {name: method for name, method in METHODS.items() if "[" not in name}
+    plain: dict[str, Method] = {}
+    for name, method in METHODS.items():
+        if exported(name) in aggregation.__all__:
+            plain.setdefault(exported(name), method)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     return "\n".join([*lines, *(row(name, method) for name, method in plain.items())])
 

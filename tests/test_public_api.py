@@ -9,9 +9,9 @@ import pytest
 
 import torchjd_func as jd
 from tests.registry import METHODS, exported
-from torchjd_func import aggregation
+from torchjd_func import aggregation, combinators
 
-NAMESPACES = (jd, jd.linalg, jd.random, jd.interop)
+NAMESPACES = (jd, jd.linalg, jd.random, jd.interop, jd.scalarizers)
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)
     for space in NAMESPACES
@@ -30,21 +30,28 @@ def test_public_names_are_documented(name):
         assert "Returns:" in doc or inspect.signature(PUBLIC[name]).return_annotation == "None"
 
 
-@pytest.mark.parametrize("name", aggregation.__all__)
-def test_methods_follow_the_template(name):
-    doc = inspect.getdoc(getattr(aggregation, name)) or ""
+TEMPLATED = [
+    getattr(space, name)
+    for space in (aggregation, combinators, jd.scalarizers)
+    for name in space.__all__
+]
+
+
+@pytest.mark.parametrize("factory", TEMPLATED)
+def test_methods_follow_the_template(factory):
+    doc = inspect.getdoc(factory) or ""
     for section in ("Returns:", "Differs from other implementations:", "References:", "Example:"):
         assert section in doc
 
 
 def test_every_exported_method_is_in_the_registry():
     listed = {exported(name) for name in METHODS}
-    assert listed == set(aggregation.__all__)
-    assert set(aggregation.__all__) <= set(jd.__all__)
+    assert listed == set(aggregation.__all__) | set(combinators.__all__)
+    assert listed <= set(jd.__all__)
 
 
 def test_all_is_sorted_and_real():
-    for space in (jd, jd.linalg, jd.interop, aggregation):
+    for space in (jd, jd.linalg, jd.interop, jd.scalarizers, aggregation, combinators):
         assert list(space.__all__) == sorted(space.__all__)
         assert all(hasattr(space, name) for name in space.__all__)
 

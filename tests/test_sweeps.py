@@ -83,7 +83,7 @@ def test_complex_parameters_are_pairs_of_real_ones(rule):
     ],
 )
 def test_numbers_out_of_range_are_errors(make, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be between"):
+    with pytest.raises(ValueError, match=f"`{name}` must be in"):
         make()
 
 

@@ -1,0 +1,10 @@
+"""One thread for each worker: the problems are small, and workers share the cores."""
+
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import torch
+
+torch.set_num_threads(1)
