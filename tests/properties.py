@@ -21,9 +21,9 @@ def witnesses(method: Method) -> list[Tensor]:
 
 def cases(method: Method) -> list[tuple[Tensor, Tensor | None]]:
     """Return witnesses with what the method has seen before: nothing, or, for some, a matrix."""
-    fresh = [(jac, None) for jac in witnesses(method)]
     named = [jac for jac in NAMED if len(jac) >= method.min_m]
-    return fresh + [(jac, matrix("gaussian", *jac.shape, seed=99)) for jac in named]
+    later = [(jac, matrix("gaussian", *jac.shape, seed=99)) for jac in named]
+    return [*((jac, None) for jac in witnesses(method)), *later]
 
 
 def scaled_sum_gap(
