@@ -100,10 +100,32 @@ def test_the_path_of_accelerators_never_waits_for_values():
     assert value.shape == (2, 5)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_bounded_problems_converge_also_outside_the_range_of_the_matrix(seed):
+    m, n = 3 + seed % 4, 1 + seed % 3
+    jac = matrix("integer" if seed % 5 == 0 else "gaussian", m, n, seed)
+    quadratic = jac @ jac.mT
+    noise = jd.random.normal(jd.random.key(seed), (2, m), dtype=torch.float64)
+    # `q + Q u >= 0` for some u is what bounds the problem.
+    linear = noise[0].clamp(min=0) - quadratic @ noise[1]
+    solution, masked = jd.linalg.nnqp(quadratic, linear), solve_masked(quadratic, linear)
+    for value, converged in ((solution.value, solution.converged), (masked[0], masked[2])):
+        assert converged
+        assert kkt_residual(quadratic, linear, value) <= 1e-8
+
+
 def test_unbounded_problems_are_not_called_converged():
     quadratic = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     assert not jd.linalg.nnqp(quadratic, -torch.ones(2, dtype=torch.float64)).converged
     assert not jd.linalg.nnqp(torch.zeros(1, 1), -torch.ones(1)).converged
+    for seed in range(20):  # `mu = (2, 1, 0, 0)` has `Q mu = 0` and `q mu < 0`
+        jac = matrix("gaussian", 4, 3, seed)
+        jac = torch.cat([jac[:1], -2 * jac[:1], jac[2:]])
+        linear = jd.random.normal(jd.random.key(seed), (4,), dtype=torch.float64)
+        linear = linear * torch.tensor([0.0, 0.0, 1.0, 1.0]) - torch.tensor([1.0, 0.5, 0.0, 0.0])
+        assert not jd.linalg.nnqp(jac @ jac.mT, linear).converged
+        masked = solve_masked(jac @ jac.mT, linear)
+        assert not masked[2]
     assert jd.linalg.nnqp(torch.zeros(1, 1), torch.ones(1)).converged
 
 

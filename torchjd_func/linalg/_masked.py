@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchjd_func.linalg._pivoting import KKT_TOL, RANK_TOL, SIGN_TOL
+from torchjd_func.linalg._pivoting import KKT_TOL, LARGEST, RANK_TOL, SIGN_TOL
 
 # Exchanges of all wrong indices at once, before the exact path starts.
 EXCHANGES = 12
@@ -43,7 +43,8 @@ def solve_masked(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor
     keep = done.unsqueeze(-1)
     z, free = torch.where(keep, z, exact).clamp(min=0), torch.where(keep, free, exact_free)
     residual = torch.minimum(z, _slope(unit, z, linear)).abs().amax(-1)
-    converged = residual <= KKT_TOL * (1 + z.amax(-1))
+    longest = z.amax(-1)
+    converged = (residual <= KKT_TOL * (1 + longest)) & (longest < LARGEST)
     value = z * scale * size + 0 * residual.unsqueeze(-1)
     return value, free, converged, iterations + extra, ~done
 
@@ -117,20 +118,25 @@ def _move(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Go towards the minimum over the free unknowns; returns `(z, free, refused, moving)`."""
     solve, independent = _factorize(matrix, free)
-    target = solve(-vector)
-    negative = free & (target <= 0)
-    refused = ~independent | (negative & new).any(-1)
-    gap = torch.where(negative & (z > target), z - target, 1.0)
-    ratio = torch.where(negative, z / gap, torch.inf)
+    target, straight = solve(-vector), independent.unsqueeze(-1)
+    toward = torch.where(straight, target - z, _ray(matrix, free & ~new, new))
+    falling = free & torch.where(straight, target <= 0, toward < 0)
+    ratio = torch.where(falling, z / torch.where(toward < 0, -toward, 1.0), torch.inf)
     step = ratio.amin(-1, keepdim=True)
-    moving = negative.any(-1) & ~refused
-    partial = torch.where(free, z + step.clamp(max=1) * (target - z), 0.0)
-    pinned = negative & (ratio <= step) & moving.unsqueeze(-1)
+    blocked = falling.any(-1)
+    refused = torch.where(independent, (falling & new).any(-1), ~blocked)
+    moving = blocked & ~refused
+    taken = torch.where(blocked.unsqueeze(-1), step, 0.0)
+    partial = torch.where(free, z + taken * toward, 0.0)
+    pinned = falling & (ratio <= step) & moving.unsqueeze(-1)
     moved = torch.where(pinned, 0.0, torch.where(moving.unsqueeze(-1), partial, target))
     keep = refused.unsqueeze(-1)
-    return (
-        torch.where(keep, z, moved),
-        torch.where(keep, free & ~new, free & ~pinned),
-        refused,
-        moving,
-    )
+    kept_free = torch.where(keep, free & ~new, free & ~pinned)
+    return torch.where(keep, z, moved), kept_free, refused, moving
+
+
+def _ray(matrix: Tensor, free: Tensor, new: Tensor) -> Tensor:
+    """Return the direction `Q d = 0` in which a new unknown grows, dependent on the free ones."""
+    entering = new.to(matrix.dtype)
+    solve, _ = _factorize(matrix, free)
+    return solve(-(matrix @ entering.unsqueeze(-1)).squeeze(-1)) + entering

@@ -22,7 +22,7 @@ KKT_TOL = 1e-8
 SIGN_TOL = 1e-12
 # A pivot of the Cholesky factor (of a unit diagonal) below this marks a dependent row.
 RANK_TOL = 1e-12
-# An unknown this large (of a unit diagonal, `max|q| = 1`) comes from dependent rows.
+# An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
 LARGEST = 1e8
 # Exchanges without improvement before the fast path gives up.
 PATIENCE = 3
@@ -58,7 +58,8 @@ def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     linear = linear / size
     z, support, iterations, fallback = _search(unit, which, linear, solver)
     residual = np.abs(np.minimum(z, push(unit, which, z) + linear)).max(axis=1, initial=0.0)
-    converged = residual <= KKT_TOL * (1 + z.max(axis=1, initial=0.0))
+    longest = z.max(axis=1, initial=0.0)
+    converged = (residual <= KKT_TOL * (1 + longest)) & (longest < LARGEST)
     # Not-a-number spreads from the input through the residual.
     value = z * scale * size + 0.0 * residual[:, None]
     return Answer(value, support, converged, iterations, fallback)
@@ -211,8 +212,8 @@ def _cut_out_block(matrices: Array, which: Array, free: Array, right: Array) -> 
 def _active_set(matrices: Array, which: Array, vectors: Array) -> tuple[Array, Array, Array]:
     """Free the steepest unknown, move to the minimum, pin what reaches zero; never go up.
 
-    Ends for every problem: the objective falls with each full move, and a row that depends on
-    those already free is never needed.
+    The objective falls with each full move. Where the row of the steepest unknown depends on those
+    that are free, the descent is along a ray, until one of these reaches zero and makes room.
 
     C. L. Lawson, R. J. Hanson, Solving Least Squares Problems, 1974, chapter 23.
 
@@ -248,21 +249,31 @@ def _move(
     """Go towards the minimum over the free unknowns until one of them reaches zero.
 
     Returns:
-        `(z, free, refused, moving)`: a `new` unknown is refused if its row depends on the others
-        or it would turn negative at once; `moving` says that the minimum is not reached yet.
+        `(z, free, refused, moving)`: a `new` unknown is refused if it would turn negative at once,
+        or if nothing bounds the descent; `moving` says that the minimum is not reached yet.
     """
     target, independent = _cut_out(matrices, which, free, -vectors)
-    negative = free & (target <= 0)
-    refused = ~independent | (negative & new).any(axis=1)
-    gap = np.where(negative & (z > target), z - target, 1.0)
-    ratio = np.where(negative, z / gap, np.inf)
+    toward, straight = target - z, independent[:, None]
+    ray = np.flatnonzero(~independent)
+    if len(ray):
+        toward[ray] = _ray(matrices, which[ray], free[ray] & ~new[ray], new[ray])
+    falling = free & np.where(straight, target <= 0, toward < 0)
+    ratio = np.where(falling, z / np.where(toward < 0, -toward, 1.0), np.inf)
     step = ratio.min(axis=1, keepdims=True)
-    moving = negative.any(axis=1) & ~refused
-    partial = np.where(free, z + step.clip(max=1) * (target - z), 0.0)
-    pinned = negative & (ratio <= step) & moving[:, None]
+    blocked = falling.any(axis=1)
+    refused = np.where(independent, (falling & new).any(axis=1), ~blocked)
+    moving = blocked & ~refused
+    partial = np.where(free, z + np.where(blocked[:, None], step, 0.0) * toward, 0.0)
+    pinned = falling & (ratio <= step) & moving[:, None]
     moved = np.where(pinned, 0.0, np.where(moving[:, None], partial, target))
     keep = refused[:, None]
     return np.where(keep, z, moved), np.where(keep, free & ~new, free & ~pinned), refused, moving
+
+
+def _ray(matrices: Array, which: Array, free: Array, new: Array) -> Array:
+    """Return the direction `Q d = 0` in which a new unknown grows, dependent on the free ones."""
+    column = push(matrices, which, new.astype(matrices.dtype))
+    return _cut_out(matrices, which, free, -column)[0] + new
 
 
 def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
