@@ -49,7 +49,9 @@ def state(method: Method) -> str:
     """Say what a method remembers."""
     m = max(3, method.min_m)
     _, initial = fresh(method, matrix("gaussian", m, A.shape[1]), m)
-    return ("key" if method.random else "") or ("yes" if initial != () else "none")
+    fields = set(getattr(initial, "_fields", ()))
+    kept = ["memory"] if fields - {"key"} else []
+    return ", ".join(kept + ["key"] * ("key" in fields)) or "none"
 
 
 def row(name: str, method: Method) -> str:
