@@ -15,6 +15,7 @@ from torch import Tensor
 from torchjd_func import _check, random
 from torchjd_func._types import Aggregator, Weighting, weighted
 from torchjd_func.aggregation._orders import one_hot, shuffled_others
+from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg._gramian import rank_tol, rows_of
 
 
@@ -53,7 +54,7 @@ def _update(
         square = ((coordinates @ gramian) * coordinates).sum(-1)
         # A corrected gradient may cancel to rounding, which has no direction.
         size = coordinates.detach().abs() @ rows.norms
-        length = _safe_sqrt(torch.where(square > tol * size.square(), square, 0.0))
+        length = safe_sqrt(torch.where(square > tol * size.square(), square, 0.0))
         inner = (coordinates * gramian[j]).sum(-1)
         phi = _cosine(inner * rows.inverse[j], length)
         target = torch.where(visited, state.phi, 0.0).sum(-1)
@@ -73,13 +74,8 @@ def _cosine(inner: Tensor, length: Tensor) -> Tensor:
 def _correction(phi: Tensor, target: Tensor) -> Tensor:
     """Return how much of a unit vector raises the cosine `phi` of another one to `target`."""
     # A target of 1 is out of reach: its sine is kept above rounding.
-    sine = _safe_sqrt((1 - target.square()).clamp(min=torch.finfo(phi.dtype).eps))
-    return torch.where(phi < target, target / sine * _safe_sqrt(1 - phi.square()) - phi, 0.0)
-
-
-def _safe_sqrt(value: Tensor) -> Tensor:
-    """Return the root, and 0 with derivative 0 where the value is not positive."""
-    return torch.where(value > 0, torch.where(value > 0, value, 1.0).sqrt(), 0.0)
+    sine = safe_sqrt((1 - target.square()).clamp(min=torch.finfo(phi.dtype).eps))
+    return torch.where(phi < target, target / sine * safe_sqrt(1 - phi.square()) - phi, 0.0)
 
 
 def gradvac(beta: float | Tensor = 0.5, *, reduction: str = "sum") -> Aggregator:
