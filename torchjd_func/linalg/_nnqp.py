@@ -31,6 +31,8 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 
     Exact up to rounding: the support of the solution is found by block principal pivoting, in
     float64, on the problem scaled to a unit diagonal, and one linear solve gives the value.
+    Where that fails, as it may on dependent rows, an active-set method takes over, and `fallback`
+    says so.
     Scaling `matrix`, `vector`, or single unknowns does not change the accuracy. The support is
     locally constant, so the value is differentiable wherever the solution is.
 
