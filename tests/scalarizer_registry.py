@@ -189,3 +189,14 @@ def vec(values) -> torch.Tensor:
 def assert_close(got, want, atol: float = 6e-9) -> None:
     """Compare to the digits that were published."""
     torch.testing.assert_close(got, vec(want), rtol=0, atol=atol)
+
+
+L = losses(4)
+MATRIX = torch.tensor(
+    [[1.0, -2.0, 0.5], [0.0, 1.0, 3.0], [-1.0, 0.5, 0.2], [2.0, 2.0, -1.0]], dtype=torch.float64
+)
+
+
+def affine(x):
+    """Four losses that are `L` at the origin, with the Jacobian `MATRIX`."""
+    return MATRIX.to(x.dtype) @ x + L.to(x.dtype)

@@ -7,6 +7,8 @@ import torchjd_func as jd
 from tests.helpers import assert_same_layout, assert_trees_close, clone
 from tests.scalarizer_registry import (
     METHODS,
+    L,
+    affine,
     experienced,
     exported,
     fresh,
@@ -18,15 +20,6 @@ from tests.scalarizer_registry import (
 from torchjd_func import _tree
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-L = losses(4)
-MATRIX = torch.tensor(
-    [[1.0, -2.0, 0.5], [0.0, 1.0, 3.0], [-1.0, 0.5, 0.2], [2.0, 2.0, -1.0]], dtype=torch.float64
-)
-
-
-def affine(x):
-    """Four losses that are `L` at the origin, with the Jacobian `MATRIX`."""
-    return MATRIX.to(x.dtype) @ x + L.to(x.dtype)
 
 
 def test_every_exported_scalarizer_is_listed():

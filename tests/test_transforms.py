@@ -326,3 +326,8 @@ def test_functional_call_composes():
     assert not got.requires_grad
     rows = jd.jac(lambda p: functional_call(model, p, (x,)).square().mean(0))(params)
     torch.testing.assert_close(got, sum(r.flatten(1) @ r.flatten(1).mT for r in rows.values()))
+
+
+def test_a_raveled_pytree_comes_back():
+    tree = tree_losses(PARAMS, X)
+    assert_trees_close(_tree.unravel(tree, _tree.ravel(tree)), tree, rtol=0, atol=0)

@@ -229,7 +229,7 @@ def stateless(
         >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
         tensor([-1.])
     """
-    return Weighting(name, _no_state, partial(_stateless_update, name, weights_fn), needs, widen)
+    return Weighting(name, no_state, partial(_stateless_update, name, weights_fn), needs, widen)
 
 
 def weighted(weighting: Weighting) -> Aggregator:
@@ -250,8 +250,8 @@ def weighted(weighting: Weighting) -> Aggregator:
     return Aggregator(weighting.name, init, update, weighting)
 
 
-def _no_state(statistic: Any, key: Tensor | None) -> tuple[()]:
-    """Return the empty state."""
+def no_state(statistic: Any, key: Tensor | None) -> tuple[()]:
+    """Return the empty state, the `init_fn` of every rule without memory."""
     return ()
 
 

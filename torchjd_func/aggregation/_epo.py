@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, weighted
+from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import linear_program
 
 # Relative losses are kept above this in the logarithm, which a zero loss would make infinite.
 LOWEST = 1e-3
-
-
-def _init(statistic: Tensor, key: Tensor | None) -> State:
-    """Return the empty state."""
-    return ()
 
 
 def _update(
@@ -145,4 +140,4 @@ def epo(
         epsilon=_check.interval("epsilon", epsilon, 0),
         restricted=restricted,
     )
-    return weighted(Weighting("epo", _init, update))
+    return weighted(Weighting("epo", no_state, update))

@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, weighted
+from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
 from torchjd_func.linalg import min_norm_point
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
-
-
-def _init(statistic: Tensor, key: Tensor | None) -> State:
-    """Return the empty state."""
-    return ()
 
 
 def _update(
@@ -98,4 +93,4 @@ def mgda(
     update = partial(
         _update, normalization=normalization, apply_to=apply_to, solver=_check.solver(solver)
     )
-    return weighted(Weighting("mgda", _init, update))
+    return weighted(Weighting("mgda", no_state, update))

@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, weighted
+from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import linear_program, min_norm_point
 from torchjd_func.linalg._gramian import rank_tol
 
 # A distance below this part of the length of the losses is rounding, and has no direction.
 ON_THE_RAY = 1e-12
-
-
-def _init(statistic: Tensor, key: Tensor | None) -> State:
-    """Return the empty state."""
-    return ()
 
 
 def _update(
@@ -157,4 +152,4 @@ def pmgda(
         sigma=_check.interval("sigma", sigma, 0, open_low=True),
         h_tol=_check.interval("h_tol", h_tol, 0),
     )
-    return weighted(Weighting("pmgda", _init, update, widen=False))
+    return weighted(Weighting("pmgda", no_state, update, widen=False))

@@ -11,12 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import Aggregator, PyTree, State
-
-
-def _init(jac: PyTree, key: Tensor | None) -> State:
-    """Return the empty state."""
-    return ()
+from torchjd_func._types import Aggregator, PyTree, State, no_state
 
 
 def _update(
@@ -70,4 +65,4 @@ def trimmed_mean(trim_number: int) -> Aggregator:
         tensor([1.5000, 2.5000])
     """
     update = partial(_update, trim_number=_check.integer("trim_number", trim_number, 0))
-    return Aggregator("trimmed_mean", _init, update)
+    return Aggregator("trimmed_mean", no_state, update)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._gramian import _validate, contract, pullback_of
+from torchjd_func.differentiate._gramian import contract, pullback_of, validate
 from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
 from torchjd_func.differentiate._objectives import MultiTask
@@ -94,7 +94,7 @@ def grad_and_value(
         (tensor([1., 3.]), tensor([1., 9.]), ())
     """
     _check.rule(rule, (Aggregator, Scalarizer))
-    _validate(method, chunk_size)
+    validate(method, chunk_size)
 
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""

@@ -59,7 +59,7 @@ def gramian(
         tensor([[ 2.,  5.],
                 [ 5., 13.]])
     """
-    _validate(method, chunk_size)
+    validate(method, chunk_size)
 
     def gramian_fn(*args: Any) -> Any:
         """Return the Gramian (and aux)."""
@@ -96,7 +96,7 @@ def gramian_and_value(
         (tensor([[ 4.,  0.],
                  [ 0., 36.]]), tensor([1., 9.]))
     """
-    _validate(method, chunk_size)
+    validate(method, chunk_size)
 
     def gramian_and_value_fn(*args: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
@@ -137,7 +137,7 @@ def gramian_vjp(
         >>> vjp_fn(weights)
         tensor([1.8000, 0.6000])
     """
-    _validate(method, chunk_size)
+    validate(method, chunk_size)
     linear = linearize(fn, primals, argnums, has_aux)
     matrix, pullback = contract(linear, method, chunk_size)
 
@@ -178,7 +178,7 @@ def cross_gramian(
         tensor([[16.,  0.],
                 [ 0., 16.]])
     """
-    _validate(method, chunk_size)
+    validate(method, chunk_size)
 
     def cross_gramian_fn(*args: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""
@@ -232,7 +232,7 @@ def pullback_of(linear: Linearized) -> Callable[[Tensor], PyTree]:
     return lambda weights: linear.rebuild(linear.pullback(weights.to(linear.vector.dtype)))
 
 
-def _validate(method: str, chunk_size: int | None) -> None:
+def validate(method: str, chunk_size: int | None) -> None:
     """Check the options that all transforms to Gramians share."""
     _check.choice("method", method, tuple(_ROUTES))
     _check.chunk_size(chunk_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import PyTree, Scalarizer, State
+from torchjd_func._types import PyTree, Scalarizer, State, no_state
 
 Vector = Tensor | Sequence[float]
 Number = Tensor | float
@@ -17,12 +17,7 @@ Number = Tensor | float
 
 def pure(name: str, value_fn: Callable[[Tensor], Tensor]) -> Scalarizer:
     """Lift `(losses) -> loss` to a Scalarizer with the empty state `()`."""
-    return Scalarizer(name, _no_state, partial(_pure_update, name, value_fn))
-
-
-def _no_state(losses: Tensor, key: Tensor | None) -> tuple[()]:
-    """Return the empty state."""
-    return ()
+    return Scalarizer(name, no_state, partial(_pure_update, name, value_fn))
 
 
 def _pure_update(
