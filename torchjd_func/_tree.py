@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 PyTree = Any
+Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
 
 
 def leaves(tree: PyTree) -> list[Any]:
@@ -128,6 +129,19 @@ def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
         return torch.tensordot(weights.to(dtype), leaf.to(dtype), dims=1).to(leaf.dtype)
 
     return map(combine, jac)
+
+
+def gramians(flat: list[Tensor], groups: Groups) -> Tensor:
+    """Return the Gramian of each group of leaves, `(g, m, m)`, in the widest of their dtypes."""
+    return torch.stack([gramian([flat[i] for i in group]) for group in groups])
+
+
+def weighted_sums(flat: list[Tensor], groups: Groups, weights: Tensor) -> list[Tensor]:
+    """Return the leaves of `J^T weights`, each by the weights `(g, m)` of its group."""
+    found: dict[int, Tensor] = {}
+    for group, row in zip(groups, weights.unbind(), strict=True):
+        found.update(zip(group, weighted_sum([flat[i] for i in group], row), strict=True))
+    return [found[i] for i in range(len(flat))]
 
 
 def leading_size(tree: PyTree) -> int:

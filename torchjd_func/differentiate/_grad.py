@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._gramian import contract, pullback_of, validate
+from torchjd_func.differentiate._gramian import contract_whole, pullback_of, validate, whole
 from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
 from torchjd_func.differentiate._objectives import MultiTask
@@ -157,8 +157,9 @@ def _statistic(linear, needs: str, method: str, chunk_size: int | None):
     """Return what a weighting needs to see, and the pullback that goes with it."""
     if needs == "size":
         m = linear.vector.shape[0]
-        return _tree.placeholder(linear.vector, (m, m)), pullback_of(linear)
-    return contract(linear, method, chunk_size)
+        pullback = pullback_of(linear, whole(linear))
+        return _tree.placeholder(linear.vector, (m, m)), lambda w: pullback(w.unsqueeze(0))
+    return contract_whole(linear, method, chunk_size)
 
 
 def _scalarized(

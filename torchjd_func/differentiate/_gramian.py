@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
@@ -15,10 +17,10 @@ PyTree = Any
 
 
 class Gramian(NamedTuple):
-    """A Gramian, and the pullback that goes with it."""
+    """The Gramians of groups of leaves, and the pullback that goes with them."""
 
-    matrix: Tensor  # (m, m)
-    pullback: Callable[[Tensor], PyTree]  # (m,) -> J^T weights
+    matrices: Tensor  # (g, m, m), one for each group
+    pullback: Callable[[Tensor], PyTree]  # (g, m) -> J^T weights, each leaf by its group's weights
 
 
 def gramian(
@@ -64,7 +66,7 @@ def gramian(
     def gramian_fn(*args: Any) -> Any:
         """Return the Gramian (and aux)."""
         linear = linearize(fn, args, argnums, has_aux)
-        matrix = contract(linear, method, chunk_size).matrix
+        matrix, _ = contract_whole(linear, method, chunk_size)
         return (matrix, linear.aux) if has_aux else matrix
 
     return gramian_fn
@@ -101,7 +103,8 @@ def gramian_and_value(
     def gramian_and_value_fn(*args: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
         linear = linearize(fn, args, argnums, has_aux)
-        return contract(linear, method, chunk_size).matrix, value(linear, has_aux)
+        matrix, _ = contract_whole(linear, method, chunk_size)
+        return matrix, value(linear, has_aux)
 
     return gramian_and_value_fn
 
@@ -139,7 +142,7 @@ def gramian_vjp(
     """
     validate(method, chunk_size)
     linear = linearize(fn, primals, argnums, has_aux)
-    matrix, pullback = contract(linear, method, chunk_size)
+    matrix, pullback = contract_whole(linear, method, chunk_size)
 
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
@@ -191,20 +194,36 @@ def cross_gramian(
     return cross_gramian_fn
 
 
-def contract(linear: Linearized, method: str, chunk_size: int | None) -> Gramian:
-    """Return the Gramian of a linearized objective, by the chosen route."""
-    return _ROUTES[method](linear, chunk_size)
+def contract(
+    linear: Linearized, method: str, chunk_size: int | None, groups: _tree.Groups
+) -> Gramian:
+    """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
+    return _ROUTES[method](linear, chunk_size, groups)
 
 
-def _jacobian_route(linear: Linearized, chunk_size: int | None) -> Gramian:
+def contract_whole(
+    linear: Linearized, method: str, chunk_size: int | None
+) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
+    """Return the Gramian `(m, m)` of all leaves, and the pullback of weights `(m,)`."""
+    matrices, pullback = contract(linear, method, chunk_size, whole(linear))
+    return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
+
+
+def whole(linear: Linearized) -> _tree.Groups:
+    """Return the one group of all leaves."""
+    return (tuple(range(len(linear.paths))),)
+
+
+def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Build the Jacobian; its rows also serve the pullback."""
-    jacobian = rows(linear, chunk_size)
-    return Gramian(_tree.gramian(jacobian), lambda w: _tree.weighted_sum(jacobian, w))
+    flat = _tree.leaves(rows(linear, chunk_size))
+    pullback = partial(_tree.weighted_sums, flat, groups)
+    return Gramian(_tree.gramians(flat, groups), lambda w: linear.rebuild(pullback(w)))
 
 
-def _product_route(linear: Linearized, chunk_size: int | None) -> Gramian:
+def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Never build the Jacobian."""
-    return Gramian(_product(linear, linear, chunk_size), pullback_of(linear))
+    return Gramian(_product(linear, linear, chunk_size, groups), pullback_of(linear, groups))
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
@@ -212,24 +231,47 @@ def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | Non
     return _tree.cross_gramian(rows(first, chunk_size), rows(second, chunk_size))
 
 
-def _product(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+    """Build neither of the two Jacobians."""
+    return _product(first, second, chunk_size, whole(first))[0]
+
+
+def _product(
+    first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
+) -> Tensor:
     """Return `J_1 J_2^T` column by column: pull a unit cotangent back, and push the result forward.
 
     Pushing forward is the transpose of the pullback, which is linear; so no second forward pass.
+    A group's product is what is pushed forward of its leaves alone.
     """
     _, push = vjp(first.pullback, first.vector.new_zeros(first.vector.shape))
 
     def column(cotangent: Tensor) -> Tensor:
-        """Return `J_1 J_2^T cotangent`."""
-        return push(second.pullback(cotangent))[0]
+        """Return `J_1 J_2^T cotangent` of each group, `(g, m_1)`."""
+        pulled = second.pullback(cotangent)
+        return torch.stack([push(_only(pulled, group))[0] for group in groups])
 
     columns = pull_rows(column, basis(second.vector), chunk_size or 1)
-    return columns.mT.to(_tree.accumulation_dtype(columns.dtype))
+    return columns.permute(1, 2, 0).to(_tree.accumulation_dtype(columns.dtype))
 
 
-def pullback_of(linear: Linearized) -> Callable[[Tensor], PyTree]:
-    """Return the pullback for weights of any floating dtype."""
-    return lambda weights: linear.rebuild(linear.pullback(weights.to(linear.vector.dtype)))
+def _only(leaves: list[Tensor], group: tuple[int, ...]) -> list[Tensor]:
+    """Return the leaves with zeros in the place of those outside the group."""
+    return [leaf if i in group else torch.zeros_like(leaf) for i, leaf in enumerate(leaves)]
+
+
+def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], PyTree]:
+    """Return the pullback for weights `(g, m)` of any floating dtype: one pass for each group."""
+
+    def pullback(weights: Tensor) -> PyTree:
+        """Return `J^T weights`, of each pass the leaves of its group."""
+        found = {}
+        for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
+            leaves = linear.pullback(row)
+            found.update({i: leaves[i] for i in group})
+        return linear.rebuild([found[i] for i in range(len(found))])
+
+    return pullback
 
 
 def validate(method: str, chunk_size: int | None) -> None:
@@ -239,4 +281,4 @@ def validate(method: str, chunk_size: int | None) -> None:
 
 
 _ROUTES = {"auto": _jacobian_route, "jacobian": _jacobian_route, "product": _product_route}
-_CROSS = {"auto": _jacobian_cross, "jacobian": _jacobian_cross, "product": _product}
+_CROSS = {"auto": _jacobian_cross, "jacobian": _jacobian_cross, "product": _product_cross}

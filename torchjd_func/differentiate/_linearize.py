@@ -24,6 +24,7 @@ class Linearized(NamedTuple):
     pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
     rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
     assemble: Callable[[PyTree], PyTree]  # such a pytree -> gradients of the whole argument
+    paths: list[str]  # the names of its leaves
 
 
 def linearize(
@@ -34,7 +35,8 @@ def linearize(
         return _linearize_multitask(fn, args, argnums, has_aux)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
-    _check.params(f"argument {argnums}", _tree.paths(primals), flat)
+    paths = _tree.paths(primals)
+    _check.params(f"argument {argnums}", paths, flat)
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
         """Return the losses as one vector, for torch.func to differentiate."""
@@ -42,7 +44,7 @@ def linearize(
         return as_vector(fn, losses), (losses, aux)
 
     vector, pull, (losses, aux) = vjp_aux(from_leaves, flat)
-    return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, _identity)
+    return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, _identity, paths)
 
 
 def bind(
@@ -145,7 +147,8 @@ def _linearize_multitask(
     params, batch = args
     shared, head_params = _check.multitask_params(params, fn.heads)
     flat, rebuild = _tree.flatten(shared)
-    _check.params("the shared parameters", _tree.paths(shared), flat)
+    paths = _tree.paths(shared)
+    _check.params("the shared parameters", paths, flat)
 
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
         """Return features and auxiliary output."""
@@ -165,6 +168,7 @@ def _linearize_multitask(
         lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights))[0],
         rebuild,
         lambda grads: (grads, head_grads),
+        paths,
     )
 
 
