@@ -100,7 +100,7 @@ def grad_and_value(
         """Return the update direction, the losses (and aux) and the next state."""
         if isinstance(rule, Scalarizer):
             return _scalarized(fn, rule, state, args, argnums, has_aux)
-        linear = linearize(fn, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux, method)
         if rule.weighting is None:
             grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._layered import observe
+from torchjd_func.differentiate._layerwise import Batch, Layers, Layout, combine
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 
 PyTree = Any
@@ -25,18 +28,25 @@ class Linearized(NamedTuple):
     rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
     assemble: Callable[[PyTree], PyTree]  # such a pytree -> gradients of the whole argument
     paths: list[str]  # the names of its leaves
+    layers: Layers | None = None  # what layer-by-layer routes recorded
 
 
 def linearize(
-    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    method: str = "auto",
 ) -> Linearized:
     """Run the objective once and keep what is needed to pull cotangents back."""
     if isinstance(fn, MultiTask):
-        return _linearize_multitask(fn, args, argnums, has_aux)
+        return _linearize_multitask(fn, args, argnums, has_aux, method)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
+    if method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise)):
+        return _linearize_layers(fn, args, argnums, has_aux)
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
         """Return the losses as one vector, for torch.func to differentiate."""
@@ -45,6 +55,68 @@ def linearize(
 
     vector, pull, (losses, aux) = vjp_aux(from_leaves, flat)
     return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, _identity, paths)
+
+
+def _linearize_layers(
+    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Run the objective once and keep what each use of parameters was applied to."""
+    primals, _ = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
+    layout, examples, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
+    inner = fn if batch is None else batch.fn
+    unpackers: list[Callable[[list[Tensor]], Any]] = []
+
+    def call(leaves: Sequence[Tensor], *example: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return losses as one vector (or the loss of one example), and tensors to unpack."""
+        given = args if batch is None else batch.fill(args, example)
+        losses, aux = split_aux(bind(inner, given, argnums)[1](rebuild(list(leaves))), has_aux)
+        tensors, unpack = _tree.pack((losses, aux))
+        unpackers.append(unpack)
+        return as_vector(fn, losses) if batch is None else losses, tensors
+
+    plans = fn.plans if isinstance(fn, InstanceWise) else {}
+    vector, tensors, pull = observe(call, flat, layout, examples, batch, plans)
+    losses, aux = unpackers[-1](tensors)
+    layers = pull(*_cotangents(as_vector(fn, losses), layout))
+    whole = (tuple(range(len(flat))),)
+
+    def pullback(weights: Tensor) -> list[Tensor]:
+        """Return the leaves of `J^T weights`."""
+        return combine(layers, weights.unsqueeze(0), whole)
+
+    paths = _tree.paths(primals)
+    return Linearized(vector, losses, aux, pullback, rebuild, _identity, paths, layers)
+
+
+def _structure(
+    fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
+) -> tuple[Layout, list[Tensor], Batch | None]:
+    """Return how the objective treats examples, the tensors that have them, and how to map."""
+    rest = [place for place in range(len(args)) if place not in positions]
+    found = [x for i in rest for x in _tree.leaves(args[i]) if isinstance(x, Tensor) and x.ndim]
+    example = fn.example if isinstance(fn, InstanceWise) else None
+    if example is not None:
+        dims = example.dims(len(args))
+        sizes = [x.shape[dims[i]] for i in rest for x in _tree.leaves(args[i]) if _maps(dims[i], x)]
+        if sizes and all(dims[position] is None for position in positions):
+            batch = Batch(example.fn, tuple(rest), args, dims, example.randomness)
+            return Layout("vmapped", sizes[0]), [], batch
+    if isinstance(fn, InstanceWise) and found:
+        return Layout("batched", found[0].shape[0]), found, None
+    return Layout("shared", 0), [], None
+
+
+def _maps(dim: Any, x: Any) -> bool:
+    """Say whether `x` is mapped over one dimension."""
+    return isinstance(dim, int) and isinstance(x, Tensor)
+
+
+def _cotangents(vector: Tensor, layout: Layout) -> tuple[Any, Callable[[], Tensor], int]:
+    """Return what to pull back: each loss by itself, unless examples are apart anyway."""
+    whole = partial(basis, vector)
+    shared = layout.kind == "shared"
+    return (whole() if shared else torch.ones_like(vector)), whole, vector.shape[0]
 
 
 def bind(
@@ -136,7 +208,11 @@ def basis(vector: Tensor) -> Tensor:
 
 
 def _linearize_multitask(
-    fn: MultiTask, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+    fn: MultiTask,
+    args: tuple[Any, ...],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    method: str,
 ) -> Linearized:
     """Use the chain rule through the features: each head is traversed once."""
     if argnums != 0 or len(args) != 2:
@@ -155,7 +231,7 @@ def _linearize_multitask(
         out = fn.trunk(rebuild(leaves), batch)
         return _check.aux_pair(out) if has_aux else (out, ())
 
-    features, pull_trunk, aux = vjp_aux(trunk, flat)
+    features, aux, pull_trunk, pull_layers = _run_trunk(trunk, flat, method)
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
@@ -165,11 +241,32 @@ def _linearize_multitask(
         _tree.ravel(losses),
         losses,
         aux,
-        lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights))[0],
+        lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights)),
         rebuild,
         lambda grads: (grads, head_grads),
         paths,
+        pull_layers(cotangents, None, len(rows)) if pull_layers else None,
     )
+
+
+def _run_trunk(
+    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]], flat: list[Tensor], method: str
+) -> tuple[PyTree, PyTree, Callable[[PyTree], list[Tensor]], Callable[..., Layers] | None]:
+    """Return features, auxiliary output, the trunk's pullback, and that of its layers if wanted."""
+    if method != "layerwise":
+        features, pull, aux = vjp_aux(trunk, flat)
+        return features, aux, lambda cotangent: pull(cotangent)[0], None
+    packed, unpack = packing(trunk)
+    layout = Layout("shared", 0)
+    features, tensors, pull_layers = observe(packed, flat, layout, [], None, {})
+
+    def pull_back(cotangent: PyTree) -> list[Tensor]:
+        """Pull one cotangent of the features back."""
+        layers = pull_layers(_tree.stack([cotangent]), None, 1)
+        ones = layers.values[0].new_ones(1, 1)
+        return combine(layers, ones, (tuple(range(len(flat))),))
+
+    return features, unpack(tensors), pull_back, pull_layers
 
 
 def _head(
