@@ -227,6 +227,22 @@ METHODS: dict[str, Method] = {
         random=True,
         cost="m",
     ),
+    "grouped[upgrad]": Method(
+        lambda m: jd.grouped(jd.upgrad(), jd.together),
+        non_conflicting=True,
+        linear_under_scaling=True,
+        cost="m^4",
+    ),
+    "grouped[gradvac]": Method(
+        lambda m: jd.grouped({"all": jd.gradvac()}, jd.together),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m^4",
+    ),
+    "grouped[moco]": Method(
+        lambda m: jd.grouped(jd.moco(), jd.together), degree=None, cost="m^2 n"
+    ),
     "every[upgrad]": Method(
         lambda m: jd.every(jd.upgrad(), 2), linear_under_scaling=True, cost="m^4"
     ),

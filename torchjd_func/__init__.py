@@ -40,7 +40,8 @@ from torchjd_func.aggregation import (
     trimmed_mean,
     upgrad,
 )
-from torchjd_func.combinators import every, smoothed
+from torchjd_func.combinators import every, grouped, smoothed
+from torchjd_func.combinators._labels import by_layer, by_network, by_tensor, together
 from torchjd_func.differentiate import (
     cross_gramian,
     grad,
@@ -64,6 +65,9 @@ __all__ = [
     "Scalarizer",
     "Weighting",
     "aligned_mtl",
+    "by_layer",
+    "by_network",
+    "by_tensor",
     "cagrad",
     "config",
     "config_momentum",
@@ -84,6 +88,7 @@ __all__ = [
     "gramian",
     "gramian_and_value",
     "gramian_vjp",
+    "grouped",
     "imtl_g",
     "init_state",
     "instancewise",
@@ -109,6 +114,7 @@ __all__ = [
     "smoothed",
     "stateless",
     "sum",
+    "together",
     "trimmed_mean",
     "upgrad",
     "weighted",
