@@ -208,7 +208,7 @@ class Scalarizer:
 class Observation(NamedTuple):
     """What one aggregation saw and did; the argument of a measure. Absent parts are `None`."""
 
-    gramian: Tensor  # (m, m)
+    gramian: Tensor | None  # (m, m)
     weights: Tensor | None  # (m,)
     losses: Tensor | None  # (m,)
     jac: PyTree | None  # pytree of (m, ...)

@@ -172,9 +172,30 @@ def label(path: str, value: Any) -> Any:
     return value
 
 
-def distinct_names(paths: Sequence[str]) -> None:
-    """Check that every leaf can be told from the others by its name."""
-    if len(set(paths)) != len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        rule, remedy = "have distinct names for grouping", "Rename the entries of the pytree."
-        fail(ValueError, "the parameters", rule, f"two of {twice}", remedy)
+def distinct(name: str, values: Sequence[str]) -> None:
+    """Check that no two of `values`, which are names, are equal."""
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        fail(ValueError, f"`{name}`", "have distinct names", f"two of {twice}", "Rename one.")
+
+
+def functions(name: str, value: Any) -> None:
+    """Check that `value` is a dict of functions."""
+    if not isinstance(value, Mapping) or not all(callable(fn) for fn in value.values()):
+        remedy = "Pass functions of a jd.Observation, such as jd.measures.weights."
+        fail(TypeError, f"`{name}`", "be a dict of functions", repr(value), remedy)
+
+
+def observed(field: str, value: Tensor | None) -> Tensor:
+    """Return the part of an observation that a measure cannot do without."""
+    if value is None:
+        rule = "be there for this measure"
+        remedy = "Watch a rule that has it: see jd.monitored for what measures see of each rule."
+        fail(ValueError, f"`observation.{field}`", rule, "None", remedy)
+    return value
+
+
+def measured(names: Sequence[str]) -> None:
+    """Check that a state holds measures."""
+    if not names:
+        fail(ValueError, "`state`", "hold measures", "none", "Wrap the rule in jd.monitored.")

@@ -2,6 +2,7 @@
 
 from torchjd_func.combinators._every import every
 from torchjd_func.combinators._grouped import grouped
+from torchjd_func.combinators._monitored import monitored
 from torchjd_func.combinators._smoothed import smoothed
 
-__all__ = ["every", "grouped", "smoothed"]
+__all__ = ["every", "grouped", "monitored", "smoothed"]

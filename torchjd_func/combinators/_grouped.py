@@ -22,9 +22,13 @@ from torchjd_func.combinators._labels import labeller
 class GroupedState(NamedTuple):
     """The states of the groups, for each method in the order of the groups' first leaves."""
 
-    inner: tuple[
-        State, ...
-    ]  # stacked, (g, ...); a tuple of g states if the method has no weighting
+    inner: tuple[State, ...]  # stacked, (g, ...); or an `EachState`
+
+
+class EachState(NamedTuple):
+    """The states of groups that are served one by one, as a method without a weighting has to."""
+
+    states: tuple[State, ...]  # for each group
 
 
 class _Share(NamedTuple):
@@ -46,7 +50,8 @@ def _init(jac: PyTree, key: Tensor | None, *, plan: Plan) -> GroupedState:
             own = None if key is None else random.fold_in(key, place)
             states.append(method.init(_part(flat, paths, group), key=own))
             place += 1
-        inner.append(tuple(states) if method.weighting is None else _tree.stack(states))
+        each = EachState(tuple(states))
+        inner.append(each if method.weighting is None else _tree.stack(states))
     return GroupedState(tuple(inner))
 
 
@@ -71,15 +76,15 @@ def _update(
 
 
 def _serve_rows(
-    share: _Share, flat: list[Tensor], paths: list[str], states: State, losses: Tensor | None
-) -> tuple[dict[int, Tensor], State]:
+    share: _Share, flat: list[Tensor], paths: list[str], each: EachState, losses: Tensor | None
+) -> tuple[dict[int, Tensor], EachState]:
     """Aggregate group by group."""
     found, inner = {}, []
-    for group, state in zip(share.groups, states, strict=True):
+    for group, state in zip(share.groups, each.states, strict=True):
         grads, after = share.method(_part(flat, paths, group), state, losses=losses)
         found.update({place: grads[paths[place]] for place in group})
         inner.append(after)
-    return found, tuple(inner)
+    return found, EachState(tuple(inner))
 
 
 def _partition(paths: Sequence[str], *, name: str, plan: Plan) -> Partition:
@@ -132,11 +137,9 @@ def _inner(name: str, state: GroupedState, shares: list[_Share]) -> tuple[State,
     _check.state_type(name, state, GroupedState)
     _check.state_groups(name, len(state.inner), len(shares))
     for (method, groups), own in zip(shares, state.inner, strict=True):
-        sizes = (
-            [len(own)] if method.weighting is None else [len(leaf) for leaf in _tree.leaves(own)]
-        )
-        for size in sizes:
-            _check.state_groups(name, size, len(groups))
+        parts = _tree.leaves(own) if method.weighting is not None else [own.states]
+        for part in parts:
+            _check.state_groups(name, len(part), len(groups))
     return state.inner
 
 
@@ -153,7 +156,7 @@ def _plan(
     label_all: Callable[[Sequence[str]], list[Hashable]],
 ) -> list[_Share]:
     """Return the groups of each method, in the order of their first leaves."""
-    _check.distinct_names(paths)
+    _check.distinct("params", paths)
     labels = label_all(paths)
     if of_label is not None:
         _check.grouping(labels, of_label)
