@@ -242,7 +242,8 @@ def _measured(
     name: str, measures: Measures, seen: Observation, state: MonitoredState, inner: State
 ) -> MonitoredState:
     """Return the state with new values, after a check that they replace those of a like state."""
-    values = {key: measure(seen) for key, measure in measures.items()}
+    # Copies: a state in which one tensor stands in two places would be compiled twice.
+    values = {key: measure(seen).clone() for key, measure in measures.items()}
     _check.names("state.measures", state.measures, values)
     for key, value in values.items():
         _check.state(name, f"measures[{key!r}]", state.measures[key], value.shape)
