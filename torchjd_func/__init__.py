@@ -1,6 +1,6 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, random, scalarizers
+from torchjd_func import interop, linalg, measures, metrics, random, scalarizers
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -40,7 +40,9 @@ from torchjd_func.aggregation import (
     trimmed_mean,
     upgrad,
 )
-from torchjd_func.combinators import every, smoothed
+from torchjd_func.combinators import every, grouped, monitored, smoothed
+from torchjd_func.combinators._labels import by_layer, by_network, by_tensor, together
+from torchjd_func.combinators._monitored import read_measures
 from torchjd_func.differentiate import (
     cross_gramian,
     grad,
@@ -64,6 +66,9 @@ __all__ = [
     "Scalarizer",
     "Weighting",
     "aligned_mtl",
+    "by_layer",
+    "by_network",
+    "by_tensor",
     "cagrad",
     "config",
     "config_momentum",
@@ -84,6 +89,7 @@ __all__ = [
     "gramian",
     "gramian_and_value",
     "gramian_vjp",
+    "grouped",
     "imtl_g",
     "init_state",
     "instancewise",
@@ -93,9 +99,12 @@ __all__ = [
     "krum",
     "linalg",
     "mean",
+    "measures",
+    "metrics",
     "mgda",
     "moco",
     "modo",
+    "monitored",
     "multitask",
     "nash_mtl",
     "pcd",
@@ -103,12 +112,14 @@ __all__ = [
     "per_example",
     "pmgda",
     "random",
+    "read_measures",
     "rlw",
     "scalarizers",
     "sdmgrad",
     "smoothed",
     "stateless",
     "sum",
+    "together",
     "trimmed_mean",
     "upgrad",
     "weighted",

@@ -11,9 +11,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._gramian import contract_whole, pullback_of, validate, whole
+from torchjd_func.differentiate._gramian import (
+    contract,
+    contract_whole,
+    pullback_of,
+    validate,
+    whole,
+)
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
+from torchjd_func.differentiate._linearize import (
+    Linearized,
+    as_vector,
+    bind,
+    grad_aux,
+    linearize,
+    split_aux,
+)
 from torchjd_func.differentiate._objectives import MultiTask
 
 PyTree = Any
@@ -101,12 +114,7 @@ def grad_and_value(
         if isinstance(rule, Scalarizer):
             return _scalarized(fn, rule, state, args, argnums, has_aux)
         linear = linearize(fn, args, argnums, has_aux, method)
-        if rule.weighting is None:
-            grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
-        else:
-            statistic, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
-            weights, state = rule.weighting(statistic, state, losses=linear.vector)
-            grads = pullback(weights)
+        grads, state = _aggregated(linear, rule, state, method, chunk_size)
         return linear.assemble(grads), value(linear, has_aux), state
 
     return grad_and_value_fn
@@ -153,7 +161,25 @@ def init_state(
     return rule.init(jac, key=key)
 
 
-def _statistic(linear, needs: str, method: str, chunk_size: int | None):
+def _aggregated(
+    linear: Linearized, rule: Aggregator, state: Any, method: str, chunk_size: int | None
+) -> tuple[PyTree, Any]:
+    """Return the update direction and the next state, from the least that `rule` needs."""
+    if rule.partition is not None:
+        groups, weigh = rule.partition(linear.paths)
+        matrices, pullback = contract(linear, method, chunk_size, groups)
+        weights, state = weigh(matrices, state, linear.vector)
+    elif rule.weighting is not None:
+        matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
+        weights, state = rule.weighting(matrix, state, losses=linear.vector)
+    else:
+        return rule(rows(linear, chunk_size), state, losses=linear.vector)
+    return pullback(weights), state
+
+
+def _statistic(
+    linear: Linearized, needs: str, method: str, chunk_size: int | None
+) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return what a weighting needs to see, and the pullback that goes with it."""
     if needs == "size":
         m = linear.vector.shape[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -230,8 +229,12 @@ def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.G
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Build the Jacobian; its rows also serve the pullback."""
     flat = _tree.leaves(rows(linear, chunk_size))
-    pullback = partial(_tree.weighted_sums, flat, groups)
-    return Gramian(_tree.gramians(flat, groups), lambda w: linear.rebuild(pullback(w)))
+
+    def pullback(weights: Tensor) -> PyTree:
+        """Return `J^T weights`."""
+        return linear.rebuild(_tree.in_order(_tree.weighted_sums(flat, groups, weights)))
+
+    return Gramian(_tree.gramians(flat, groups), pullback)
 
 
 def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
@@ -297,7 +300,7 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
         for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
             leaves = linear.pullback(row)
             found.update({i: leaves[i] for i in group})
-        return linear.rebuild([found[i] for i in range(len(found))])
+        return linear.rebuild(_tree.in_order(found))
 
     return pullback
 

@@ -140,9 +140,9 @@ _DETERMINISTIC = (
         "double half bfloat16 type type_as stack chunk split unbind narrow select __getitem__ "
         "expand expand_as repeat repeat_interleave tile einsum matmul mm bmm mv addmm baddbmm dot "
         "vdot inner outer tensordot kron diag diag_embed diagonal tril triu cumsum cumprod flip "
-        "roll gather index_select pad inv inverse solve cholesky matrix_exp _weight_norm linear conv1d "
-        "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding layer_norm "
-        "rms_norm group_norm bilinear prelu masked_fill"
+        "roll gather index_select pad inv inverse solve cholesky matrix_exp _weight_norm linear "
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
+        "layer_norm rms_norm group_norm bilinear prelu masked_fill"
     )
 )
 _DROPOUTS = named(
