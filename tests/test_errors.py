@@ -136,6 +136,94 @@ CASES = {
         ValueError,
         "batch_1, batch_2",
     ),
+    "two batches of another method": (
+        lambda: jd.double_sampling(losses, jd.upgrad().weighting),
+        ValueError,
+        "cross-Gramian.*modo",
+    ),
+    "two batches of an aggregator": (
+        lambda: jd.double_sampling(losses, jd.mean()),
+        TypeError,
+        r"jd\.Weighting.*modo",
+    ),
+    "a batch not in a tuple": (
+        lambda: jd.double_sampling(losses, jd.modo())(None, PARAMS, (X,), X),
+        TypeError,
+        r"batch_1.*\(x_1,\)",
+    ),
+    "batches of other sizes": (
+        lambda: jd.double_sampling(losses, jd.modo())(None, PARAMS, (X,), (X[:2],)),
+        ValueError,
+        r"as many losses.*\[4, 2\]",
+    ),
+    "microbatches of instance losses": (
+        lambda: jd.accumulate(jd.instancewise(losses), 2),
+        TypeError,
+        r"accumulate.*jd\.gramian",
+    ),
+    "microbatches that do not divide": (
+        lambda: jd.jac(jd.accumulate(losses, 3))(PARAMS, X),
+        ValueError,
+        "divisible by n=3",
+    ),
+    "microbatches of a number": (
+        lambda: jd.jac(jd.accumulate(losses, 2))(PARAMS, 1.0),
+        TypeError,
+        "batch.*in_dims",
+    ),
+    "microbatches of too few arguments": (
+        lambda: jd.jac(jd.accumulate(losses, 2, (None, 0, 0)))(PARAMS, X),
+        ValueError,
+        "in_dims.*2 arguments",
+    ),
+    "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
+    "microbatches with other aux": (
+        lambda: jd.jac(jd.accumulate(losses, 2), has_aux=True)(PARAMS, X),
+        ValueError,
+        "has_aux",
+    ),
+    "where names nothing": (
+        lambda: jd.grad(losses, jd.upgrad(), where=lambda path: path == "v")(None, PARAMS, X),
+        ValueError,
+        r"where.*none of \['w'\]",
+    ),
+    "where of a method of rows": (
+        lambda: jd.grad(losses, jd.trimmed_mean(1), where=bool),
+        ValueError,
+        "where.*trimmed_mean.*rows",
+    ),
+    "where of a scalarizer": (
+        lambda: jd.grad(losses, jd.scalarizers.mean(), where=bool),
+        TypeError,
+        r"where.*jd\.Aggregator",
+    ),
+    "where of multitask": (
+        lambda: jd.grad(MULTITASK, jd.upgrad(), where=bool)(None, (PARAMS["w"], {"a": {}}), X),
+        TypeError,
+        "where.*MultiTask",
+    ),
+    "features of ints": (
+        lambda: jd.jac(jd.multitask(lambda w, x: x.argmax(1), HEADS))((PARAMS["w"], {"a": {}}), X),
+        TypeError,
+        "features.*auxiliary",
+    ),
+    "features none": (
+        lambda: jd.jac(jd.multitask(lambda w, x: {}, HEADS))((PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "features.*trunk",
+    ),
+    "a parameter shared and of a head": (
+        lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": PARAMS["w"]}), X),
+        ValueError,
+        "not be shared.*at 'a'",
+    ),
+    "heads scaled by a method of rows": (
+        lambda: jd.grad(
+            jd.multitask(lambda w, x: x @ w, HEADS, scale_heads=True), jd.trimmed_mean(0)
+        )(None, (PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "scale_heads.*weigh",
+    ),
     "no heads": (lambda: jd.multitask(losses, {}), ValueError, "heads"),
     "unknown head": (
         lambda: jd.jac(MULTITASK)((PARAMS["w"], {"b": {}}), X),

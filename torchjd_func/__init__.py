@@ -42,7 +42,9 @@ from torchjd_func.aggregation import (
 )
 from torchjd_func.combinators import every, smoothed
 from torchjd_func.differentiate import (
+    accumulate,
     cross_gramian,
+    double_sampling,
     grad,
     grad_and_value,
     gramian,
@@ -63,6 +65,7 @@ __all__ = [
     "Observation",
     "Scalarizer",
     "Weighting",
+    "accumulate",
     "aligned_mtl",
     "cagrad",
     "config",
@@ -70,6 +73,7 @@ __all__ = [
     "constant",
     "cross_gramian",
     "db_mtl",
+    "double_sampling",
     "dualproj",
     "epo",
     "every",

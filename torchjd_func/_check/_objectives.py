@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail
@@ -48,6 +49,95 @@ def two_batches(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tupl
         got = [type(arg).__name__ for arg in args]
         fail(ValueError, "`batch_1, batch_2`", rule, got, "Call f(params, (x_1,), (x_2,)).")
     return leading, batch_1, batch_2
+
+
+def batches(values: Sequence[Any]) -> None:
+    """Check that each batch is a tuple of arguments of the objective."""
+    for value in values:
+        if not isinstance(value, tuple):
+            rule, remedy = "each be a tuple of arguments", "Call f(state, params, (x_1,), (x_2,))."
+            fail(TypeError, "`batch_1, batch_2, batch_3`", rule, describe(value), remedy)
+
+
+def same_losses(sizes: Sequence[int]) -> None:
+    """Check that all batches have as many losses."""
+    if len(set(sizes)) > 1:
+        rule, remedy = "have as many losses in each batch", "Make the batches of one size."
+        fail(ValueError, "`fn`", rule, list(sizes), remedy)
+
+
+def not_instancewise(name: str, fn: Any, kind: type) -> None:
+    """Check that the losses of an objective are not one for each example."""
+    if isinstance(fn, kind):
+        rule, remedy = "be given losses that are means", "Use jd.gramian on the whole batch."
+        fail(TypeError, f"`{name}`", rule, repr(fn), remedy)
+
+
+def plain(option: str, fn: Any, kinds: tuple[type, ...]) -> None:
+    """Check that an option is used with an objective that it is defined for."""
+    if isinstance(fn, kinds):
+        remedy = "Write the objective as one function of all parameters."
+        fail(TypeError, f"`{option}`", "be used with a plain objective", repr(fn), remedy)
+
+
+def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None:
+    """Check that a predicate of paths is true of some."""
+    if not chosen:
+        got, remedy = f"none of {list(paths)}", "It is given paths such as 'encoder.0.weight'."
+        fail(ValueError, f"`{option}`", "be true of the path of some parameter", got, remedy)
+
+
+def in_dims(value: Sequence[Any], n_args: int) -> None:
+    """Check that there is one dimension, or `None`, for each argument."""
+    if len(value) != n_args or all(dim is None for dim in value):
+        rule = f"have one entry for each of the {n_args} arguments, not all None"
+        fail(ValueError, "`in_dims`", rule, value, "None stands for an argument that is shared.")
+
+
+def divisible(leaf: Any, dim: int, n: int) -> None:
+    """Check that a tensor can be cut into `n` equal parts."""
+    name, remedy = "the batch", "Name what is not split in `in_dims`, with None."
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        fail(TypeError, name, f"hold tensors with a dimension {dim}", describe(leaf), remedy)
+    if leaf.shape[dim] % n:
+        fail(ValueError, name, f"be divisible by n={n}", describe(leaf), "Choose another n.")
+
+
+def disjoint(shared: Sequence[Tensor], paths: Sequence[str], heads: Sequence[Tensor]) -> None:
+    """Check that no parameter is both shared and of a head."""
+    places = {_place(leaf) for leaf in shared} - {None}
+    for path, leaf in zip(paths, heads, strict=True):
+        if any(leaf is other for other in shared) or _place(leaf) in places:
+            name, rule = "the parameters of the heads", "not be shared parameters as well"
+            remedy = "Let the trunk return what the head needs of it as another feature."
+            fail(ValueError, name, rule, f"the same tensor at {path!r}", remedy)
+
+
+def _place(leaf: Tensor) -> tuple[int, int] | None:
+    """Return where a tensor lies in memory, or `None` where that is not known or is nowhere."""
+    if torch.compiler.is_compiling() or not leaf.numel():
+        return None
+    try:
+        return leaf.data_ptr(), leaf.numel()
+    except RuntimeError:  # a tensor under torch.func.vmap has no memory of its own
+        return None
+
+
+def features(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that the shared features can be differentiated."""
+    if not leaves:
+        remedy = "Return a tensor, or a pytree of tensors, from the trunk."
+        fail(ValueError, "the features", "hold at least one tensor", "an empty pytree", remedy)
+    remedy = "Return other tensors as the auxiliary output, or take them from the batch."
+    differentiable("the features", paths, leaves, remedy)
+
+
+def head_weights(weights: Tensor | None) -> Tensor:
+    """Return the weights that are to scale the gradients of the heads."""
+    if weights is None:
+        rule, got = "be False for a method without a weighting", "True"
+        fail(ValueError, "`scale_heads`", rule, got, "Use a method that weighs the gradients.")
+    return weights
 
 
 def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:

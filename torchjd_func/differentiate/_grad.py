@@ -15,6 +15,7 @@ from torchjd_func.differentiate._gramian import contract_whole, pullback_of, val
 from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
 from torchjd_func.differentiate._objectives import MultiTask
+from torchjd_func.differentiate._partial import partial_grads
 
 PyTree = Any
 
@@ -27,6 +28,7 @@ def grad(
     has_aux: bool = False,
     method: str = "auto",
     chunk_size: int | None = None,
+    where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that returns one update direction.
 
@@ -37,6 +39,9 @@ def grad(
         has_aux: As for `jd.jac`.
         method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian.
         chunk_size: As for `jd.gramian`.
+        where: Predicate of a parameter's path, such as `"encoder.0.weight"`: the Gramian is of
+            these parameters only, its weights are applied to all (partial Jacobian descent). The
+            cheaper, the nearer they are to the losses.
 
     Returns:
         `f(state, *args) -> (grads, state)`, grads like the differentiated argument; `state` may be
@@ -52,7 +57,8 @@ def grad(
         >>> grads
         tensor([ 1.3500, -0.4500])
     """
-    run = grad_and_value(fn, rule, argnums, has_aux=has_aux, method=method, chunk_size=chunk_size)
+    options = {"has_aux": has_aux, "method": method, "chunk_size": chunk_size, "where": where}
+    run = grad_and_value(fn, rule, argnums, **options)
 
     def grad_fn(state: Any, *args: Any) -> tuple[Any, ...]:
         """Return the update direction (and aux) and the next state."""
@@ -70,6 +76,7 @@ def grad_and_value(
     has_aux: bool = False,
     method: str = "auto",
     chunk_size: int | None = None,
+    where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that also returns the losses.
 
@@ -80,6 +87,7 @@ def grad_and_value(
         has_aux: As for `jd.jac`.
         method: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
+        where: As for `jd.grad`.
 
     Returns:
         `f(state, *args) -> (grads, losses, state)`; `(grads, (losses, aux), state)` with aux.
@@ -94,20 +102,26 @@ def grad_and_value(
         (tensor([1., 3.]), tensor([1., 9.]), ())
     """
     _check.rule(rule, (Aggregator, Scalarizer))
+    if where is not None:
+        _check.combinable("where", rule, (Aggregator,))
+        _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
     validate(method, chunk_size)
 
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         if isinstance(rule, Scalarizer):
             return _scalarized(fn, rule, state, args, argnums, has_aux)
+        if where is not None:
+            return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
         linear = linearize(fn, args, argnums, has_aux)
         if rule.weighting is None:
+            weights = None
             grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
         else:
             statistic, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
             weights, state = rule.weighting(statistic, state, losses=linear.vector)
             grads = pullback(weights)
-        return linear.assemble(grads), value(linear, has_aux), state
+        return linear.assemble(grads, weights), value(linear, has_aux), state
 
     return grad_and_value_fn
 

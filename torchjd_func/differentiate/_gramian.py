@@ -130,7 +130,7 @@ def gramian_vjp(
     Returns:
         `(losses, G, vjp_fn)`, and `aux` as a fourth with aux; `vjp_fn(weights)` is `J^T weights`
         for weights `(m,)`, as a pytree like `primals[argnums]`. With `jd.multitask` it returns
-        `(J^T weights, head_grads)`, the heads' plain gradients.
+        `(J^T weights, head_grads)`, the heads' plain gradients (weighted with `scale_heads`).
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -147,7 +147,7 @@ def gramian_vjp(
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
         _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
-        return linear.assemble(pullback(weights))
+        return linear.assemble(pullback(weights), weights)
 
     result = (linear.losses, matrix, vjp_fn)
     return (*result, linear.aux) if has_aux else result
@@ -188,7 +188,7 @@ def cross_gramian(
         leading, batch_1, batch_2 = _check.two_batches(args)
         first = linearize(fn, (*leading, *batch_1), argnums, has_aux)
         second = linearize(fn, (*leading, *batch_2), argnums, has_aux)
-        matrix = _CROSS[method](first, second, chunk_size)
+        matrix = contract_cross(first, second, method, chunk_size)
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
     return cross_gramian_fn
@@ -212,6 +212,13 @@ def contract_whole(
 def whole(linear: Linearized) -> _tree.Groups:
     """Return the one group of all leaves."""
     return (tuple(range(len(linear.paths))),)
+
+
+def contract_cross(
+    first: Linearized, second: Linearized, method: str, chunk_size: int | None
+) -> Tensor:
+    """Return the cross-Gramian of two linearized objectives, by the chosen route."""
+    return _CROSS[method](first, second, chunk_size)
 
 
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:

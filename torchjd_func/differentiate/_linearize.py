@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 
 PyTree = Any
@@ -23,7 +24,7 @@ class Linearized(NamedTuple):
     aux: PyTree  # what the objective returned beside its losses
     pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
     rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
-    assemble: Callable[[PyTree], PyTree]  # such a pytree -> gradients of the whole argument
+    assemble: Callable[[PyTree, Tensor | None], PyTree]  # it, weights -> grads of the argument
     paths: list[str]  # the names of its leaves
 
 
@@ -33,6 +34,8 @@ def linearize(
     """Run the objective once and keep what is needed to pull cotangents back."""
     if isinstance(fn, MultiTask):
         return _linearize_multitask(fn, args, argnums, has_aux)
+    if isinstance(fn, Accumulated):
+        return _linearize_accumulated(fn, args, argnums, has_aux)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
@@ -146,6 +149,7 @@ def _linearize_multitask(
     _check.choice("has_aux", has_aux, (fn.has_aux,))
     params, batch = args
     shared, head_params = _check.multitask_params(params, fn.heads)
+    _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
     flat, rebuild = _tree.flatten(shared)
     paths = _tree.paths(shared)
     _check.params("the shared parameters", paths, flat)
@@ -156,6 +160,7 @@ def _linearize_multitask(
         return _check.aux_pair(out) if has_aux else (out, ())
 
     features, pull_trunk, aux = vjp_aux(trunk, flat)
+    _check.features(_tree.paths(features), _tree.leaves(features))
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
@@ -167,9 +172,20 @@ def _linearize_multitask(
         aux,
         lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights))[0],
         rebuild,
-        lambda grads: (grads, head_grads),
+        lambda grads, weights: (grads, _scaled(fn, head_grads, weights)),
         paths,
     )
+
+
+def _scaled(fn: MultiTask, head_grads: dict[str, PyTree], weights: Tensor | None) -> PyTree:
+    """Return the gradients of the heads, times the weights of their tasks if so declared."""
+    if not fn.scale_heads:
+        return head_grads
+    pairs = zip(sorted(fn.heads), _check.head_weights(weights).unbind(), strict=True)
+    return {
+        name: _tree.map(lambda leaf, weight=weight: weight.to(leaf.dtype) * leaf, head_grads[name])
+        for name, weight in pairs
+    }
 
 
 def _head(
@@ -185,6 +201,41 @@ def _head(
     return loss, head_grad, feature_grad
 
 
-def _identity(grads: PyTree) -> PyTree:
+def _linearize_accumulated(
+    fn: Accumulated, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
+    _check.choice("has_aux", has_aux, (fn.has_aux,))
+    parts, total = [], None
+    for arguments in fn.split(args):
+        part, rows = _microbatch(fn, arguments, argnums, has_aux)
+        total = rows if total is None else _tree.map(torch.add, total, rows)
+        parts.append(part)
+    jacobian = _tree.map(lambda leaf: leaf / fn.n, total)
+    return Linearized(
+        _tree.mean([part.vector for part in parts]),
+        _tree.mean([part.losses for part in parts]),
+        _tree.stack([part.aux for part in parts]),
+        lambda weights: _tree.weighted_sum(jacobian, weights),
+        parts[0].rebuild,
+        lambda grads, weights: _tree.mean([part.assemble(grads, weights) for part in parts]),
+    )
+
+
+def _microbatch(
+    fn: Accumulated, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> tuple[Linearized, PyTree]:
+    """Return what is kept of a microbatch, and its Jacobian; the graph is freed on return."""
+    part = linearize(fn.fn, args, argnums, has_aux)
+    rows = pull_rows(part.pullback, basis(part.vector), fn.chunk_size)
+    return part._replace(pullback=_freed), rows
+
+
+def _freed(cotangent: Tensor) -> list[Tensor]:
+    """Stand for the pullback of a graph that is gone."""
+    raise NotImplementedError
+
+
+def _identity(grads: PyTree, weights: Tensor | None) -> PyTree:
     """Return the gradients as they are."""
     return grads

@@ -34,6 +34,7 @@ class MultiTask:
     trunk: Callable[..., Any]
     heads: Mapping[str, Callable[..., Tensor]]
     has_aux: bool = False
+    scale_heads: bool = False
 
     def __call__(self, params: tuple[Any, Mapping[str, Any]], batch: Any) -> Any:
         """Return the dict of losses (and `aux`, if the trunk has one)."""
@@ -101,26 +102,34 @@ def per_example(
 
 
 def multitask(
-    trunk: Callable[..., Any], heads: Mapping[str, Callable[..., Tensor]], *, has_aux: bool = False
+    trunk: Callable[..., Any],
+    heads: Mapping[str, Callable[..., Tensor]],
+    *,
+    has_aux: bool = False,
+    scale_heads: bool = False,
 ) -> MultiTask:
     """Declare that tasks share features, and nothing else.
 
     The Jacobian and the Gramian of such an objective are those of the shared parameters, by the
     chain rule through the features, each head traversed once. The gradient of a head is the plain
     gradient of its own loss. A scalarizer sees an ordinary objective: it weighs heads too.
+    Whatever a trunk or a head closes over instead of taking as parameters is frozen.
 
     Args:
-        trunk: `trunk(shared, batch) -> features`, a tensor or a pytree of tensors.
+        trunk: `trunk(shared, batch) -> features`, a floating tensor or a pytree of such; a task
+            need not use all of them.
         heads: `{name: head}` with `head(head_params, features, batch) -> ()`.
         has_aux: Whether the trunk returns `(features, aux)`; the objective then returns
             `(losses, aux)`, and transforms are called with `has_aux=True` as well.
+        scale_heads: Whether the gradient of head i is multiplied by weight i too, as if the sum of
+            the weighted losses was differentiated. Only for methods with a weighting.
 
     Returns:
         The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
         as a dict, and are counted in the order of the sorted names.
 
     Raises:
-        ValueError: If there is no head.
+        ValueError: If there is no head; from transforms, if a tensor is both shared and in a head.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -133,4 +142,4 @@ def multitask(
     """
     if not heads:
         _check.fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
-    return MultiTask(trunk, dict(heads), has_aux)
+    return MultiTask(trunk, dict(heads), has_aux, scale_heads)
