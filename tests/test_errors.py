@@ -28,6 +28,26 @@ def model_call(params=None, buffers=None):
     )
 
 
+def hooked(register="register_full_backward_hook"):
+    model = nn.Sequential(nn.Linear(1, 1))
+    getattr(model[0], register)(lambda *args: None)
+    return model
+
+
+def distributed():
+    """A module whose class is the wrapper, without a process group."""
+    kind = nn.parallel.DistributedDataParallel
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    return model
+
+
+def compiled_inside():
+    model = nn.Sequential(nn.Linear(1, 1))
+    model[0].compile(backend="eager")
+    return model
+
+
 HEADS = {"a": lambda p, z, batch: z.sum()}
 MULTITASK = jd.multitask(lambda w, x: x @ w, HEADS)
 NEEDS_KEY = jd.weighted(
@@ -182,6 +202,31 @@ CASES = {
         ValueError,
         "has_aux",
     ),
+    "loss scale 0": (lambda: jd.loss_scale.init(0.0), ValueError, "scale"),
+    "loss scale a number": (
+        lambda: jd.loss_scale.scaled(losses, 8.0),
+        ValueError,
+        "LossScaleState",
+    ),
+    "loss scale under a scalarizer": (
+        lambda: jd.grad(jd.loss_scale.scaled(losses, jd.loss_scale.init()), jd.scalarizers.mean())(
+            None, PARAMS, X
+        ),
+        TypeError,
+        r"Scaled.*jd\.mean",
+    ),
+    "loss scale inside a cast": (
+        lambda: jd.cast_floating(jd.loss_scale.scaled(losses, jd.loss_scale.init()), torch.float16),
+        TypeError,
+        "cast_floating.*Cast first",
+    ),
+    "loss scale keeps another tree": (
+        lambda: jd.loss_scale.keep(jd.loss_scale.init(), PARAMS, [X]),
+        ValueError,
+        "new.*structure",
+    ),
+    "cast to ints": (lambda: jd.cast_floating(losses, torch.int8), ValueError, "dtype.*bfloat16"),
+    "cast to a name": (lambda: jd.cast_floating(losses, "half"), ValueError, "dtype"),
     "where names nothing": (
         lambda: jd.grad(losses, jd.upgrad(), where=lambda path: path == "v")(None, PARAMS, X),
         ValueError,
@@ -254,6 +299,52 @@ CASES = {
     "nnqp of ints": (lambda: jd.linalg.nnqp(G.long(), A[0]), TypeError, "matrix"),
     "simplex of ints": (lambda: jd.linalg.project_simplex(torch.ones(2).long()), TypeError, "y"),
     # modules
+    "sparse embedding": (
+        lambda: jd.functionalize(nn.Sequential(nn.Embedding(2, 2, sparse=True))),
+        ValueError,
+        r"`model\.0` must have dense gradients.*Embedding.*without sparse",
+    ),
+    "sparse embedding bag": (
+        lambda: jd.functionalize(nn.EmbeddingBag(2, 2, sparse=True)),
+        ValueError,
+        r"`model` must have dense gradients.*EmbeddingBag",
+    ),
+    "embedding that overwrites its weight": (
+        lambda: jd.functionalize(nn.Embedding(2, 2, max_norm=1.0)),
+        ValueError,
+        "max_norm=None.*Normalise",
+    ),
+    "backward hook": (
+        lambda: jd.functionalize(hooked()),
+        ValueError,
+        r"`model\.0`.*hooks.*jd\.jac",
+    ),
+    "backward pre-hook": (
+        lambda: jd.functionalize(hooked("register_full_backward_pre_hook")),
+        ValueError,
+        "Remove the hooks",
+    ),
+    "wrapped for several devices": (
+        lambda: jd.functionalize(nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))),
+        ValueError,
+        r"`model\.0`.*DataParallel.*model\.module",
+    ),
+    "wrapped for several processes": (
+        lambda: jd.functionalize(distributed()),
+        ValueError,
+        r"DistributedDataParallel.*model\.module",
+    ),
+    "compiled": (
+        lambda: jd.functionalize(torch.compile(nn.Linear(1, 1))),
+        ValueError,
+        "original module",
+    ),
+    "compiled in place": (
+        lambda: jd.functionalize(compiled_inside()),
+        ValueError,
+        r"`model\.0`.*compile the step",
+    ),
+    "lazy": (lambda: jd.functionalize(nn.LazyLinear(2)), ValueError, "Run the model once"),
     "unknown parameter": (lambda: model_call(params={"nope": X}), ValueError, "params.*nope"),
     "missing parameter": (lambda: model_call(params={}), ValueError, "params.*bias"),
     "unknown buffer": (lambda: model_call(buffers={"nope": X}), ValueError, "buffers.*nope"),

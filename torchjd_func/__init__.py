@@ -1,6 +1,6 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, random, scalarizers
+from torchjd_func import interop, linalg, loss_scale, random, scalarizers
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -43,6 +43,7 @@ from torchjd_func.aggregation import (
 from torchjd_func.combinators import every, smoothed
 from torchjd_func.differentiate import (
     accumulate,
+    cast_floating,
     cross_gramian,
     double_sampling,
     grad,
@@ -68,6 +69,7 @@ __all__ = [
     "accumulate",
     "aligned_mtl",
     "cagrad",
+    "cast_floating",
     "config",
     "config_momentum",
     "constant",
@@ -96,6 +98,7 @@ __all__ = [
     "jac_and_value",
     "krum",
     "linalg",
+    "loss_scale",
     "mean",
     "mgda",
     "moco",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,7 +28,9 @@ def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensor
         a tied weight is listed once, under its first name.
 
     Raises:
-        ValueError: From `apply`, if a name is unknown or missing.
+        ValueError: If the model or a part of it is compiled, wrapped for several processes, lazy,
+            has backward hooks, or is an embedding with `sparse` or `max_norm`. From `apply`, if a
+            name is unknown or missing, or torch.compile meets an `nn.RNN`, `nn.LSTM` or `nn.GRU`.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -36,6 +39,7 @@ def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensor
         >>> sorted(params), tuple(outputs.shape)
         (['bias', 'weight'], (3, 1))
     """
+    _check.supported(list(model.named_modules()))
     params = {name: param.detach() for name, param in model.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
     return partial(_apply, model), params, buffers
@@ -47,6 +51,8 @@ def _apply(
     """Run the module on copies of the buffers, which it may overwrite."""
     _check.names("params", params, [name for name, _ in model.named_parameters()])
     _check.names("buffers", buffers, [name for name, _ in model.named_buffers()])
+    if torch.compiler.is_compiling():
+        _check.capturable(list(model.named_modules()))
     fresh = {name: buffer.clone() for name, buffer in buffers.items()}
     outputs = functional_call(model, (params, fresh), inputs, kwargs, strict=True)
     return outputs, fresh

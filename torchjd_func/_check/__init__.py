@@ -23,6 +23,7 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
+from torchjd_func._check._modules import capturable, supported
 from torchjd_func._check._objectives import (
     aux_pair,
     batches,
@@ -48,6 +49,7 @@ from torchjd_func._check._options import (
     choice,
     chunk_size,
     enough_objectives,
+    floating_dtype,
     integer,
     interval,
     length,
@@ -62,6 +64,7 @@ __all__ = [
     "argnums",
     "aux_pair",
     "batches",
+    "capturable",
     "choice",
     "chunk_size",
     "combinable",
@@ -73,6 +76,7 @@ __all__ = [
     "fail",
     "features",
     "floating",
+    "floating_dtype",
     "head_weights",
     "in_dims",
     "integer",
@@ -104,6 +108,7 @@ __all__ = [
     "state_structure",
     "state_type",
     "stateless",
+    "supported",
     "two_batch_weighting",
     "two_batches",
     "vector",

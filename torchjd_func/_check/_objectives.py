@@ -73,10 +73,9 @@ def not_instancewise(name: str, fn: Any, kind: type) -> None:
         fail(TypeError, f"`{name}`", rule, repr(fn), remedy)
 
 
-def plain(option: str, fn: Any, kinds: tuple[type, ...]) -> None:
+def plain(option: str, fn: Any, kinds: tuple[type, ...], remedy: str) -> None:
     """Check that an option is used with an objective that it is defined for."""
     if isinstance(fn, kinds):
-        remedy = "Write the objective as one function of all parameters."
         fail(TypeError, f"`{option}`", "be used with a plain objective", repr(fn), remedy)
 
 

@@ -1,6 +1,7 @@
 """Differentiate a vector of losses: Jacobians, Gramians, and update directions."""
 
 from torchjd_func.differentiate._accumulate import accumulate
+from torchjd_func.differentiate._cast import cast_floating
 from torchjd_func.differentiate._double_sampling import double_sampling
 from torchjd_func.differentiate._grad import grad, grad_and_value, init_state
 from torchjd_func.differentiate._gramian import (
@@ -14,6 +15,7 @@ from torchjd_func.differentiate._objectives import instancewise, multitask, per_
 
 __all__ = [
     "accumulate",
+    "cast_floating",
     "cross_gramian",
     "double_sampling",
     "grad",

@@ -16,6 +16,7 @@ from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
 from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._partial import partial_grads
+from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
 
@@ -110,6 +111,7 @@ def grad_and_value(
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         if isinstance(rule, Scalarizer):
+            _check.plain("a scalarizer", fn, (Scaled,), "Use an Aggregator, e.g. jd.mean().")
             return _scalarized(fn, rule, state, args, argnums, has_aux)
         if where is not None:
             return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)

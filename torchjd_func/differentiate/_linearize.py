@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import vmap
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._scaled import Scaled, multiplied, scale_by
 
 PyTree = Any
 
@@ -34,6 +36,8 @@ def linearize(
     """Run the objective once and keep what is needed to pull cotangents back."""
     if isinstance(fn, MultiTask):
         return _linearize_multitask(fn, args, argnums, has_aux)
+    if isinstance(fn, Scaled):
+        return _linearize_scaled(fn, args, argnums, has_aux)
     if isinstance(fn, Accumulated):
         return _linearize_accumulated(fn, args, argnums, has_aux)
     primals, call = bind(fn, args, argnums)
@@ -157,10 +161,11 @@ def _linearize_multitask(
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
         """Return features and auxiliary output."""
         out = fn.trunk(rebuild(leaves), batch)
-        return _check.aux_pair(out) if has_aux else (out, ())
+        features, aux = _check.aux_pair(out) if has_aux else (out, ())
+        _check.features(_tree.paths(features), _tree.leaves(features))
+        return features, aux
 
     features, pull_trunk, aux = vjp_aux(trunk, flat)
-    _check.features(_tree.paths(features), _tree.leaves(features))
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
@@ -219,6 +224,22 @@ def _linearize_accumulated(
         lambda weights: _tree.weighted_sum(jacobian, weights),
         parts[0].rebuild,
         lambda grads, weights: _tree.mean([part.assemble(grads, weights) for part in parts]),
+    )
+
+
+def _linearize_scaled(
+    fn: Scaled, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Differentiate larger losses, and undo the scale of all that comes out."""
+    large = linearize(multiplied(fn.fn, fn.scale, has_aux), args, argnums, has_aux)
+    up, down = partial(scale_by, fn.scale), partial(scale_by, 1 / fn.scale)
+    return Linearized(
+        down(large.vector),
+        down(large.losses),
+        large.aux,
+        lambda cotangent: down(large.pullback(cotangent)),
+        large.rebuild,
+        lambda grads, weights: down(large.assemble(up(grads), weights)),
     )
 
 

@@ -13,6 +13,7 @@ from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._gramian import contract
 from torchjd_func.differentiate._linearize import bind, linearize, vjp_aux
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
 
@@ -30,7 +31,8 @@ def partial_grads(
 ) -> tuple[PyTree, Any, Any]:
     """Weigh by the Gramian of the parameters that `where` names; pull the weights back to all."""
     weighting = _check.weighting_present("where", rule.name, rule.weighting)
-    _check.plain("where", fn, (MultiTask, Accumulated))
+    remedy = "Write the objective as one function of all parameters."
+    _check.plain("where", fn, (MultiTask, Accumulated, Scaled), remedy)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
