@@ -72,6 +72,14 @@ def paths(tree: PyTree) -> list[str]:
     return [".".join(str(part) for part in path) for path, node in pairs if not hollow(node)]
 
 
+def names(tree: PyTree) -> list[str]:
+    """Return the name of each leaf, with the names of the fields of named tuples."""
+    return [
+        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+        for accessor in optree.tree_accessors(tree)
+    ]
+
+
 def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
     holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]

@@ -157,6 +157,29 @@ def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
         fail(ValueError, f"`{kind}`", "have exactly the expected names", got, remedy)
 
 
+def distinct(name: str, names: Sequence[str]) -> None:
+    """Check that no two leaves have the same name."""
+    twice = sorted({path for path in names if list(names).count(path) > 1})
+    if twice:
+        remedy = "Use keys without dots in the pytree."
+        fail(ValueError, f"`{name}`", "have one leaf of each name", f"{twice} twice", remedy)
+
+
+def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that all leaves are tensors."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            got = f"{describe(leaf)} at {path!r}"
+            fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
+
+
+def same_dtype(name: str, path: str, got: Tensor, want: Tensor) -> None:
+    """Check that a leaf has the dtype of its counterpart."""
+    if got.dtype != want.dtype:
+        remedy = "It was saved by another method or in another precision: convert it."
+        fail(ValueError, f"`{name}`", f"have dtype {want.dtype} at {path!r}", got.dtype, remedy)
+
+
 def same_structure(name: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
@@ -168,5 +191,5 @@ def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:
     """Check that a leaf has the shape of its counterpart."""
     if got.shape != want.shape:
         rule = f"have shape {tuple(want.shape)} at {path!r}"
-        remedy = "Pass the pytree that belongs to these parameters."
+        remedy = "Pass what belongs to these parameters and losses."
         fail(ValueError, f"`{name}`", rule, tuple(got.shape), remedy)
