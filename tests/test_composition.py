@@ -203,11 +203,10 @@ class TestAccumulate:
         want = jd.jac_and_value(losses_of)(PARAMS, X1)
         assert_trees_close(jd.jac_and_value(parts)(PARAMS, X1), want)
         for method in ROUTES:
-            options = {"method": method}
-            got = jd.gramian(parts, **options)(PARAMS, X1)
+            got = jd.gramian(parts, method=method)(PARAMS, X1)
             torch.testing.assert_close(got, jd.gramian(losses_of)(PARAMS, X1))
             for rule in (jd.upgrad(), jd.mean(), jd.trimmed_mean(0)):
-                got = jd.grad_and_value(parts, rule, **options)(None, PARAMS, X1)
+                got = jd.grad_and_value(parts, rule, method=method)(None, PARAMS, X1)
                 want = jd.grad_and_value(losses_of, rule)(None, PARAMS, X1)
                 assert_trees_close(got, want)
         crossed = jd.cross_gramian(parts)(PARAMS, (X1,), (X2,))
@@ -257,8 +256,8 @@ class TestAccumulate:
                 ctx.token = token
 
             @staticmethod
-            def backward(ctx, grad):
-                return grad
+            def backward(ctx, *grad_outputs):
+                return grad_outputs[0]
 
         class Token:
             def __del__(self):

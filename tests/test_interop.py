@@ -78,8 +78,8 @@ def test_training_goes_on_where_it_was_saved():
     whole = train(PARAMS, initial, 6)
     half = train(PARAMS, initial, 3)
     saved = through_a_file(jd.interop.state_dict(half))
-    loaded = jd.interop.load_state_dict((PARAMS, initial), saved)
-    assert_trees_close(train(*loaded, 3), whole, rtol=0, atol=0)
+    params, state = jd.interop.load_state_dict((PARAMS, initial), saved)
+    assert_trees_close(train(params, state, 3), whole, rtol=0, atol=0)
 
 
 SAVED = {"a": torch.ones(2), "b": torch.tensor(0)}
@@ -138,8 +138,8 @@ def test_schedules_of_hyper_parameters_do_not_recompile():
     fast, counter = compiled(step)
     params = slow = PARAMS
     for i in range(5):
-        schedule = [torch.tensor(value) for value in (0.1 * i, 0.9 - 0.1 * i, 0.1 / (1 + i))]
-        params, _ = fast(params, *schedule, X)
-        slow, _ = step(slow, *schedule, X)
+        c, beta, lr = torch.tensor([0.1 * i, 0.9 - 0.1 * i, 0.1 / (1 + i)]).unbind()
+        params, _ = fast(params, c, beta, lr, X)
+        slow, _ = step(slow, c, beta, lr, X)
     assert_trees_close(params, slow)
     assert counter.graphs == 1

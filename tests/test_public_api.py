@@ -11,7 +11,7 @@ import torchjd_func as jd
 from tests.registry import METHODS, exported
 from torchjd_func import aggregation, combinators
 
-NAMESPACES = (jd, jd.linalg, jd.random, jd.interop, jd.scalarizers)
+NAMESPACES = (jd, jd.linalg, jd.random, jd.interop, jd.scalarizers, jd.loss_scale)
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)
     for space in NAMESPACES

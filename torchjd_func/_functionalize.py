@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchjd_func import _check
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class Apply:
+    """A module as a function; torch.compile looks at the fields one by one, the names first."""
+
+    recurrent: list[tuple[str, str]]
+    model: nn.Module
+
+    def __call__(
+        self, params: Tensors, buffers: Tensors, /, *inputs: Any, **kwargs: Any
+    ) -> tuple[Any, Tensors]:
+        """Run the module on copies of the buffers, which it may overwrite."""
+        _check.capturable(self.recurrent)
+        _check.names("params", params, [name for name, _ in self.model.named_parameters()])
+        _check.names("buffers", buffers, [name for name, _ in self.model.named_buffers()])
+        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+        outputs = functional_call(self.model, (params, fresh), inputs, kwargs, strict=True)
+        return outputs, fresh
+
+    def __repr__(self) -> str:
+        """Return the kind of the module in one line."""
+        return f"Apply({type(self.model).__name__})"
 
 
 def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:
@@ -39,20 +61,8 @@ def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensor
         >>> sorted(params), tuple(outputs.shape)
         (['bias', 'weight'], (3, 1))
     """
-    _check.supported(list(model.named_modules()))
+    named_modules = list(model.named_modules())
+    _check.supported(named_modules)
     params = {name: param.detach() for name, param in model.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    return partial(_apply, model), params, buffers
-
-
-def _apply(
-    model: nn.Module, params: Tensors, buffers: Tensors, /, *inputs: Any, **kwargs: Any
-) -> tuple[Any, Tensors]:
-    """Run the module on copies of the buffers, which it may overwrite."""
-    _check.names("params", params, [name for name, _ in model.named_parameters()])
-    _check.names("buffers", buffers, [name for name, _ in model.named_buffers()])
-    if torch.compiler.is_compiling():
-        _check.capturable(list(model.named_modules()))
-    fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-    outputs = functional_call(model, (params, fresh), inputs, kwargs, strict=True)
-    return outputs, fresh
+    return Apply(_check.recurrent(named_modules), model), params, buffers

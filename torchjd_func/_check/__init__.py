@@ -23,7 +23,7 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
-from torchjd_func._check._modules import capturable, supported
+from torchjd_func._check._modules import capturable, recurrent, supported
 from torchjd_func._check._objectives import (
     aux_pair,
     batches,
@@ -100,6 +100,7 @@ __all__ = [
     "params",
     "plain",
     "preference",
+    "recurrent",
     "rule",
     "same_dtype",
     "same_losses",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -22,15 +23,22 @@ def supported(named_modules: list[tuple[str, nn.Module]]) -> None:
                 fail(ValueError, where, rule, type(module).__name__, remedy)
 
 
-def capturable(named_modules: list[tuple[str, nn.Module]]) -> None:
-    """Check that no module is one that torch.compile cannot capture (torch 2.13)."""
-    for name, module in named_modules:
-        if isinstance(module, nn.RNNBase):
-            where = f"`model.{name}`" if name else "`model`"
-            cell = f"nn.{type(module).__name__}Cell"
-            remedy = f"Loop over {cell}, or do not compile the step."
-            rule = "be a module that torch.compile can capture"
-            fail(ValueError, where, rule, type(module).__name__, remedy)
+def recurrent(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+    """Return name and kind of the modules that torch.compile cannot capture (torch 2.13)."""
+    return [
+        (name, type(module).__name__)
+        for name, module in named_modules
+        if isinstance(module, nn.RNNBase)
+    ]
+
+
+def capturable(modules: list[tuple[str, str]]) -> None:
+    """Check, while a step is compiled, that there are no `recurrent` modules."""
+    if modules and torch.compiler.is_compiling():
+        name, kind = modules[0]
+        where = f"`model.{name}`" if name else "`model`"
+        remedy = f"Loop over nn.{kind}Cell, or do not compile the step."
+        fail(ValueError, where, "be a module that torch.compile can capture", kind, remedy)
 
 
 def _wrapped(module: nn.Module) -> bool:
