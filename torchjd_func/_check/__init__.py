@@ -28,7 +28,6 @@ from torchjd_func._check._objectives import (
     aux_pair,
     batches,
     disjoint,
-    distinct,
     divisible,
     features,
     head_weights,
@@ -46,6 +45,7 @@ from torchjd_func._check._objectives import (
     some_named,
     tensors,
     two_batches,
+    unique_names,
 )
 from torchjd_func._check._options import (
     argnums,
@@ -74,7 +74,6 @@ __all__ = [
     "describe",
     "differentiable",
     "disjoint",
-    "distinct",
     "divisible",
     "enough_objectives",
     "fail",
@@ -118,6 +117,7 @@ __all__ = [
     "tensors",
     "two_batch_weighting",
     "two_batches",
+    "unique_names",
     "vector",
     "weighting_present",
 ]

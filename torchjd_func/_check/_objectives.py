@@ -157,7 +157,7 @@ def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
         fail(ValueError, f"`{kind}`", "have exactly the expected names", got, remedy)
 
 
-def distinct(name: str, names: Sequence[str]) -> None:
+def unique_names(name: str, names: Sequence[str]) -> None:
     """Check that no two leaves have the same name."""
     twice = sorted({path for path in names if list(names).count(path) > 1})
     if twice:

@@ -13,6 +13,7 @@ from torchjd_func.differentiate._gramian import (
     contract_cross,
     pullback_of,
     validate,
+    whole,
 )
 from torchjd_func.differentiate._linearize import Linearized, linearize
 
@@ -96,4 +97,5 @@ def double_sampling(
 
 def _direction(linear: Linearized, weights: Tensor) -> PyTree:
     """Return the weighted gradients of one batch, those of heads included."""
-    return linear.assemble(pullback_of(linear)(weights), weights)
+    pullback = pullback_of(linear, whole(linear))
+    return linear.assemble(pullback(weights.unsqueeze(0)), weights)

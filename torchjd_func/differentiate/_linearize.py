@@ -224,6 +224,7 @@ def _linearize_accumulated(
         lambda weights: _tree.weighted_sum(jacobian, weights),
         parts[0].rebuild,
         lambda grads, weights: _tree.mean([part.assemble(grads, weights) for part in parts]),
+        parts[0].paths,
     )
 
 
@@ -240,6 +241,7 @@ def _linearize_scaled(
         lambda cotangent: down(large.pullback(cotangent)),
         large.rebuild,
         lambda grads, weights: down(large.assemble(up(grads), weights)),
+        large.paths,
     )
 
 

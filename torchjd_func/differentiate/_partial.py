@@ -10,7 +10,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._gramian import contract
+from torchjd_func.differentiate._gramian import contract_whole
 from torchjd_func.differentiate._linearize import bind, linearize, vjp_aux
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 from torchjd_func.differentiate._scaled import Scaled
@@ -52,7 +52,7 @@ def partial_grads(
 
         structured = InstanceWise(objective) if isinstance(fn, InstanceWise) else objective
         linear = linearize(structured, ([leaves[place] for place in chosen],), 0, has_aux)
-        gramian = contract(linear, method, chunk_size).matrix
+        gramian, _ = contract_whole(linear, method, chunk_size)
         return linear.vector, (linear.losses, linear.aux, gramian)
 
     vector, pull, (losses, aux, gramian) = vjp_aux(losses_and_gramian, flat)

@@ -35,7 +35,7 @@ def state_dict(state: PyTree) -> dict[str, Tensor]:
     """
     names, leaves = _tree.names(state), _tree.leaves(state)
     _check.tensors("state", names, leaves)
-    _check.distinct("state", names)
+    _check.unique_names("state", names)
     return dict(zip(names, (leaf.detach() for leaf in leaves), strict=True))
 
 
