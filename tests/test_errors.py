@@ -28,6 +28,26 @@ def model_call(params=None, buffers=None):
     )
 
 
+def hooked(register="register_full_backward_hook"):
+    model = nn.Sequential(nn.Linear(1, 1))
+    getattr(model[0], register)(lambda *args: None)
+    return model
+
+
+def distributed():
+    """A module whose class is the wrapper, without a process group."""
+    kind = nn.parallel.DistributedDataParallel
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    return model
+
+
+def compiled_inside():
+    model = nn.Sequential(nn.Linear(1, 1))
+    model[0].compile(backend="eager")
+    return model
+
+
 HEADS = {"a": lambda p, z, batch: z.sum()}
 MULTITASK = jd.multitask(lambda w, x: x @ w, HEADS)
 NEEDS_KEY = jd.weighted(
@@ -136,6 +156,119 @@ CASES = {
         ValueError,
         "batch_1, batch_2",
     ),
+    "two batches of another method": (
+        lambda: jd.double_sampling(losses, jd.upgrad().weighting),
+        ValueError,
+        "cross-Gramian.*modo",
+    ),
+    "two batches of an aggregator": (
+        lambda: jd.double_sampling(losses, jd.mean()),
+        TypeError,
+        r"jd\.Weighting.*modo",
+    ),
+    "a batch not in a tuple": (
+        lambda: jd.double_sampling(losses, jd.modo())(None, PARAMS, (X,), X),
+        TypeError,
+        r"batch_1.*\(x_1,\)",
+    ),
+    "batches of other sizes": (
+        lambda: jd.double_sampling(losses, jd.modo())(None, PARAMS, (X,), (X[:2],)),
+        ValueError,
+        r"as many losses.*\[4, 2\]",
+    ),
+    "microbatches of instance losses": (
+        lambda: jd.accumulate(jd.instancewise(losses), 2),
+        TypeError,
+        r"accumulate.*jd\.gramian",
+    ),
+    "microbatches that do not divide": (
+        lambda: jd.jac(jd.accumulate(losses, 3))(PARAMS, X),
+        ValueError,
+        "divisible by n=3",
+    ),
+    "microbatches of a number": (
+        lambda: jd.jac(jd.accumulate(losses, 2))(PARAMS, 1.0),
+        TypeError,
+        "batch.*in_dims",
+    ),
+    "microbatches of too few arguments": (
+        lambda: jd.jac(jd.accumulate(losses, 2, (None, 0, 0)))(PARAMS, X),
+        ValueError,
+        "in_dims.*2 arguments",
+    ),
+    "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
+    "microbatches with other aux": (
+        lambda: jd.jac(jd.accumulate(losses, 2), has_aux=True)(PARAMS, X),
+        ValueError,
+        "has_aux",
+    ),
+    "loss scale 0": (lambda: jd.loss_scale.init(0.0), ValueError, "scale"),
+    "loss scale a number": (
+        lambda: jd.loss_scale.scaled(losses, 8.0),
+        ValueError,
+        "LossScaleState",
+    ),
+    "loss scale under a scalarizer": (
+        lambda: jd.grad(jd.loss_scale.scaled(losses, jd.loss_scale.init()), jd.scalarizers.mean())(
+            None, PARAMS, X
+        ),
+        TypeError,
+        r"Scaled.*jd\.mean",
+    ),
+    "loss scale inside a cast": (
+        lambda: jd.cast_floating(jd.loss_scale.scaled(losses, jd.loss_scale.init()), torch.float16),
+        TypeError,
+        "cast_floating.*Cast first",
+    ),
+    "loss scale keeps another tree": (
+        lambda: jd.loss_scale.keep(jd.loss_scale.init(), PARAMS, [X]),
+        ValueError,
+        "new.*structure",
+    ),
+    "cast to ints": (lambda: jd.cast_floating(losses, torch.int8), ValueError, "dtype.*bfloat16"),
+    "cast to a name": (lambda: jd.cast_floating(losses, "half"), ValueError, "dtype"),
+    "where names nothing": (
+        lambda: jd.grad(losses, jd.upgrad(), where=lambda path: path == "v")(None, PARAMS, X),
+        ValueError,
+        r"where.*none of \['w'\]",
+    ),
+    "where of a method of rows": (
+        lambda: jd.grad(losses, jd.trimmed_mean(1), where=bool),
+        ValueError,
+        "where.*trimmed_mean.*rows",
+    ),
+    "where of a scalarizer": (
+        lambda: jd.grad(losses, jd.scalarizers.mean(), where=bool),
+        TypeError,
+        r"where.*jd\.Aggregator",
+    ),
+    "where of multitask": (
+        lambda: jd.grad(MULTITASK, jd.upgrad(), where=bool)(None, (PARAMS["w"], {"a": {}}), X),
+        TypeError,
+        "where.*MultiTask",
+    ),
+    "features of ints": (
+        lambda: jd.jac(jd.multitask(lambda w, x: x.argmax(1), HEADS))((PARAMS["w"], {"a": {}}), X),
+        TypeError,
+        "features.*auxiliary",
+    ),
+    "features none": (
+        lambda: jd.jac(jd.multitask(lambda w, x: {}, HEADS))((PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "features.*trunk",
+    ),
+    "a parameter shared and of a head": (
+        lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": PARAMS["w"]}), X),
+        ValueError,
+        "not be shared.*at 'a'",
+    ),
+    "heads scaled by a method of rows": (
+        lambda: jd.grad(
+            jd.multitask(lambda w, x: x @ w, HEADS, scale_heads=True), jd.trimmed_mean(0)
+        )(None, (PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        "scale_heads.*weigh",
+    ),
     "no heads": (lambda: jd.multitask(losses, {}), ValueError, "heads"),
     "unknown head": (
         lambda: jd.jac(MULTITASK)((PARAMS["w"], {"b": {}}), X),
@@ -166,6 +299,52 @@ CASES = {
     "nnqp of ints": (lambda: jd.linalg.nnqp(G.long(), A[0]), TypeError, "matrix"),
     "simplex of ints": (lambda: jd.linalg.project_simplex(torch.ones(2).long()), TypeError, "y"),
     # modules
+    "sparse embedding": (
+        lambda: jd.functionalize(nn.Sequential(nn.Embedding(2, 2, sparse=True))),
+        ValueError,
+        r"`model\.0` must have dense gradients.*Embedding.*without sparse",
+    ),
+    "sparse embedding bag": (
+        lambda: jd.functionalize(nn.EmbeddingBag(2, 2, sparse=True)),
+        ValueError,
+        r"`model` must have dense gradients.*EmbeddingBag",
+    ),
+    "embedding that overwrites its weight": (
+        lambda: jd.functionalize(nn.Embedding(2, 2, max_norm=1.0)),
+        ValueError,
+        "max_norm=None.*Normalise",
+    ),
+    "backward hook": (
+        lambda: jd.functionalize(hooked()),
+        ValueError,
+        r"`model\.0`.*hooks.*jd\.jac",
+    ),
+    "backward pre-hook": (
+        lambda: jd.functionalize(hooked("register_full_backward_pre_hook")),
+        ValueError,
+        "Remove the hooks",
+    ),
+    "wrapped for several devices": (
+        lambda: jd.functionalize(nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))),
+        ValueError,
+        r"`model\.0`.*DataParallel.*model\.module",
+    ),
+    "wrapped for several processes": (
+        lambda: jd.functionalize(distributed()),
+        ValueError,
+        r"DistributedDataParallel.*model\.module",
+    ),
+    "compiled": (
+        lambda: jd.functionalize(torch.compile(nn.Linear(1, 1))),
+        ValueError,
+        "original module",
+    ),
+    "compiled in place": (
+        lambda: jd.functionalize(compiled_inside()),
+        ValueError,
+        r"`model\.0`.*compile the step",
+    ),
+    "lazy": (lambda: jd.functionalize(nn.LazyLinear(2)), ValueError, "Run the model once"),
     "unknown parameter": (lambda: model_call(params={"nope": X}), ValueError, "params.*nope"),
     "missing parameter": (lambda: model_call(params={}), ValueError, "params.*bias"),
     "unknown buffer": (lambda: model_call(buffers={"nope": X}), ValueError, "buffers.*nope"),

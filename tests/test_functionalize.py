@@ -51,6 +51,21 @@ def test_batch_norm_buffers_are_returned_and_inputs_kept():
     assert counter.graphs == 1
 
 
+def test_a_module_without_buffers_compiles_with_its_empty_dict():
+    apply, params, buffers = jd.functionalize(nn.Linear(3, 2))
+    assert buffers == {}
+
+    def objective(params, buffers, x):
+        outputs, buffers = apply(params, buffers, x)
+        return outputs.square().mean(0), {"buffers": buffers, "nested": {"none": {}}}
+
+    step = jd.grad_and_value(objective, jd.upgrad(), has_aux=True)
+    fast, counter = compiled(step)
+    x = torch.randn(4, 3)
+    assert_trees_close(fast(None, params, buffers, x), step(None, params, buffers, x), rtol=1e-5)
+    assert counter.graphs == 1
+
+
 def test_tied_weights_are_listed_once_with_their_whole_gradient():
     model = Tied().double()
     apply, params, buffers = jd.functionalize(model)

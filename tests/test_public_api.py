@@ -11,7 +11,16 @@ import torchjd_func as jd
 from tests.registry import METHODS, exported
 from torchjd_func import aggregation, combinators
 
-NAMESPACES = (jd, jd.linalg, jd.random, jd.interop, jd.scalarizers, jd.measures, jd.metrics)
+NAMESPACES = (
+    jd,
+    jd.linalg,
+    jd.random,
+    jd.interop,
+    jd.scalarizers,
+    jd.measures,
+    jd.metrics,
+    jd.loss_scale,
+)
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)
     for space in NAMESPACES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import property_table, readme, test_compile, test_contract, test_vmap
+from tests import property_table, readme, support_table, test_compile, test_contract, test_vmap
 from tests.registry import METHODS, Method
 
 
@@ -26,6 +26,12 @@ def test_the_table_of_properties_is_up_to_date():
     text = readme.README.read_text()
     message = "run `python -m tests.property_table --write`"
     assert property_table.inserted(text) == text, message
+
+
+def test_the_table_of_what_runs_where_is_up_to_date():
+    text = readme.README.read_text()
+    message = "run `python -m tests.support_table --write`"
+    assert support_table.inserted(text) == text, message
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,6 +1,6 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, measures, metrics, random, scalarizers
+from torchjd_func import interop, linalg, loss_scale, measures, metrics, random, scalarizers
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -44,7 +44,10 @@ from torchjd_func.combinators import every, grouped, monitored, smoothed
 from torchjd_func.combinators._labels import by_layer, by_network, by_tensor, together
 from torchjd_func.combinators._monitored import read_measures
 from torchjd_func.differentiate import (
+    accumulate,
+    cast_floating,
     cross_gramian,
+    double_sampling,
     grad,
     grad_and_value,
     gramian,
@@ -65,16 +68,19 @@ __all__ = [
     "Observation",
     "Scalarizer",
     "Weighting",
+    "accumulate",
     "aligned_mtl",
     "by_layer",
     "by_network",
     "by_tensor",
     "cagrad",
+    "cast_floating",
     "config",
     "config_momentum",
     "constant",
     "cross_gramian",
     "db_mtl",
+    "double_sampling",
     "dualproj",
     "epo",
     "every",
@@ -98,6 +104,7 @@ __all__ = [
     "jac_and_value",
     "krum",
     "linalg",
+    "loss_scale",
     "mean",
     "measures",
     "metrics",

@@ -17,15 +17,29 @@ PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
 
 
+def hollow(node: PyTree) -> bool:
+    """Say whether `node` is an empty dict, or one of such; optree's do not compile (torch 2.13)."""
+    return isinstance(node, dict) and all(hollow(child) for child in node.values())
+
+
 def leaves(tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, in order."""
-    return optree.tree_leaves(tree)
+    return [leaf for leaf in optree.tree_leaves(tree, is_leaf=hollow) if not hollow(leaf)]
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     """Return the leaves of `tree` and the function that puts such leaves back."""
-    flat, spec = optree.tree_flatten(tree)
-    return flat, lambda values: optree.tree_unflatten(spec, values)
+    nodes, spec = optree.tree_flatten(tree, is_leaf=hollow)
+    places = [place for place, node in enumerate(nodes) if not hollow(node)]
+
+    def rebuild(values: Any) -> PyTree:
+        """Put leaves in their places."""
+        filled = list(nodes)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        return optree.tree_unflatten(spec, filled)
+
+    return [nodes[place] for place in places], rebuild
 
 
 def pack(tree: PyTree) -> tuple[list[Tensor], Callable[[list[Tensor]], PyTree]]:
@@ -43,17 +57,34 @@ def pack(tree: PyTree) -> tuple[list[Tensor], Callable[[list[Tensor]], PyTree]]:
 
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply `fn` to corresponding leaves of trees of one structure."""
-    return optree.tree_map(fn, tree, *rest)
+
+    def apply(node: Any, *others: Any) -> Any:
+        """Pass by what holds no leaf."""
+        return node if hollow(node) else fn(node, *others)
+
+    return optree.tree_map(apply, tree, *rest, is_leaf=hollow)
 
 
 def paths(tree: PyTree) -> list[str]:
     """Return the name of each leaf, such as `"encoder.0.weight"`."""
-    return [".".join(str(part) for part in path) for path in optree.tree_paths(tree)]
+    nodes = optree.tree_leaves(tree, is_leaf=hollow)
+    pairs = zip(optree.tree_paths(tree, is_leaf=hollow), nodes, strict=True)
+    return [".".join(str(part) for part in path) for path, node in pairs if not hollow(node)]
+
+
+def names(tree: PyTree) -> list[str]:
+    """Return the name of each leaf, with the names of the fields of named tuples."""
+    return [
+        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+        for accessor in optree.tree_accessors(tree)
+    ]
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
-    return optree.tree_structure(a) == optree.tree_structure(b)
+    holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]
+    structures = [optree.tree_structure(tree, is_leaf=hollow) for tree in (a, b)]
+    return structures[0] == structures[1] and holes[0] == holes[1]
 
 
 def ravel(tree: PyTree) -> Tensor:
@@ -73,6 +104,11 @@ def unravel(like: PyTree, vector: Tensor) -> PyTree:
 def stack(trees: list[PyTree]) -> PyTree:
     """Stack the leaves of trees of one structure along a new first dimension."""
     return map(lambda *rows: torch.stack(rows), trees[0], *trees[1:])
+
+
+def mean(trees: list[PyTree]) -> PyTree:
+    """Return the mean of trees of one structure."""
+    return trees[0] if len(trees) == 1 else map(lambda *terms: sum(terms) / len(terms), *trees)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

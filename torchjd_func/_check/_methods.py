@@ -129,6 +129,16 @@ def rule(value: Any, types: tuple[type, ...]) -> None:
         fail(TypeError, "`rule`", f"be a {names}", type(value).__name__, remedy)
 
 
+def two_batch_weighting(value: Any, kind: type) -> None:
+    """Check that a method weighs by the cross-Gramian of two batches."""
+    if not isinstance(value, kind):
+        remedy = "Pass e.g. jd.modo(); of an Aggregator, its `.weighting`."
+        fail(TypeError, "`weighting`", f"be a jd.{kind.__name__}", repr(value), remedy)
+    if value.needs == "gramian":
+        rule = "take a cross-Gramian, which is not symmetric"
+        fail(ValueError, "`weighting`", rule, repr(value), "Pass jd.modo() or jd.sdmgrad().")
+
+
 def combinable(combinator: str, value: Any, types: tuple[type, ...]) -> None:
     """Check that a combinator is given a rule of a type that it can wrap."""
     if not isinstance(value, types):

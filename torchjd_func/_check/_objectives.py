@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail
@@ -50,6 +51,94 @@ def two_batches(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tupl
     return leading, batch_1, batch_2
 
 
+def batches(values: Sequence[Any]) -> None:
+    """Check that each batch is a tuple of arguments of the objective."""
+    for value in values:
+        if not isinstance(value, tuple):
+            rule, remedy = "each be a tuple of arguments", "Call f(state, params, (x_1,), (x_2,))."
+            fail(TypeError, "`batch_1, batch_2, batch_3`", rule, describe(value), remedy)
+
+
+def same_losses(sizes: Sequence[int]) -> None:
+    """Check that all batches have as many losses."""
+    if len(set(sizes)) > 1:
+        rule, remedy = "have as many losses in each batch", "Make the batches of one size."
+        fail(ValueError, "`fn`", rule, list(sizes), remedy)
+
+
+def not_instancewise(name: str, fn: Any, kind: type) -> None:
+    """Check that the losses of an objective are not one for each example."""
+    if isinstance(fn, kind):
+        rule, remedy = "be given losses that are means", "Use jd.gramian on the whole batch."
+        fail(TypeError, f"`{name}`", rule, repr(fn), remedy)
+
+
+def plain(option: str, fn: Any, kinds: tuple[type, ...], remedy: str) -> None:
+    """Check that an option is used with an objective that it is defined for."""
+    if isinstance(fn, kinds):
+        fail(TypeError, f"`{option}`", "be used with a plain objective", repr(fn), remedy)
+
+
+def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None:
+    """Check that a predicate of paths is true of some."""
+    if not chosen:
+        got, remedy = f"none of {list(paths)}", "It is given paths such as 'encoder.0.weight'."
+        fail(ValueError, f"`{option}`", "be true of the path of some parameter", got, remedy)
+
+
+def in_dims(value: Sequence[Any], n_args: int) -> None:
+    """Check that there is one dimension, or `None`, for each argument."""
+    if len(value) != n_args or all(dim is None for dim in value):
+        rule = f"have one entry for each of the {n_args} arguments, not all None"
+        fail(ValueError, "`in_dims`", rule, value, "None stands for an argument that is shared.")
+
+
+def divisible(leaf: Any, dim: int, n: int) -> None:
+    """Check that a tensor can be cut into `n` equal parts."""
+    name, remedy = "the batch", "Name what is not split in `in_dims`, with None."
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        fail(TypeError, name, f"hold tensors with a dimension {dim}", describe(leaf), remedy)
+    if leaf.shape[dim] % n:
+        fail(ValueError, name, f"be divisible by n={n}", describe(leaf), "Choose another n.")
+
+
+def disjoint(shared: Sequence[Tensor], paths: Sequence[str], heads: Sequence[Tensor]) -> None:
+    """Check that no parameter is both shared and of a head."""
+    places = {_place(leaf) for leaf in shared} - {None}
+    for path, leaf in zip(paths, heads, strict=True):
+        if any(leaf is other for other in shared) or _place(leaf) in places:
+            name, rule = "the parameters of the heads", "not be shared parameters as well"
+            remedy = "Let the trunk return what the head needs of it as another feature."
+            fail(ValueError, name, rule, f"the same tensor at {path!r}", remedy)
+
+
+def _place(leaf: Tensor) -> tuple[int, int] | None:
+    """Return where a tensor lies in memory, or `None` where that is not known or is nowhere."""
+    if torch.compiler.is_compiling() or not leaf.numel():
+        return None
+    try:
+        return leaf.data_ptr(), leaf.numel()
+    except RuntimeError:  # a tensor under torch.func.vmap has no memory of its own
+        return None
+
+
+def features(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that the shared features can be differentiated."""
+    if not leaves:
+        remedy = "Return a tensor, or a pytree of tensors, from the trunk."
+        fail(ValueError, "the features", "hold at least one tensor", "an empty pytree", remedy)
+    remedy = "Return other tensors as the auxiliary output, or take them from the batch."
+    differentiable("the features", paths, leaves, remedy)
+
+
+def head_weights(weights: Tensor | None) -> Tensor:
+    """Return the weights that are to scale the gradients of the heads."""
+    if weights is None:
+        rule, got = "be False for a method without a weighting", "True"
+        fail(ValueError, "`scale_heads`", rule, got, "Use a method that weighs the gradients.")
+    return weights
+
+
 def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
     """Return shared and head parameters of a multi-task objective."""
     if not isinstance(value, tuple) or len(value) != 2:
@@ -68,6 +157,29 @@ def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
         fail(ValueError, f"`{kind}`", "have exactly the expected names", got, remedy)
 
 
+def unique_names(name: str, names: Sequence[str]) -> None:
+    """Check that no two leaves have the same name."""
+    twice = sorted({path for path in names if list(names).count(path) > 1})
+    if twice:
+        remedy = "Use keys without dots in the pytree."
+        fail(ValueError, f"`{name}`", "have one leaf of each name", f"{twice} twice", remedy)
+
+
+def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that all leaves are tensors."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            got = f"{describe(leaf)} at {path!r}"
+            fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
+
+
+def same_dtype(name: str, path: str, got: Tensor, want: Tensor) -> None:
+    """Check that a leaf has the dtype of its counterpart."""
+    if got.dtype != want.dtype:
+        remedy = "It was saved by another method or in another precision: convert it."
+        fail(ValueError, f"`{name}`", f"have dtype {want.dtype} at {path!r}", got.dtype, remedy)
+
+
 def same_structure(name: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
@@ -79,5 +191,5 @@ def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:
     """Check that a leaf has the shape of its counterpart."""
     if got.shape != want.shape:
         rule = f"have shape {tuple(want.shape)} at {path!r}"
-        remedy = "Pass the pytree that belongs to these parameters."
+        remedy = "Pass what belongs to these parameters and losses."
         fail(ValueError, f"`{name}`", rule, tuple(got.shape), remedy)

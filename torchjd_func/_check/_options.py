@@ -50,6 +50,13 @@ def integer(name: str, value: Any, low: int = 1) -> int:
     return value
 
 
+def floating_dtype(name: str, value: Any) -> None:
+    """Check that `value` is a real floating-point dtype."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        remedy = "Pass e.g. torch.bfloat16."
+        fail(ValueError, f"`{name}`", "be a floating-point dtype", repr(value), remedy)
+
+
 def solver(name: str) -> str:
     """Return the name of a solver that is installed."""
     if name != "auto":

@@ -1,5 +1,8 @@
 """Differentiate a vector of losses: Jacobians, Gramians, and update directions."""
 
+from torchjd_func.differentiate._accumulate import accumulate
+from torchjd_func.differentiate._cast import cast_floating
+from torchjd_func.differentiate._double_sampling import double_sampling
 from torchjd_func.differentiate._grad import grad, grad_and_value, init_state
 from torchjd_func.differentiate._gramian import (
     cross_gramian,
@@ -11,7 +14,10 @@ from torchjd_func.differentiate._jacobian import jac, jac_and_value
 from torchjd_func.differentiate._objectives import instancewise, multitask, per_example
 
 __all__ = [
+    "accumulate",
+    "cast_floating",
     "cross_gramian",
+    "double_sampling",
     "grad",
     "grad_and_value",
     "gramian",

@@ -28,6 +28,8 @@ from torchjd_func.differentiate._linearize import (
     split_aux,
 )
 from torchjd_func.differentiate._objectives import MultiTask
+from torchjd_func.differentiate._partial import partial_grads
+from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
 
@@ -40,6 +42,7 @@ def grad(
     has_aux: bool = False,
     method: str = "auto",
     chunk_size: int | None = None,
+    where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that returns one update direction.
 
@@ -50,6 +53,9 @@ def grad(
         has_aux: As for `jd.jac`.
         method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian.
         chunk_size: As for `jd.gramian`.
+        where: Predicate of a parameter's path, such as `"encoder.0.weight"`: the Gramian is of
+            these parameters only, its weights are applied to all (partial Jacobian descent). The
+            cheaper, the nearer they are to the losses.
 
     Returns:
         `f(state, *args) -> (grads, state)`, grads like the differentiated argument; `state` may be
@@ -65,7 +71,8 @@ def grad(
         >>> grads
         tensor([ 1.3500, -0.4500])
     """
-    run = grad_and_value(fn, rule, argnums, has_aux=has_aux, method=method, chunk_size=chunk_size)
+    options = {"has_aux": has_aux, "method": method, "chunk_size": chunk_size, "where": where}
+    run = grad_and_value(fn, rule, argnums, **options)
 
     def grad_fn(state: Any, *args: Any) -> tuple[Any, ...]:
         """Return the update direction (and aux) and the next state."""
@@ -83,6 +90,7 @@ def grad_and_value(
     has_aux: bool = False,
     method: str = "auto",
     chunk_size: int | None = None,
+    where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that also returns the losses.
 
@@ -93,6 +101,7 @@ def grad_and_value(
         has_aux: As for `jd.jac`.
         method: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
+        where: As for `jd.grad`.
 
     Returns:
         `f(state, *args) -> (grads, losses, state)`; `(grads, (losses, aux), state)` with aux.
@@ -107,15 +116,21 @@ def grad_and_value(
         (tensor([1., 3.]), tensor([1., 9.]), ())
     """
     _check.rule(rule, (Aggregator, Scalarizer))
+    if where is not None:
+        _check.combinable("where", rule, (Aggregator,))
+        _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
     validate(method, chunk_size)
 
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         if isinstance(rule, Scalarizer):
+            _check.plain("a scalarizer", fn, (Scaled,), "Use an Aggregator, e.g. jd.mean().")
             return _scalarized(fn, rule, state, args, argnums, has_aux)
+        if where is not None:
+            return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
         linear = linearize(fn, args, argnums, has_aux, method)
-        grads, state = _aggregated(linear, rule, state, method, chunk_size)
-        return linear.assemble(grads), value(linear, has_aux), state
+        grads, weights, state = _aggregated(linear, rule, state, method, chunk_size)
+        return linear.assemble(grads, weights), value(linear, has_aux), state
 
     return grad_and_value_fn
 
@@ -163,18 +178,19 @@ def init_state(
 
 def _aggregated(
     linear: Linearized, rule: Aggregator, state: Any, method: str, chunk_size: int | None
-) -> tuple[PyTree, Any]:
-    """Return the update direction and the next state, from the least that `rule` needs."""
+) -> tuple[PyTree, Tensor | None, Any]:
+    """Return the update direction, its weights if there are such, and the next state."""
     if rule.partition is not None:
         groups, weigh = rule.partition(linear.paths)
         matrices, pullback = contract(linear, method, chunk_size, groups)
         weights, state = weigh(matrices, state, linear.vector)
-    elif rule.weighting is not None:
+        return pullback(weights), None, state
+    if rule.weighting is not None:
         matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
         weights, state = rule.weighting(matrix, state, losses=linear.vector)
-    else:
-        return rule(rows(linear, chunk_size), state, losses=linear.vector)
-    return pullback(weights), state
+        return pullback(weights), weights, state
+    grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
+    return grads, None, state
 
 
 def _statistic(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
+from torchjd_func.differentiate._layerwise import Layers, combine, cross_gramians, gramians
 from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows, vjp
 
 PyTree = Any
@@ -130,7 +130,7 @@ def gramian_vjp(
     Returns:
         `(losses, G, vjp_fn)`, and `aux` as a fourth with aux; `vjp_fn(weights)` is `J^T weights`
         for weights `(m,)`, as a pytree like `primals[argnums]`. With `jd.multitask` it returns
-        `(J^T weights, head_grads)`, the heads' plain gradients.
+        `(J^T weights, head_grads)`, the heads' plain gradients (weighted with `scale_heads`).
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -147,7 +147,7 @@ def gramian_vjp(
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
         _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
-        return linear.assemble(pullback(weights))
+        return linear.assemble(pullback(weights), weights)
 
     result = (linear.losses, matrix, vjp_fn)
     return (*result, linear.aux) if has_aux else result
@@ -188,7 +188,7 @@ def cross_gramian(
         leading, batch_1, batch_2 = _check.two_batches(args)
         first = linearize(fn, (*leading, *batch_1), argnums, has_aux, method)
         second = linearize(fn, (*leading, *batch_2), argnums, has_aux, method)
-        matrix = _CROSS[method](first, second, chunk_size)
+        matrix = contract_cross(first, second, method, chunk_size)
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
     return cross_gramian_fn
@@ -222,8 +222,14 @@ def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups
 
 def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Multiply factors of rows, one layer at a time."""
-    assert linear.layers is not None
-    return Gramian(gramians(linear.layers, groups), pullback_of(linear, groups))
+    return Gramian(gramians(_layers(linear), groups), pullback_of(linear, groups))
+
+
+def contract_cross(
+    first: Linearized, second: Linearized, method: str, chunk_size: int | None
+) -> Tensor:
+    """Return the cross-Gramian of two linearized objectives, by the chosen route."""
+    return _CROSS[method](first, second, chunk_size)
 
 
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
@@ -250,8 +256,15 @@ def _auto_cross(first: Linearized, second: Linearized, chunk_size: int | None) -
 
 def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Multiply factors of rows of both, one layer at a time."""
-    assert first.layers is not None and second.layers is not None
-    return cross_gramians(first.layers, second.layers, whole(first))[0]
+    return cross_gramians(_layers(first), _layers(second), whole(first))[0]
+
+
+def _layers(linear: Linearized) -> Layers:
+    """Return what was recorded layer by layer."""
+    if linear.layers is not None:
+        return linear.layers
+    rule, remedy = "differentiate an objective that is not accumulated or scaled", "Use 'auto'."
+    _check.fail(ValueError, "`method`", rule, "'layerwise'", remedy)
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._layered import observe
 from torchjd_func.differentiate._layerwise import Batch, Layers, Layout, combine
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._scaled import Scaled, multiplied, scale_by
 
 PyTree = Any
 
@@ -26,7 +28,7 @@ class Linearized(NamedTuple):
     aux: PyTree  # what the objective returned beside its losses
     pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
     rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
-    assemble: Callable[[PyTree], PyTree]  # such a pytree -> gradients of the whole argument
+    assemble: Callable[[PyTree, Tensor | None], PyTree]  # it, weights -> grads of the argument
     paths: list[str]  # the names of its leaves
     layers: Layers | None = None  # what layer-by-layer routes recorded
 
@@ -36,11 +38,15 @@ def linearize(
     args: tuple[Any, ...],
     argnums: int | tuple[int, ...],
     has_aux: bool,
-    method: str = "auto",
+    method: str = "jacobian",
 ) -> Linearized:
     """Run the objective once and keep what is needed to pull cotangents back."""
     if isinstance(fn, MultiTask):
         return _linearize_multitask(fn, args, argnums, has_aux, method)
+    if isinstance(fn, Scaled):
+        return _linearize_scaled(fn, args, argnums, has_aux)
+    if isinstance(fn, Accumulated):
+        return _linearize_accumulated(fn, args, argnums, has_aux)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
@@ -64,6 +70,7 @@ def _linearize_layers(
     primals, _ = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     layout, examples, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
+    inputs = [x for x in _tree.leaves(args) if isinstance(x, Tensor)]
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
@@ -76,7 +83,7 @@ def _linearize_layers(
         return as_vector(fn, losses) if batch is None else losses, tensors
 
     plans = fn.plans if isinstance(fn, InstanceWise) else {}
-    vector, tensors, pull = observe(call, flat, layout, examples, batch, plans)
+    vector, tensors, pull = observe(call, flat, layout, examples, inputs, batch, plans)
     losses, aux = unpackers[-1](tensors)
     layers = pull(*_cotangents(as_vector(fn, losses), layout))
     whole = (tuple(range(len(flat))),)
@@ -222,6 +229,7 @@ def _linearize_multitask(
     _check.choice("has_aux", has_aux, (fn.has_aux,))
     params, batch = args
     shared, head_params = _check.multitask_params(params, fn.heads)
+    _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
     flat, rebuild = _tree.flatten(shared)
     paths = _tree.paths(shared)
     _check.params("the shared parameters", paths, flat)
@@ -229,9 +237,11 @@ def _linearize_multitask(
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
         """Return features and auxiliary output."""
         out = fn.trunk(rebuild(leaves), batch)
-        return _check.aux_pair(out) if has_aux else (out, ())
+        features, aux = _check.aux_pair(out) if has_aux else (out, ())
+        _check.features(_tree.paths(features), _tree.leaves(features))
+        return features, aux
 
-    features, aux, pull_trunk, pull_layers = _run_trunk(trunk, flat, method)
+    features, aux, pull_trunk, pull_layers = _run_trunk(trunk, flat, batch, method)
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
@@ -243,22 +253,25 @@ def _linearize_multitask(
         aux,
         lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights)),
         rebuild,
-        lambda grads: (grads, head_grads),
+        lambda grads, weights: (grads, _scaled(fn, head_grads, weights)),
         paths,
         pull_layers(cotangents, None, len(rows)) if pull_layers else None,
     )
 
 
 def _run_trunk(
-    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]], flat: list[Tensor], method: str
+    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
+    flat: list[Tensor],
+    batch: PyTree,
+    method: str,
 ) -> tuple[PyTree, PyTree, Callable[[PyTree], list[Tensor]], Callable[..., Layers] | None]:
     """Return features, auxiliary output, the trunk's pullback, and that of its layers if wanted."""
     if method != "layerwise":
         features, pull, aux = vjp_aux(trunk, flat)
         return features, aux, lambda cotangent: pull(cotangent)[0], None
     packed, unpack = packing(trunk)
-    layout = Layout("shared", 0)
-    features, tensors, pull_layers = observe(packed, flat, layout, [], None, {})
+    layout, inputs = Layout("shared", 0), [x for x in _tree.leaves(batch) if isinstance(x, Tensor)]
+    features, tensors, pull_layers = observe(packed, flat, layout, [], inputs, None, {})
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
@@ -267,6 +280,17 @@ def _run_trunk(
         return combine(layers, ones, (tuple(range(len(flat))),))
 
     return features, unpack(tensors), pull_back, pull_layers
+
+
+def _scaled(fn: MultiTask, head_grads: dict[str, PyTree], weights: Tensor | None) -> PyTree:
+    """Return the gradients of the heads, times the weights of their tasks if so declared."""
+    if not fn.scale_heads:
+        return head_grads
+    pairs = zip(sorted(fn.heads), _check.head_weights(weights).unbind(), strict=True)
+    return {
+        name: _tree.map(lambda leaf, weight=weight: weight.to(leaf.dtype) * leaf, head_grads[name])
+        for name, weight in pairs
+    }
 
 
 def _head(
@@ -282,6 +306,59 @@ def _head(
     return loss, head_grad, feature_grad
 
 
-def _identity(grads: PyTree) -> PyTree:
+def _linearize_accumulated(
+    fn: Accumulated, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
+    _check.choice("has_aux", has_aux, (fn.has_aux,))
+    parts, total = [], None
+    for arguments in fn.split(args):
+        part, rows = _microbatch(fn, arguments, argnums, has_aux)
+        total = rows if total is None else _tree.map(torch.add, total, rows)
+        parts.append(part)
+    jacobian = _tree.map(lambda leaf: leaf / fn.n, total)
+    return Linearized(
+        _tree.mean([part.vector for part in parts]),
+        _tree.mean([part.losses for part in parts]),
+        _tree.stack([part.aux for part in parts]),
+        lambda weights: _tree.weighted_sum(jacobian, weights),
+        parts[0].rebuild,
+        lambda grads, weights: _tree.mean([part.assemble(grads, weights) for part in parts]),
+        parts[0].paths,
+    )
+
+
+def _linearize_scaled(
+    fn: Scaled, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Linearized:
+    """Differentiate larger losses, and undo the scale of all that comes out."""
+    large = linearize(multiplied(fn.fn, fn.scale, has_aux), args, argnums, has_aux)
+    up, down = partial(scale_by, fn.scale), partial(scale_by, 1 / fn.scale)
+    return Linearized(
+        down(large.vector),
+        down(large.losses),
+        large.aux,
+        lambda cotangent: down(large.pullback(cotangent)),
+        large.rebuild,
+        lambda grads, weights: down(large.assemble(up(grads), weights)),
+        large.paths,
+    )
+
+
+def _microbatch(
+    fn: Accumulated, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> tuple[Linearized, PyTree]:
+    """Return what is kept of a microbatch, and its Jacobian; the graph is freed on return."""
+    part = linearize(fn.fn, args, argnums, has_aux)
+    rows = pull_rows(part.pullback, basis(part.vector), fn.chunk_size)
+    return part._replace(pullback=_freed), rows
+
+
+def _freed(cotangent: Tensor) -> list[Tensor]:
+    """Stand for the pullback of a graph that is gone."""
+    raise NotImplementedError
+
+
+def _identity(grads: PyTree, weights: Tensor | None) -> PyTree:
     """Return the gradients as they are."""
     return grads

@@ -43,6 +43,13 @@ class InstanceWise:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
         return self.fn(*args)
 
+    def wrap(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> InstanceWise:
+        """Return the objective of the changed function, with the same structure."""
+        if self.example is None:
+            return InstanceWise(change(self.fn))
+        fn, in_dims, randomness = self.example
+        return per_example(change(fn), in_dims, randomness)
+
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
         return f"InstanceWise({getattr(self.fn, '__name__', repr(self.fn))})"
@@ -55,6 +62,7 @@ class MultiTask:
     trunk: Callable[..., Any]
     heads: Mapping[str, Callable[..., Tensor]]
     has_aux: bool = False
+    scale_heads: bool = False
 
     def __call__(self, params: tuple[Any, Mapping[str, Any]], batch: Any) -> Any:
         """Return the dict of losses (and `aux`, if the trunk has one)."""
@@ -123,26 +131,34 @@ def per_example(
 
 
 def multitask(
-    trunk: Callable[..., Any], heads: Mapping[str, Callable[..., Tensor]], *, has_aux: bool = False
+    trunk: Callable[..., Any],
+    heads: Mapping[str, Callable[..., Tensor]],
+    *,
+    has_aux: bool = False,
+    scale_heads: bool = False,
 ) -> MultiTask:
     """Declare that tasks share features, and nothing else.
 
     The Jacobian and the Gramian of such an objective are those of the shared parameters, by the
     chain rule through the features, each head traversed once. The gradient of a head is the plain
     gradient of its own loss. A scalarizer sees an ordinary objective: it weighs heads too.
+    Whatever a trunk or a head closes over instead of taking as parameters is frozen.
 
     Args:
-        trunk: `trunk(shared, batch) -> features`, a tensor or a pytree of tensors.
+        trunk: `trunk(shared, batch) -> features`, a floating tensor or a pytree of such; a task
+            need not use all of them.
         heads: `{name: head}` with `head(head_params, features, batch) -> ()`.
         has_aux: Whether the trunk returns `(features, aux)`; the objective then returns
             `(losses, aux)`, and transforms are called with `has_aux=True` as well.
+        scale_heads: Whether the gradient of head i is multiplied by weight i too, as if the sum of
+            the weighted losses was differentiated. Only for methods with a weighting.
 
     Returns:
         The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
         as a dict, and are counted in the order of the sorted names.
 
     Raises:
-        ValueError: If there is no head.
+        ValueError: If there is no head; from transforms, if a tensor is both shared and in a head.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -155,4 +171,4 @@ def multitask(
     """
     if not heads:
         _check.fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
-    return MultiTask(trunk, dict(heads), has_aux)
+    return MultiTask(trunk, dict(heads), has_aux, scale_heads)

@@ -1,5 +1,6 @@
 """The border to the impure world; names that change their arguments end in an underscore."""
 
+from torchjd_func.interop._checkpoints import load_state_dict, state_dict
 from torchjd_func.interop._optimizers import assign_grads_
 
-__all__ = ["assign_grads_"]
+__all__ = ["assign_grads_", "load_state_dict", "state_dict"]

@@ -1,0 +1,49 @@
+"""The table of what runs where in the README; `tests/test_modules.py` tests each cell.
+
+python -m tests.support_table            # prints it
+python -m tests.support_table --write    # puts it into the README
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.modules import CASES, MODES, ROUTES, Case
+from tests.readme import README
+
+START, END = "<!-- support table: start -->", "<!-- support table: end -->"
+
+
+def cell(case: Case, route: str, mode: str) -> str:
+    """Say what happens on one route, in one mode."""
+    if case.message(route, mode) is not None:
+        return "error"
+    return "slow" if route in case.slow else "yes"
+
+
+def row(name: str, case: Case) -> str:
+    """Return one line of the table."""
+    cells = [cell(case, route, mode) for route in ROUTES for mode in MODES]
+    return "| " + " | ".join([name, *cells, case.instead]) + " |"
+
+
+def table() -> str:
+    """Return the whole table in Markdown."""
+    columns = ["what", *(f"`{route}`, {mode}" for route in ROUTES for mode in MODES), "instead"]
+    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(row(name, case) for name, case in CASES.items())])
+
+
+def inserted(text: str) -> str:
+    """Return a README with the table between its marks."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(inserted(README.read_text()))
+    elif sys.argv[1:]:
+        raise SystemExit(__doc__)
+    else:
+        print(table())
