@@ -30,7 +30,7 @@ def call(fn: Callable[..., Any], *values: Array) -> Any:
     found = fn(np, *plain)
     if not isinstance(found, tuple):
         return tensor(found)
-    parts = [torch.from_numpy(part) for part in found]
+    parts = [tensor(part) for part in found]
     return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
 
 

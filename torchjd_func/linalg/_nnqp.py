@@ -69,7 +69,7 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     _check.length("vector", vector, matrix.shape[-1])
     dtype = torch.promote_types(matrix.dtype, vector.dtype)
     wide = matrix.double(), vector.double()
-    return _cast(_host.call(partial(solve, solver=solver), *wide), dtype)
+    return cast(_host.call(partial(solve, solver=solver), *wide), dtype)
 
 
 def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = "auto") -> Solution:
@@ -98,7 +98,7 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.length("coordinates", coordinates, gramian.shape[-1])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     wide = gramian.double(), coordinates.double()
-    return _cast(_host.call(partial(_project, solver=solver), *wide), dtype)
+    return cast(_host.call(partial(_project, solver=solver), *wide), dtype)
 
 
 def _project(xp: Any, gramian: Array, start: Array, *, solver: str) -> Solution:
@@ -127,11 +127,11 @@ def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
     """
     _check.solver(solver)
     _check.matrix("gramian", gramian)
-    found = _host.call(partial(_nearest, solver=solver), gramian.double())
-    return _cast(found, gramian.dtype)
+    found = _host.call(partial(nearest, solver=solver), gramian.double())
+    return cast(found, gramian.dtype)
 
 
-def _nearest(xp: Any, gramian: Array, *, solver: str) -> Solution:
+def nearest(xp: Any, gramian: Array, *, solver: str = "auto") -> Solution:
     """Solve with the shift `kappa`; any positive number gives the same answer."""
     diagonal = _host.constant(gramian).diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
@@ -142,7 +142,7 @@ def _nearest(xp: Any, gramian: Array, *, solver: str) -> Solution:
     return solution._replace(value=solution.value / solution.value.sum(-1)[..., None])
 
 
-def _cast(solution: Solution, dtype: torch.dtype) -> Solution:
+def cast(solution: Solution, dtype: torch.dtype) -> Solution:
     """Return the value in the dtype of the problem."""
     same = solution.value.dtype == dtype
     return solution if same else solution._replace(value=solution.value.to(dtype))
@@ -188,7 +188,7 @@ def _search(matrix: Tensor, vector: Tensor, solver: str) -> Any:
     if matrix.device.type != "cpu" and solver == "auto":
         return solve_masked(matrix, vector)
     answer = _search_arrays(matrix.detach().cpu().numpy(), vector.detach().cpu().numpy(), solver)
-    return tuple(torch.from_numpy(part).to(matrix.device) for part in answer)
+    return tuple(_host.tensor(part).to(matrix.device) for part in answer)
 
 
 def _search_arrays(matrices: Array, vectors: Array, solver: str) -> _pivoting.Answer:
