@@ -166,6 +166,13 @@ def solve(xp: Any, matrix: Array, vector: Array, *, solver: str = "auto") -> Sol
     return Solution(value + 0 * found, *flags)  # not-a-number spreads
 
 
+def minimize(xp: Any, matrix: Array, vector: Array) -> Array:
+    """Return the solution for one float64 problem, as a constant of derivatives."""
+    if xp is np:
+        return _search_arrays(matrix, vector, "auto").value
+    return search(matrix.detach(), vector.detach(), "auto")[0]
+
+
 @torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
 def search(
     matrix: Tensor, vector: Tensor, solver: str
