@@ -22,11 +22,11 @@ def call(fn: Callable[..., Any], *values: Array) -> Any:
 
     Args:
         fn: Returns one array, or a tuple of arrays.
-        *values: float64, or integers.
+        *values: Tensors or arrays of float64 or integers; Python numbers stay what they are.
     """
     plain = [numbers(x) for x in values]
     if any(x is None for x in plain):
-        return fn(torch, *map(tensor, values))
+        return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
     found = fn(np, *plain)
     if not isinstance(found, tuple):
         return tensor(found)
@@ -36,7 +36,7 @@ def call(fn: Callable[..., Any], *values: Array) -> Any:
 
 def numbers(x: Array) -> Array | None:
     """Return the numbers of `x` as an array, to be read only; `None` unless they are plain."""
-    if isinstance(x, np.ndarray):
+    if not isinstance(x, Tensor):
         return x
     if torch.compiler.is_compiling() or not x.is_cpu or unpack_dual(x).tangent is not None:
         return None
@@ -56,6 +56,13 @@ def tensor(x: Array) -> Tensor:
 def constant(x: Array) -> Array:
     """Return `x` as a constant of derivatives."""
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def argsort(x: Array) -> Array:
+    """Return the stable order along the last dimension."""
+    if isinstance(x, Tensor):
+        return x.argsort(dim=-1, stable=True)
+    return x.argsort(axis=-1, kind="stable")
 
 
 def identity(x: Array) -> Array:

@@ -115,7 +115,7 @@ class Aggregator:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.jacobian(self.name, _tree.paths(jac), _tree.leaves(jac))
+        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
         return self.init_fn(jac, key)
 
     def __call__(
@@ -132,7 +132,7 @@ class Aggregator:
         Returns:
             `grads`, the pytree without the leading dimension, and `state`.
         """
-        _check.jacobian(self.name, _tree.paths(jac), _tree.leaves(jac))
+        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
         _check.losses_vector(self.name, losses, _tree.leading_size(jac))
         state = self.init(jac) if state is None else state
         return self.update_fn(jac, state, losses)

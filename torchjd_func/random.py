@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host, _threefry
 
+
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
     """Make a key from a seed.
 

@@ -29,14 +29,13 @@ RIDGE = 1e-11
 def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tensor:
     """Find the worst improvement by search, then the weights in closed form on their support."""
     combine = partial(_combine, tol=rank_tol(gramian))
-    wide = gramian.double()
-    total = _host.call(combine, wide, c.to(wide) if isinstance(c, Tensor) else wide.new_tensor(c))
+    total = _host.call(combine, gramian.double(), c.double() if isinstance(c, Tensor) else c)
     if rescale is None:
         return total
     return total / (1 + c * c if rescale == "1+c^2" else 1 + c)
 
 
-def _combine(xp: Any, gramian: Array, c: Array, *, tol: float) -> Array:
+def _combine(xp: Any, gramian: Array, c: float | Array, *, tol: float) -> Array:
     """Add to the mean gradient what it lacks."""
     pushed = gramian.mean(-1)  # improvements under the mean gradient
     square = pushed.mean()

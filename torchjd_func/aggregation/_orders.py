@@ -23,8 +23,7 @@ def shuffled_others(key: Tensor, m: int) -> Array:
     if m == 2 and _host.numbers(key) is not None:
         return np.array([[1], [0]])
     draws = _threefry.wide_bits(key, (m, max(m - 1, 0)), 53)
-    if isinstance(draws, Tensor):
-        order = draws.argsort(dim=-1, stable=True)
-        return order + (order >= torch.arange(m, device=key.device).unsqueeze(-1))
-    order = draws.argsort(axis=-1, kind="stable")
-    return order + (order >= np.arange(m)[:, None])
+    order = _host.argsort(draws)
+    plain = isinstance(order, np.ndarray)
+    row = np.arange(m) if plain else torch.arange(m, device=key.device)
+    return order + (order >= row[:, None])

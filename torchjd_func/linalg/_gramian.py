@@ -46,7 +46,18 @@ def pseudo_inverse(gramian: Array, tol: float) -> Array:
     return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
 
 
-def full_rank(gramian: Tensor, tol: float) -> Tensor:
+def full_rank(gramian: Array, xp: Any, tol: float) -> Array:
     """Say `()` whether every eigenvalue is above `tol` times the largest."""
-    eigenvalues = torch.linalg.eigvalsh(gramian.detach())
+    eigenvalues = xp.linalg.eigvalsh(_host.constant(gramian))
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
+
+
+def sure_inverse(gramian: Array, tol: float) -> Array | None:
+    """Return the inverse of an array if norms alone show that it has full rank."""
+    try:
+        inverse = np.linalg.inv(gramian)
+    except np.linalg.LinAlgError:
+        return None
+    # No eigenvalue is larger than the norm, nor one of the inverse.
+    sure = tol * np.linalg.norm(gramian) * np.linalg.norm(inverse) < 1
+    return inverse if sure else None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
-from torchjd_func.linalg import _pivoting
 from torchjd_func._host import Array
+from torchjd_func.linalg import _pivoting
 from torchjd_func.linalg._masked import masked_solve, solve_masked
 
 

@@ -45,8 +45,8 @@ def orthant_root(
     Args:
         gramian: `G`, `(..., m, m)`.
         alpha: Positive; a number, or a tensor of the leading dimensions of `gramian` or fewer.
-        max_iter: Largest number of Newton steps; 6 to 12 do as a rule. On an accelerator all of them
-            are computed, so that nothing waits for the host.
+        max_iter: Largest number of Newton steps; 6 to 12 do as a rule. An accelerator takes them
+            all, so that nothing waits for the host.
         eps: Relative rounding of the entries of `gramian`, by default that of its dtype.
 
     Returns:
@@ -109,9 +109,7 @@ def _find(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) ->
 
 
 @torch.library.custom_op("torchjd_func::orthant_root", mutates_args=())
-def iterate(
-    unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int
-) -> tuple[Tensor, Tensor]:
+def iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tuple[Tensor, Tensor]:
     """Iterate on each problem of a batch; opaque to the compiler, since it ends early on the CPU.
 
     Args:

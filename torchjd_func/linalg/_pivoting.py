@@ -175,9 +175,7 @@ def _exchange(
             iterations[place], done[place] = rounds, independent & (count == 0)
             if not left:
                 return z, support, iterations, done
-            place, which, right, free, wrong = (
-                x[stay] for x in (place, which, right, free, wrong)
-            )
+            place, which, right, free, wrong = (x[stay] for x in (place, which, right, free, wrong))
             if rounds > PATIENCE:
                 fewest, patience = fewest[stay], patience[stay]
         free = free ^ wrong
