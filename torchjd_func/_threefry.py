@@ -65,6 +65,9 @@ def rounds(key: Sequence[Any], high: Any, low: Any, one: int = 1) -> tuple[Any, 
     """Encrypt the counters `(high, low)`: 20 rounds, a key injection every 4.
 
     Words are tensors, arrays, or long integers of many words each; `one` is 1 in all of them.
+
+    Returns:
+        Two words for each counter.
     """
     mask = MASK * one
     schedule = (key[0], key[1], key[0] ^ key[1] ^ (PARITY * one))

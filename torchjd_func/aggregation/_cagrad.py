@@ -41,7 +41,8 @@ def _combine(xp: Any, gramian: Array, c: float | Array, *, tol: float) -> Array:
     square = pushed.mean()
     length = xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1.0)), 0.0)
     radius, rows = c * length, rows_of(gramian, xp)
-    support, slack = _search(xp, *map(_host.constant, (gramian, pushed, radius)), tol)
+    fixed, *known = map(_host.constant, (gramian, pushed, radius))
+    support, slack = _search(xp, fixed, known[0], known[1], tol)
     return 1 / len(pushed) + _closed_form(xp, rows, pushed, radius, support, slack, tol)
 
 
@@ -74,22 +75,22 @@ def _largest_step(
     The length of the addition is convex in `nu`, and its square is a parabola where the support
     does not change: go to where that meets the ball, or halve the bracket if it is outside.
     """
-    nu, previous = high, None
-    for _ in range(STEPS):
+    nu, support = high, pushed < -xp.inf
+    for step in range(STEPS):
         added, square = _added(xp, gramian, pushed, nu)
-        support = added > 0
-        if xp is np and previous is not None and (support == previous).all():
+        previous, support = support, added > 0
+        if xp is np and step and (support == previous).all():
             break
-        previous, excess = support, radius * radius - square
+        excess = radius * radius - square
         low, high = xp.where(excess >= 0, nu, low), xp.where(excess >= 0, high, nu)
         slope = added.sum(-1)
         both = support[:, None] & support
         ones = xp.where(support, 1.0, 0 * added)
         bend = _solve(xp, xp.where(both, gramian, _host.identity(gramian)), ones).sum(-1)
         root = xp.sqrt(xp.clip(slope * slope + bend * excess, 0.0, None))
-        step = excess / xp.where(slope + root > 0, slope + root, 1.0)
-        inside = (nu + step >= low) & (nu + step <= high) & (slope > 0)
-        nu = xp.where(inside, nu + step, 0.5 * (low + high))
+        met = nu + excess / xp.where(slope + root > 0, slope + root, 1.0)
+        inside = (met >= low) & (met <= high) & (slope > 0)
+        nu = xp.where(inside, met, 0.5 * (low + high))
     return support
 
 

@@ -23,7 +23,7 @@ def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: boo
     _check.enough_objectives("krum", m, n_byzantine + 3, "n_byzantine + 3")
     _check.enough_objectives("krum", m, n_selected, "n_selected")
     select = partial(_select, n_nearest=m - n_byzantine - 2, n_selected=n_selected, squared=squared)
-    return _host.call(select, gramian)
+    return _host.call(select, gramian.detach())
 
 
 def _select(xp: Any, gramian: Array, *, n_nearest: int, n_selected: int, squared: bool) -> Array:

@@ -42,9 +42,13 @@ def by_columns(fn: Callable[..., Tensor], rows: Tensor, *vectors: Tensor) -> Ten
         fn: Of `rows` `(m, n)` and any `vectors` `(n,)`, returns `(n,)`.
         rows: `(m, n)`.
         *vectors: `(n,)`.
+
+    Returns:
+        `(n,)`.
     """
     width = max(1, BLOCK // max(1, rows.shape[0]))
-    if torch.compiler.is_compiling() or rows.shape[1] <= width:  # compiled code is one loop anyway
+    # Compiled code is one loop as it is.
+    if torch.compiler.is_compiling() or rows.shape[1] <= width:
         return fn(rows, *vectors)
     blocks = (rows.split(width, dim=1), *(vector.split(width) for vector in vectors))
     return torch.cat([fn(*block) for block in zip(*blocks, strict=True)])

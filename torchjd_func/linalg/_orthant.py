@@ -91,8 +91,8 @@ def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -
     unit = xp.where(exists[..., None, None], unit, identity)
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) x^(-power).
     log_gain = (power - 1) * xp.log(lengths)
-    start = (unit, log_gain, power + 0 * log_gain[..., :1])
-    x, iterations = _find(xp, *map(_host.constant, start), max_iter)
+    same = _host.constant(power + 0 * log_gain[..., :1])
+    x, iterations = _find(xp, _host.constant(unit), _host.constant(log_gain), same, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
     small = xp.amax(xp.abs(_host.constant(correction)), -1) <= KKT_TOL
     converged = exists & small
@@ -122,8 +122,8 @@ def iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tup
         `x` `(..., m)` and `iterations` `(...,)` int64.
     """
     if unit.is_cpu:
-        arrays = (part.detach().numpy() for part in (unit, log_gain, power))
-        x, iterations = _iterate(np, *arrays, max_iter)
+        a, b, c = (part.detach().numpy() for part in (unit, log_gain, power))
+        x, iterations = _iterate(np, a, b, c, max_iter)
         return torch.from_numpy(x), torch.from_numpy(np.asarray(iterations))
     return _iterate(torch, unit, log_gain, power, max_iter)
 

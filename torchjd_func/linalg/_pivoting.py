@@ -24,6 +24,8 @@ SIGN_TOL = 1e-12
 RANK_TOL = 1e-12
 # An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
 LARGEST = 1e8
+# A solution with a general right-hand side that is this large marks dependent rows too.
+PROBE_LIMIT = 1e11
 # Divides by this instead of by zero.
 TINY = np.finfo(np.float64).tiny
 # Exchanges without improvement before the fast path gives up.
@@ -152,8 +154,11 @@ def _exchange(
     n, m = vectors.shape
     z, support = np.zeros((n, m)), np.zeros((n, m), dtype=bool)
     iterations, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-    place, fewest, patience, rounds = np.arange(n), m + 1, PATIENCE, 0
-    right, minus = -vectors, -np.eye(m)
+    place, fewest, patience = np.arange(n), np.full(n, m + 1), np.full(n, PATIENCE)
+    rounds = 0
+    minus, right = -np.eye(m), np.empty((n, m, 2))
+    # A second right-hand side, like no other, is blown up by a system that is hardly regular.
+    right[:, :, 0], right[:, :, 1] = -vectors, np.cos(np.arange(m) ** 2)
     while True:
         signed, independent = _complementary(matrices, which, right, free, minus)
         size = _largest(signed)
@@ -176,8 +181,7 @@ def _exchange(
             if not left:
                 return z, support, iterations, done
             place, which, right, free, wrong = (x[stay] for x in (place, which, right, free, wrong))
-            if rounds > PATIENCE:
-                fewest, patience = fewest[stay], patience[stay]
+            fewest, patience = fewest[stay], patience[stay]
         free = free ^ wrong
 
 
@@ -187,7 +191,7 @@ def _complementary(
     """Return `x_F` and the slopes of the others, in one array, none negative at a solution.
 
     Returns:
-        The array, and whether the rows of the support were found to be independent.
+        The array, and whether the rows of the support are independent.
     """
     n, m = free.shape
     if m <= SMALL or n * m**3 <= LIGHT:
@@ -195,11 +199,12 @@ def _complementary(
         # Of `Q x - y = -q`, the columns of what is not zero.
         system = np.where(free[:, None, :], matrix, minus)
         try:
-            return np.linalg.solve(system, right[:, :, None])[:, :, 0], np.True_
+            found = np.linalg.solve(system, right)
+            return found[:, :, 0], _largest(found[:, :, 1]) < PROBE_LIMIT
         except np.linalg.LinAlgError:
             pass
-    x, independent = _cut_out(matrices, which, free, right)
-    return np.where(free, x, push(matrices, which, x) - right), independent
+    x, independent = _cut_out(matrices, which, free, right[:, :, 0])
+    return np.where(free, x, push(matrices, which, x) - right[:, :, 0]), independent
 
 
 def _cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
