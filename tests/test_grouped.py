@@ -10,9 +10,9 @@ from tests.helpers import assert_same_layout, assert_trees_close, close, compile
 from tests.matrices import A, B, matrix
 from tests.registry import METHODS, key_for, losses_for
 from torchjd_func import _tree
-from torchjd_func.differentiate._gramian import contract
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._routes import contract
 
 PATHS = ["embedding", "encoder.bias", "encoder.weight", "head"]
 LAYERS = {"": ["embedding", "head"], "encoder": ["encoder.bias", "encoder.weight"]}

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Weighting
-from torchjd_func.differentiate._gramian import (
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._pullback import Linearized
+from torchjd_func.differentiate._routes import (
     contract_cross,
     pullback_of,
     validate,
     whole,
 )
-from torchjd_func.differentiate._linearize import Linearized, linearize
 
 PyTree = Any
 

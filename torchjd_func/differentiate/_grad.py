@@ -11,24 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._gramian import (
+from torchjd_func.differentiate._jacobian import rows, value
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._objectives import MultiTask
+from torchjd_func.differentiate._partial import partial_grads
+from torchjd_func.differentiate._pullback import Linearized, as_vector, bind, grad_aux, split_aux
+from torchjd_func.differentiate._routes import (
     contract,
     contract_whole,
     pullback_of,
     validate,
     whole,
 )
-from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import (
-    Linearized,
-    as_vector,
-    bind,
-    grad_aux,
-    linearize,
-    split_aux,
-)
-from torchjd_func.differentiate._objectives import MultiTask
-from torchjd_func.differentiate._partial import partial_grads
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
-from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._layerwise import Layers, combine, cross_gramians, gramians
-from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows, vjp
+from torchjd_func import _check
+from torchjd_func.differentiate._jacobian import value
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._routes import contract_cross, contract_whole, validate
 
 PyTree = Any
-
-
-class Gramian(NamedTuple):
-    """The Gramians of groups of leaves, and the pullback that goes with them."""
-
-    matrices: Tensor  # (g, m, m), one for each group
-    pullback: Callable[[Tensor], PyTree]  # (g, m) -> J^T weights, each leaf by its group's weights
 
 
 def gramian(
@@ -35,19 +27,30 @@ def gramian(
 
     | method | cost beside one forward | memory beside the graph | when |
     |---|---|---|---|
+    | `"layerwise"`, instance-wise | about one half of a backward | rows of one layer | m examples |
+    | `"layerwise"`, else | m backward through activations | m activations | m n does not fit |
     | `"jacobian"` | m backward, m^2 n multiplications | m n | default |
-    | `"product"` | m backward, each run forward again | n * chunk_size | m n does not fit |
+    | `"product"` | m backward, each run forward again | n * chunk_size | nothing else fits |
 
-    All give the same Gramian, from one forward pass (dropout is drawn once). `"auto"` is
-    `"jacobian"`.
+    All give the same Gramian, from one forward pass (dropout is drawn once; the first call with new
+    shapes also runs forward for shapes alone). `"auto"` is `"layerwise"` for an objective of
+    `jd.instancewise` or `jd.per_example`, else `"jacobian"`.
+
+    Layer by layer, what a parameter was applied to, `a`, and the gradient of the losses by the
+    result, `s`, are kept. A linear layer adds `sum_{t,u} (a_it . a_ju) (s_it . s_ju)` to entry
+    (i, j), or the product of the rows `sum_t s_it a_it^T`, whichever costs less. For e examples at
+    t positions, with q outputs and p inputs, that is `(e t)^2 (q + p + 16)` against
+    `2 e t q p + e^2 q p + 16 e q p` multiplications, counting 8 for a number written. A parameter
+    that is used in a way without a rule costs m backward passes for itself alone;
+    `jd.explain_gramian` shows which.
 
     Args:
         fn: As for `jd.jac`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: `"auto"`, `"jacobian"` or `"product"`.
+        method: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
         chunk_size: How many rows or columns at a time. `None` is the method's own choice: all for
-            `"jacobian"`, one for `"product"`.
+            `"jacobian"`, one for `"product"`. Without effect on `"layerwise"`.
 
     Returns:
         `f(*args) -> G`, `(m, m)`, in float32 or better; `(G, aux)` with aux.
@@ -192,147 +195,3 @@ def cross_gramian(
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
     return cross_gramian_fn
-
-
-def contract(
-    linear: Linearized, method: str, chunk_size: int | None, groups: _tree.Groups
-) -> Gramian:
-    """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
-    return _ROUTES[method](linear, chunk_size, groups)
-
-
-def contract_whole(
-    linear: Linearized, method: str, chunk_size: int | None
-) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
-    """Return the Gramian `(m, m)` of all leaves, and the pullback of weights `(m,)`."""
-    matrices, pullback = contract(linear, method, chunk_size, whole(linear))
-    return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
-
-
-def whole(linear: Linearized) -> _tree.Groups:
-    """Return the one group of all leaves."""
-    return (tuple(range(len(linear.paths))),)
-
-
-def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Take layer by layer what was recorded so."""
-    route = _jacobian_route if linear.layers is None else _layerwise_route
-    return route(linear, chunk_size, groups)
-
-
-def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Multiply factors of rows, one layer at a time."""
-    return Gramian(gramians(_layers(linear), groups), pullback_of(linear, groups))
-
-
-def contract_cross(
-    first: Linearized, second: Linearized, method: str, chunk_size: int | None
-) -> Tensor:
-    """Return the cross-Gramian of two linearized objectives, by the chosen route."""
-    return _CROSS[method](first, second, chunk_size)
-
-
-def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Build the Jacobian; its rows also serve the pullback."""
-    flat = _tree.leaves(rows(linear, chunk_size))
-
-    def pullback(weights: Tensor) -> PyTree:
-        """Return `J^T weights`."""
-        return linear.rebuild(_tree.in_order(_tree.weighted_sums(flat, groups, weights)))
-
-    return Gramian(_tree.gramians(flat, groups), pullback)
-
-
-def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Never build the Jacobian."""
-    return Gramian(_product(linear, linear, chunk_size, groups), pullback_of(linear, groups))
-
-
-def _auto_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Take layer by layer what was recorded so."""
-    cross = _jacobian_cross if first.layers is None else _layerwise_cross
-    return cross(first, second, chunk_size)
-
-
-def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Multiply factors of rows of both, one layer at a time."""
-    return cross_gramians(_layers(first), _layers(second), whole(first))[0]
-
-
-def _layers(linear: Linearized) -> Layers:
-    """Return what was recorded layer by layer."""
-    if linear.layers is not None:
-        return linear.layers
-    rule, remedy = "differentiate an objective that is not accumulated or scaled", "Use 'auto'."
-    _check.fail(ValueError, "`method`", rule, "'layerwise'", remedy)
-
-
-def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Contract the two Jacobians."""
-    return _tree.cross_gramian(rows(first, chunk_size), rows(second, chunk_size))
-
-
-def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Build neither of the two Jacobians."""
-    return _product(first, second, chunk_size, whole(first))[0]
-
-
-def _product(
-    first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
-) -> Tensor:
-    """Return `J_1 J_2^T` column by column: pull a unit cotangent back, and push the result forward.
-
-    Pushing forward is the transpose of the pullback, which is linear; so no second forward pass.
-    A group's product is what is pushed forward of its leaves alone.
-    """
-    _, push = vjp(first.pullback, first.vector.new_zeros(first.vector.shape))
-
-    def column(cotangent: Tensor) -> Tensor:
-        """Return `J_1 J_2^T cotangent` of each group, `(g, m_1)`."""
-        pulled = second.pullback(cotangent)
-        return torch.stack([push(_only(pulled, group))[0] for group in groups])
-
-    columns = pull_rows(column, basis(second.vector), chunk_size or 1)
-    return columns.permute(1, 2, 0).to(_tree.accumulation_dtype(columns.dtype))
-
-
-def _only(leaves: list[Tensor], group: tuple[int, ...]) -> list[Tensor]:
-    """Return the leaves with zeros in the place of those outside the group."""
-    return [leaf if i in group else torch.zeros_like(leaf) for i, leaf in enumerate(leaves)]
-
-
-def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], PyTree]:
-    """Return the pullback for weights `(g, m)` of any floating dtype: one pass for each group."""
-    layers = linear.layers
-    if layers is not None:
-        return lambda weights: linear.rebuild(combine(layers, weights, groups))
-
-    def pullback(weights: Tensor) -> PyTree:
-        """Return `J^T weights`, of each pass the leaves of its group."""
-        found = {}
-        for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
-            leaves = linear.pullback(row)
-            found.update({i: leaves[i] for i in group})
-        return linear.rebuild(_tree.in_order(found))
-
-    return pullback
-
-
-def validate(method: str, chunk_size: int | None) -> None:
-    """Check the options that all transforms to Gramians share."""
-    _check.choice("method", method, tuple(_ROUTES))
-    _check.chunk_size(chunk_size)
-
-
-_ROUTES = {
-    "auto": _auto_route,
-    "jacobian": _jacobian_route,
-    "layerwise": _layerwise_route,
-    "product": _product_route,
-}
-_CROSS = {
-    "auto": _auto_cross,
-    "jacobian": _jacobian_cross,
-    "layerwise": _layerwise_cross,
-    "product": _product_cross,
-}

@@ -7,7 +7,8 @@ from typing import Any
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import jacobian
-from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._pullback import Linearized, basis, pull_rows
 
 PyTree = Any
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._gramian import contract, contract_whole, pullback_of, whole
-from torchjd_func.differentiate._linearize import bind, linearize, vjp_aux
+from torchjd_func.differentiate._linearize import linearize
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._pullback import bind, vjp_aux
+from torchjd_func.differentiate._routes import contract, contract_whole, pullback_of, whole
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any

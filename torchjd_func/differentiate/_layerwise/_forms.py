@@ -7,7 +7,7 @@ Products are taken in float32 or better.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Dense(NamedTuple):
 
 
 Form = Outer | Lookup | Lazy | Dense
+Arguments = dict[str, Any]  # of one operation, by name
+FormOf = Callable[[Arguments, Tensor, tuple[int, ...]], Form]  # of them, cotangent and shape
 
 
 def total(form: Form) -> Tensor:

@@ -7,19 +7,27 @@ returns the gradient rows of one parameter, as a form.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn import grad as conv_grad
 
-from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lazy, Lookup, Outer
-
-Arguments = dict[str, Any]
-FormOf = Callable[[Arguments, Tensor, tuple[int, ...]], Form]
+from torchjd_func.differentiate._layerwise._convolutions import (
+    channel_bias,
+    conv_transpose_weight,
+    conv_weight,
+    numbers,
+)
+from torchjd_func.differentiate._layerwise._forms import (
+    Arguments,
+    Dense,
+    Form,
+    FormOf,
+    Lookup,
+    Outer,
+)
 
 
 class Rule(NamedTuple):
@@ -43,7 +51,7 @@ def supported(rule: Rule, given: Arguments) -> bool:
     if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
         return False
     extra, stride = given.get("output_padding", 0), given.get("stride", 1)
-    return max(_tuple(extra, 1)) < min(_tuple(stride, 1)) or max(_tuple(extra, 1)) == 0
+    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
 
 
 # Outer products: linear layers and matrix products
@@ -82,101 +90,6 @@ def _bilinear(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Fo
 def _positions(x: Tensor, groups: int) -> Tensor:
     """Return `(e, ..., g q)` as `(e, t, g, q)`."""
     return x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
-
-
-# Convolutions: outer products of patches and outputs
-
-
-def _conv_weight(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """A convolution is a linear layer on the patches of its input."""
-    return _patches(given["input"], cotangent, shape, given)
-
-
-def _conv_transpose_weight(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """The input of a transposed convolution meets the patches of its output."""
-    return _patches(cotangent, given["input"], shape, given)
-
-
-def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Arguments) -> Form:
-    """Return the outer products of the positions of maps, and the patches of an image there."""
-    dims, groups = len(shape) - 2, given.get("groups", 1)
-    stride, dilation = _tuple(given.get("stride", 1), dims), _tuple(given.get("dilation", 1), dims)
-    padding = _padding(given.get("padding", 0), shape[2:], dilation)
-    images = F.pad(image.reshape(-1, *image.shape[-dims - 1 :]), padding)
-    outputs = maps.reshape(-1, *maps.shape[-dims - 1 :])
-
-    def make() -> Outer:
-        """Cut the patches out."""
-        cut = _unfold(images, shape[2:], stride, dilation)
-        left = outputs.flatten(2).reshape(maps.shape[0], -1, outputs.shape[1], _count(outputs))
-        right = cut.reshape(image.shape[0], -1, *cut.shape[1:])
-        return Outer(_channels(left, groups), _channels(right, groups), shape)
-
-    def total() -> Tensor:
-        """Convolve, as a plain backward pass does."""
-        conv = _CONV_GRADS[dims - 1]
-        return conv(images, shape, outputs, stride, 0, dilation, groups)
-
-    e, t = max(image.shape[0], maps.shape[0]), outputs.shape[0] // maps.shape[0] * _count(outputs)
-    p = shape[1] * math.prod(shape[2:])
-    return Lazy(make, total, (e, t, groups, shape[0] // groups, p))
-
-
-def _unfold(
-    images: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
-    """Return the patches of images `(n, c, *size)`, as `(n, c kernel, positions)`."""
-    dims, cut = len(kernel), images
-    for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        cut = cut.unfold(dim + 2, d * (k - 1) + 1, s)[..., ::d]
-    order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return cut.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
-
-
-def _channels(x: Tensor, groups: int) -> Tensor:
-    """Return `(e, k, g c, l)` as `(e, k l, g, c)`."""
-    split = x.unflatten(2, (groups, -1)).permute(0, 1, 4, 2, 3)
-    return split.flatten(1, 2)
-
-
-def _count(images: Tensor) -> int:
-    """Return how many positions an image has."""
-    return math.prod(images.shape[2:])
-
-
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:
-    """Return one number for each dimension."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * dims if len(numbers) == 1 else numbers
-
-
-def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """Return the padding before and after each dimension, the last dimension first."""
-    if value == "valid":
-        value = 0
-    if value == "same":
-        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        pairs = [(pad // 2, pad - pad // 2) for pad in both]
-    else:
-        pairs = [(pad, pad) for pad in _tuple(value, len(kernel))]
-    return [pad for pair in reversed(pairs) for pad in pair]
-
-
-_CONV_GRADS: tuple[Callable[..., Tensor], ...] = (
-    conv_grad.conv1d_weight,
-    conv_grad.conv2d_weight,
-    conv_grad.conv3d_weight,
-)
-
-
-def _channel_bias(dims: int) -> FormOf:
-    """Return the rule of the bias of a convolution: sum over all but the channels."""
-
-    def form(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-        summed = cotangent.flatten(-dims).sum(-1)
-        return Dense(summed.reshape(summed.shape[0], -1, summed.shape[-1]).sum(1))
-
-    return form
 
 
 # Tables
@@ -318,7 +231,7 @@ RULES: dict[Callable[..., Any], Rule] = {
         trailing=False,
     ),
     **{
-        func: Rule("conv", _CONV, ("input",), {"weight": _conv_weight, "bias": _channel_bias(dims)})
+        func: Rule("conv", _CONV, ("input",), {"weight": conv_weight, "bias": channel_bias(dims)})
         for dims, func in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)
     },
     **{
@@ -326,7 +239,7 @@ RULES: dict[Callable[..., Any], Rule] = {
             "conv_transpose",
             _CONV_TRANSPOSE,
             ("input",),
-            {"weight": _conv_transpose_weight, "bias": _channel_bias(dims)},
+            {"weight": conv_transpose_weight, "bias": channel_bias(dims)},
         )
         for dims, func in enumerate(
             (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
