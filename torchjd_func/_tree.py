@@ -27,6 +27,11 @@ def leaves(tree: PyTree) -> list[Any]:
     return [leaf for leaf in optree.tree_leaves(tree, is_leaf=hollow) if not hollow(leaf)]
 
 
+def tensors(tree: PyTree) -> list[Tensor]:
+    """Return the tensors among the leaves of `tree`, in order."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     """Return the leaves of `tree` and the function that puts such leaves back."""
     nodes, spec = optree.tree_flatten(tree, is_leaf=hollow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import (
     Batch,
-    Layers,
     Layout,
     Plan,
     PlanChanged,
+    Recorded,
     combine,
+    layers,
     record,
     scout,
 )
-from torchjd_func.differentiate._layerwise import layers as pull_layers
 from torchjd_func.differentiate._objectives import InstanceWise
 from torchjd_func.differentiate._pullback import (
     Linearized,
@@ -31,17 +31,45 @@ from torchjd_func.differentiate._pullback import (
     split_aux,
 )
 
+PyTree = Any
 Call = Callable[..., tuple[Any, list[Tensor]]]
+
+
+class Observed(NamedTuple):
+    """One recorded run of an objective."""
+
+    recorded: Recorded
+    vector: Tensor  # (m,): the losses, in leaf order
+    losses: PyTree  # the losses in the user's structure
+    aux: PyTree  # what the objective returned beside its losses
 
 
 def linearize_layers(
     fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
 ) -> Linearized:
     """Run the objective once and keep what each use of parameters was applied to."""
+    recorded, vector, losses, aux = observe(fn, args, argnums, has_aux)
     primals, _ = bind(fn, args, argnums)
-    flat, rebuild = _tree.flatten(primals)
+    _, rebuild = _tree.flatten(primals)
+    shared = recorded.plan.layout.kind == "shared"
+    cotangents = basis(vector) if shared else torch.ones_like(vector)
+    found = layers(recorded, cotangents, partial(basis, vector), vector.shape[0])
+    paths = _tree.paths(primals)
+    whole = (tuple(range(len(paths))),)
+
+    def pullback(weights: Tensor) -> list[Tensor]:
+        """Return the leaves of `J^T weights`."""
+        return combine(found, weights.unsqueeze(0), whole)
+
+    return Linearized(vector, losses, aux, pullback, rebuild, as_they_are, paths, found)
+
+
+def observe(
+    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+) -> Observed:
+    """Run the objective once, watching its parameters."""
+    flat, rebuild = _tree.flatten(bind(fn, args, argnums)[0])
     layout, examples, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
-    inputs = [x for x in _tree.leaves(args) if isinstance(x, Tensor)]
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
@@ -54,17 +82,9 @@ def linearize_layers(
         return as_vector(fn, losses) if batch is None else losses, tensors
 
     plans = fn.plans if isinstance(fn, InstanceWise) else {}
-    vector, tensors, pull = observe(call, flat, layout, examples, inputs, batch, plans)
-    losses, aux = unpackers[-1](tensors)
-    layers = pull(*_cotangents(as_vector(fn, losses), layout))
-    whole = (tuple(range(len(flat))),)
-
-    def pullback(weights: Tensor) -> list[Tensor]:
-        """Return the leaves of `J^T weights`."""
-        return combine(layers, weights.unsqueeze(0), whole)
-
-    paths = _tree.paths(primals)
-    return Linearized(vector, losses, aux, pullback, rebuild, as_they_are, paths, layers)
+    recorded = run(call, flat, layout, examples, _tree.tensors(args), batch, plans)
+    losses, aux = unpackers[-1](recorded.aux)
+    return Observed(recorded, as_vector(fn, losses), losses, aux)
 
 
 def _structure(
@@ -90,14 +110,7 @@ def _maps(dim: Any, x: Any) -> bool:
     return isinstance(dim, int) and isinstance(x, Tensor)
 
 
-def _cotangents(vector: Tensor, layout: Layout) -> tuple[Any, Callable[[], Tensor], int]:
-    """Return what to pull back: each loss by itself, unless examples are apart anyway."""
-    whole = partial(basis, vector)
-    shared = layout.kind == "shared"
-    return (whole() if shared else torch.ones_like(vector)), whole, vector.shape[0]
-
-
-def observe(
+def run(
     call: Call,
     leaves: Sequence[Tensor],
     layout: Layout,
@@ -105,7 +118,7 @@ def observe(
     inputs: Sequence[Tensor],
     batch: Batch | None,
     plans: dict[Any, Plan],
-) -> tuple[Any, list[Tensor], Callable[..., Layers]]:
+) -> Recorded:
     """Run an objective as planned, or plan first.
 
     Args:
@@ -113,16 +126,17 @@ def observe(
         leaves: The parameters.
         layout: How the objective treats examples.
         examples: Tensors that may have one row for each example.
-        inputs: All tensors among the other arguments.
+        inputs: All tensors among the arguments.
         batch: What to map over, for an objective of one example.
         plans: What is remembered of earlier runs, by shapes.
 
     Returns:
-        `(outputs, aux, pull)`; `pull(cotangents, basis, m)` returns the layers.
+        The recorded run.
     """
-    key = None if torch.compiler.is_compiling() else _signature(leaves, layout, examples)
-    known = plans.get(key)
-    plan = scout(call, leaves, layout, examples, inputs, batch) if known is None else known
+    key = None if torch.compiler.is_compiling() else _signature(leaves, layout, inputs)
+    plan = plans.get(key)
+    if plan is None:
+        plan = scout(call, leaves, layout, examples, inputs, batch)
     try:
         recorded = record(call, leaves, plan, batch)
     except PlanChanged:
@@ -130,12 +144,12 @@ def observe(
         recorded = record(call, leaves, plan, batch)
     if layout.kind == "batched" and recorded.outputs.shape[0] != layout.size:
         layout = Layout("batched", recorded.outputs.shape[0])  # the first array has no examples
-        return observe(call, leaves, layout, examples, inputs, batch, plans)
+        return run(call, leaves, layout, examples, inputs, batch, plans)
     if key is not None:
         plans[key] = plan
-    return recorded.outputs, recorded.aux, lambda *given: pull_layers(recorded, *given)
+    return recorded
 
 
-def _signature(leaves: Sequence[Tensor], layout: Layout, examples: Sequence[Tensor]) -> Any:
+def _signature(leaves: Sequence[Tensor], layout: Layout, inputs: Sequence[Tensor]) -> Any:
     """Return what the plan of an objective depends on, besides its code."""
-    return layout, tuple((tuple(x.shape), x.dtype, x.device) for x in (*leaves, *examples))
+    return layout, tuple((tuple(x.shape), x.dtype, x.device) for x in (*leaves, *inputs))

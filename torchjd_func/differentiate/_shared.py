@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layered import observe
-from torchjd_func.differentiate._layerwise import Layers, Layout, combine
+from torchjd_func.differentiate._layered import run
+from torchjd_func.differentiate._layerwise import Layers, Layout, combine, layers
 from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._pullback import Linearized, packing, vjp, vjp_aux
 
@@ -73,16 +74,15 @@ def _run_trunk(
         features, pull, aux = vjp_aux(trunk, flat)
         return features, aux, lambda cotangent: pull(cotangent)[0], None
     packed, unpack = packing(trunk)
-    layout, inputs = Layout("shared", 0), [x for x in _tree.leaves(batch) if isinstance(x, Tensor)]
-    features, tensors, pull_layers = observe(packed, flat, layout, [], inputs, None, {})
+    inputs = _tree.tensors(batch)
+    recorded = run(packed, flat, Layout("shared", 0), [], [*flat, *inputs], None, {})
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
-        layers = pull_layers(_tree.stack([cotangent]), None, 1)
-        ones = layers.values[0].new_ones(1, 1)
-        return combine(layers, ones, (tuple(range(len(flat))),))
+        found = layers(recorded, _tree.stack([cotangent]), None, 1)
+        return combine(found, flat[0].new_ones(1, 1), (tuple(range(len(flat))),))
 
-    return features, unpack(tensors), pull_back, pull_layers
+    return recorded.outputs, unpack(recorded.aux), pull_back, partial(layers, recorded)
 
 
 def _scaled(fn: MultiTask, head_grads: dict[str, PyTree], weights: Tensor | None) -> PyTree:

@@ -17,7 +17,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     layers,
 )
 from torchjd_func.differentiate._layerwise._record import PlanChanged
-from torchjd_func.differentiate._layerwise._run import Batch, record, scout
+from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
 from torchjd_func.differentiate._layerwise._watch import Layout, Plan
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "Plan",
     "PlanChanged",
+    "Recorded",
     "combine",
     "cross_gramians",
     "gramians",

@@ -44,7 +44,7 @@ class Layers(NamedTuple):
     size: int  # how many rows there are
 
 
-def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any], m: int) -> Layers:
+def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any] | None, m: int) -> Layers:
     """Pull cotangents back to the uses; leaves without a rule need the whole `basis`."""
     plan = recorded.plan
     if plan.layout.kind == "shared":
@@ -53,7 +53,7 @@ def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any], m: int
         by_uses, by_leaves = recorded.pullback(cotangents)
     rows = {}
     if recorded.traced:
-        if plan.layout.kind != "shared":
+        if plan.layout.kind != "shared" and basis is not None:
             by_leaves = vmap(recorded.pullback)(basis())[1]
         rows = dict(zip(recorded.traced, by_leaves, strict=True))
     cotangents = list(by_uses)

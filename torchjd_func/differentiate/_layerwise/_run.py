@@ -64,7 +64,7 @@ def scout(
 
     def run(*args: Any) -> list[Tensor]:
         """Watch one run."""
-        mode = Scout(handles, layout, examples, _inputs(args) if batch else inputs)
+        mode = Scout(handles, layout, examples, _tree.tensors(args) if batch else inputs)
         with torch.no_grad(), mode:
             outputs, _ = call(handles, *args)
         found.append(mode.plan(outputs))
@@ -119,11 +119,6 @@ def record(call: Call, leaves: Sequence[Tensor], plan: Plan, batch: Batch | None
 def _alias(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return the same tensors as distinct objects, also where one is given twice."""
     return [leaf.view_as(leaf) for leaf in leaves]
-
-
-def _inputs(args: Any) -> list[Tensor]:
-    """Return all tensors among the arguments of one example."""
-    return [x for x in _tree.leaves(args) if isinstance(x, Tensor)]
 
 
 def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,7 @@ class Scout(Watch):
         }
         self.steps: list[Step] = []
         self.opaque: set[int] = set()
+        self.reasons: dict[int, str] = {}
         self.blind = False
         self.known: dict[Tensor, None] = dict.fromkeys((*handles, *inputs))
         self.depth = 0
@@ -106,18 +107,22 @@ class Scout(Watch):
         leaves = {leaf for source in sources for leaf in source.leaves}
         self.follow(func, args, kwargs, given, out)
         if self.is_nested((*given, *tensors_in(out))):
-            step = Step(func, use=False, derives=False)
-            self.opaque |= leaves
+            step = self.without_rule(func, leaves)
         elif self.derives(func, given, sources):
             step = Step(func, use=False, derives=True)
             self.derived(func, args, kwargs, out, self.batch_size())
         elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
             step = self.use(func, given, out)
         else:
-            step = Step(func, use=False, derives=False)
-            self.opaque |= leaves
+            step = self.without_rule(func, leaves)
         self.steps.append(step)
         return out
+
+    def without_rule(self, func: Callable[..., Any], leaves: set[int]) -> Step:
+        """Note that parameters are used in a way without a rule."""
+        self.opaque |= leaves
+        self.reasons |= {leaf: getattr(func, "__name__", repr(func)) for leaf in leaves}
+        return Step(func, use=False, derives=False)
 
     def is_nested(self, tensors: Sequence[Tensor]) -> bool:
         """Say whether a transform within the objective, such as vmap, renames its tensors."""
@@ -203,7 +208,9 @@ class Scout(Watch):
             mixed = [group for group in joined if self.opaque.intersection(group)]
             grown = self.opaque.union(*mixed)
             if grown == self.opaque:
-                return Plan(self.layout, tuple(self.steps), frozenset(self.opaque), self.blind)
+                return Plan(
+                    self.layout, tuple(self.steps), frozenset(self.opaque), self.blind, self.reasons
+                )
             self.opaque = grown
 
 

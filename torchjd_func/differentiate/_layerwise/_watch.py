@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...]
     opaque: frozenset[int]  # leaves that are used where no rule applies
     blind: bool  # some operation was not seen, as it may be when compiling: trust no rule
+    reasons: dict[int, str]  # the operation without a rule, of some of the opaque leaves
 
 
 class Use(NamedTuple):
