@@ -23,7 +23,7 @@ class Block(NamedTuple):
     """The rows of leaves of one size."""
 
     places: list[int]  # k, in leaf order
-    matrices: Tensor  # (k, m, n), real
+    matrices: Tensor  # (k, m, n), real, in the precision of the leaves
 
 
 def leaves(tree: PyTree) -> list[Any]:
@@ -107,7 +107,13 @@ def real(leaf: Tensor) -> Tensor:
 
 def rows(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
-    return real(leaf).reshape(leaf.shape[0], -1)
+    return wide(_matrix(leaf))
+
+
+def _matrix(leaf: Tensor) -> Tensor:
+    """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
+    pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return pairs.reshape(leaf.shape[0], -1)
 
 
 def row_like(row: Tensor, leaf: Tensor) -> Tensor:
@@ -137,13 +143,14 @@ def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
         shape = flat[i].shape[1:]
         alone = i if shape.numel() > SMALL else None
         alike.setdefault((tuple(shape), flat[i].dtype, alone), []).append(i)
-    return [Block(places, _stack([rows(flat[i]) for i in places])) for places in alike.values()]
+    return [Block(places, _stack([_matrix(flat[i]) for i in places])) for places in alike.values()]
 
 
 def gramians(parts: list[Block], groups: Groups) -> Tensor:
     """Return the Gramian of each group of leaves, `(g, m, m)`, in the widest of their dtypes."""
     found: dict[int, Tensor] = {}
-    for places, matrices in parts:
+    for places, narrow in parts:
+        matrices = wide(narrow)
         found.update(zip(places, (matrices @ matrices.mT).unbind(), strict=True))
     return torch.stack([functools.reduce(torch.add, [found[i] for i in g]) for g in groups])
 
@@ -165,7 +172,8 @@ def weighted_sums(
     pairs = zip(groups, weights.unbind(), strict=True)
     owned = {i: row for group, row in pairs for i in group}
     found: dict[int, Tensor] = {}
-    for places, matrices in parts:
+    for places, narrow in parts:
+        matrices = wide(narrow)
         shares = torch.stack([owned[i] for i in places]).to(matrices.dtype).unsqueeze(1)
         sums = (shares @ matrices).squeeze(1).unbind()
         found.update({i: row_like(row, like[i]) for i, row in zip(places, sums, strict=True)})
