@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from torchjd.autojac import backward, jac_to_grad
 from tqdm import tqdm
 
 import torchjd_func as jd
-from benchmarks.methods import RESULTS, minima
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 PAIRS: dict[str, tuple[Callable[[], jd.Aggregator], Callable[[], Any]]] = {
     "upgrad": (jd.upgrad, peer.UPGrad),
     "mgda": (jd.mgda, peer.MGDA),
@@ -112,8 +113,20 @@ def _row(
 ) -> dict[str, Any]:
     """Return the times of one case, after a first call of each."""
     fn(*args)
-    ours, theirs = minima(lambda _: fn(*args), loop, [None], SECONDS)
+    ours, theirs = _minima(lambda: fn(*args), lambda: loop(None))
     return {"method": name, "case": case, "ours_ms": 1e3 * ours, "torchjd_ms": 1e3 * theirs}
+
+
+def _minima(*functions: Callable[[], Any]) -> list[float]:
+    """Return the shortest time of each function, in seconds, interleaved."""
+    best, spent = [float("inf")] * len(functions), 0.0
+    while spent < SECONDS or float("inf") in best:
+        for index, fn in enumerate(functions):
+            start = time.perf_counter()
+            fn()
+            elapsed = time.perf_counter() - start
+            best[index], spent = min(best[index], elapsed), spent + elapsed
+    return best
 
 
 def table(rows: list[dict[str, Any]]) -> str:

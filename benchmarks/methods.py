@@ -35,15 +35,10 @@ SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 N_GRAMIANS, SECONDS = 3, 1.0  # distinct inputs, and time for each pair and size
 
 
-def minima(
-    ours: Callable[[Any], Any],
-    theirs: Callable[[Any], Any],
-    inputs: list[Any],
-    seconds: float = SECONDS,
-) -> Any:
+def minima(ours: Callable[[Any], Any], theirs: Callable[[Any], Any], inputs: list[Any]) -> Any:
     """Return the shortest mean time over the inputs of each function, in seconds, interleaved."""
     best, spent = [float("inf"), float("inf")], 0.0
-    while spent < seconds or best[0] == float("inf"):
+    while spent < SECONDS or best[0] == float("inf"):
         for index, fn in enumerate((ours, theirs)):
             start = time.perf_counter()
             for value in inputs:
