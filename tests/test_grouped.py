@@ -83,6 +83,23 @@ def test_routes_serve_groups_of_leaves(route, groups):
     assert_trees_close(compiled(run)[0](params, weights), (matrices, grads))
 
 
+@pytest.mark.parametrize("small", [0, 4, 100])
+def test_leaves_may_share_operations_or_not(monkeypatch, small):
+    monkeypatch.setattr(_tree, "SMALL", small)
+    base = matrix("gaussian", 3, 6)
+    flat = [base[:, :4].reshape(3, 2, 2), base.float(), base[:, :4].reshape(3, 2, 2).cos()]
+    flat += [torch.complex(base, base.sin()), base.bfloat16(), base.exp(), base.cos().float()]
+    groups, weights = ((0, 4), (2,), (6, 1, 3), (5,)), matrix("gaussian", 4, 3, 1)
+    blocks = _tree.blocks(flat, groups)
+    want = [_tree.gramian([flat[i] for i in group]).double() for group in groups]
+    assert_trees_close(_tree.gramians(blocks, groups), torch.stack(want), rtol=1e-6)
+    got = _tree.weighted_sums(blocks, groups, weights, flat)
+    for group, row in zip(groups, weights, strict=True):
+        for i in group:
+            rtol = 1e-2 if flat[i].dtype == torch.bfloat16 else 1e-5
+            assert_trees_close(got[i], _tree.weighted_sum(flat[i], row), rtol=rtol)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_grouped_equals_a_loop_over_groups(name, strategy):

@@ -6,8 +6,9 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
+SMALL = 2**14  # numbers in a row of a leaf, about where copying them costs as much as calling torch
+
+
+class Block(NamedTuple):
+    """The rows of leaves of one size."""
+
+    places: list[int]  # k, in leaf order
+    matrices: Tensor  # (k, m, n), real, in the precision of the leaves
 
 
 def hollow(node: PyTree) -> bool:
@@ -139,7 +148,13 @@ def real(leaf: Tensor) -> Tensor:
 
 def rows(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
-    return real(leaf).reshape(leaf.shape[0], -1)
+    return wide(_matrix(leaf))
+
+
+def _matrix(leaf: Tensor) -> Tensor:
+    """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
+    pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return pairs.reshape(leaf.shape[0], -1)
 
 
 def row_like(row: Tensor, leaf: Tensor) -> Tensor:
@@ -151,15 +166,34 @@ def row_like(row: Tensor, leaf: Tensor) -> Tensor:
 def cross_gramian(jac_1: PyTree, jac_2: PyTree) -> Tensor:
     """Return `J_1 J_2^T`, `(m_1, m_2)`, as the sum of the leaves' products."""
     pairs = zip(leaves(jac_1), leaves(jac_2), strict=True)
-    first, *others = [rows(a) @ rows(b).mT for a, b in pairs]
-    for term in others:
-        first = first + term
-    return first
+    return functools.reduce(torch.add, [rows(a) @ rows(b).mT for a, b in pairs])
 
 
 def gramian(jac: PyTree) -> Tensor:
     """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
     return cross_gramian(jac, jac)
+
+
+def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
+    """Return the leaves of groups as blocks of rows.
+
+    Small leaves of one shape share a block: copying them costs less than operations of their own.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i in [i for group in groups for i in group]:
+        shape = flat[i].shape[1:]
+        alone = i if shape.numel() > SMALL else None
+        alike.setdefault((tuple(shape), flat[i].dtype, alone), []).append(i)
+    return [Block(places, _stack([_matrix(flat[i]) for i in places])) for places in alike.values()]
+
+
+def gramians(parts: list[Block], groups: Groups) -> Tensor:
+    """Return the Gramian of each group of leaves, `(g, m, m)`, in the widest of their dtypes."""
+    found: dict[int, Tensor] = {}
+    for places, narrow in parts:
+        matrices = wide(narrow)
+        found.update(zip(places, (matrices @ matrices.mT).unbind(), strict=True))
+    return torch.stack([functools.reduce(torch.add, [found[i] for i in g]) for g in groups])
 
 
 def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
@@ -172,17 +206,24 @@ def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
     return map(combine, jac)
 
 
-def gramians(flat: list[Tensor], groups: Groups) -> Tensor:
-    """Return the Gramian of each group of leaves, `(g, m, m)`, in the widest of their dtypes."""
-    return torch.stack([gramian([flat[i] for i in group]) for group in groups])
-
-
-def weighted_sums(flat: list[Tensor], groups: Groups, weights: Tensor) -> dict[int, Tensor]:
+def weighted_sums(
+    parts: list[Block], groups: Groups, weights: Tensor, like: list[Tensor]
+) -> dict[int, Tensor]:
     """Return `J^T weights` of the leaves of groups, each by the weights `(g, m)` of its group."""
+    pairs = zip(groups, weights.unbind(), strict=True)
+    owned = {i: row for group, row in pairs for i in group}
     found: dict[int, Tensor] = {}
-    for group, row in zip(groups, weights.unbind(), strict=True):
-        found.update(zip(group, weighted_sum([flat[i] for i in group], row), strict=True))
+    for places, narrow in parts:
+        matrices = wide(narrow)
+        shares = torch.stack([owned[i] for i in places]).to(matrices.dtype).unsqueeze(1)
+        sums = (shares @ matrices).squeeze(1).unbind()
+        found.update({i: row_like(row, like[i]) for i, row in zip(places, sums, strict=True)})
     return found
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """Stack matrices; a single one is not copied."""
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
 
 
 def in_order(found: dict[int, Tensor]) -> list[Tensor]:

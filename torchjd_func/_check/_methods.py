@@ -195,8 +195,8 @@ def label(path: str, value: Any) -> Any:
 
 def distinct(name: str, values: Sequence[str]) -> None:
     """Check that no two of `values`, which are names, are equal."""
-    twice = sorted({value for value in values if values.count(value) > 1})
-    if twice:
+    if len(set(values)) < len(values):
+        twice = sorted({value for value in values if values.count(value) > 1})
         fail(ValueError, f"`{name}`", "have distinct names", f"two of {twice}", "Rename one.")
 
 

@@ -67,9 +67,10 @@ def _update(
         if share.method.weighting is None:
             grads, after = _serve_rows(share, flat, paths, own, losses)
         else:
-            gramians = _tree.gramians(flat, share.groups)
+            blocks = _tree.blocks(flat, share.groups)
+            gramians = _tree.gramians(blocks, share.groups)
             weights, after = _weigh(share.method.weighting, gramians, own, losses)
-            grads = _tree.weighted_sums(flat, share.groups, weights)
+            grads = _tree.weighted_sums(blocks, share.groups, weights, flat)
         found.update(grads)
         inner.append(after)
     return rebuild(_tree.in_order(found)), GroupedState(tuple(inner))

@@ -45,7 +45,8 @@ def grad(
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian.
+        method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian, and one of
+            `jd.grouped` those of its groups.
         chunk_size: As for `jd.gramian`.
         where: Predicate of a parameter's path, such as `"encoder.0.weight"`: the Gramian is of
             these parameters only, its weights are applied to all (partial Jacobian descent). The

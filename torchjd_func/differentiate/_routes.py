@@ -64,12 +64,13 @@ def contract_cross(
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Build the Jacobian; its rows also serve the pullback."""
     flat = _tree.leaves(rows(linear, chunk_size))
+    blocks = _tree.blocks(flat, groups)
 
     def pullback(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
-        return linear.rebuild(_tree.in_order(_tree.weighted_sums(flat, groups, weights)))
+        return linear.rebuild(_tree.in_order(_tree.weighted_sums(blocks, groups, weights, flat)))
 
-    return Gramian(_tree.gramians(flat, groups), pullback)
+    return Gramian(_tree.gramians(blocks, groups), pullback)
 
 
 def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
