@@ -40,6 +40,12 @@ def _preference(m: int) -> Tensor:
     return weights / weights.sum()
 
 
+MEASURES = {
+    "weights": jd.measures.weights,
+    "cosine": jd.measures.cosine_to_mean,
+    "gap": jd.measures.stationarity_gap,
+}
+
 METHODS: dict[str, Method] = {
     "mean": Method(lambda m: jd.mean(), linear_under_scaling=True, cost="m"),
     "sum": Method(lambda m: jd.sum(), linear_under_scaling=True, cost="m"),
@@ -227,6 +233,22 @@ METHODS: dict[str, Method] = {
         random=True,
         cost="m",
     ),
+    "grouped[upgrad]": Method(
+        lambda m: jd.grouped(jd.upgrad(), jd.together),
+        non_conflicting=True,
+        linear_under_scaling=True,
+        cost="m^4",
+    ),
+    "grouped[gradvac]": Method(
+        lambda m: jd.grouped({"all": jd.gradvac()}, jd.together),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m^4",
+    ),
+    "grouped[moco]": Method(
+        lambda m: jd.grouped(jd.moco(), jd.together), degree=None, cost="m^2 n"
+    ),
     "every[upgrad]": Method(
         lambda m: jd.every(jd.upgrad(), 2), linear_under_scaling=True, cost="m^4"
     ),
@@ -235,6 +257,25 @@ METHODS: dict[str, Method] = {
         linear_under_scaling=True,
         needs_losses=True,
         cost="m",
+    ),
+    "monitored[upgrad]": Method(
+        lambda m: jd.monitored(jd.upgrad(), MEASURES),
+        non_conflicting=True,
+        linear_under_scaling=True,
+        cost="m^4",
+    ),
+    "monitored[every[rlw]]": Method(
+        lambda m: jd.monitored(jd.every(jd.rlw(), 2), MEASURES),
+        linear_under_scaling=True,
+        equivariant=False,
+        random=True,
+        cost="m",
+    ),
+    "monitored[trimmed_mean]": Method(
+        lambda m: jd.monitored(jd.trimmed_mean(1), {"cosine": jd.measures.cosine_to_mean}),
+        weighted=False,
+        min_m=3,
+        cost="m n",
     ),
 }
 

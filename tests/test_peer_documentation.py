@@ -24,7 +24,7 @@ from torchjd.autojac import backward, jac, jac_to_grad, mtl_backward
 from torchjd.linalg import QuadprogProjector
 
 import torchjd_func as jd
-from tests.helpers import assert_trees_close, compiled, weighting
+from tests.helpers import assert_trees_close, compiled
 from torchjd_func import _tree
 
 LR = 0.1
@@ -393,25 +393,20 @@ def test_mixed_precision_in_float16_with_a_loss_scale():
     same(by_parts(ours), final(modules), 2e-3)
 
 
-def test_monitoring_by_the_gramian():
-    """The script hooks into modules; here the numbers are values of the step."""
+def test_monitoring():
+    """The script hooks into modules; here the numbers are values in the state."""
     modules, data = two_tasks()
     objective, params = as_multitask(modules)
-    rule = weighting(jd.upgrad())
-
-    def step(params, seen, *batch):
-        _, gramian, vjp_fn = jd.gramian_vjp(objective, params, batch)
-        weights, _ = rule(gramian)
-        mean = torch.full_like(weights, 0.5)
-        lengths = [(w @ gramian @ w).sqrt() for w in (weights, mean)]
-        cosine = weights @ gramian @ mean / (lengths[0] * lengths[1])
-        seen = torch.cat([seen[1:], torch.cat([weights, cosine.reshape(1)]).unsqueeze(0)])
-        return descend(params, vjp_fn(weights)), seen
-
-    fast, counter = compiled(step)
-    seen = torch.zeros(N_STEPS, 3)
+    measures = {"weights": jd.measures.weights, "cosine": jd.measures.cosine_to_mean}
+    rule = jd.monitored(jd.upgrad(), measures)
+    step = stepper(objective, rule)
+    fast, counter = compiled(lambda p, s, *batch: step(p, s, batch))
+    state = jd.init_state(rule, objective, params, tuple(part[0] for part in data))
+    seen = []
     for batch in zip(*data, strict=True):
-        params, seen = fast(params, seen, *batch)
+        params, state = fast(params, state, *batch)
+        latest = jd.read_measures(state)
+        seen.append(torch.cat([latest["weights"], latest["cosine"].reshape(1)]))
     assert counter.graphs == 1
 
     pair = PAIRS["upgrad, not regularised"]
@@ -430,8 +425,42 @@ def test_monitoring_by_the_gramian():
         jac_to_grad(modules["trunk"].parameters(), aggregator)
         optimizer.step()
         optimizer.zero_grad()
-    torch.testing.assert_close(seen, torch.tensor(theirs), rtol=0, atol=1e-7)
+    torch.testing.assert_close(torch.stack(seen), torch.tensor(theirs), rtol=0, atol=1e-7)
     same(by_parts(params), final(modules), 1e-9)
+
+
+GROUPINGS = {
+    "together": (jd.together, lambda trunk: [trunk]),
+    "per network": (jd.by_network, lambda trunk: list(trunk)),
+    "per layer": (jd.by_layer, lambda trunk: [m for m in trunk.modules() if type(m) is nn.Linear]),
+    "per tensor": (jd.by_tensor, lambda trunk: [nn.ParameterList([p]) for p in trunk.parameters()]),
+}
+
+
+@pytest.mark.parametrize(("labels", "parts"), GROUPINGS.values(), ids=GROUPINGS)
+@pytest.mark.parametrize("kind", ["gradvac", "aligned_mtl"])
+def test_grouping_with_one_state_for_each_group(labels, parts, kind):
+    encoder = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU())
+    modules, data = two_tasks()
+    modules["trunk"] = nn.Sequential(encoder, nn.Sequential(nn.Linear(5, 3), nn.ReLU()))
+    objective, params = as_multitask(modules)
+    ours, theirs = getattr(jd, kind), {"gradvac": peer.GradVac, "aligned_mtl": peer.AlignedMTL}
+    rule = jd.grouped(ours(), labels)
+    first = tuple(part[0] for part in data)
+    state = jd.init_state(rule, objective, params, first, key=jd.random.key(0))
+    step = stepper(objective, rule)
+    ended = train(lambda p, s, *batch: step(p, s, batch), params, state, data)
+
+    optimizer = SGD(all_parameters(modules), lr=LR)
+    groups = [(part, theirs[kind]()) for part in parts(modules["trunk"])]
+    for batch in zip(*data, strict=True):
+        z, losses = their_losses(modules, *batch)
+        mtl_backward(losses, features=z)
+        for part, aggregator in groups:
+            jac_to_grad(part.parameters(), aggregator)
+        optimizer.step()
+        optimizer.zero_grad()
+    same(by_parts(ended), final(modules), 1e-9)
 
 
 class TwoTasks(lightning.LightningModule):

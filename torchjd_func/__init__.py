@@ -1,6 +1,6 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, loss_scale, random, scalarizers
+from torchjd_func import interop, linalg, loss_scale, measures, metrics, random, scalarizers
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -40,7 +40,9 @@ from torchjd_func.aggregation import (
     trimmed_mean,
     upgrad,
 )
-from torchjd_func.combinators import every, smoothed
+from torchjd_func.combinators import every, grouped, monitored, smoothed
+from torchjd_func.combinators._labels import by_layer, by_network, by_tensor, together
+from torchjd_func.combinators._monitored import read_measures
 from torchjd_func.differentiate import (
     accumulate,
     cast_floating,
@@ -68,6 +70,9 @@ __all__ = [
     "Weighting",
     "accumulate",
     "aligned_mtl",
+    "by_layer",
+    "by_network",
+    "by_tensor",
     "cagrad",
     "cast_floating",
     "config",
@@ -90,6 +95,7 @@ __all__ = [
     "gramian",
     "gramian_and_value",
     "gramian_vjp",
+    "grouped",
     "imtl_g",
     "init_state",
     "instancewise",
@@ -100,9 +106,12 @@ __all__ = [
     "linalg",
     "loss_scale",
     "mean",
+    "measures",
+    "metrics",
     "mgda",
     "moco",
     "modo",
+    "monitored",
     "multitask",
     "nash_mtl",
     "pcd",
@@ -110,12 +119,14 @@ __all__ = [
     "per_example",
     "pmgda",
     "random",
+    "read_measures",
     "rlw",
     "scalarizers",
     "sdmgrad",
     "smoothed",
     "stateless",
     "sum",
+    "together",
     "trimmed_mean",
     "upgrad",
     "weighted",

@@ -172,12 +172,17 @@ def gramians(flat: list[Tensor], groups: Groups) -> Tensor:
     return torch.stack([gramian([flat[i] for i in group]) for group in groups])
 
 
-def weighted_sums(flat: list[Tensor], groups: Groups, weights: Tensor) -> list[Tensor]:
-    """Return the leaves of `J^T weights`, each by the weights `(g, m)` of its group."""
+def weighted_sums(flat: list[Tensor], groups: Groups, weights: Tensor) -> dict[int, Tensor]:
+    """Return `J^T weights` of the leaves of groups, each by the weights `(g, m)` of its group."""
     found: dict[int, Tensor] = {}
     for group, row in zip(groups, weights.unbind(), strict=True):
         found.update(zip(group, weighted_sum([flat[i] for i in group], row), strict=True))
-    return [found[i] for i in range(len(flat))]
+    return found
+
+
+def in_order(found: dict[int, Tensor]) -> list[Tensor]:
+    """Return leaves by their place in leaf order."""
+    return [found[place] for place in range(len(found))]
 
 
 def leading_size(tree: PyTree) -> int:

@@ -10,9 +10,9 @@ structure, shapes and dtypes from call to call. Nothing else is remembered and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -87,6 +87,13 @@ class Weighting:
         return f"Weighting({self.name})"
 
 
+class Partition(NamedTuple):
+    """Groups of leaves, and `(gramians (g, m, m), state, losses) -> (weights (g, m), state)`."""
+
+    groups: _tree.Groups
+    weigh: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
+
+
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Aggregator:
     """A method as a map from a Jacobian pytree to one update direction.
@@ -95,13 +102,16 @@ class Aggregator:
         name: The method, for messages.
         init_fn: `(jac, key) -> state`; reads shapes, dtypes and devices only.
         update_fn: `(jac, state, losses) -> (grads, state)`.
-        weighting: The same method on the Gramian, sharing the state; `None` if it needs the rows.
+        weighting: The same method on the Gramian, sharing the state; `None` if it needs the rows,
+            or several Gramians.
+        partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
     """
 
     name: str
     init_fn: Callable[[PyTree, Tensor | None], State]
     update_fn: Callable[[PyTree, State, Tensor | None], tuple[PyTree, State]]
     weighting: Weighting | None = None
+    partition: Callable[[Sequence[str]], Partition] | None = None
 
     def init(self, jac: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for Jacobians like this one.
@@ -198,7 +208,7 @@ class Scalarizer:
 class Observation(NamedTuple):
     """What one aggregation saw and did; the argument of a measure. Absent parts are `None`."""
 
-    gramian: Tensor  # (m, m)
+    gramian: Tensor | None  # (m, m)
     weights: Tensor | None  # (m,)
     losses: Tensor | None  # (m,)
     jac: PyTree | None  # pytree of (m, ...)
@@ -284,8 +294,6 @@ def _weighted_update(
 def statistic_like(jac: PyTree) -> Tensor:
     """Return a placeholder with the shape, dtype and device of the Gramian of `jac`."""
     flat = _tree.leaves(jac)
-    dtype = _tree.accumulation_dtype(flat[0].dtype)
-    for leaf in flat[1:]:
-        dtype = torch.promote_types(dtype, _tree.accumulation_dtype(leaf.dtype))
-    m = flat[0].shape[0]
+    m, dtypes = flat[0].shape[0], [_tree.accumulation_dtype(leaf.dtype) for leaf in flat]
+    dtype = reduce(torch.promote_types, dtypes)
     return _tree.placeholder(flat[0].new_zeros((), dtype=dtype), (m, m))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,13 @@ def state_structure(method: str, field: str, same: bool) -> None:
         fail(ValueError, name, "have the structure of the Jacobian", "another", remedy)
 
 
+def state_groups(method: str, got: int, want: int) -> None:
+    """Check that a state has a part for each method, or for each group."""
+    if got != want:
+        remedy = "A state belongs to one grouping of parameters: call init again."
+        fail(ValueError, f"`state.inner` of `{method}`", f"have {want} parts", got, remedy)
+
+
 def stateless(method: str, value: Any) -> None:
     """Check that a method without state is handed none."""
     if value != ():
@@ -143,7 +150,62 @@ def combinable(combinator: str, value: Any, types: tuple[type, ...]) -> None:
 def weighting_present(combinator: str, name: str, weighting: Any) -> Any:
     """Return the weighting that a combinator works through."""
     if weighting is None:
-        rule, got = "be given a rule with a weighting", f"`{name}`, which needs the rows"
-        remedy = "Wrap a method whose `.weighting` is not None."
+        rule, got = "be given a rule with a weighting", f"`{name}`, which has none"
+        remedy = "Wrap a method whose `.weighting` is not None; inside jd.grouped, not around it."
         fail(ValueError, f"`{combinator}`", rule, got, remedy)
     return weighting
+
+
+def grouping(labels: Sequence[Any], methods: Mapping[Any, Any]) -> None:
+    """Check that the labels of the parameters are those that have an aggregator."""
+    if set(labels) != set(methods):
+        rule = "have one aggregator for each label of the parameters"
+        unknown = [label for label in dict.fromkeys(labels) if label not in methods]
+        unused = [label for label in methods if label not in labels]
+        got = f"none for {unknown}, and unused ones for {unused}"
+        fail(ValueError, "`aggregator`", rule, got, "Use the labels that `labels` gives.")
+
+
+def labelled(missing: Sequence[str], unused: Sequence[str]) -> None:
+    """Check that a pytree of labels fits the parameters."""
+    if missing or unused:
+        got = f"none for {list(missing)}, and no parameters under {list(unused)}"
+        rule = "give one label to each parameter, by name or by the start of the name"
+        fail(ValueError, "`labels`", rule, got, "Pass a function of the name to label all.")
+
+
+def label(path: str, value: Any) -> Any:
+    """Return a label that can be looked up."""
+    if not isinstance(value, Hashable):
+        rule, got = "give hashable labels", f"{describe(value)} for {path!r}"
+        fail(TypeError, "`labels`", rule, got, "Return a string or a tuple.")
+    return value
+
+
+def distinct(name: str, values: Sequence[str]) -> None:
+    """Check that no two of `values`, which are names, are equal."""
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        fail(ValueError, f"`{name}`", "have distinct names", f"two of {twice}", "Rename one.")
+
+
+def functions(name: str, value: Any) -> None:
+    """Check that `value` is a dict of functions."""
+    if not isinstance(value, Mapping) or not all(callable(fn) for fn in value.values()):
+        remedy = "Pass functions of a jd.Observation, such as jd.measures.weights."
+        fail(TypeError, f"`{name}`", "be a dict of functions", repr(value), remedy)
+
+
+def observed(field: str, value: Tensor | None) -> Tensor:
+    """Return the part of an observation that a measure cannot do without."""
+    if value is None:
+        rule = "be there for this measure"
+        remedy = "Watch a rule that has it: see jd.monitored for what measures see of each rule."
+        fail(ValueError, f"`observation.{field}`", rule, "None", remedy)
+    return value
+
+
+def measured(names: Sequence[str]) -> None:
+    """Check that a state holds measures."""
+    if not names:
+        fail(ValueError, "`state`", "hold measures", "none", "Wrap the rule in jd.monitored.")

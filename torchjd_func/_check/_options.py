@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -131,3 +132,30 @@ def enough_objectives(method: str, m: int, least: int, rule: str) -> None:
     if m < least:
         wanted = f"be given at least {least} objectives ({rule})"
         fail(ValueError, f"`{method}`", wanted, m, "Set fewer aside, or use jd.mean().")
+
+
+def same_size(name: str, got: int, want: int) -> None:
+    """Check that there is one entry for each metric."""
+    if got != want:
+        rule, remedy = (
+            f"have one entry for each of the {want} metrics",
+            "Metrics are the last axis.",
+        )
+        fail(ValueError, f"`{name}`", rule, got, remedy)
+
+
+def points(value: Tensor, reference: Tensor) -> None:
+    """Check that `value` is a set of points of the dimension of `reference`."""
+    if value.ndim != 2 or reference.ndim != 1 or value.shape[1] != reference.shape[0]:
+        got = f"shapes {tuple(value.shape)} and {tuple(reference.shape)}"
+        remedy = "For several sets use torch.func.vmap."
+        fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
+
+
+def installed(package: str, extra: str, purpose: str) -> Any:
+    """Return an optional package."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        remedy = f"Run: pip install 'torchjd_func[{extra}]'."
+        fail(ImportError, f"`{package}`", f"be installed for {purpose}", "none", remedy)

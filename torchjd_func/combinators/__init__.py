@@ -1,6 +1,8 @@
 """Rules made of rules: type in = type out."""
 
 from torchjd_func.combinators._every import every
+from torchjd_func.combinators._grouped import grouped
+from torchjd_func.combinators._monitored import monitored
 from torchjd_func.combinators._smoothed import smoothed
 
-__all__ = ["every", "smoothed"]
+__all__ = ["every", "grouped", "monitored", "smoothed"]

@@ -11,11 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._gramian import contract_whole, pullback_of, validate, whole
+from torchjd_func.differentiate._gramian import (
+    contract,
+    contract_whole,
+    pullback_of,
+    validate,
+    whole,
+)
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import as_vector, bind, grad_aux, linearize, split_aux
+from torchjd_func.differentiate._linearize import linearize
 from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._partial import partial_grads
+from torchjd_func.differentiate._primitives import Linearized, as_vector, bind, grad_aux, split_aux
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -115,14 +122,8 @@ def grad_and_value(
             return _scalarized(fn, rule, state, args, argnums, has_aux)
         if where is not None:
             return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
-        linear = linearize(fn, args, argnums, has_aux)
-        if rule.weighting is None:
-            weights = None
-            grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
-        else:
-            statistic, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
-            weights, state = rule.weighting(statistic, state, losses=linear.vector)
-            grads = pullback(weights)
+        linear = linearize(fn, args, argnums, has_aux, method)
+        grads, weights, state = _aggregated(linear, rule, state, method, chunk_size)
         return linear.assemble(grads, weights), value(linear, has_aux), state
 
     return grad_and_value_fn
@@ -169,7 +170,26 @@ def init_state(
     return rule.init(jac, key=key)
 
 
-def _statistic(linear, needs: str, method: str, chunk_size: int | None):
+def _aggregated(
+    linear: Linearized, rule: Aggregator, state: Any, method: str, chunk_size: int | None
+) -> tuple[PyTree, Tensor | None, Any]:
+    """Return the update direction, the weights if there is one set, and the next state."""
+    if rule.weighting is not None:
+        matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
+        weights, state = rule.weighting(matrix, state, losses=linear.vector)
+        return pullback(weights), weights, state
+    if rule.partition is None:
+        grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
+        return grads, None, state
+    groups, weigh = rule.partition(linear.paths)
+    matrices, pullback = contract(linear, method, chunk_size, groups)
+    weights, state = weigh(matrices, state, linear.vector)
+    return pullback(weights), None, state
+
+
+def _statistic(
+    linear: Linearized, needs: str, method: str, chunk_size: int | None
+) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return what a weighting needs to see, and the pullback that goes with it."""
     if needs == "size":
         m = linear.vector.shape[0]

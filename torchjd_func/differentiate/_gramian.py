@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows, vjp
+from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._primitives import Linearized, basis, pull_rows, vjp
 
 PyTree = Any
 
@@ -65,7 +66,7 @@ def gramian(
 
     def gramian_fn(*args: Any) -> Any:
         """Return the Gramian (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux, method)
         matrix, _ = contract_whole(linear, method, chunk_size)
         return (matrix, linear.aux) if has_aux else matrix
 
@@ -102,7 +103,7 @@ def gramian_and_value(
 
     def gramian_and_value_fn(*args: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux, method)
         matrix, _ = contract_whole(linear, method, chunk_size)
         return matrix, value(linear, has_aux)
 
@@ -141,7 +142,7 @@ def gramian_vjp(
         tensor([1.8000, 0.6000])
     """
     validate(method, chunk_size)
-    linear = linearize(fn, primals, argnums, has_aux)
+    linear = linearize(fn, primals, argnums, has_aux, method)
     matrix, pullback = contract_whole(linear, method, chunk_size)
 
     def vjp_fn(weights: Tensor) -> PyTree:
@@ -186,8 +187,8 @@ def cross_gramian(
     def cross_gramian_fn(*args: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""
         leading, batch_1, batch_2 = _check.two_batches(args)
-        first = linearize(fn, (*leading, *batch_1), argnums, has_aux)
-        second = linearize(fn, (*leading, *batch_2), argnums, has_aux)
+        first = linearize(fn, (*leading, *batch_1), argnums, has_aux, method)
+        second = linearize(fn, (*leading, *batch_2), argnums, has_aux, method)
         matrix = contract_cross(first, second, method, chunk_size)
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
@@ -221,16 +222,44 @@ def contract_cross(
     return _CROSS[method](first, second, chunk_size)
 
 
+def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
+    """Take layer by layer what was recorded so."""
+    route = _jacobian_route if linear.layers is None else _layerwise_route
+    return route(linear, chunk_size, groups)
+
+
+def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
+    """Multiply factors of rows, one layer at a time."""
+    assert linear.layers is not None
+    return Gramian(gramians(linear.layers, groups), pullback_of(linear, groups))
+
+
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Build the Jacobian; its rows also serve the pullback."""
     flat = _tree.leaves(rows(linear, chunk_size))
-    pullback = partial(_tree.weighted_sums, flat, groups)
-    return Gramian(_tree.gramians(flat, groups), lambda w: linear.rebuild(pullback(w)))
+
+    def pullback(weights: Tensor) -> PyTree:
+        """Return `J^T weights`."""
+        return linear.rebuild(_tree.in_order(_tree.weighted_sums(flat, groups, weights)))
+
+    return Gramian(_tree.gramians(flat, groups), pullback)
 
 
 def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Never build the Jacobian."""
     return Gramian(_product(linear, linear, chunk_size, groups), pullback_of(linear, groups))
+
+
+def _auto_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+    """Take layer by layer what was recorded so."""
+    cross = _jacobian_cross if first.layers is None else _layerwise_cross
+    return cross(first, second, chunk_size)
+
+
+def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
+    """Multiply factors of rows of both, one layer at a time."""
+    assert first.layers is not None and second.layers is not None
+    return cross_gramians(first.layers, second.layers, whole(first))[0]
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
@@ -269,6 +298,9 @@ def _only(leaves: list[Tensor], group: tuple[int, ...]) -> list[Tensor]:
 
 def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], PyTree]:
     """Return the pullback for weights `(g, m)` of any floating dtype: one pass for each group."""
+    layers = linear.layers
+    if layers is not None:
+        return lambda weights: linear.rebuild(combine(layers, weights, groups))
 
     def pullback(weights: Tensor) -> PyTree:
         """Return `J^T weights`, of each pass the leaves of its group."""
@@ -276,7 +308,7 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
         for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
             leaves = linear.pullback(row)
             found.update({i: leaves[i] for i in group})
-        return linear.rebuild([found[i] for i in range(len(found))])
+        return linear.rebuild(_tree.in_order(found))
 
     return pullback
 
@@ -287,5 +319,15 @@ def validate(method: str, chunk_size: int | None) -> None:
     _check.chunk_size(chunk_size)
 
 
-_ROUTES = {"auto": _jacobian_route, "jacobian": _jacobian_route, "product": _product_route}
-_CROSS = {"auto": _jacobian_cross, "jacobian": _jacobian_cross, "product": _product_cross}
+_ROUTES = {
+    "auto": _auto_route,
+    "jacobian": _jacobian_route,
+    "layerwise": _layerwise_route,
+    "product": _product_route,
+}
+_CROSS = {
+    "auto": _auto_cross,
+    "jacobian": _jacobian_cross,
+    "layerwise": _layerwise_cross,
+    "product": _product_cross,
+}

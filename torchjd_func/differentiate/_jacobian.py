@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torchjd_func import _check
-from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows
+from torchjd_func.differentiate._layerwise import jacobian
+from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._primitives import Linearized, basis, pull_rows
 
 PyTree = Any
 
@@ -92,7 +94,10 @@ def jac_and_value(
 
 
 def rows(linear: Linearized, chunk_size: int | None) -> PyTree:
-    """Return the Jacobian: the pullback of each unit cotangent."""
+    """Return the Jacobian: the pullback of each unit cotangent, or what layers recorded of it."""
+    if linear.layers is not None:
+        count, m = len(linear.paths), linear.vector.shape[0]
+        return linear.rebuild([jacobian(linear.layers, leaf, m) for leaf in range(count)])
     return linear.rebuild(pull_rows(linear.pullback, basis(linear.vector), chunk_size))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.func import vmap
@@ -12,11 +12,32 @@ from torch.func import vmap
 from torchjd_func import _check
 
 
-@dataclass(frozen=True, eq=False, slots=True, repr=False)
-class InstanceWise:
-    """An objective `fn(params, *batch) -> (b,)` whose loss i depends on example i alone."""
+class Example(NamedTuple):
+    """The loss of one example, `fn(params, *example) -> ()`, and how to map it over a batch."""
 
     fn: Callable[..., Any]
+    in_dims: tuple[Any, ...] | None
+    randomness: str
+
+    def dims(self, count: int) -> tuple[Any, ...]:
+        """Return the batched dimension of each of `count` arguments."""
+        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class InstanceWise:
+    """An objective `fn(params, *batch) -> (b,)` whose loss i depends on example i alone.
+
+    Attributes:
+        fn: The objective over a batch.
+        example: The loss of one example that `fn` maps over a batch; `None` if there is none.
+        plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
+            saves time, and changes no result.
+    """
+
+    fn: Callable[..., Any]
+    example: Example | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
@@ -93,12 +114,22 @@ def per_example(
     """
     _check.choice("randomness", randomness, ("error", "different", "same"))
 
+    example = Example(fn, in_dims, randomness)
+
     def batched(*args: Any) -> Any:
         """Map the loss of one example over the batch."""
-        dims = (None, *[0] * (len(args) - 1)) if in_dims is None else in_dims
-        return vmap(fn, in_dims=dims, randomness=randomness)(*args)
+        return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
 
-    return InstanceWise(batched)
+    return InstanceWise(batched, example)
+
+
+def restructured(
+    fn: InstanceWise, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> InstanceWise:
+    """Return the instance-wise objective of a wrapped function."""
+    if fn.example is None:
+        return InstanceWise(wrap(fn.fn))
+    return per_example(wrap(fn.example.fn), fn.example.in_dims, fn.example.randomness)
 
 
 def multitask(

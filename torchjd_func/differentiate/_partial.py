@@ -11,8 +11,9 @@ from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._gramian import contract_whole
-from torchjd_func.differentiate._linearize import bind, linearize, vjp_aux
+from torchjd_func.differentiate._linearize import linearize
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._primitives import bind, vjp_aux
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -33,25 +34,30 @@ def partial_grads(
     weighting = _check.weighting_present("where", rule.name, rule.weighting)
     remedy = "Write the objective as one function of all parameters."
     _check.plain("where", fn, (MultiTask, Accumulated, Scaled), remedy)
-    primals, call = bind(fn, args, argnums)
+    primals, _ = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
     chosen = [place for place, path in enumerate(paths) if where(path)]
     _check.some_named("where", chosen, paths)
+    positions = _check.argnums(argnums, len(args))
+    others = [place for place in range(len(args)) if place not in positions]
 
     def losses_and_gramian(leaves: list[Tensor]) -> tuple[Tensor, Any]:
         """Return the losses, for all parameters to be differentiated, and the partial Gramian."""
 
-        def objective(some: list[Tensor]) -> Any:
+        def objective(some: list[Tensor], *rest: Any) -> Any:
             """Return the losses of the chosen parameters alone."""
-            filled = list(leaves)
+            filled, given = list(leaves), list(args)
             for place, leaf in zip(chosen, some, strict=True):
                 filled[place] = leaf
-            return call(rebuild(filled))
+            for place, arg in zip(others, rest, strict=True):
+                given[place] = arg
+            return bind(fn, tuple(given), argnums)[1](rebuild(filled))
 
         structured = InstanceWise(objective) if isinstance(fn, InstanceWise) else objective
-        linear = linearize(structured, ([leaves[place] for place in chosen],), 0, has_aux)
+        some, rest = [leaves[place] for place in chosen], [args[place] for place in others]
+        linear = linearize(structured, (some, *rest), 0, has_aux, method)
         gramian, _ = contract_whole(linear, method, chunk_size)
         return linear.vector, (linear.losses, linear.aux, gramian)
 

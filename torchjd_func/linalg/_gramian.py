@@ -44,3 +44,9 @@ def full_rank(gramian: Tensor, tol: float) -> Tensor:
     """Say `()` whether every eigenvalue is above `tol` times the largest."""
     eigenvalues = torch.linalg.eigvalsh(gramian.detach())
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide, and give 0 where the denominator is not positive."""
+    positive = denominator > 0
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)

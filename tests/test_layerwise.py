@@ -1,0 +1,121 @@
+"""Layer by layer, without a Jacobian: equal to explicit rows for every way to use a parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+import torchjd_func as jd
+from tests.zoo import ZOO, B, Specimen
+
+NAMES = sorted(ZOO)
+WEIGHTS = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+
+
+def build(name: str):
+    """Return the loss of a batch, parameters and inputs of a specimen."""
+    torch.manual_seed(0)
+    specimen = ZOO[name]
+    net = specimen.make().double()
+    params = {key: value.detach() for key, value in net.named_parameters()}
+
+    def losses(params, x: Tensor) -> Tensor:
+        return functional_call(net, params, (x,)).sin().flatten(1).sum(1)
+
+    return specimen, losses, params, inputs(specimen)
+
+
+def inputs(specimen: Specimen) -> Tensor:
+    """Return a batch."""
+    if specimen.tokens:
+        return torch.randint(0, specimen.tokens, specimen.shape)
+    return torch.randn(specimen.shape, dtype=torch.float64)
+
+
+def explicit_rows(losses, params, x: Tensor) -> dict[str, Tensor]:
+    """Return the Jacobian by one plain backward pass for each loss: the oracle."""
+    leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
+    values = losses(leaves, x)
+    rows = [
+        torch.autograd.grad(
+            value,
+            list(leaves.values()),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for value in values
+    ]
+    return dict(zip(leaves, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+
+def gramian_of(rows: dict[str, Tensor]) -> Tensor:
+    """Return the Gramian of explicit rows."""
+    flat = torch.cat([row.reshape(B, -1) for row in rows.values()], 1)
+    return flat @ flat.mT
+
+
+def close(found: Tensor, expected: Tensor, scale: Tensor) -> None:
+    """Compare relative to the size of what was added up."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-10 * (scale.abs().max() + 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("instance-wise", name) for name in NAMES]
+    + [("general", name) for name in NAMES if ZOO[name].vmaps],
+)
+def test_gramian_and_pullback_equal_explicit_rows(name: str, kind: str) -> None:
+    _, losses, params, x = build(name)
+    rows = explicit_rows(losses, params, x)
+    objective = jd.instancewise(losses) if kind == "instance-wise" else losses
+    values, gramian, vjp_fn = jd.gramian_vjp(objective, params, x, method="layerwise")
+    expected = gramian_of(rows)
+    close(values, losses(params, x), values)
+    close(gramian, expected, expected)
+    grads = vjp_fn(WEIGHTS)
+    for key, row in rows.items():
+        close(grads[key], torch.tensordot(WEIGHTS, row, dims=1), row)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_an_instancewise_objective_equal_explicit_rows(name: str) -> None:
+    _, losses, params, x = build(name)
+    jac = jd.jac(jd.instancewise(losses))(params, x)
+    for key, row in explicit_rows(losses, params, x).items():
+        close(jac[key], row, row)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ZOO[name].vmaps])
+def test_one_example_at_a_time_equals_explicit_rows(name: str) -> None:
+    _, losses, params, x = build(name)
+    objective = jd.per_example(lambda params, x: losses(params, x.unsqueeze(0)).squeeze(0))
+    rows = explicit_rows(losses, params, x)
+    _, gramian, vjp_fn = jd.gramian_vjp(objective, params, x)
+    expected = gramian_of(rows)
+    close(gramian, expected, expected)
+    for key, grads in vjp_fn(WEIGHTS).items():
+        close(grads, torch.tensordot(WEIGHTS, rows[key], dims=1), rows[key])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # compiling hides _weight_norm
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_equals_eager(name: str) -> None:
+    _, losses, params, x = build(name)
+    objective = jd.instancewise(losses)
+
+    def both(params, x: Tensor):
+        _, gramian, vjp_fn = jd.gramian_vjp(objective, params, x)
+        return gramian, vjp_fn(WEIGHTS)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    gramian, grads = compiled(params, x)
+    expected, expected_grads = both(params, x)
+    close(gramian, expected, expected)
+    rows = explicit_rows(losses, params, x)
+    for key, grad in grads.items():
+        close(grad, expected_grads[key], rows[key])

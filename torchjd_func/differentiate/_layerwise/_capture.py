@@ -1,0 +1,351 @@
+"""Watch an objective run: which operations use parameters, and on what.
+
+Each recognised use gets a zero added to its output, so that the gradient by this zero is the
+gradient of the losses by the output. The parameters themselves are cut off, and need no gradient.
+The run is watched twice: first for shapes, then, inside `torch.func.vjp`, for values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from torchjd_func import _check
+from torchjd_func.differentiate._layerwise import _attention, _axes, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+
+Axis = int | None
+
+
+class Layout(NamedTuple):
+    """How the objective treats examples."""
+
+    kind: str  # "shared": no examples; "batched": along axes; "vmapped": under vmap, none visible
+    size: int  # how many examples there are
+
+
+class Step(NamedTuple):
+    """What becomes of one operation on parameters."""
+
+    func: Callable[..., Any]
+    use: bool  # recognised: its output is perturbed
+    derives: bool  # its output is again a function of parameters alone
+    axis: Axis = 0  # where the examples of the output lie
+    axes: tuple[Axis, ...] = ()  # where those of the arrays lie; None for what all share
+    shape: torch.Size = torch.Size()
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+
+class Plan(NamedTuple):
+    """What the first run found."""
+
+    layout: Layout
+    steps: tuple[Step, ...]
+    opaque: frozenset[int]  # leaves that are used where no rule applies, or not seen at all
+
+
+class Use(NamedTuple):
+    """One recognised operation: its arguments, with sources for parameters, places for the rest."""
+
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    arrays: list[Tensor]  # what lies at the places
+
+
+class Watch(TorchFunctionMode):
+    """Follows parameters through the operations of an objective."""
+
+    def __init__(
+        self, handles: Sequence[Tensor], frozen: Sequence[Tensor] | None, layout: Layout
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.frozen = frozen
+        self.count = len(handles)
+        self.constants: list[Tensor] = []
+        self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation, and remember it if it uses parameters."""
+        return self.apply(func, *args, **(kwargs or {}))
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation."""
+        given = tensors_in((args, kwargs))
+        if func is F.batch_norm:
+            self.check_batch_norm(args, kwargs)
+        if not any(tensor in self.sources for tensor in given):
+            return self.other(func, args, kwargs, given)
+        if func is F.multi_head_attention_forward:
+            spelled = _attention.arguments(args, kwargs)
+            if _attention.is_plain(spelled):
+                return _attention.attention(self.apply, spelled)
+        return self.on_parameters(func, args, kwargs, given)
+
+    def other(self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        """Run an operation without parameters."""
+        return self.run(func, *args, **kwargs)
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an operation, spelled out if it will be mapped over and torch cannot."""
+        mapped = self.layout.kind != "batched"
+        return (_attention.SPELLED.get(func, func) if mapped else func)(*args, **kwargs)
+
+    def on_parameters(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    ) -> Any:
+        """Run an operation with parameters."""
+        raise AssertionError
+
+    def check_batch_norm(self, args: Any, kwargs: Any) -> None:
+        """Refuse normalisation over examples that are declared independent."""
+
+    def mark(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
+        """Return the arguments with sources and places for tensors, and the tensors there."""
+        arrays: list[Tensor] = []
+
+        def replace(x: Tensor) -> Any:
+            """Name one tensor."""
+            if x in self.sources:
+                return self.sources[x]
+            arrays.append(x)
+            return Place(len(arrays) - 1)
+
+        return (*_sources.substitute((args, kwargs), replace), arrays)
+
+    def cut(self, args: Any, kwargs: Any, opaque: frozenset[int]) -> Any:
+        """Return the arguments with parameters that the derivative does not see."""
+
+        def freeze(x: Tensor) -> Tensor:
+            """Make a parameter again from leaves that are not differentiated."""
+            source = self.sources.get(x)
+            if source is None or self.frozen is None or opaque.intersection(source.leaves):
+                return x
+            made = _sources.build(source, [*self.frozen, *self.constants])
+            return made.expand(x.shape) if source.expanded else made
+
+        return _sources.substitute((args, kwargs), freeze)
+
+    def derived(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, size: int | None
+    ) -> None:
+        """Remember a function of parameters and constants alone."""
+
+        def replace(x: Tensor) -> Source:
+            """Name one tensor."""
+            if x in self.sources:
+                return self.sources[x]
+            self.constants.append(x)
+            return _sources.of_constant(self.count + len(self.constants) - 1)
+
+        given = _sources.substitute((args, kwargs), replace)
+        source = _sources.derive(func, given[0], given[1], size)
+        if isinstance(out, Tensor):
+            self.sources[out] = source
+            return
+        for index, part in enumerate(out):
+            self.sources[part] = _sources.pick(source, index)
+
+
+class Scout(Watch):
+    """The first run: decides what becomes of each operation, from shapes alone."""
+
+    def __init__(
+        self, handles: Sequence[Tensor], layout: Layout, examples: Sequence[Tensor]
+    ) -> None:
+        super().__init__(handles, None, layout)
+        self.axes: dict[Tensor, Axis] = {
+            x: 0 for x in examples if x.ndim and x.shape[0] == layout.size
+        }
+        self.steps: list[Step] = []
+        self.opaque: set[int] = set()
+        self.unseen = set(range(len(handles)))
+
+    def other(self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        """Follow the examples; draw no random numbers."""
+        out = _local.run_quietly(self.run, func, args, kwargs)
+        self.follow(func, args, kwargs, given, out)
+        return out
+
+    def check_batch_norm(self, args: Any, kwargs: Any) -> None:
+        """Refuse normalisation over examples that are declared independent."""
+        given = _rules.bind(_rules.RULES[F.batch_norm], args, kwargs)
+        if self.layout.kind == "batched" and (
+            given.get("training") or given["running_mean"] is None
+        ):
+            rule = "treat each example by itself"
+            remedy = "Use `model.eval()`, GroupNorm, or leave `jd.instancewise` away."
+            got = "batch normalisation in training mode, which mixes examples"
+            _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
+
+    def follow(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], out: Any
+    ) -> None:
+        """Note where the examples of each output lie."""
+        known = [(x, self.axes[x]) for x in given if x in self.axes]
+        if self.layout.kind == "batched" and known:
+            for part in tensors_in(out):
+                axis = _axes.follow(func, known, args, kwargs, part, self.layout.size)
+                self.axes[part] = axis
+
+    def on_parameters(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    ) -> Any:
+        """Decide what becomes of the operation."""
+        out = _local.run_quietly(self.run, func, args, kwargs)
+        if not tensors_in(out):
+            return out
+        sources = [self.sources[x] for x in given if x in self.sources]
+        leaves = {leaf for source in sources for leaf in source.leaves}
+        self.unseen -= leaves
+        self.follow(func, args, kwargs, given, out)
+        if self.derives(func, given, sources):
+            step = Step(func, use=False, derives=True)
+            self.derived(func, args, kwargs, out, self.batch_size())
+        elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
+            step = self.use(func, given, out)
+        else:
+            step = Step(func, use=False, derives=False)
+            self.opaque |= leaves
+        self.steps.append(step)
+        return out
+
+    def batch_size(self) -> int | None:
+        """Return how many examples lie along axes, if any."""
+        return self.layout.size if self.layout.kind == "batched" else None
+
+    def derives(self, func: Callable[..., Any], given: list[Tensor], sources: list[Source]) -> bool:
+        """Say whether the output is a function of parameters alone, to be made again at will."""
+        constant = [x for x in given if x not in self.sources]
+        if any(x in self.axes for x in constant) or any(s.expanded for s in sources):
+            return False
+        alone = not constant or self.layout.kind == "batched"
+        return alone and _local.is_deterministic(func)
+
+    def recognises(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Tensor],
+        out: Tensor,
+    ) -> bool:
+        """Say whether the gradient of the parameters is known from the output's."""
+        args, kwargs, arrays = self.mark(args, kwargs)
+        if out.is_complex() or not out.is_floating_point():
+            return False
+        if func in _rules.RULES:
+            return self.fits(_rules.RULES[func], args, kwargs, arrays, out)
+        if self.layout.kind != "batched":
+            return _local.is_deterministic(func)
+        carried = [self.axes[x] for x in given if x in self.axes]
+        axis = self.axes.get(out)
+        if axis is None or None in carried:
+            return False
+        found = [(x, self.sources[x]) for x in given if x in self.sources]
+        return _local.is_local(func, args, kwargs, found, axis, out)
+
+    def fits(
+        self, rule: _rules.Rule, args: Any, kwargs: Any, arrays: list[Tensor], out: Tensor
+    ) -> bool:
+        """Say whether an operation is used as its rule expects."""
+        arguments = _rules.bind(rule, args, kwargs)
+        for name, value in arguments.items():
+            if isinstance(value, Source) and (name not in rule.forms or value.expanded):
+                return False
+        if not _rules.supported(rule, arguments):
+            return False
+        if self.layout.kind != "batched":
+            return True
+        axis = self.axes.get(out)
+        places = [arguments[name] for name in rule.batched]
+        carriers = [arrays[place.number] for place in places if isinstance(place, Place)]
+        if axis is None or any(self.axes.get(x) is None for x in carriers):
+            return False
+        return axis == 0 or rule.anywhere
+
+    def use(self, func: Callable[..., Any], given: list[Tensor], out: Tensor) -> Step:
+        """Return the step of a recognised operation."""
+        axis = self.axes.get(out, 0)
+        arrays = [x for x in given if x not in self.sources]
+        axes = tuple(self.axis_of(x, axis, out) for x in arrays)
+        return Step(func, True, False, axis, axes, out.shape, out.dtype, out.device)
+
+    def axis_of(self, x: Tensor, axis: Axis, out: Tensor) -> Axis:
+        """Return where the examples of an array lie; a constant may have a part for each, too."""
+        if x in self.axes or axis is None:
+            return self.axes.get(x)
+        same = x.ndim == out.ndim > axis and x.shape[axis] == out.shape[axis] > 1
+        return axis if same else None
+
+    def plan(self, outputs: Any) -> Plan:
+        """Return what was found, once the objective has run."""
+        if torch.compiler.is_compiling():  # some operations, such as `.T`, are not seen then
+            self.opaque |= self.unseen
+        for x in tensors_in(outputs):
+            self.opaque |= set(self.sources[x].leaves if x in self.sources else ())
+        while True:  # what is made of a leaf without a rule has none either
+            joined = [set(s.leaves) for s in self.sources.values()]
+            mixed = [group for group in joined if self.opaque.intersection(group)]
+            grown = self.opaque.union(*mixed)
+            if grown == self.opaque:
+                return Plan(self.layout, tuple(self.steps), frozenset(self.opaque))
+            self.opaque = grown
+
+
+class Record(Watch):
+    """The second run: perturbs what the plan names, and keeps its arguments."""
+
+    def __init__(
+        self,
+        handles: Sequence[Tensor],
+        frozen: Sequence[Tensor] | None,
+        plan: Plan,
+        perturbations: Sequence[Tensor],
+    ) -> None:
+        super().__init__(handles, frozen, plan.layout)
+        self.plan = plan
+        self.perturbations = perturbations
+        self.place = 0
+        self.uses: list[Use] = []
+
+    def on_parameters(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    ) -> Any:
+        """Do as the plan says."""
+        step = self.plan.steps[self.place] if self.place < len(self.plan.steps) else None
+        if step is None or step.func != func:  # getters such as `.T` are equal, not the same
+            out = func(*args, **kwargs)
+            if tensors_in(out):
+                raise PlanChanged
+            return out
+        self.place += 1
+        if not step.use:
+            out = func(*args, **kwargs)
+            if step.derives:
+                size = self.plan.layout.size if self.plan.layout.kind == "batched" else None
+                self.derived(func, args, kwargs, out, size)
+            return out
+        cut_args, cut_kwargs = self.cut(args, kwargs, self.plan.opaque)
+        out = self.run(func, *cut_args, **cut_kwargs)
+        if out.shape != step.shape:
+            raise PlanChanged
+        self.uses.append(Use(step, *self.mark(args, kwargs)))
+        return out + self.perturbations[len(self.uses) - 1]
+
+
+class PlanChanged(Exception):
+    """The objective did not run as it did the first time."""

@@ -1,0 +1,172 @@
+"""Rows of a Jacobian for one parameter, kept as factors, and their inner products.
+
+A form stands for `(e, *shape)` rows, one for each of e examples, that need not be written down.
+Products are taken in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _tree
+
+
+class Outer(NamedTuple):
+    """Row i is the sum over t of the outer products of `left[i, t]` and `right[i, t]`."""
+
+    left: Tensor  # (e, t, g, q), for g independent groups
+    right: Tensor  # (e, t, g, p); either may have e = 1, where all examples share it
+    shape: tuple[int, ...]  # of the parameter: g q p numbers
+
+
+class Lookup(NamedTuple):
+    """Row i adds `values[i, t]` at position `indices[i, t]` of a table."""
+
+    indices: Tensor  # (e or 1, t), integers
+    values: Tensor  # (e, t, q)
+    shape: tuple[int, ...]  # of the table, (v, q)
+
+
+class Lazy(NamedTuple):
+    """Factors that are made when they are wanted, and a shorter way to their sum."""
+
+    make: Callable[[], Outer]
+    total: Callable[[], Tensor]  # () -> (*shape)
+    elements: tuple[int, int, int, int, int]  # (e, t, g, q, p) of the factors to come
+
+
+class Dense(NamedTuple):
+    """The rows themselves."""
+
+    rows: Tensor  # (e, *shape)
+
+
+Form = Outer | Lookup | Lazy | Dense
+
+
+def total(form: Form) -> Tensor:
+    """Return the sum of all rows, `(*shape)`."""
+    if isinstance(form, Outer):
+        left, right = (x.flatten(0, 1).transpose(0, 1) for x in (form.left, form.right))
+        return (left.mT @ right).reshape(form.shape)
+    if isinstance(form, Lookup):
+        index = form.indices.expand(form.values.shape[:2]).flatten()
+        return form.values.new_zeros(form.shape).index_add(0, index, form.values.flatten(0, 1))
+    return form.total() if isinstance(form, Lazy) else form.rows.sum(0)
+
+
+def dense(form: Form) -> Tensor:
+    """Return the rows, `(e, *shape)`."""
+    if isinstance(form, Outer):
+        left, right = form.left.permute(0, 2, 3, 1), form.right.permute(0, 2, 1, 3)
+        return (left @ right).reshape(-1, *form.shape)
+    if isinstance(form, Lookup):
+        e, t, q = form.values.shape
+        index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
+        return form.values.new_zeros(e, *form.shape).scatter_add(1, index, form.values)
+    return dense(form.make()) if isinstance(form, Lazy) else form.rows
+
+
+def cross(a: Form, b: Form) -> Tensor:
+    """Return the inner products of the rows of two forms, `(e_a, e_b)`, the cheaper way."""
+    return (_inner if inner_is_cheaper(a, b) else _products)(a, b)
+
+
+def gramian(form: Form) -> Tensor:
+    """Return the inner products of the rows, `(e, e)`."""
+    return cross(form, form)
+
+
+def sizes(form: Form) -> tuple[int, int, int, int, int]:
+    """Return `(e, t, g, q, p)` of factors: each row adds t outer products of q by p, g times."""
+    if isinstance(form, Outer):
+        e, t, g, q = form.left.shape
+        return max(e, form.right.shape[0]), t, g, q, form.right.shape[3]
+    if isinstance(form, Lookup):
+        e, t, q = form.values.shape
+        return e, t, 1, q, form.shape[0]
+    return form.elements if isinstance(form, Lazy) else (form.rows.shape[0], 0, 1, 1, _numel(form))
+
+
+def inner_is_cheaper(a: Form, b: Form) -> bool:
+    """Say whether to multiply factors with factors, rather than rows with rows."""
+    if type(a) is not type(b) or isinstance(a, Dense):
+        return False
+    inner, rows = costs(a, b)
+    return inner < rows
+
+
+def costs(a: Form, b: Form) -> tuple[int, int]:
+    """Return the costs of factors with factors, and of rows with rows, in multiplications.
+
+    Factors cost `q + p` and two numbers written for each pair of positions. Rows cost `q p` for
+    each position and each pair of examples, and are written once.
+
+    Returns:
+        Both costs; a number written counts as several multiplications.
+    """
+    e, t, g, q, p = sizes(a)
+    e_b, t_b, *_ = sizes(b)
+    pairs, positions = e * t * e_b * t_b * g, e * t + e_b * t_b
+    lookup = isinstance(a, Lookup)
+    inner = pairs * (q + (1 if lookup else p) + 2 * _WRITE)
+    row = (e + e_b) * g * q * p * _WRITE
+    return inner, (positions * g * q * (1 if lookup else p)) + e * e_b * g * q * p + row
+
+
+_WRITE = 8  # multiplications that take as long as one number written and read again
+
+
+def _inner(a: Form, b: Form) -> Tensor:
+    """Multiply factors with factors: neither rows nor a Jacobian is written."""
+    if isinstance(a, Lazy) and isinstance(b, Lazy):
+        first = a.make()
+        return _inner(first, first if a is b else b.make())
+    if isinstance(a, Lookup) and isinstance(b, Lookup):
+        same = _positions(a)[:, None] == _positions(b)[None, :]
+        products = _wide(a.values).flatten(0, 1) @ _wide(b.values).flatten(0, 1).mT
+        shape = (*a.values.shape[:2], *b.values.shape[:2])
+        return torch.where(same, products, 0).reshape(shape).sum((1, 3))
+    assert isinstance(a, Outer) and isinstance(b, Outer)
+    left, right = _pairs(a.left, b.left), _pairs(a.right, b.right)
+    return (left * right).sum((0, 2, 4))
+
+
+def _pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of all positions of `(e, t, g, q)` factors, `(g, e_a, t_a, e_b, t_b)`."""
+    first, second = (_wide(x).permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
+    return (first @ second.mT).reshape(-1, *a.shape[:2], *b.shape[:2])
+
+
+def _positions(form: Lookup) -> Tensor:
+    """Return the index of each position, `(e t,)`."""
+    return form.indices.expand(form.values.shape[:2]).flatten()
+
+
+def _products(a: Form, b: Form) -> Tensor:
+    """Multiply rows with rows."""
+    first = _tree.rows(dense(_widened(a)))
+    return first @ (first if a is b else _tree.rows(dense(_widened(b)))).mT
+
+
+def _widened(form: Form) -> Form:
+    """Return the form with factors in float32 or better."""
+    if isinstance(form, Lazy):
+        return _widened(form.make())
+    if isinstance(form, Outer):
+        return form._replace(left=_wide(form.left), right=_wide(form.right))
+    return form._replace(values=_wide(form.values)) if isinstance(form, Lookup) else form
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in float32 or better."""
+    return _tree.wide(x)
+
+
+def _numel(form: Dense) -> int:
+    """Return how many numbers a row has."""
+    return form.rows[0].numel()

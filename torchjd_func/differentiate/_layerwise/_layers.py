@@ -1,0 +1,342 @@
+"""An objective at one point, layer by layer: Gramians, rows and pullbacks without a Jacobian.
+
+One forward pass records what the uses of parameters were applied to; one backward pass, through the
+activations alone, yields the gradient by each use's output. All else is products of these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise import _forms, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise._capture import (
+    Layout,
+    Plan,
+    PlanChanged,
+    Record,
+    Scout,
+    Use,
+)
+from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lazy, Outer
+from torchjd_func.differentiate._layerwise._sources import Place, Source
+
+Call = Callable[[Sequence[Tensor]], tuple[Any, list[Tensor]]]
+Groups = Sequence[Sequence[int]]
+
+
+class Batch(NamedTuple):
+    """The loss of one example, and how to map it over a batch."""
+
+    fn: Callable[..., Any]
+    places: tuple[int, ...]  # the arguments that are mapped over, or shared as they are
+    args: tuple[Any, ...]
+    dims: tuple[Any, ...]
+    randomness: str
+
+    def fill(self, args: tuple[Any, ...], example: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of one example."""
+        one = dict(zip(self.places, example, strict=True))
+        return tuple(one.get(place, arg) for place, arg in enumerate(args))
+
+    def map(self, fn: Callable[..., Any], fixed: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
+        """Map `fn(*fixed, *example)` over the batch."""
+        rest = tuple(self.dims[place] for place in self.places)
+        given = [self.args[place] for place in self.places]
+        return vmap(fn, in_dims=(*dims, *rest), randomness=self.randomness)(*fixed, *given)
+
+
+class Recorded(NamedTuple):
+    """One run of an objective."""
+
+    outputs: Any
+    aux: list[Tensor]
+    plan: Plan
+    uses: list[Use]
+    values: list[Tensor]  # parameter leaves, then constants
+    traced: tuple[int, ...]  # the leaves that the pullback knows
+    pullback: Callable[[Any], tuple[list[Tensor], list[Tensor]]]  # by outputs, by traced leaves
+
+
+class Piece(NamedTuple):
+    """One parameter of one use."""
+
+    use: int
+    source: Source
+    name: str  # the argument's name, for a use that has a rule
+    occurrence: int  # which of the sources among the arguments
+
+
+class Layers(NamedTuple):
+    """What each use of parameters gives to the rows of the Jacobian."""
+
+    layout: Layout
+    uses: list[Use]
+    cotangents: list[Tensor]  # of each use, `(e, ...)`
+    values: list[Tensor]  # parameter leaves, then constants
+    pieces: dict[int, list[Piece]]  # the uses of each leaf
+    rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
+    size: int  # how many rows there are
+    flaw: Tensor | float  # 0, or NaN if a compiled run hid a use of a parameter
+
+
+def scout(
+    call: Call,
+    leaves: Sequence[Tensor],
+    layout: Layout,
+    examples: Sequence[Tensor],
+    batch: Batch | None,
+) -> Plan:
+    """Run the objective once for its shapes."""
+    handles = _alias(leaves)
+    found: list[Plan] = []
+
+    def run(*args: Any) -> list[Tensor]:
+        """Watch one run."""
+        mode = Scout(handles, layout, examples)
+        with torch.no_grad(), mode:
+            outputs, _ = call(handles, *args)
+        found.append(mode.plan(outputs))
+        return _tree.leaves(outputs)
+
+    if batch is None:
+        run()
+    else:
+        batch.map(run, (), ())
+    return found[0]
+
+
+def record(call: Call, leaves: Sequence[Tensor], plan: Plan, batch: Batch | None) -> Recorded:
+    """Run the objective as planned, and keep what the pullback and the rules need."""
+    compiling = torch.compiler.is_compiling()
+    frozen = _alias(leaves)
+    traced = tuple(range(len(frozen))) if compiling else tuple(sorted(plan.opaque))
+    uses: list[list[Use]] = []
+
+    def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
+        """Return outputs, auxiliary tensors, arrays of all uses, and constants."""
+        handles = list(frozen)
+        for leaf, primal in zip(traced, primals, strict=True):
+            handles[leaf] = primal
+        mode = Record(handles, frozen if compiling else None, plan, perturbations)
+        with mode:
+            outputs, aux = call(handles, *args)
+        if mode.place != len(plan.steps):
+            raise PlanChanged
+        uses.append(mode.uses)
+        return outputs, (aux, [use.arrays for use in mode.uses], mode.constants)
+
+    def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
+        """Run over all examples."""
+        if batch is None:
+            return run(perturbations, primals)
+        return batch.map(run, (perturbations, primals), (0, None))
+
+    steps = [step for step in plan.steps if step.use]
+    front = () if batch is None else (plan.layout.size,)
+    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    primals = [frozen[leaf].view_as(frozen[leaf]) for leaf in traced]
+    result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
+    outputs, pullback, (aux, arrays, constants) = result
+    kept = [use._replace(arrays=found) for use, found in zip(uses[0], arrays, strict=True)]
+    return Recorded(outputs, aux, plan, kept, [*frozen, *constants], traced, pullback)
+
+
+def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any], m: int) -> Layers:
+    """Pull cotangents back to the uses; leaves without a rule need the whole `basis`."""
+    plan = recorded.plan
+    if plan.layout.kind == "shared":
+        by_uses, by_leaves = vmap(recorded.pullback)(cotangents)
+    else:
+        by_uses, by_leaves = recorded.pullback(cotangents)
+    hidden = [
+        (grad != 0).any()
+        for leaf, grad in zip(recorded.traced, by_leaves, strict=True)
+        if leaf not in plan.opaque
+    ]
+    rows = {}
+    if plan.opaque and recorded.traced:
+        if plan.layout.kind != "shared":
+            by_leaves = vmap(recorded.pullback)(basis())[1]
+        pairs = zip(recorded.traced, by_leaves, strict=True)
+        rows = {leaf: grads for leaf, grads in pairs if leaf in plan.opaque}
+    flaw = torch.where(torch.stack(hidden).any(), float("nan"), 0.0) if hidden else 0.0
+    cotangents = list(by_uses)
+    if plan.layout.kind == "batched":
+        pairs = zip(by_uses, recorded.uses, strict=True)
+        cotangents = [_spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
+    pieces = _index(recorded.uses, plan.opaque)
+    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m, flaw)
+
+
+def gramians(found: Layers, groups: Groups) -> Tensor:
+    """Return the Gramian of each group of leaves, `(g, m, m)`."""
+    return cross_gramians(found, found, groups)
+
+
+def cross_gramians(a: Layers, b: Layers, groups: Groups) -> Tensor:
+    """Return the products of the rows of each group of leaves, `(g, m_a, m_b)`."""
+    return torch.stack([_cross_group(a, b, leaves) for leaves in groups])
+
+
+def combine(found: Layers, weights: Tensor, groups: Groups) -> list[Tensor]:
+    """Return `J^T weights`, leaf by leaf, with the weights `(g, m)` of each leaf's group."""
+    group_of = {leaf: g for g, leaves in enumerate(groups) for leaf in leaves}
+    return [_combine_leaf(found, weights[group_of[leaf]], leaf) for leaf in sorted(group_of)]
+
+
+def jacobian(found: Layers, leaf: int, m: int) -> Tensor:
+    """Return the rows of one leaf, `(m, *shape)`."""
+    value = found.values[leaf]
+    rows = _rows(found, leaf)
+    if rows is None:
+        return value.new_zeros(m, *value.shape)
+    return rows.to(value.dtype) + found.flaw
+
+
+def leaf_form(found: Layers, leaf: int) -> Form | None:
+    """Return the rows of one leaf as factors if they have any, its entries in some order."""
+    pieces = found.pieces.get(leaf, [])
+    if leaf in found.rows or any(not piece.source.entrywise for piece in pieces):
+        rows = _rows(found, leaf)
+        return None if rows is None else Dense(rows)
+    forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
+    if len(forms) < 2:
+        return forms[0] if forms else None
+    plain = all(piece.source.func is None for piece in pieces)
+    merged = _merged(forms) if plain else None
+    return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
+
+
+def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
+    """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
+    total: Tensor | float = a.flaw + b.flaw
+    for leaf in leaves:
+        first = leaf_form(a, leaf)
+        second = first if a is b else leaf_form(b, leaf)
+        if first is not None and second is not None:
+            total = total + _forms.cross(first, second)
+    return total if isinstance(total, Tensor) else _nothing(a, b)
+
+
+def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
+    """Return the weighted sum of the rows of one leaf."""
+    value = found.values[leaf]
+    total = torch.zeros_like(value) + found.flaw
+    for piece in found.pieces.get(leaf, []):
+        cotangent = _weigh(found, piece.use, weights)
+        part = _forms.total(_form(found, piece, cotangent))
+        pulled = _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
+        total = total + pulled.to(total.dtype)
+    if leaf in found.rows:
+        total = total + _tree.weighted_sum(found.rows[leaf], weights)
+    return total
+
+
+def _rows(found: Layers, leaf: int) -> Tensor | None:
+    """Return the rows of one leaf, `(m, *shape)`."""
+    pieces = found.pieces.get(leaf, [])
+    forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
+    rows = [_rows_of(found, leaf, forms)] if forms else []
+    rows += [found.rows[leaf]] if leaf in found.rows else []
+    return sum(rows[1:], rows[0]) if rows else None
+
+
+def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
+    """Add the rows of all uses of a leaf."""
+    pairs = zip(found.pieces[leaf], forms, strict=True)
+    rows = [_sources.pull(p.source, leaf, found.values, _forms.dense(form)) for p, form in pairs]
+    return sum(rows[1:], rows[0])
+
+
+def _merged(forms: Sequence[Form]) -> Form | None:
+    """Return several uses of one weight as one with more positions, if they are alike."""
+    made = [form.make() if isinstance(form, Lazy) else form for form in forms]
+    outers = [form for form in made if isinstance(form, Outer)]
+    shapes = {
+        (x.left.shape[0], x.left.shape[2:], x.right.shape[0], x.right.shape[2:]) for x in outers
+    }
+    if len(outers) < len(forms) or len(shapes) > 1:
+        return None
+    left = torch.cat([form.left for form in outers], 1)
+    return Outer(left, torch.cat([form.right for form in outers], 1), outers[0].shape)
+
+
+def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
+    """Return the rows of one parameter of one use."""
+    use = found.uses[piece.use]
+    arrays = [
+        _spread(x, axis, found.layout) for x, axis in zip(use.arrays, use.step.axes, strict=True)
+    ]
+    if not piece.name:
+        given = (use.args, use.kwargs)
+        return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
+    rule = _rules.RULES[use.step.func]
+    arguments = _rules.bind(rule, use.args, use.kwargs)
+    for name, part in arguments.items():
+        if isinstance(part, Place):
+            batched = name in rule.batched
+            arguments[name] = arrays[part.number] if batched else _shared(found, use, part.number)
+    shape = tuple(_sources.build(piece.source, found.values).shape)
+    return rule.forms[piece.name](arguments, cotangent, shape)
+
+
+def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
+    """Return the cotangent of one use, weighted; summed, where examples share the arguments."""
+    cotangent = found.cotangents[use]
+    weights = weights.to(cotangent.dtype)
+    if found.layout.kind == "shared":
+        return torch.tensordot(weights, cotangent, dims=1).unsqueeze(0)
+    return cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+
+
+def _spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
+    """Return an array with a first dimension for the examples, of size 1 where all share it."""
+    if layout.kind == "vmapped":
+        return x
+    if layout.kind == "shared" or axis is None:
+        return x.unsqueeze(0)
+    if axis == 0:
+        return x.unflatten(0, (layout.size, -1))
+    return x.movedim(axis, 0).unsqueeze(axis + 1)
+
+
+def _shared(found: Layers, use: Use, place: int) -> Tensor:
+    """Return an array that all examples share as it is."""
+    x = use.arrays[place]
+    return x[0] if found.layout.kind == "vmapped" else x
+
+
+def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]]:
+    """Return the uses of each leaf that has rules."""
+    found: dict[int, list[Piece]] = {}
+    for place, use in enumerate(uses):
+        rule = _rules.RULES.get(use.step.func)
+        named = [("", source) for source in _sources.sources_in((use.args, use.kwargs))]
+        if rule is not None:
+            given = _rules.bind(rule, use.args, use.kwargs)
+            named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
+        for occurrence, (name, source) in enumerate(named):
+            for leaf in opaque.symmetric_difference(source.leaves) & frozenset(source.leaves):
+                found.setdefault(leaf, []).append(Piece(place, source, name, occurrence))
+    return found
+
+
+def _nothing(a: Layers, b: Layers) -> Tensor:
+    """Return the products of rows that are zero."""
+    return _tree.real(a.values[0]).new_zeros(a.size, b.size)
+
+
+def _alias(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same tensors as distinct objects, also where one is given twice."""
+    return [leaf.view_as(leaf) for leaf in leaves]
+
+
+def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros without memory."""
+    return torch.zeros((), dtype=step.dtype, device=step.device).expand(shape)

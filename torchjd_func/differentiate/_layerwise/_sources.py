@@ -1,0 +1,136 @@
+"""Tensors made of parameters alone: how to make them again, and how to pull gradients through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from torchjd_func.differentiate._layerwise._functions import named
+
+
+class Source(NamedTuple):
+    """A value among parameter leaves and constants, or `func(*args, **kwargs)` of sources."""
+
+    leaves: tuple[int, ...]  # the parameter leaves that it depends on
+    slot: int  # the place of a value that is not computed, leaves first; -1 for one that is
+    func: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    entrywise: bool = True  # its entries are those of one leaf, in some order
+    expanded: bool = False  # it stands for its own repetition along the examples
+
+
+class Place(NamedTuple):
+    """Stands for a tensor among the arguments of an operation that is not made of parameters."""
+
+    number: int
+
+
+def of_leaf(index: int) -> Source:
+    """Return the source that is a parameter leaf itself."""
+    return Source((index,), index)
+
+
+def of_constant(slot: int) -> Source:
+    """Return the source that is a constant."""
+    return Source((), slot)
+
+
+def derive(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], examples: int | None
+) -> Source:
+    """Return the source of `func(*args, **kwargs)`, in whose arguments sources stand for tensors.
+
+    A source repeated once for each of `examples` is described by what is repeated.
+    """
+    parents = sources_in((args, kwargs))
+    leaves = tuple(sorted({leaf for parent in parents for leaf in parent.leaves}))
+    if func is torch.Tensor.expand and examples is not None:
+        sizes = tuple(args[1]) if isinstance(args[1], (list, tuple)) else args[1:]
+        if sizes[0] == examples:
+            return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), kwargs, False, True)
+    entrywise = func in ENTRYWISE and len(parents) == 1 and parents[0].entrywise
+    return Source(leaves, -1, func, args, kwargs, entrywise)
+
+
+def pick(parent: Source, index: int) -> Source:
+    """Return one of several outputs of a source, as of `chunk`."""
+    return Source(parent.leaves, -1, _item, (parent, index), None, False)
+
+
+def build(source: Source, values: Sequence[Tensor]) -> Any:
+    """Make the tensor again from parameter leaves and constants."""
+    if source.func is None:
+        return values[source.slot]
+    args, kwargs = substitute((source.args, source.kwargs), lambda part: build(part, values))
+    return _SPELLED.get(source.func, source.func)(*args, **(kwargs or {}))
+
+
+def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Pull rows `(e, ...)` of gradients by a source back to one of its leaves."""
+    if source.func is None:
+        return rows.reshape(-1, *values[leaf].shape)
+
+    def make(value: Tensor) -> Tensor:
+        """Make the source from a value of the leaf."""
+        return build(source, [value if i == leaf else other for i, other in enumerate(values)])
+
+    made, pullback = torch.func.vjp(make, values[leaf])[:2]
+    shaped = rows.reshape(-1, *made.shape).to(made.dtype)
+    return vmap(lambda row: pullback(row)[0])(shaped)
+
+
+def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
+    """Return arguments with each tensor, source and place replaced."""
+    if isinstance(tree, (Tensor, Source, Place)):
+        return replace(tree)
+    if isinstance(tree, dict):
+        return {name: substitute(part, replace) for name, part in tree.items()}
+    if isinstance(tree, list):
+        return [substitute(part, replace) for part in tree]
+    return tuple(substitute(part, replace) for part in tree) if isinstance(tree, tuple) else tree
+
+
+def sources_in(tree: Any) -> list[Source]:
+    """Return the sources among arguments, in order."""
+    found: list[Source] = []
+
+    def note(part: Any) -> Any:
+        """Keep a source."""
+        if isinstance(part, Source):
+            found.append(part)
+        return part
+
+    substitute(tree, note)
+    return found
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among arguments or outputs, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree
+    nested = isinstance(tree, (dict, list, tuple))
+    return [x for part in parts for x in tensors_in(part)] if nested else []
+
+
+def _item(outputs: Any, index: int) -> Any:
+    """Return one of several outputs."""
+    return outputs[index]
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Spell weight normalisation out; the derivative of torch's own function does not vmap."""
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+_SPELLED = dict.fromkeys(named("_weight_norm"), _weight_norm)
+ENTRYWISE = named(
+    "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "
+    "squeeze unsqueeze contiguous clone view_as reshape_as alias"
+) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
