@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -48,6 +48,38 @@ def curves(runs: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
             cosine_axis.set(ylabel="lowest cosine of the update", xlabel="step")
             cosine_axis.set_title("with the gradient of any objective", loc="left")
             cosine_axis.xaxis.set_major_locator(MaxNLocator(5))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, facecolor="white")
+    return path
+
+
+def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    """Draw the time of each method, and of the peer's, over the number of objectives."""
+    names, columns = list(dict.fromkeys(row["method"] for row in rows)), 4
+    lines = -(-len(names) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.3 * lines + 0.6), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axis, name in zip(axes, names, strict=False):
+            for key, label, style in (
+                ("torchjd_ms", "TorchJD", {"marker": "s", "color": "#D55E00"}),
+                ("ours_ms", "torchjd_func", {"marker": "o", "color": "#0072B2"}),
+            ):
+                points = [(r["m"], r[key]) for r in rows if r["method"] == name and key in r]
+                if points:
+                    axis.loglog(*zip(*points, strict=True), label=label, markersize=4, **style)
+            axis.set_title(name, loc="left", fontsize=11)
+            axis.xaxis.set_major_locator(FixedLocator([2, 4, 16, 64, 256]))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_locator(NullLocator())
+        for axis in axes[len(names) :]:
+            axis.set_axis_off()
+        for axis in axes[max(0, len(names) - columns) : len(names)]:
+            axis.tick_params(labelbottom=True)
+        figure.supxlabel("number of objectives m")
+        figure.supylabel("time of one call (ms)")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, facecolor="white")
     return path

@@ -6,7 +6,7 @@ from torch.func import vmap
 
 import torchjd_func as jd
 from tests.helpers import compiled
-from torchjd_func.random import _threefry
+from torchjd_func import _threefry
 
 # Random123, kat_vectors: threefry2x32, 20 rounds: (counter, key, result).
 KNOWN = [
@@ -28,8 +28,16 @@ any_draw = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 
 @pytest.mark.parametrize(("counter", "key", "want"), KNOWN)
 def test_published_vectors(counter, key, want):
-    got = _threefry(torch.tensor(key), torch.tensor(counter[0]), torch.tensor(counter[1]))
-    assert (int(got[0]), int(got[1])) == want
+    for word in (int, torch.tensor):
+        got = _threefry.rounds([word(part) for part in key], word(counter[0]), word(counter[1]))
+        assert (int(got[0]), int(got[1])) == want
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, _threefry.FEW, _threefry.FEW + 1, 2 * _threefry.BLOCK + 3])
+def test_numpy_and_torch_draw_the_same_words(n):
+    key = jd.random.key(2**40 + 3)
+    words = torch.from_numpy(_threefry.encrypt(key, 1, n))
+    assert torch.equal(words, vmap(lambda key: _threefry.encrypt(key, 1, n))(key[None])[0])
 
 
 @any_draw

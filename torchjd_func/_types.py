@@ -34,7 +34,8 @@ class Weighting:
     Attributes:
         name: The method, for messages.
         init_fn: `(statistic, key) -> state`; reads shape, dtype and device of the statistic only.
-        update_fn: `(statistic, state, losses) -> (weights, state)`, given a float64 statistic.
+        update_fn: `(statistic, state, losses) -> (weights, state)`, given a float64 statistic (of
+            which only the shape is read, the statistic as it is).
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch;
             `"cross_gramian"`, `J_1 J_2^T` of two independent batches, not symmetric;
             `"size"`, anything of the right shape, since only the shape is read.
@@ -78,9 +79,10 @@ class Weighting:
         _check.losses_vector(self.name, losses, statistic.shape[0])
         state = self.init(statistic) if state is None else state
         wide = None if losses is None else losses.to(torch.float64)
-        given = statistic.to(torch.float64) if self.widen else statistic
+        given = statistic.double() if self.widen and self.needs != "size" else statistic
         weights, state = self.update_fn(given, state, wide)
-        return weights.to(statistic.dtype), state
+        same = weights.dtype == statistic.dtype
+        return (weights if same else weights.to(statistic.dtype)), state
 
     def __repr__(self) -> str:
         """Return the name in one line."""
@@ -123,7 +125,7 @@ class Aggregator:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.jacobian(self.name, _tree.paths(jac), _tree.leaves(jac))
+        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
         return self.init_fn(jac, key)
 
     def __call__(
@@ -140,7 +142,7 @@ class Aggregator:
         Returns:
             `grads`, the pytree without the leading dimension, and `state`.
         """
-        _check.jacobian(self.name, _tree.paths(jac), _tree.leaves(jac))
+        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
         _check.losses_vector(self.name, losses, _tree.leading_size(jac))
         state = self.init(jac) if state is None else state
         return self.update_fn(jac, state, losses)

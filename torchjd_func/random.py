@@ -1,6 +1,6 @@
 """Counter-based random numbers: a key is a value, a draw is a pure function of its key.
 
-Threefry-2x32 with 20 rounds, in 64-bit integer arithmetic, so that the same key gives the same bits
+Threefry-2x32 with 20 rounds, in integer arithmetic, so that the same key gives the same bits
 eager, under `torch.func.vmap` and compiled, on every device. Use a key once: `split` it first.
 
 References:
@@ -16,13 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-
-_MASK = 0xFFFFFFFF
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-# High counter words: draws, splits and folds of one key never meet.
-_DRAW, _SPLIT, _FOLD = 0, 1, 2
+from torchjd_func import _check, _host, _threefry
 
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
@@ -41,10 +35,10 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
         tensor([0, 7])
     """
     if isinstance(seed, int):
-        words = [(seed >> 32) & _MASK, seed & _MASK]
+        words = [(seed >> 32) & _threefry.MASK, seed & _threefry.MASK]
         return torch.tensor(words, dtype=torch.int64, device=device)
     wide = seed.to(torch.int64) if device is None else seed.to(device, torch.int64)
-    return torch.stack([(wide >> 32) & _MASK, wide & _MASK])
+    return torch.stack([(wide >> 32) & _threefry.MASK, wide & _threefry.MASK])
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
@@ -62,8 +56,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> first, second = jd.random.split(jd.random.key(0))
     """
     _check.key(key)
-    counter = torch.arange(num, dtype=torch.int64, device=key.device)
-    return torch.stack(_threefry(key, torch.full_like(counter, _SPLIT), counter), dim=-1)
+    return _host.tensor(_threefry.encrypt(key, _threefry.SPLIT, num)).T.contiguous()
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -81,8 +74,9 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         >>> step_key = jd.random.fold_in(jd.random.key(0), 12)
     """
     _check.key(key)
-    low = torch.as_tensor(data, dtype=torch.int64, device=key.device) & _MASK
-    return torch.stack(_threefry(key, torch.full_like(low, _FOLD), low), dim=-1)
+    low = torch.as_tensor(data, dtype=torch.int64, device=key.device) & _threefry.MASK
+    words = _threefry.rounds(key.unbind(), torch.full_like(low, _threefry.FOLD), low)
+    return torch.stack(words, dim=-1)
 
 
 def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -101,10 +95,7 @@ def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
         1797259609
     """
     _check.key(key)
-    n = math.prod(shape)
-    counter = torch.arange((n + 1) // 2, dtype=torch.int64, device=key.device)
-    words = _threefry(key, torch.full_like(counter, _DRAW), counter)
-    return torch.cat(words)[:n].reshape(tuple(shape))
+    return _host.tensor(_threefry.bits(key, shape))
 
 
 def uniform(
@@ -125,8 +116,9 @@ def uniform(
         >>> round(float(jd.random.uniform(jd.random.key(0))), 4)
         0.4185
     """
+    _check.key(key)
     if dtype == torch.float64:
-        return _wide_bits(key, shape, 53).to(dtype) * 2.0**-53
+        return _host.tensor(_threefry.wide_bits(key, shape, 53)).to(dtype) * 2.0**-53
     return ((bits(key, shape) >> 8).to(torch.float32) * 2.0**-24).to(dtype)
 
 
@@ -147,7 +139,9 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
         >>> tuple(jd.random.normal(jd.random.key(0), (3, 2)).shape)
         (3, 2)
     """
-    centred = (_wide_bits(key, shape, 52).to(torch.float64) + 0.5) * 2.0**-51 - 1.0
+    _check.key(key)
+    words = _host.tensor(_threefry.wide_bits(key, shape, 52))
+    centred = (words.to(torch.float64) + 0.5) * 2.0**-51 - 1.0
     return (math.sqrt(2.0) * torch.erfinv(centred)).to(dtype)
 
 
@@ -166,23 +160,5 @@ def permutation(key: Tensor, n: int) -> Tensor:
         >>> sorted(jd.random.permutation(jd.random.key(0), 4).tolist())
         [0, 1, 2, 3]
     """
-    return torch.argsort(_wide_bits(key, (n,), 62), stable=True)
-
-
-def _wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
-    """Draw `n_bits` (32 ... 62) random bits for each element."""
-    pair = bits(key, (2, *shape))
-    return ((pair[0] << 32) | pair[1]) >> (64 - n_bits) & ((1 << n_bits) - 1)
-
-
-def _threefry(key: Tensor, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Encrypt the counters `(high, low)` with `key`: 20 rounds, a key injection every 4."""
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
-    x, y = (high + schedule[0]) & _MASK, (low + schedule[1]) & _MASK
-    for injection in range(1, 6):
-        for rotation in _ROTATIONS[(injection - 1) % 2]:
-            x = (x + y) & _MASK
-            y = (((y << rotation) | (y >> (32 - rotation))) & _MASK) ^ x
-        x = (x + schedule[injection % 3]) & _MASK
-        y = (y + schedule[(injection + 1) % 3] + injection) & _MASK
-    return x, y
+    _check.key(key)
+    return torch.argsort(_host.tensor(_threefry.wide_bits(key, (n,), 62)), stable=True)

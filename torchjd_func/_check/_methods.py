@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,20 +37,31 @@ def square(method: str, statistic: Tensor) -> None:
     floating(name, statistic)
 
 
-def jacobian(method: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[Any]) -> None:
     """Check that all `leaves` are floating and share their leading dimension."""
     name = f"the Jacobian given to `{method}`"
     if not leaves:
         remedy = "Pass the pytree that jd.jac returns."
         fail(ValueError, name, "hold at least one tensor", "an empty pytree", remedy)
-    differentiable(name, paths, leaves, "Leave constants out of it.")
-    for path, leaf in zip(paths, leaves, strict=True):
+    if all(_is_rows(leaf) and leaf.shape[0] == leaves[0].shape[0] for leaf in leaves):
+        return
+    differentiable(name, paths(), leaves, "Leave constants out of it.")
+    for path, leaf in zip(paths(), leaves, strict=True):
         if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
             rule, got = (
                 "have one leading dimension m in all leaves",
                 f"{describe(leaf)} at {path!r}",
             )
             fail(ValueError, name, rule, got, "The first dimension counts the objectives.")
+
+
+def _is_rows(leaf: Any) -> bool:
+    """Say whether a leaf is a tensor that may hold gradients in its rows."""
+    return (
+        isinstance(leaf, Tensor)
+        and leaf.ndim > 0
+        and (leaf.is_floating_point() or leaf.is_complex())
+    )
 
 
 def losses_vector(method: str, losses: Tensor | None, m: int) -> None:

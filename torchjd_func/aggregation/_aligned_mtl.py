@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, stateless, weighted
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import rank_tol
@@ -24,25 +25,28 @@ def _weights(
     gramian: Tensor, *, preference: Tensor | None, scale: str, rtol: float | None
 ) -> Tensor:
     """Combine the aligned rows by the preference."""
-    wide = gramian.to(torch.float64)
-    combination = resolve(preference, wide)
-    eigenvalues, vectors = torch.linalg.eigh(wide)
-    kept = eigenvalues > rank_tol(gramian, rtol) * eigenvalues[-1:]
-    roots = torch.where(kept, torch.where(kept, eigenvalues, 1.0).rsqrt(), 0.0)
+    wide, combine = gramian.double(), partial(_combine, scale=scale, tol=rank_tol(gramian, rtol))
+    return _host.call(combine, wide, resolve(preference, wide))
+
+
+def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
+    """Align the rows, and combine them."""
+    eigenvalues, vectors = xp.linalg.eigh(gramian)
+    kept = eigenvalues > tol * eigenvalues[-1:]
+    roots = xp.where(kept, 1 / xp.sqrt(xp.where(kept, eigenvalues, 1.0)), 0.0)
     aligned = vectors @ (roots * (combination @ vectors))
-    return torch.where(kept.any(), _sigma(eigenvalues, kept, scale) * aligned, combination)
+    return xp.where(kept.any(), _sigma(xp, eigenvalues, kept, scale) * aligned, combination)
 
 
-def _sigma(eigenvalues: Tensor, kept: Tensor, scale: str) -> Tensor:
+def _sigma(xp: Any, eigenvalues: Array, kept: Array, scale: str) -> Array:
     """Return the common singular value `()` of the aligned rows; `eigenvalues` are ascending."""
-    m, rank = len(eigenvalues), kept.sum()
+    rank, place = kept.sum(), xp.cumsum(kept, 0)
     if scale == "rmse":
-        square = torch.where(kept, eigenvalues, 0.0).sum() / rank.clamp(min=1)
+        square = xp.where(kept, eigenvalues, 0.0).sum() / xp.clip(rank, 1, None)
     else:
-        from_smallest = 0 if scale == "min" else (rank - 1) // 2
-        index = (m - rank + from_smallest).clamp(max=m - 1)
-        square = eigenvalues.gather(0, index.unsqueeze(0)).squeeze(0)
-    return torch.where(rank > 0, torch.where(rank > 0, square, 1.0).sqrt(), 0.0)
+        chosen = kept & (place == (1 if scale == "min" else (rank + 1) // 2))
+        square = xp.where(chosen, eigenvalues, 0.0).sum()
+    return xp.where(rank > 0, xp.sqrt(xp.where(rank > 0, square, 1.0)), 0.0)
 
 
 def aligned_mtl(

@@ -35,7 +35,7 @@ def fairgrad(alpha: float | Tensor = 1.0, *, max_iter: int = 40) -> Aggregator:
 
     Args:
         alpha: Positive; a 0-d tensor may be vmapped or changed without recompiling.
-        max_iter: Newton steps, all of which are always computed.
+        max_iter: Largest number of Newton steps.
 
     Returns:
         The Aggregator, without state.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree, random
 from torchjd_func._types import Aggregator, PyTree
+from torchjd_func.aggregation._rows import by_columns
 
 
 class GradDropState(NamedTuple):
@@ -45,13 +46,14 @@ def _update(
     sizes = [part.shape[1] for part in rows]
     # One draw over all columns, in every dtype the same: the cut into leaves does not matter.
     uniforms = random.uniform(draw, (builtins.sum(sizes),)).split(sizes)
-    kept = [_pick_sign(*pair, leak, f) for pair in zip(rows, uniforms, strict=True)]
+    pick = partial(_pick_sign, leak=leak, f=f)
+    kept = [by_columns(pick, *pair) for pair in zip(rows, uniforms, strict=True)]
     grads = [_tree.row_like(*pair) for pair in zip(kept, leaves, strict=True)]
     return rebuild(grads), GradDropState(next_key)
 
 
 def _pick_sign(
-    rows: Tensor, uniform: Tensor, leak: Tensor | None, f: Callable[[Tensor], Tensor] | None
+    rows: Tensor, uniform: Tensor, *, leak: Tensor | None, f: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """Add up, in each column, the entries of one sign, and the leak of the others."""
     positive, negative = rows.clamp(min=0), rows.clamp(max=0)

@@ -7,16 +7,16 @@ Multilingual Models, ICLR 2021, arXiv:2010.05874.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, random
+from torchjd_func import _check, _host, random
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, Weighting, weighted
-from torchjd_func.aggregation._orders import one_hot, shuffled_others
-from torchjd_func.aggregation._rows import safe_sqrt
-from torchjd_func.linalg._gramian import rank_tol, rows_of
+from torchjd_func.aggregation._orders import shuffled_others
+from torchjd_func.linalg._gramian import rank_tol
 
 
 class GradVacState(NamedTuple):
@@ -40,42 +40,62 @@ def _update(
     beta: float | Tensor,
     reduction: str,
 ) -> tuple[Tensor, GradVacState]:
-    """Correct every row, all rows at once, one step of their orders at a time."""
+    """Draw orders, correct the gradients, and move the averages."""
     _check.state_type("gradvac", state, GradVacState)
     _check.state("gradvac", "phi", state.phi, gramian.shape)
-    m, tol = gramian.shape[0], rank_tol(gramian)
-    gramian = gramian.to(torch.float64)
+    tol = rank_tol(gramian)
     next_key, draw = random.split(state.key)
-    # Row i holds the coordinates of the corrected gradient of objective i.
-    coordinates = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
-    rows, seen = rows_of(gramian), state.phi
-    for j in shuffled_others(draw, m).unbind(-1):
-        visited = one_hot(j, m)
-        square = ((coordinates @ gramian) * coordinates).sum(-1)
-        # A corrected gradient may cancel to rounding, which has no direction.
-        size = coordinates.detach().abs() @ rows.norms
-        length = safe_sqrt(torch.where(square > tol * size.square(), square, 0.0))
-        inner = (coordinates * gramian[j]).sum(-1)
-        phi = _cosine(inner * rows.inverse[j], length)
-        target = torch.where(visited, state.phi, 0.0).sum(-1)
-        added = length * rows.inverse[j] * _correction(phi, target)
-        coordinates = coordinates + torch.where(visited, added.unsqueeze(-1), 0.0)
-        seen = torch.where(visited, phi.unsqueeze(-1), seen)
-    weights = coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
+    correct = partial(_correct, tol=tol, reduction=reduction)
+    orders = shuffled_others(draw, gramian.shape[0])
+    weights, seen = _host.call(correct, gramian.double(), state.phi, orders)
     return weights, GradVacState((1 - beta) * state.phi + beta * seen, next_key)
 
 
-def _cosine(inner: Tensor, length: Tensor) -> Tensor:
+def _correct(
+    xp: Any, gramian: Array, targets: Array, orders: Array, *, tol: float, reduction: str
+) -> tuple[Array, Array]:
+    """Correct every row, all rows at once, one step of their orders at a time.
+
+    Returns:
+        Weights, and the cosines that were seen.
+    """
+    squares, seen = gramian.diagonal(), targets
+    norms = _root(xp, squares)
+    inverse = xp.where(norms > 0, 1 / xp.where(norms > 0, norms, 1.0), 0.0)
+    # Row i holds the coordinates of the corrected gradient of objective i.
+    coordinates = _host.identity(gramian)
+    one_hot = coordinates > 0
+    for j in orders.T:
+        visited = one_hot[j]
+        square = ((coordinates @ gramian) * coordinates).sum(-1)
+        # A corrected gradient may cancel to rounding, which has no direction.
+        size = xp.abs(_host.constant(coordinates)) @ norms
+        length = _root(xp, xp.where(square > tol * size * size, square, 0.0))
+        inner = (coordinates * gramian[j]).sum(-1)
+        phi = _cosine(xp, inner * inverse[j], length)
+        target = xp.where(visited, targets, 0.0).sum(-1)
+        added = length * inverse[j] * _correction(xp, phi, target)
+        coordinates = coordinates + xp.where(visited, added[:, None], 0.0)
+        seen = xp.where(visited, phi[:, None], seen)
+    return (coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)), seen
+
+
+def _root(xp: Any, square: Array) -> Array:
+    """Return the square root, with a derivative of 0 where the square is not positive."""
+    return xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1.0)), 0.0)
+
+
+def _cosine(xp: Any, inner: Array, length: Array) -> Array:
     """Return the cosine with a unit vector; 0 for a zero vector."""
-    ratio = inner / torch.where(length > 0, length, 1.0)
-    return torch.where(length > 0, ratio, 0.0).clamp(-1, 1)
+    ratio = inner / xp.where(length > 0, length, 1.0)
+    return xp.clip(xp.where(length > 0, ratio, 0.0), -1, 1)
 
 
-def _correction(phi: Tensor, target: Tensor) -> Tensor:
+def _correction(xp: Any, phi: Array, target: Array) -> Array:
     """Return how much of a unit vector raises the cosine `phi` of another one to `target`."""
     # A target of 1 is out of reach: its sine is kept above rounding.
-    sine = safe_sqrt((1 - target.square()).clamp(min=torch.finfo(phi.dtype).eps))
-    return torch.where(phi < target, target / sine * safe_sqrt(1 - phi.square()) - phi, 0.0)
+    sine = _root(xp, xp.clip(1 - target * target, torch.finfo(torch.float64).eps, None))
+    return xp.where(phi < target, target / sine * _root(xp, 1 - phi * phi) - phi, 0.0)
 
 
 def gradvac(beta: float | Tensor = 0.5, *, reduction: str = "sum") -> Aggregator:

@@ -7,35 +7,53 @@ arXiv:2406.16232.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, stateless, weighted
-from torchjd_func.linalg._gramian import full_rank, pseudo_inverse, rank_tol, rows_of
+from torchjd_func.linalg._gramian import (
+    full_rank,
+    pseudo_inverse,
+    rank_tol,
+    rows_of,
+    sure_inverse,
+)
 
 
 def _weights(gramian: Tensor, *, safe: bool, rtol: float | None) -> Tensor:
     """Normalise `G^+ delta` to the sum 1."""
     tol = rank_tol(gramian, rtol)
-    balanced, rounding = _balanced(gramian.to(torch.float64), tol)
+    return _host.call(partial(_normalize, safe=safe, tol=tol), gramian.double())
+
+
+def _normalize(xp: Any, gramian: Array, *, safe: bool, tol: float) -> Array:
+    """Divide by the sum, unless it is rounding."""
+    balanced, rounding = _balanced(xp, gramian, tol)
     total = balanced.sum()
-    total = total.abs() if safe else total
-    defined = total.abs() > rounding
-    return torch.where(defined, balanced / torch.where(defined, total, 1.0), 0.0)
+    total = abs(total) if safe else total
+    defined = abs(total) > rounding
+    return xp.where(defined, balanced / xp.where(defined, total, 1.0), 0.0)
 
 
-def _balanced(gramian: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+def _balanced(xp: Any, gramian: Array, tol: float) -> tuple[Array, Array]:
     """Return `G^+ delta`, with `delta` the norms, and the rounding of the sum of its entries."""
-    rows = rows_of(gramian)
+    rows = rows_of(gramian, xp)
+    present = xp.where(rows.norms > 0, 1.0, 0 * rows.norms)
+    inverse = sure_inverse(rows.cosines, tol) if xp is np else None
+    if inverse is not None:
+        regular = rows.inverse * (inverse @ present)
+        return regular, tol * abs(regular).sum()
     # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
-    regular = rows.inverse * (pseudo_inverse(rows.cosines, tol) @ (rows.norms > 0).to(gramian))
+    regular = rows.inverse * (pseudo_inverse(rows.cosines, tol) @ present)
     inverse = pseudo_inverse(gramian, tol)
-    spread = inverse.diagonal().sum() * rows.norms.square().sum().detach().sqrt()
-    is_regular = full_rank(rows.cosines, tol)
-    balanced = torch.where(is_regular, regular, inverse @ rows.norms)
-    rounding = tol * torch.where(is_regular, regular.abs().sum(), spread)
+    spread = inverse.diagonal().sum() * xp.sqrt(_host.constant(rows.norms @ rows.norms))
+    is_regular = full_rank(rows.cosines, xp, tol)
+    balanced = xp.where(is_regular, regular, inverse @ rows.norms)
+    rounding = tol * xp.where(is_regular, abs(regular).sum(), spread)
     return balanced, rounding
 
 

@@ -7,31 +7,35 @@ NeurIPS 2017.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, stateless, weighted
 
 
 def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: bool) -> Tensor:
-    """Average the `n_selected` rows of the smallest scores; of equal scores the first rows."""
+    """Check the number of rows, and select."""
     m = gramian.shape[0]
     _check.enough_objectives("krum", m, n_byzantine + 3, "n_byzantine + 3")
     _check.enough_objectives("krum", m, n_selected, "n_selected")
-    distances = _squared_distances(gramian)
-    distances = distances if squared else distances.sqrt()
-    others = distances.masked_fill(torch.eye(m, dtype=torch.bool, device=gramian.device), torch.inf)
-    scores = others.sort(dim=-1).values[:, : m - n_byzantine - 2].sum(dim=-1)
-    ranks = scores.argsort(stable=True).argsort()
-    return (ranks < n_selected).to(gramian.dtype) / n_selected
+    select = partial(_select, n_nearest=m - n_byzantine - 2, n_selected=n_selected, squared=squared)
+    return _host.call(select, gramian.detach())
 
 
-def _squared_distances(gramian: Tensor) -> Tensor:
-    """Return `|g_i - g_j|^2`, `(m, m)`."""
+def _select(xp: Any, gramian: Array, *, n_nearest: int, n_selected: int, squared: bool) -> Array:
+    """Average the `n_selected` rows of the smallest scores; of equal scores the first rows."""
     norms = gramian.diagonal()
-    return (norms.unsqueeze(-1) + norms - 2 * gramian).clamp(min=0)
+    distances = xp.clip(norms[:, None] + norms - 2 * gramian, 0.0, None)  # (m, m)
+    distances = distances if squared else xp.sqrt(distances)
+    others = xp.where(_host.identity(gramian) > 0, xp.inf, distances)
+    ordered = xp.sort(others, -1) if xp is np else xp.sort(others, -1).values
+    scores = ordered[:, :n_nearest].sum(-1)
+    ranks = _host.argsort(_host.argsort(scores))
+    return xp.where(ranks < n_selected, 1 / n_selected, 0 * scores)
 
 
 def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggregator:

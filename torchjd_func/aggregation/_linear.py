@@ -19,7 +19,7 @@ def _mean(statistic: Tensor) -> Tensor:
 
 def _sum(statistic: Tensor) -> Tensor:
     """Return 1 for each objective."""
-    return statistic.new_ones(statistic.shape[:1])
+    return statistic.new_full((statistic.shape[0],), 1)
 
 
 def _constant(statistic: Tensor, *, weights: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def _update(
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
+    if normalization is None:
+        return min_norm_point(gramian, solver=solver).value, state
     scale = _row_scale(gramian, losses, normalization)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 1.0)
     normalized = gramian * inverse.unsqueeze(-1) * inverse
@@ -36,11 +38,9 @@ def _update(
     return (weights * inverse if apply_to == "normalized" else weights), state
 
 
-def _row_scale(gramian: Tensor, losses: Tensor | None, normalization: str | None) -> Tensor:
+def _row_scale(gramian: Tensor, losses: Tensor | None, normalization: str) -> Tensor:
     """Return what each row is divided by before the min-norm point is sought."""
     norms = gramian.diagonal().sqrt()
-    if normalization is None:
-        return torch.ones_like(norms)
     if normalization == "l2":
         return norms
     values = _check.losses_present(f"mgda(normalization={normalization!r})", losses)

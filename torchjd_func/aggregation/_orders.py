@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import random
+from torchjd_func import _host, _threefry
+from torchjd_func._host import Array
 
 
-def shuffled_others(key: Tensor, m: int) -> Tensor:
+def shuffled_others(key: Tensor, m: int) -> Array:
     """Draw for each row a uniformly random order of the other rows.
 
     Args:
@@ -16,14 +18,12 @@ def shuffled_others(key: Tensor, m: int) -> Tensor:
         m: Number of rows.
 
     Returns:
-        `(m, m - 1)` int64; row `i` holds every index but `i`.
+        `(m, m - 1)` int64, an array if the key is plain; row `i` holds every index but `i`.
     """
-    draws = random.uniform(key, (m, max(m - 1, 0)), dtype=torch.float64)
-    order = draws.argsort(dim=-1, stable=True)
-    row = torch.arange(m, device=key.device).unsqueeze(-1)
-    return order + (order >= row)
-
-
-def one_hot(index: Tensor, m: int) -> Tensor:
-    """Return rows of the identity `(..., m)` as a mask, for indices `(...)`."""
-    return index.unsqueeze(-1) == torch.arange(m, device=index.device)
+    if m == 2 and _host.numbers(key) is not None:
+        return np.array([[1], [0]])
+    draws = _threefry.wide_bits(key, (m, max(m - 1, 0)), 53)
+    order = _host.argsort(draws)
+    plain = isinstance(order, np.ndarray)
+    row = np.arange(m) if plain else torch.arange(m, device=key.device)
+    return order + (order >= row[:, None])

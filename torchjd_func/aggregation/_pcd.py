@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, Weighting, weighted
-from torchjd_func.linalg import nnqp
+from torchjd_func.linalg._nnqp import solve
 
 # Squared length, relative to that of its parts, below which a direction is rounding.
 CANCELLED = 10 * torch.finfo(torch.float64).eps
@@ -48,24 +49,35 @@ def _update(
 ) -> tuple[Tensor, PCDState]:
     """Normalise, solve, and give the result the length of the primary gradient."""
     _check.state("pcd", "ema", state.ema, gramian.shape[:1])
-    squares = gramian.diagonal()
-    step = state.step + 1
-    ema = beta * state.ema + (1 - beta) * squares
-    mean_square = ema / (1 - torch.as_tensor(beta, dtype=torch.float64) ** step) + eps
-    scale = torch.where(mean_square > 0, torch.where(mean_square > 0, mean_square, 1.0).rsqrt(), 0)
-    normalized = gramian * scale.unsqueeze(-1) * scale
-    coordinates = _solve(normalized, tau)
+    if gramian.shape[0] > 1:
+        _check.secondary("tau", tau, gramian.shape[0] - 1)
+    options = (x.double() if isinstance(x, Tensor) else x for x in (tau, beta, eps))
+    weights, *kept = _host.call(_descend, gramian, state.ema, state.step, *options)
+    return weights, PCDState(*kept)
+
+
+def _descend(
+    xp: Any, gramian: Array, old: Array, n_steps: Array, tau: Array, beta: Array, eps: Array
+) -> tuple[Array, Array, Array]:
+    """Find the weights, and the state; both as before if the Gramian is not finite."""
+    squares, step = gramian.diagonal(), n_steps + 1
+    ema = beta * old + (1 - beta) * squares
+    mean_square = ema / (1 - beta ** (step + 0 * old[0])) + eps
+    present = mean_square > 0
+    scale = xp.where(present, 1 / xp.sqrt(xp.where(present, mean_square, 1.0)), 0.0)
+    normalized = gramian * scale[:, None] * scale
+    coordinates = _solve(xp, normalized, tau)
     square = coordinates @ normalized @ coordinates
-    longest = (coordinates * normalized.diagonal().clamp(min=0).sqrt()).sum().square()
-    real = (square > CANCELLED * longest) & (squares[0] > 0)
-    ratio = torch.where(real, squares[0], 1.0) / torch.where(real, square, 1.0)
-    weights = torch.where(real, ratio.sqrt() * scale * coordinates, 0.0)
-    finite = gramian.isfinite().all()
-    kept = PCDState(torch.where(finite, ema, state.ema), torch.where(finite, step, state.step))
-    return torch.where(finite, weights, torch.nan), kept
+    longest = (coordinates * xp.sqrt(xp.clip(normalized.diagonal(), 0.0, None))).sum()
+    real = (square > CANCELLED * longest * longest) & (squares[0] > 0)
+    ratio = xp.where(real, squares[0], 1.0) / xp.where(real, square, 1.0)
+    weights = xp.where(real, xp.sqrt(ratio) * scale * coordinates, 0.0)
+    finite = xp.isfinite(gramian).all()
+    kept = xp.where(finite, ema, old), xp.where(finite, step, n_steps)
+    return xp.where(finite, weights, xp.nan), *kept
 
 
-def _solve(gramian: Tensor, tau: float | Tensor) -> Tensor:
+def _solve(xp: Any, gramian: Array, tau: float | Array) -> Array:
     """Project the primary gradient on the constraints; drop these if they cannot be met.
 
     The shift of the primary gradient is the shortest vector with products of at least `short` with
@@ -75,19 +87,18 @@ def _solve(gramian: Tensor, tau: float | Tensor) -> Tensor:
     Returns:
         `(1, mu)`, `(m,)`, with the multipliers of the secondary objectives.
     """
-    primary = torch.ones_like(gramian[:1, 0])
+    primary = xp.ones_like(gramian[:1, 0])
     if gramian.shape[0] == 1:
         return primary
     secondary = gramian[1:, 1:]
-    _check.secondary("tau", tau, len(secondary))
     short = tau * secondary.diagonal() - gramian[1:, 0]
-    largest = short.detach().abs().amax()
-    unit = short / torch.where(largest > 0, largest, 1.0)
-    multipliers = nnqp(secondary + unit.unsqueeze(-1) * unit, -unit).value
+    largest = xp.amax(xp.abs(_host.constant(short)), -1)
+    unit = short / xp.where(largest > 0, largest, 1.0)
+    multipliers = solve(xp, secondary + unit[:, None] * unit, -unit).value
     residual = 1 - unit @ multipliers
     feasible = residual > INFEASIBLE
-    shift = multipliers * largest / torch.where(feasible, residual, 1.0)
-    return torch.cat([primary, torch.where(feasible, shift, 0.0)])
+    shift = multipliers * largest / xp.where(feasible, residual, 1.0)
+    return xp.concatenate([primary, xp.where(feasible, shift, 0.0)])
 
 
 def pcd(

@@ -6,14 +6,14 @@ T. Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, arXiv:2001
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from torchjd_func import _check, random
+from torchjd_func import _check, _host, random
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, Weighting, weighted
-from torchjd_func.aggregation._orders import one_hot, shuffled_others
+from torchjd_func.aggregation._orders import shuffled_others
 
 
 class PCGradState(NamedTuple):
@@ -30,20 +30,26 @@ def _init(statistic: Tensor, key: Tensor | None) -> PCGradState:
 def _update(
     gramian: Tensor, state: PCGradState, losses: Tensor | None, *, reduction: str
 ) -> tuple[Tensor, PCGradState]:
-    """Project every row, all rows at once, one step of their orders at a time."""
+    """Draw orders, and project."""
     _check.state_type("pcgrad", state, PCGradState)
-    m = gramian.shape[0]
     next_key, draw = random.split(state.key)
+    orders = shuffled_others(draw, gramian.shape[0])
+    weights = _host.call(partial(_project, reduction=reduction), gramian, orders)
+    return weights, PCGradState(next_key)
+
+
+def _project(xp: Any, gramian: Array, orders: Array, *, reduction: str) -> Array:
+    """Project every row, all rows at once, one step of their orders at a time."""
     squares = gramian.diagonal()
     # Row i holds the coordinates of the projected gradient of objective i.
-    coordinates = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
-    for j in shuffled_others(draw, m).unbind(-1):
+    coordinates = _host.identity(gramian)
+    one_hot = coordinates > 0
+    for j in orders.T:
         inner = (coordinates * gramian[j]).sum(-1)
         conflicts = inner < 0
-        removed = torch.where(conflicts, inner / torch.where(conflicts, squares[j], 1.0), 0.0)
-        coordinates = coordinates - torch.where(one_hot(j, m), removed.unsqueeze(-1), 0.0)
-    weights = coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
-    return weights, PCGradState(next_key)
+        removed = xp.where(conflicts, inner / xp.where(conflicts, squares[j], 1.0), 0.0)
+        coordinates = coordinates - xp.where(one_hot[j], removed[:, None], 0.0)
+    return coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import PyTree
+
+# Numbers in a block of columns.
+BLOCK = 262_144
 
 
 def zeros_like(jac: PyTree) -> PyTree:
@@ -29,6 +33,25 @@ def norms(jac: PyTree) -> Tensor:
     """Return the norm of each row, `(m,)` in float64."""
     squares = [_tree.rows(leaf).square().sum(dim=1).double() for leaf in _tree.leaves(jac)]
     return safe_sqrt(torch.stack(squares).sum(dim=0))
+
+
+def by_columns(fn: Callable[..., Tensor], rows: Tensor, *vectors: Tensor) -> Tensor:
+    """Apply a function of columns to blocks that fit the cache, so that memory is read once.
+
+    Args:
+        fn: Of `rows` `(m, n)` and any `vectors` `(n,)`, returns `(n,)`.
+        rows: `(m, n)`.
+        *vectors: `(n,)`.
+
+    Returns:
+        `(n,)`.
+    """
+    width = max(1, BLOCK // max(1, rows.shape[0]))
+    # Compiled code is one loop as it is.
+    if torch.compiler.is_compiling() or rows.shape[1] <= width:
+        return fn(rows, *vectors)
+    blocks = (rows.split(width, dim=1), *(vector.split(width) for vector in vectors))
+    return torch.cat([fn(*block) for block in zip(*blocks, strict=True)])
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:

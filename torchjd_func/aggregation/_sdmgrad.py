@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg import min_norm_point, project_simplex
+from torchjd_func.linalg import project_simplex
+from torchjd_func.linalg._nnqp import nearest
 
 # Eigenvalues below this part of the largest are rounding.
 NEGATIVE = 1e-12
@@ -52,17 +54,22 @@ def _update(
 
 def _exact(matrix: Tensor, pull: Tensor, weights: Tensor) -> Tensor:
     """Find the min-norm point of the rows shifted by the pull."""
-    gramian = _positive_part(matrix)
+    return _host.call(_shifted, matrix, pull)
+
+
+def _shifted(xp: Any, matrix: Array, pull: Array) -> Array:
+    """Shift the rows."""
+    gramian = _positive_part(xp, matrix)
     along = gramian @ pull
-    return min_norm_point(gramian + along.unsqueeze(-1) + along + pull @ along).value
+    return nearest(xp, gramian + along[:, None] + along + pull @ along).value
 
 
-def _positive_part(matrix: Tensor) -> Tensor:
+def _positive_part(xp: Any, matrix: Array) -> Array:
     """Return the nearest symmetric positive semi-definite matrix; a Gramian stays as it is."""
-    symmetric = 0.5 * (matrix + matrix.mT)
-    values, vectors = torch.linalg.eigh(symmetric.detach())
-    negative = torch.where(values < -NEGATIVE * values.abs().amax(), -values, 0.0)
-    return symmetric + (vectors * negative) @ vectors.mT
+    symmetric = 0.5 * (matrix + matrix.T)
+    values, vectors = xp.linalg.eigh(_host.constant(symmetric))
+    negative = xp.where(values < -NEGATIVE * xp.amax(xp.abs(values), -1), -values, 0.0)
+    return symmetric + (vectors * negative) @ vectors.T
 
 
 def _pgd(matrix: Tensor, pull: Tensor, weights: Tensor, *, n_iter: int) -> Tensor:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree, State, no_state
+from torchjd_func.aggregation._rows import by_columns
+
+# Rows are streamed instead of sorted if few are left out, and there are columns enough for each of
+# the operations on a row.
+FEW, COLUMNS = 8, 256
 
 
 def _update(
@@ -27,9 +33,30 @@ def _update(
 def _trim(leaf: Tensor, *, trim_number: int) -> Tensor:
     """Average what is left of each column without its extremes."""
     # Extremes are sorted out, never subtracted: they may be larger than the rest by any factor.
-    ordered = _tree.rows(leaf).sort(dim=0).values
-    kept = ordered.narrow(0, trim_number, leaf.shape[0] - 2 * trim_number)
-    return _tree.row_like(kept.mean(dim=0), leaf)
+    few = trim_number <= FEW and COLUMNS * (4 * trim_number + 1) <= leaf[0].numel()
+    fn = _streamed if few and not torch.compiler.is_compiling() else _sorted
+    mean = by_columns(partial(fn, trim_number=trim_number), _tree.rows(leaf))
+    return _tree.row_like(mean, leaf)
+
+
+def _sorted(rows: Tensor, *, trim_number: int) -> Tensor:
+    """Sort each column."""
+    kept = rows.shape[0] - 2 * trim_number
+    return rows.sort(dim=0).values.narrow(0, trim_number, kept).mean(dim=0)
+
+
+def _streamed(rows: Tensor, *, trim_number: int) -> Tensor:
+    """Add up rows as they come, holding back the extremes so far; each row is read once."""
+    rows = rows.nan_to_num(torch.inf, torch.inf, -torch.inf)  # the largest, as in sorting
+    first = rows[: 2 * trim_number].sort(dim=0).values
+    lowest, highest = [*first[:trim_number]], [*first[trim_number:].flip(0)]
+    total = torch.zeros_like(rows[0])
+    for row in rows[2 * trim_number :]:
+        for k in range(trim_number):
+            lowest[k], row = torch.minimum(lowest[k], row), torch.maximum(lowest[k], row)
+            highest[k], row = torch.maximum(highest[k], row), torch.minimum(highest[k], row)
+        total = total + row
+    return total / (rows.shape[0] - 2 * trim_number)
 
 
 def trimmed_mean(trim_number: int) -> Aggregator:

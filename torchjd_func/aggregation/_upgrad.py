@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func._types import Aggregator, stateless, weighted
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg import nnqp
+from torchjd_func.linalg._nnqp import solve
 
 
 def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
-    """Project each row on the dual cone: `v = e_i + z`, and average the projections."""
-    multipliers = nnqp(gramian, gramian, solver=solver).value  # row i is z, for q = G e_i
-    weights = resolve(preference, gramian)
-    return weights + weights @ multipliers
+    """Project each row on the dual cone, and average the projections."""
+    return _host.call(partial(_average, solver=solver), gramian, resolve(preference, gramian))
+
+
+def _average(xp: Any, gramian: Array, weights: Array, *, solver: str) -> Array:
+    """Average `v = e_i + z`; row `i` of the multipliers is `z`, for `q = G e_i`."""
+    return weights + weights @ solve(xp, gramian, gramian, solver=solver).value
 
 
 def upgrad(

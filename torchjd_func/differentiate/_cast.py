@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, restructured
+from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -53,7 +53,7 @@ def cast_floating(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., A
         inner = cast_floating(fn.fn, dtype)
         return Accumulated(inner, fn.n, fn.in_dims, fn.has_aux, fn.chunk_size)
     if isinstance(fn, InstanceWise):
-        return restructured(fn, partial(cast_floating, dtype=dtype))
+        return fn.wrap(lambda inner: cast_floating(inner, dtype))
     return partial(_call, fn, dtype)
 
 

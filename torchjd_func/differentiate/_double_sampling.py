@@ -15,8 +15,7 @@ from torchjd_func.differentiate._gramian import (
     validate,
     whole,
 )
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._primitives import Linearized
+from torchjd_func.differentiate._linearize import Linearized, linearize
 
 PyTree = Any
 

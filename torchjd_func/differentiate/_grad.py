@@ -19,10 +19,16 @@ from torchjd_func.differentiate._gramian import (
     whole,
 )
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._linearize import (
+    Linearized,
+    as_vector,
+    bind,
+    grad_aux,
+    linearize,
+    split_aux,
+)
 from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._partial import partial_grads
-from torchjd_func.differentiate._primitives import Linearized, as_vector, bind, grad_aux, split_aux
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -173,18 +179,18 @@ def init_state(
 def _aggregated(
     linear: Linearized, rule: Aggregator, state: Any, method: str, chunk_size: int | None
 ) -> tuple[PyTree, Tensor | None, Any]:
-    """Return the update direction, the weights if there is one set, and the next state."""
+    """Return the update direction, its weights if there are such, and the next state."""
+    if rule.partition is not None:
+        groups, weigh = rule.partition(linear.paths)
+        matrices, pullback = contract(linear, method, chunk_size, groups)
+        weights, state = weigh(matrices, state, linear.vector)
+        return pullback(weights), None, state
     if rule.weighting is not None:
         matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
         weights, state = rule.weighting(matrix, state, losses=linear.vector)
         return pullback(weights), weights, state
-    if rule.partition is None:
-        grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
-        return grads, None, state
-    groups, weigh = rule.partition(linear.paths)
-    matrices, pullback = contract(linear, method, chunk_size, groups)
-    weights, state = weigh(matrices, state, linear.vector)
-    return pullback(weights), None, state
+    grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
+    return grads, None, state
 
 
 def _statistic(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._primitives import Linearized, basis, pull_rows, vjp
+from torchjd_func.differentiate._layerwise import Layers, combine, cross_gramians, gramians
+from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows, vjp
 
 PyTree = Any
 
@@ -215,13 +214,6 @@ def whole(linear: Linearized) -> _tree.Groups:
     return (tuple(range(len(linear.paths))),)
 
 
-def contract_cross(
-    first: Linearized, second: Linearized, method: str, chunk_size: int | None
-) -> Tensor:
-    """Return the cross-Gramian of two linearized objectives, by the chosen route."""
-    return _CROSS[method](first, second, chunk_size)
-
-
 def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Take layer by layer what was recorded so."""
     route = _jacobian_route if linear.layers is None else _layerwise_route
@@ -230,8 +222,14 @@ def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups
 
 def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Multiply factors of rows, one layer at a time."""
-    assert linear.layers is not None
-    return Gramian(gramians(linear.layers, groups), pullback_of(linear, groups))
+    return Gramian(gramians(_layers(linear), groups), pullback_of(linear, groups))
+
+
+def contract_cross(
+    first: Linearized, second: Linearized, method: str, chunk_size: int | None
+) -> Tensor:
+    """Return the cross-Gramian of two linearized objectives, by the chosen route."""
+    return _CROSS[method](first, second, chunk_size)
 
 
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
@@ -258,8 +256,15 @@ def _auto_cross(first: Linearized, second: Linearized, chunk_size: int | None) -
 
 def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Multiply factors of rows of both, one layer at a time."""
-    assert first.layers is not None and second.layers is not None
-    return cross_gramians(first.layers, second.layers, whole(first))[0]
+    return cross_gramians(_layers(first), _layers(second), whole(first))[0]
+
+
+def _layers(linear: Linearized) -> Layers:
+    """Return what was recorded layer by layer."""
+    if linear.layers is not None:
+        return linear.layers
+    rule, remedy = "differentiate an objective that is not accumulated or scaled", "Use 'auto'."
+    _check.fail(ValueError, "`method`", rule, "'layerwise'", remedy)
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import jacobian
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._primitives import Linearized, basis, pull_rows
+from torchjd_func.differentiate._linearize import Linearized, basis, linearize, pull_rows
 
 PyTree = Any
 
@@ -51,7 +50,7 @@ def jac(
 
     def jac_fn(*args: Any) -> Any:
         """Return the Jacobian (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux, "auto")
         jacobian = rows(linear, chunk_size)
         return (jacobian, linear.aux) if has_aux else jacobian
 
@@ -87,7 +86,7 @@ def jac_and_value(
 
     def jac_and_value_fn(*args: Any) -> Any:
         """Return the Jacobian and the losses (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux)
+        linear = linearize(fn, args, argnums, has_aux, "auto")
         return rows(linear, chunk_size), value(linear, has_aux)
 
     return jac_and_value_fn

@@ -27,6 +27,7 @@ def observe(
     leaves: Sequence[Tensor],
     layout: Layout,
     examples: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     batch: Batch | None,
     plans: dict[Any, Plan],
 ) -> tuple[Any, list[Tensor], Callable[..., Layers]]:
@@ -36,7 +37,8 @@ def observe(
         call: `(leaves, *example) -> (outputs, aux tensors)`.
         leaves: The parameters.
         layout: How the objective treats examples.
-        examples: Tensors with one row for each example.
+        examples: Tensors that may have one row for each example.
+        inputs: All tensors among the other arguments.
         batch: What to map over, for an objective of one example.
         plans: What is remembered of earlier runs, by shapes.
 
@@ -45,15 +47,15 @@ def observe(
     """
     key = None if torch.compiler.is_compiling() else _signature(leaves, layout, examples)
     known = plans.get(key)
-    plan = scout(call, leaves, layout, examples, batch) if known is None else known
+    plan = scout(call, leaves, layout, examples, inputs, batch) if known is None else known
     try:
         recorded = record(call, leaves, plan, batch)
     except PlanChanged:
-        plan = scout(call, leaves, layout, examples, batch)
+        plan = scout(call, leaves, layout, examples, inputs, batch)
         recorded = record(call, leaves, plan, batch)
     if layout.kind == "batched" and recorded.outputs.shape[0] != layout.size:
         layout = Layout("batched", recorded.outputs.shape[0])  # the first array has no examples
-        return observe(call, leaves, layout, examples, batch, plans)
+        return observe(call, leaves, layout, examples, inputs, batch, plans)
     if key is not None:
         plans[key] = plan
     return recorded.outputs, recorded.aux, lambda *given: pull_layers(recorded, *given)

@@ -43,6 +43,13 @@ class InstanceWise:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
         return self.fn(*args)
 
+    def wrap(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> InstanceWise:
+        """Return the objective of the changed function, with the same structure."""
+        if self.example is None:
+            return InstanceWise(change(self.fn))
+        fn, in_dims, randomness = self.example
+        return per_example(change(fn), in_dims, randomness)
+
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
         return f"InstanceWise({getattr(self.fn, '__name__', repr(self.fn))})"
@@ -121,15 +128,6 @@ def per_example(
         return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
 
     return InstanceWise(batched, example)
-
-
-def restructured(
-    fn: InstanceWise, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> InstanceWise:
-    """Return the instance-wise objective of a wrapped function."""
-    if fn.example is None:
-        return InstanceWise(wrap(fn.fn))
-    return per_example(wrap(fn.example.fn), fn.example.in_dims, fn.example.randomness)
 
 
 def multitask(

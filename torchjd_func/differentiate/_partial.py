@@ -10,10 +10,9 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._gramian import contract_whole
-from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._gramian import contract, contract_whole, pullback_of, whole
+from torchjd_func.differentiate._linearize import bind, linearize, vjp_aux
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
-from torchjd_func.differentiate._primitives import bind, vjp_aux
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -34,30 +33,31 @@ def partial_grads(
     weighting = _check.weighting_present("where", rule.name, rule.weighting)
     remedy = "Write the objective as one function of all parameters."
     _check.plain("where", fn, (MultiTask, Accumulated, Scaled), remedy)
-    primals, _ = bind(fn, args, argnums)
+    primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
     chosen = [place for place, path in enumerate(paths) if where(path)]
     _check.some_named("where", chosen, paths)
-    positions = _check.argnums(argnums, len(args))
-    others = [place for place in range(len(args)) if place not in positions]
+
+    if method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise)):
+        linear = linearize(fn, args, argnums, has_aux, method)
+        matrices, _ = contract(linear, method, chunk_size, (tuple(chosen),))
+        weights, state = weighting(matrices[0], state, losses=linear.vector)
+        grads = pullback_of(linear, whole(linear))(weights.unsqueeze(0))
+        return grads, (linear.losses, linear.aux) if has_aux else linear.losses, state
 
     def losses_and_gramian(leaves: list[Tensor]) -> tuple[Tensor, Any]:
         """Return the losses, for all parameters to be differentiated, and the partial Gramian."""
 
-        def objective(some: list[Tensor], *rest: Any) -> Any:
+        def objective(some: list[Tensor]) -> Any:
             """Return the losses of the chosen parameters alone."""
-            filled, given = list(leaves), list(args)
+            filled = list(leaves)
             for place, leaf in zip(chosen, some, strict=True):
                 filled[place] = leaf
-            for place, arg in zip(others, rest, strict=True):
-                given[place] = arg
-            return bind(fn, tuple(given), argnums)[1](rebuild(filled))
+            return call(rebuild(filled))
 
-        structured = InstanceWise(objective) if isinstance(fn, InstanceWise) else objective
-        some, rest = [leaves[place] for place in chosen], [args[place] for place in others]
-        linear = linearize(structured, (some, *rest), 0, has_aux, method)
+        linear = linearize(objective, ([leaves[place] for place in chosen],), 0, has_aux)
         gramian, _ = contract_whole(linear, method, chunk_size)
         return linear.vector, (linear.losses, linear.aux, gramian)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, restructured
+from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -39,7 +39,7 @@ def multiplied(fn: Callable[..., Any], scale: Tensor, has_aux: bool) -> Callable
         inner = multiplied(fn.fn, scale, has_aux)
         return Accumulated(inner, fn.n, fn.in_dims, fn.has_aux, fn.chunk_size)
     if isinstance(fn, InstanceWise):
-        return restructured(fn, partial(multiplied, scale=scale, has_aux=has_aux))
+        return fn.wrap(lambda inner: multiplied(inner, scale, has_aux))
     return partial(_call, fn, scale, has_aux)
 
 

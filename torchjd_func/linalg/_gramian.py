@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from torchjd_func import _host
+from torchjd_func._host import Array
 
 
 class Rows(NamedTuple):
     """What a Gramian says about rows one by one; a zero row has norm, inverse and cosines 0."""
 
-    cosines: Tensor  # (m, m), of unit diagonal, also at zero rows
-    norms: Tensor  # (m,)
-    inverse: Tensor  # (m,), one over the norms
+    cosines: Array  # (m, m), of unit diagonal, also at zero rows
+    norms: Array  # (m,)
+    inverse: Array  # (m,), one over the norms
 
 
-def rows_of(gramian: Tensor) -> Rows:
+def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     """Split a Gramian into cosines and norms: `G = D C D` with `D` the diagonal of norms."""
     squares = gramian.diagonal()
     positive = squares > 0
-    safe = torch.where(positive, squares, 1.0)
-    inverse = torch.where(positive, safe.rsqrt(), 0.0)
-    cosines = gramian * inverse.unsqueeze(-1) * inverse
-    filled = cosines + torch.diag_embed((~positive).to(gramian.dtype))
-    return Rows(filled, torch.where(positive, safe.sqrt(), 0.0), inverse)
+    roots = xp.sqrt(xp.where(positive, squares, 1.0))
+    inverse = xp.where(positive, 1 / roots, 0.0)
+    cosines = gramian * inverse[:, None] * inverse
+    filled = xp.where(positive, cosines, _host.identity(gramian))
+    return Rows(filled, xp.where(positive, roots, 0.0), inverse)
 
 
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
@@ -35,14 +39,16 @@ def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
     return gramian.shape[0] * torch.finfo(gramian.dtype).eps if rtol is None else rtol
 
 
-def pseudo_inverse(gramian: Tensor, tol: float) -> Tensor:
+def pseudo_inverse(gramian: Array, tol: float) -> Array:
     """Return the pseudo-inverse of a symmetric matrix, with eigenvalues up to `tol` taken as 0."""
+    if isinstance(gramian, np.ndarray):
+        return np.linalg.pinv(gramian, tol, hermitian=True)
     return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
 
 
-def full_rank(gramian: Tensor, tol: float) -> Tensor:
+def full_rank(gramian: Array, xp: Any, tol: float) -> Array:
     """Say `()` whether every eigenvalue is above `tol` times the largest."""
-    eigenvalues = torch.linalg.eigvalsh(gramian.detach())
+    eigenvalues = xp.linalg.eigvalsh(_host.constant(gramian))
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
 
 
@@ -50,3 +56,14 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divide, and give 0 where the denominator is not positive."""
     positive = denominator > 0
     return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+
+
+def sure_inverse(gramian: Array, tol: float) -> Array | None:
+    """Return the inverse of an array if norms alone show that it has full rank."""
+    try:
+        inverse = np.linalg.inv(gramian)
+    except np.linalg.LinAlgError:
+        return None
+    # No eigenvalue is larger than the norm, nor one of the inverse.
+    sure = tol * np.linalg.norm(gramian) * np.linalg.norm(inverse) < 1
+    return inverse if sure else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func.linalg import _pivoting
 from torchjd_func.linalg._masked import masked_solve, solve_masked
 
@@ -66,8 +68,8 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     _check.floating("`vector`", vector)
     _check.length("vector", vector, matrix.shape[-1])
     dtype = torch.promote_types(matrix.dtype, vector.dtype)
-    solution = _solve(matrix.to(torch.float64), vector.to(torch.float64), solver)
-    return solution._replace(value=solution.value.to(dtype))
+    wide = matrix.double(), vector.double()
+    return cast(_host.call(partial(solve, solver=solver), *wide), dtype)
 
 
 def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = "auto") -> Solution:
@@ -95,9 +97,14 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.floating("`coordinates`", coordinates)
     _check.length("coordinates", coordinates, gramian.shape[-1])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
-    wide, start = gramian.to(torch.float64), coordinates.to(torch.float64)
-    solution = _solve(wide, (start.unsqueeze(-2) @ wide).squeeze(-2), solver)
-    return solution._replace(value=(start + solution.value).to(dtype))
+    wide = gramian.double(), coordinates.double()
+    return cast(_host.call(partial(_project, solver=solver), *wide), dtype)
+
+
+def _project(xp: Any, gramian: Array, start: Array, *, solver: str) -> Solution:
+    """Solve for `z = v - u`."""
+    solution = solve(xp, gramian, (start[..., None, :] @ gramian)[..., 0, :], solver=solver)
+    return solution._replace(value=start + solution.value)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
@@ -120,18 +127,32 @@ def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
     """
     _check.solver(solver)
     _check.matrix("gramian", gramian)
-    wide = gramian.to(torch.float64)
-    diagonal = wide.detach().diagonal(dim1=-2, dim2=-1)
-    # The shortest row decides, so its scale is kept; any positive number gives the same answer.
-    shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
-    kappa = torch.where(shortest.isinf(), 1.0, shortest)
-    solution = _solve(wide + kappa.unsqueeze(-1), -kappa.expand_as(diagonal), solver)
-    total = solution.value.sum(-1, keepdim=True)
-    return solution._replace(value=(solution.value / total).to(gramian.dtype))
+    found = _host.call(partial(nearest, solver=solver), gramian.double())
+    return cast(found, gramian.dtype)
 
 
-def _solve(matrix: Tensor, vector: Tensor, solver: str) -> Solution:
-    """Solve a float64 problem, differentiably."""
+def nearest(xp: Any, gramian: Array, *, solver: str = "auto") -> Solution:
+    """Solve with the shift `kappa`; any positive number gives the same answer."""
+    diagonal = _host.constant(gramian).diagonal(0, -2, -1)
+    # The shortest row decides, so its scale is kept.
+    shortest = xp.amin(xp.where(diagonal > 0, diagonal, xp.inf), -1)[..., None]
+    kappa = xp.where(shortest < xp.inf, shortest, 1.0)
+    linear = 0 * diagonal - kappa
+    solution = solve(xp, gramian + kappa[..., None], linear, solver=solver)
+    return solution._replace(value=solution.value / solution.value.sum(-1)[..., None])
+
+
+def cast(solution: Solution, dtype: torch.dtype) -> Solution:
+    """Return the value in the dtype of the problem."""
+    same = solution.value.dtype == dtype
+    return solution if same else solution._replace(value=solution.value.to(dtype))
+
+
+def solve(xp: Any, matrix: Array, vector: Array, *, solver: str = "auto") -> Solution:
+    """Solve a float64 problem, differentiably if it is given as tensors."""
+    if xp is np:
+        value, _, *flags = _search_arrays(matrix, vector, solver)
+        return Solution(value, *flags)
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
@@ -143,6 +164,13 @@ def _solve(matrix: Tensor, vector: Tensor, solver: str) -> Solution:
     found, support, *flags = search(matrix.detach(), vector.detach(), solver)
     value = masked_solve(matrix, support, -vector).clamp(min=0)
     return Solution(value + 0 * found, *flags)  # not-a-number spreads
+
+
+def minimize(xp: Any, matrix: Array, vector: Array) -> Array:
+    """Return the solution for one float64 problem, as a constant of derivatives."""
+    if xp is np:
+        return _search_arrays(matrix, vector, "auto").value
+    return search(matrix.detach(), vector.detach(), "auto")[0]
 
 
 @torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
@@ -163,21 +191,31 @@ def search(
 
 
 def _search(matrix: Tensor, vector: Tensor, solver: str) -> Any:
-    """Number matrices and problems, and hand them to numpy; accelerators stay on their device."""
+    """Hand the problems to numpy; accelerators stay on their device."""
     if matrix.device.type != "cpu" and solver == "auto":
         return solve_masked(matrix, vector)
-    m = vector.shape[-1]
-    matrices, vectors = matrix.detach().cpu().numpy(), vector.detach().cpu().numpy()
-    shape = np.broadcast_shapes(matrices.shape[:-2], vectors.shape[:-1])
-    which = np.arange(math.prod(matrices.shape[:-2])).reshape(matrices.shape[:-2])
+    answer = _search_arrays(matrix.detach().cpu().numpy(), vector.detach().cpu().numpy(), solver)
+    return tuple(_host.tensor(part).to(matrix.device) for part in answer)
+
+
+def _search_arrays(matrices: Array, vectors: Array, solver: str) -> _pivoting.Answer:
+    """Number matrices and problems, and solve them; parts of the answer have their shape."""
+    m = vectors.shape[-1]
+    if matrices.ndim == 2:
+        shape, numbers = vectors.shape[:-1], 0
+    else:
+        shape = np.broadcast_shapes(matrices.shape[:-2], vectors.shape[:-1])
+        numbers = np.arange(math.prod(matrices.shape[:-2])).reshape(matrices.shape[:-2])
+    which = np.empty(shape, dtype=np.int64)
+    which[...] = numbers
+    if vectors.shape[:-1] != shape:
+        vectors = np.broadcast_to(vectors, (*shape, m))
     answer = _pivoting.solve(
-        matrices.reshape(-1, m, m),
-        np.broadcast_to(which, shape).reshape(-1),
-        np.broadcast_to(vectors, (*shape, m)).reshape(-1, m),
-        solver,
+        matrices.reshape(-1, m, m), which.reshape(-1), vectors.reshape(-1, m), solver
     )
-    parts = [torch.from_numpy(part.reshape((*shape, *part.shape[1:]))) for part in answer]
-    return tuple(parts if matrix.is_cpu else (part.to(matrix.device) for part in parts))
+    if len(shape) == 1:
+        return answer
+    return _pivoting.Answer(*(part.reshape((*shape, *part.shape[1:])) for part in answer))
 
 
 @search.register_fake

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func.linalg._nnqp import Solution, min_norm_point
+from torchjd_func import _check, _host
+from torchjd_func._host import Array
+from torchjd_func.linalg._nnqp import Solution, cast, nearest
 from torchjd_func.linalg._pivoting import KKT_TOL
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
@@ -40,7 +45,8 @@ def orthant_root(
     Args:
         gramian: `G`, `(..., m, m)`.
         alpha: Positive; a number, or a tensor of the leading dimensions of `gramian` or fewer.
-        max_iter: Number of Newton steps, all of which are always computed; 6 to 12 do as a rule.
+        max_iter: Largest number of Newton steps; 6 to 12 do as a rule. An accelerator takes them
+            all, so that nothing waits for the host.
         eps: Relative rounding of the entries of `gramian`, by default that of its dtype.
 
     Returns:
@@ -60,105 +66,165 @@ def orthant_root(
     """
     _check.matrix("gramian", gramian)
     _check.interval("alpha", alpha, 0, open_low=True)
-    wide = gramian.to(torch.float64)
-    power = 1 / torch.as_tensor(alpha, dtype=torch.float64, device=wide.device).unsqueeze(-1)
-    squares = wide.detach().diagonal(dim1=-2, dim2=-1)
-    active = squares > 0
-    lengths = torch.where(active, squares, 1.0).sqrt()
-    unit = _unit_rows(wide, lengths, active)
-    gap = min_norm_point(unit.detach())
-    nearest = torch.einsum("...i,...ij,...j->...", gap.value, unit.detach(), gap.value)
+    wide = gramian.double()
+    if isinstance(alpha, Tensor):
+        power = 1 / alpha.to(wide).unsqueeze(-1)
+    else:
+        power = wide.new_full((1,), 1 / alpha)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
-    exists = (nearest > max(STATIONARY_TOL, rounding)) & gap.converged & active.any(-1)
+    find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
+    return cast(_host.call(find, wide, power), gramian.dtype)
+
+
+def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -> Solution:
+    """Search on unit rows, and take the last step differentiably."""
+    squares = _host.constant(gramian).diagonal(0, -2, -1)
+    active, identity = squares > 0, _host.identity(gramian)
+    lengths = xp.sqrt(xp.where(active, squares, 1.0))
+    unit = gramian / lengths[..., None] / lengths[..., None, :]
+    unit = unit + identity * xp.where(active, 0.0, 1.0)[..., None]  # zero rows become unit rows
+    fixed = _host.constant(unit)
+    gap = nearest(xp, fixed)
+    distance = (gap.value * _apply(fixed, gap.value)).sum(-1)
+    exists = (distance > tol) & gap.converged & active.any(-1)
     # Where there is no root the iteration would diverge, and spoil derivatives of other entries.
-    identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    unit = torch.where(exists[..., None, None], unit, identity)
+    unit = xp.where(exists[..., None, None], unit, identity)
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) x^(-power).
-    log_gain = (power.detach() - 1) * lengths.log()
-    x, iterations = _iterate(unit.detach(), log_gain, power.detach(), max_iter)
-    correction = _newton(unit, (power - 1) * lengths.log(), power, x)
-    converged = exists & (correction.detach().abs().amax(-1) <= KKT_TOL)
-    root = torch.where(converged.unsqueeze(-1), x * (1 + correction), x) / lengths
-    value = torch.where(active & exists.unsqueeze(-1), root, 0.0)
-    return Solution(value.to(gramian.dtype), converged, iterations, torch.zeros_like(exists))
+    log_gain = (power - 1) * xp.log(lengths)
+    same = _host.constant(power + 0 * log_gain[..., :1])
+    x, iterations = _find(xp, _host.constant(unit), _host.constant(log_gain), same, max_iter)
+    correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
+    small = xp.amax(xp.abs(_host.constant(correction)), -1) <= KKT_TOL
+    converged = exists & small
+    root = xp.where(converged[..., None], x * (1 + correction), x) / lengths
+    value = xp.where(active & exists[..., None], root, 0.0)
+    return Solution(value, converged, iterations, exists & False)
 
 
-def _unit_rows(gramian: Tensor, lengths: Tensor, active: Tensor) -> Tensor:
-    """Return the Gramian of the rows divided by their lengths; zero rows become unit rows."""
-    unit = gramian / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
-    return unit + torch.diag_embed(torch.where(active, 0.0, torch.ones_like(lengths)))
+def _find(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
+    """Iterate: in numpy, or behind an operation that may use it."""
+    if xp is np:
+        return _iterate(np, unit, log_gain, power, max_iter)
+    return iterate(unit, log_gain, power, max_iter)
 
 
-def _iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("torchjd_func::orthant_root", mutates_args=())
+def iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tuple[Tensor, Tensor]:
+    """Iterate on each problem of a batch; opaque to the compiler, since it ends early on the CPU.
+
+    Args:
+        unit: `(..., m, m)` float64.
+        log_gain: `(..., m)` float64.
+        power: `(..., 1)` float64.
+        max_iter: Largest number of steps.
+
+    Returns:
+        `x` `(..., m)` and `iterations` `(...,)` int64.
+    """
+    if unit.is_cpu:
+        a, b, c = (part.detach().numpy() for part in (unit, log_gain, power))
+        x, iterations = _iterate(np, a, b, c, max_iter)
+        return torch.from_numpy(x), torch.from_numpy(np.asarray(iterations))
+    return _iterate(torch, unit, log_gain, power, max_iter)
+
+
+@iterate.register_fake
+def _fake(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> Any:
+    """Tell the compiler the shapes."""
+    x = log_gain.new_empty(log_gain.shape)
+    return x, x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+@iterate.register_vmap
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Iterate on one larger batch."""
+    pairs = zip(args[:3], in_dims, strict=False)
+    mapped = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in pairs
+    ]
+    return iterate(*mapped, args[3]), (0, 0)
+
+
+@np.errstate(all="ignore")  # what is not finite does not converge
+def _iterate(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
     """Iterate to `x > 0` with `unit @ x = gain x^-power`; a problem that is done stays.
 
     Returns:
         `x` and the number of steps that were taken.
     """
-    x = _start(unit, log_gain, power)
-    iterations = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    done = torch.zeros_like(iterations, dtype=torch.bool)
+    x = _start(xp, unit, log_gain, power)
+    done = x[..., 0] < 0
+    iterations = done + 0
     for _ in range(max_iter):
-        relative = _newton(unit, log_gain, power, x)
-        step = _step_length(unit, log_gain, power, x, relative)
-        done = done | (relative.abs().amax(-1) <= STEP_TOL)
-        x = torch.where(done.unsqueeze(-1), x, x * (1 + step * relative))
-        iterations = iterations + (~done).to(torch.int64)
+        target, pushed = _target(xp, log_gain, power, x), _apply(unit, x)
+        relative = _newton(xp, unit, power, x, target, pushed)
+        done = done | (xp.amax(xp.abs(relative), -1) <= STEP_TOL)
+        if xp is np and done.all():
+            break
+        step = _step_length(xp, unit, power, x, relative, target, pushed)
+        x = xp.where(done[..., None], x, x * (1 + step * relative))
+        iterations = iterations + ~done
     return x, iterations
 
 
-def _start(unit: Tensor, log_gain: Tensor, power: Tensor) -> Tensor:
+def _start(xp: Any, unit: Array, log_gain: Array, power: Array) -> Array:
     """Return the root for orthogonal rows, scaled to the best point on its ray."""
-    x = (log_gain / (1 + power)).exp()
-    curvature = (x * _apply(unit, x)).sum(-1, keepdim=True)
-    target = _target(log_gain, power, x).sum(-1, keepdim=True)
-    ratio = target / torch.where(curvature > 0, curvature, target)
+    x = xp.exp(log_gain / (1 + power))
+    curvature = (x * _apply(unit, x)).sum(-1)[..., None]
+    target = _target(xp, log_gain, power, x).sum(-1)[..., None]
+    ratio = target / xp.where(curvature > 0, curvature, target)
     return x * ratio ** (1 / (1 + power))
 
 
-def _newton(unit: Tensor, log_gain: Tensor, power: Tensor, x: Tensor) -> Tensor:
+def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed: Array) -> Array:
     """Return Newton's step relative to `x`.
 
     In `r = sqrt(target) step / x` the Hessian is a positive semi-definite matrix plus `power I`, so
     the factorisation succeeds wherever `x` is; it is a constant of the derivative.
     """
-    target = _target(log_gain, power, x)
-    root = target.detach().sqrt()
+    root = xp.sqrt(_host.constant(target))
     scale = x / root
-    hessian = unit.detach() * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    hessian = hessian + torch.diag_embed(power.detach().expand_as(x))
+    hessian = _host.constant(unit) * scale[..., None] * scale[..., None, :]
+    hessian = hessian + _host.constant(power)[..., None] * _host.identity(hessian)
+    residual = (target / root - scale * pushed)[..., None]
+    if xp is np:
+        return np.linalg.solve(hessian, residual)[..., 0] / root
     factor, _ = torch.linalg.cholesky_ex(hessian)
-    residual = target / root - scale * _apply(unit, x)
-    return torch.cholesky_solve(residual.unsqueeze(-1), factor).squeeze(-1) / root
+    return torch.cholesky_solve(residual, factor).squeeze(-1) / root
 
 
 def _step_length(
-    unit: Tensor, log_gain: Tensor, power: Tensor, x: Tensor, relative: Tensor
-) -> Tensor:
+    xp: Any, unit: Array, power: Array, x: Array, relative: Array, target: Array, pushed: Array
+) -> Array:
     """Return the longest step `(..., 1)` that stays positive and hardly passes the minimum.
 
     The objective is convex along the step, so its slope there tells on which side one is.
     """
-    falling = torch.where(relative < 0, -1 / torch.where(relative < 0, relative, -1.0), torch.inf)
-    longest = (BOUNDARY * falling.amin(-1, keepdim=True)).clamp(max=1)
-    halves = 0.5 ** torch.arange(HALVINGS, dtype=x.dtype, device=x.device)
-    steps = longest * halves  # (..., HALVINGS)
-    target = _target(log_gain, power, x)
-    constant = (relative * x * _apply(unit, x)).sum(-1, keepdim=True)
-    linear = (relative * x * _apply(unit, relative * x)).sum(-1, keepdim=True)
-    moved = 1 + steps.unsqueeze(-1) * relative.unsqueeze(-2)  # (..., HALVINGS, m)
-    barrier = ((relative * target).unsqueeze(-2) * moved ** -power.unsqueeze(-1)).sum(-1)
-    slope = constant + linear * steps - barrier
-    decrement = (relative * target).sum(-1, keepdim=True) - constant
-    allowed = slope <= 0.5 * decrement
-    return torch.where(allowed, steps, steps[..., -1:]).amax(-1, keepdim=True)
+    lowest = xp.amin(relative, -1)[..., None]
+    longest = xp.where(lowest < -BOUNDARY, -BOUNDARY / xp.where(lowest < 0, lowest, -1.0), 1.0)
+    constant = (relative * x * pushed).sum(-1)[..., None]
+    linear = (relative * x * _apply(unit, relative * x)).sum(-1)[..., None]
+    gain = relative * target
+    limit = 0.5 * (gain.sum(-1)[..., None] - constant)
+
+    def allowed(steps: Array) -> Array:
+        """Say for each step `(..., k)` whether the slope at its end is low enough."""
+        moved = 1 + steps[..., None] * relative[..., None, :]  # (..., k, m)
+        barrier = (gain[..., None, :] * moved ** -power[..., None]).sum(-1)
+        return constant + linear * steps - barrier <= limit
+
+    if xp is np and allowed(longest).all():
+        return longest
+    steps = xp.stack([longest * 0.5**k for k in range(HALVINGS)], -1)[..., 0, :]
+    return xp.amax(xp.where(allowed(steps), steps, steps[..., -1:]), -1)[..., None]
 
 
-def _target(log_gain: Tensor, power: Tensor, x: Tensor) -> Tensor:
+def _target(xp: Any, log_gain: Array, power: Array, x: Array) -> Array:
     """Return `gain x^(1 - power)`, which `x * (unit @ x)` equals at the root."""
-    return (log_gain + (1 - power) * x.log()).exp()
+    return xp.exp(log_gain + (1 - power) * xp.log(x))
 
 
-def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+def _apply(matrix: Array, x: Array) -> Array:
     """Return `matrix @ x` over batches."""
-    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+    return (matrix @ x[..., None])[..., 0]

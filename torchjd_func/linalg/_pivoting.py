@@ -8,13 +8,13 @@ until there is none. `N` problems share `P` matrices: problem `i` has `matrices[
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import qpsolvers
 import torch
 
-Array = Any  # numpy.ndarray; numpy's types of reductions are too wide to be checked
+from torchjd_func._host import Array
 
 # Largest relative KKT residual of a solution that is called converged.
 KKT_TOL = 1e-8
@@ -24,10 +24,18 @@ SIGN_TOL = 1e-12
 RANK_TOL = 1e-12
 # An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
 LARGEST = 1e8
+# A solution with a general right-hand side that is this large marks dependent rows too.
+PROBE_LIMIT = 1e11
+# Divides by this instead of by zero.
+TINY = np.finfo(np.float64).tiny
 # Exchanges without improvement before the fast path gives up.
 PATIENCE = 3
-# Up to this size whole systems are solved; above, the support is cut out, and guessed better.
-SMALL = 24
+# Systems are solved whole up to this size, or in a batch of this many multiplications; beyond, the
+# support is cut out.
+SMALL, LIGHT = 24, 1_000_000
+# Guessing supports pays if the products of all matrices with a vector take this many
+# multiplications.
+HEAVY = 30_000
 GUESS_STEPS = 20
 # Numbers in the largest batch of cut-out systems.
 BLOCK = 2_000_000
@@ -46,23 +54,28 @@ class Answer(NamedTuple):
 @np.errstate(all="ignore")  # what is not finite is said in the answer
 def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
-    if solver == "auto" and (vectors >= 0).all() and np.isfinite(matrices).all():
+    if solver == "auto" and vectors.min(initial=0.0) >= 0 and np.isfinite(matrices).all():
         return _nothing_to_do(vectors)
-    diagonal = np.einsum("pii->pi", matrices)
+    diagonal = matrices.diagonal(axis1=1, axis2=2)
     scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    unit = matrices * scales[:, :, None] * scales[:, None, :]
-    scale = scales[which]
+    unit = matrices * (scales[:, :, None] * scales[:, None, :])
+    scale = scales if len(scales) == 1 else scales[which]
     linear = vectors * scale
-    largest = np.abs(linear).max(axis=1, keepdims=True, initial=0.0)
-    size = np.where(largest > 0, largest, 1.0)
-    linear = linear / size
+    size = np.maximum(_largest(linear), TINY)[:, None]
+    linear /= size
     z, support, iterations, fallback = _search(unit, which, linear, solver)
-    residual = np.abs(np.minimum(z, push(unit, which, z) + linear)).max(axis=1, initial=0.0)
-    longest = z.max(axis=1, initial=0.0)
+    residual = _largest(np.minimum(z, push(unit, which, z) + linear))
+    longest = np.maximum.reduce(z, axis=1, initial=0.0)
     converged = (residual <= KKT_TOL * (1 + longest)) & (longest < LARGEST)
-    # Not-a-number spreads from the input through the residual.
-    value = z * scale * size + 0.0 * residual[:, None]
+    value = z * (scale * size)
+    if not converged.all():  # not-a-number spreads from the input
+        value += 0.0 * residual[:, None]
     return Answer(value, support, converged, iterations, fallback)
+
+
+def _largest(x: Array) -> Array:
+    """Return `max|x|` of each row."""
+    return np.maximum.reduce(np.abs(x), axis=1, initial=0.0)
 
 
 def _nothing_to_do(vectors: Array) -> Answer:
@@ -93,8 +106,9 @@ def _search(
         z, _ = _cut_out(matrices, which, support, -vectors)
         ones = np.ones(len(z), dtype=np.int64)
         return z.clip(min=0), support, ones, ones.astype(bool)
+    n, m = vectors.shape
     guess = vectors < -SIGN_TOL
-    if vectors.shape[1] > SMALL and guess.any():
+    if m > SMALL and n * m**2 > HEAVY and guess.any():
         guess = _guess(matrices, which, vectors)
     z, support, iterations, done = _exchange(matrices, which, vectors, guess)
     left = np.flatnonzero(~done)
@@ -137,41 +151,60 @@ def _exchange(
     Returns:
         `(z, support, iterations, done)`.
     """
-    z, support = np.zeros_like(vectors), free.copy()
-    iterations, done = np.zeros(len(z), dtype=np.int64), ~free.any(axis=1)
-    system = _whole if vectors.shape[1] <= SMALL else _cut_out
-    wrong_at_zero = vectors < -SIGN_TOL
-    place = np.flatnonzero(~(done & ~wrong_at_zero.any(axis=1)))
-    done[place] = False
-    which, vectors, free = which[place], vectors[place], free[place]
-    fewest, patience = np.full(len(place), free.shape[1] + 1), np.full(len(place), PATIENCE)
-    while len(place):
-        x, independent = system(matrices, which, free, -vectors)
-        tolerance = SIGN_TOL * (1 + np.abs(x).max(axis=1, keepdims=True))
-        wrong = np.where(free, x, push(matrices, which, x) + vectors) < -tolerance
-        count = wrong.sum(axis=1)
-        z[place], support[place] = x, free
-        done[place] = independent & (count == 0)
-        iterations[place] += 1
-        patience = np.where(count < fewest, PATIENCE, patience - 1)
-        stay = independent & (count > 0) & (patience > 0)
-        if not stay.any():
-            break
-        fewest = np.minimum(fewest, count)
-        place, which, vectors = place[stay], which[stay], vectors[stay]
-        free, fewest, patience = (free ^ wrong)[stay], fewest[stay], patience[stay]
-    return z, support, iterations, done
+    n, m = vectors.shape
+    z, support = np.zeros((n, m)), np.zeros((n, m), dtype=bool)
+    iterations, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
+    place, fewest, patience = np.arange(n), np.full(n, m + 1), np.full(n, PATIENCE)
+    rounds = 0
+    minus, right = -np.eye(m), np.empty((n, m, 2))
+    # A second right-hand side, like no other, is blown up by a system that is hardly regular.
+    right[:, :, 0], right[:, :, 1] = -vectors, np.cos(np.arange(m) ** 2)
+    while True:
+        signed, independent = _complementary(matrices, which, right, free, minus)
+        size = _largest(signed)
+        wrong = signed < -SIGN_TOL * (1 + size)[:, None]
+        count = np.add.reduce(wrong, axis=1)
+        independent = independent & (size < LARGEST)
+        stay = independent & (count > 0)
+        rounds += 1
+        if rounds > PATIENCE:
+            patience = np.where(count < fewest, PATIENCE, patience - 1)
+            fewest = np.minimum(fewest, count)
+            stay = stay & (patience > 0)
+        left = np.count_nonzero(stay)
+        if not left and len(place) == n:
+            iterations += rounds
+            return np.where(free, signed, 0.0), free, iterations, independent & (count == 0)
+        if 2 * left <= len(place):
+            z[place], support[place] = np.where(free, signed, 0.0), free
+            iterations[place], done[place] = rounds, independent & (count == 0)
+            if not left:
+                return z, support, iterations, done
+            place, which, right, free, wrong = (x[stay] for x in (place, which, right, free, wrong))
+            fewest, patience = fewest[stay], patience[stay]
+        free = free ^ wrong
 
 
-def _whole(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Solve on the support, in systems of full size: the least overhead for small ones."""
-    matrix = matrices if len(matrices) == 1 else matrices[which]
-    masked = np.where(free[:, :, None] & free[:, None, :], matrix, np.eye(free.shape[1]))
-    try:
-        x = np.linalg.solve(masked, np.where(free, right, 0.0)[:, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:
-        return _cut_out(matrices, which, free, right)
-    return x, np.abs(x).max(axis=1) < LARGEST
+def _complementary(
+    matrices: Array, which: Array, right: Array, free: Array, minus: Array
+) -> tuple[Array, Array]:
+    """Return `x_F` and the slopes of the others, in one array, none negative at a solution.
+
+    Returns:
+        The array, and whether the rows of the support are independent.
+    """
+    n, m = free.shape
+    if m <= SMALL or n * m**3 <= LIGHT:
+        matrix = matrices if len(matrices) == 1 else matrices[which]
+        # Of `Q x - y = -q`, the columns of what is not zero.
+        system = np.where(free[:, None, :], matrix, minus)
+        try:
+            found = np.linalg.solve(system, right)
+            return found[:, :, 0], _largest(found[:, :, 1]) < PROBE_LIMIT
+        except np.linalg.LinAlgError:
+            pass
+    x, independent = _cut_out(matrices, which, free, right[:, :, 0])
+    return np.where(free, x, push(matrices, which, x) - right[:, :, 0]), independent
 
 
 def _cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:

@@ -91,7 +91,7 @@ def scores_and_values(
         attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
     if attn_mask is not None:
         allowed = attn_mask.dtype is torch.bool
-        scores = scores + (_additive(~attn_mask, scores.dtype) if allowed else attn_mask)
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if allowed else scores + attn_mask
     weights = scores.softmax(-1)
     return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
 
@@ -134,36 +134,39 @@ def _explicit(
     """Return the mixed values and the attention weights."""
     scaled = apply(torch.mul, q, math.sqrt(1.0 / q.shape[-1]))
     scores = apply(torch.matmul, scaled, apply(torch.transpose, k, -2, -1))
-    mask = _mask(given, q, k)
+    mask = _mask(apply, given, q)
     scores = scores if mask is None else apply(torch.add, scores, mask)
     weights = apply(torch.softmax, scores, -1)
     if dropout > 0.0:
         weights = apply(F.dropout, weights, dropout)
-    mean = weights.mean(1) if given["average_attn_weights"] else weights
+    mean = apply(torch.mean, weights, 1) if given["average_attn_weights"] else weights
     return apply(torch.matmul, weights, v), mean
 
 
 def _fused(apply: Apply, q: Tensor, k: Tensor, v: Tensor, given: Given, dropout: float) -> Tensor:
     """Return the mixed values."""
     hint = bool(given["is_causal"]) and given["key_padding_mask"] is None
-    mask = None if hint else _mask(given, q, k)
+    mask = None if hint else _mask(apply, given, q)
     return apply(F.scaled_dot_product_attention, q, k, v, mask, dropout, hint)
 
 
-def _mask(given: Given, q: Tensor, k: Tensor) -> Tensor | None:
+def _mask(apply: Apply, given: Given, q: Tensor) -> Tensor | None:
     """Return what is added to the scores, `(b or 1, heads or 1, t, s)`."""
     mask, padding = given["attn_mask"], given["key_padding_mask"]
     if mask is not None:
-        mask = _additive(mask, q.dtype)
-        mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, q.shape[:2])
+        shape = (1, 1, *mask.shape) if mask.ndim == 2 else (*q.shape[:2], *mask.shape[1:])
+        mask = apply(torch.reshape, _additive(apply, mask, q.dtype), shape)
     if padding is not None:
-        padding = _additive(padding, q.dtype)[:, None, None, :]
-    return padding if mask is None else (mask if padding is None else mask + padding)
+        shape = (padding.shape[0], 1, 1, padding.shape[1])
+        padding = apply(torch.reshape, _additive(apply, padding, q.dtype), shape)
+    if mask is None or padding is None:
+        return padding if mask is None else mask
+    return apply(torch.add, mask, padding)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(apply: Apply, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask as numbers to add: minus infinity where a boolean mask forbids."""
     if mask.dtype is not torch.bool:
-        return mask.to(dtype)
-    zero = torch.zeros_like(mask, dtype=dtype)
-    return torch.where(mask, float("-inf"), zero)
+        return apply(torch.Tensor.to, mask, dtype)
+    zero = apply(torch.zeros_like, mask, dtype=dtype)
+    return apply(torch.where, mask, float("-inf"), zero)

@@ -47,7 +47,8 @@ class Plan(NamedTuple):
 
     layout: Layout
     steps: tuple[Step, ...]
-    opaque: frozenset[int]  # leaves that are used where no rule applies, or not seen at all
+    opaque: frozenset[int]  # leaves that are used where no rule applies
+    blind: bool  # some operation was not seen, as it may be when compiling: trust no rule
 
 
 class Use(NamedTuple):
@@ -62,12 +63,9 @@ class Use(NamedTuple):
 class Watch(TorchFunctionMode):
     """Follows parameters through the operations of an objective."""
 
-    def __init__(
-        self, handles: Sequence[Tensor], frozen: Sequence[Tensor] | None, layout: Layout
-    ) -> None:
+    def __init__(self, handles: Sequence[Tensor], layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        self.frozen = frozen
         self.count = len(handles)
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
@@ -126,19 +124,6 @@ class Watch(TorchFunctionMode):
 
         return (*_sources.substitute((args, kwargs), replace), arrays)
 
-    def cut(self, args: Any, kwargs: Any, opaque: frozenset[int]) -> Any:
-        """Return the arguments with parameters that the derivative does not see."""
-
-        def freeze(x: Tensor) -> Tensor:
-            """Make a parameter again from leaves that are not differentiated."""
-            source = self.sources.get(x)
-            if source is None or self.frozen is None or opaque.intersection(source.leaves):
-                return x
-            made = _sources.build(source, [*self.frozen, *self.constants])
-            return made.expand(x.shape) if source.expanded else made
-
-        return _sources.substitute((args, kwargs), freeze)
-
     def derived(
         self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, size: int | None
     ) -> None:
@@ -164,15 +149,54 @@ class Scout(Watch):
     """The first run: decides what becomes of each operation, from shapes alone."""
 
     def __init__(
-        self, handles: Sequence[Tensor], layout: Layout, examples: Sequence[Tensor]
+        self,
+        handles: Sequence[Tensor],
+        layout: Layout,
+        examples: Sequence[Tensor],
+        inputs: Sequence[Tensor],
     ) -> None:
-        super().__init__(handles, None, layout)
+        super().__init__(handles, layout)
         self.axes: dict[Tensor, Axis] = {
             x: 0 for x in examples if x.ndim and x.shape[0] == layout.size
         }
         self.steps: list[Step] = []
         self.opaque: set[int] = set()
-        self.unseen = set(range(len(handles)))
+        self.blind = False
+        self.known: dict[Tensor, None] = dict.fromkeys((*handles, *inputs))
+        self.depth = 0
+        if not torch.compiler.is_compiling():
+            self.depth = max(_depth(x) for x in (*handles, *inputs))
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation, and know its outputs again."""
+        if func is not F.batch_norm:  # whose running statistics are not made of parameters
+            self.inspect(tensors_in((args, kwargs)))
+        out = super().apply(func, *args, **kwargs)
+        self.known.update(dict.fromkeys(tensors_in(out)))
+        return out
+
+    def inspect(self, given: Sequence[Tensor]) -> None:
+        """Look for tensors that may be made of parameters, unseen.
+
+        Transforms within the objective rename what they are given. A compiler also hides some
+        operations, such as `.T`, and both look like constants then.
+        """
+        for x in given:
+            if x in self.known or not (x.is_floating_point() or x.is_complex()):
+                continue
+            if torch.compiler.is_compiling():
+                self.blind = True
+            else:
+                self.opaque |= self.leaves_behind(x)
+
+    def leaves_behind(self, x: Tensor) -> set[int]:
+        """Return the leaves that a renamed tensor is made of."""
+        inner = torch.func.debug_unwrap(x, recurse=False)
+        if inner is x:
+            return set()
+        return set(
+            self.sources[inner].leaves if inner in self.sources else self.leaves_behind(inner)
+        )
 
     def other(self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """Follow the examples; draw no random numbers."""
@@ -210,9 +234,11 @@ class Scout(Watch):
             return out
         sources = [self.sources[x] for x in given if x in self.sources]
         leaves = {leaf for source in sources for leaf in source.leaves}
-        self.unseen -= leaves
         self.follow(func, args, kwargs, given, out)
-        if self.derives(func, given, sources):
+        if self.is_nested((*given, *tensors_in(out))):
+            step = Step(func, use=False, derives=False)
+            self.opaque |= leaves
+        elif self.derives(func, given, sources):
             step = Step(func, use=False, derives=True)
             self.derived(func, args, kwargs, out, self.batch_size())
         elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
@@ -222,6 +248,12 @@ class Scout(Watch):
             self.opaque |= leaves
         self.steps.append(step)
         return out
+
+    def is_nested(self, tensors: Sequence[Tensor]) -> bool:
+        """Say whether a transform within the objective, such as vmap, renames its tensors."""
+        if torch.compiler.is_compiling():  # `inspect` notices
+            return False
+        return any(_depth(x) > self.depth for x in tensors)
 
     def batch_size(self) -> int | None:
         """Return how many examples lie along axes, if any."""
@@ -293,8 +325,7 @@ class Scout(Watch):
 
     def plan(self, outputs: Any) -> Plan:
         """Return what was found, once the objective has run."""
-        if torch.compiler.is_compiling():  # some operations, such as `.T`, are not seen then
-            self.opaque |= self.unseen
+        self.inspect(tensors_in(outputs))
         for x in tensors_in(outputs):
             self.opaque |= set(self.sources[x].leaves if x in self.sources else ())
         while True:  # what is made of a leaf without a rule has none either
@@ -302,7 +333,7 @@ class Scout(Watch):
             mixed = [group for group in joined if self.opaque.intersection(group)]
             grown = self.opaque.union(*mixed)
             if grown == self.opaque:
-                return Plan(self.layout, tuple(self.steps), frozenset(self.opaque))
+                return Plan(self.layout, tuple(self.steps), frozenset(self.opaque), self.blind)
             self.opaque = grown
 
 
@@ -312,11 +343,10 @@ class Record(Watch):
     def __init__(
         self,
         handles: Sequence[Tensor],
-        frozen: Sequence[Tensor] | None,
         plan: Plan,
         perturbations: Sequence[Tensor],
     ) -> None:
-        super().__init__(handles, frozen, plan.layout)
+        super().__init__(handles, plan.layout)
         self.plan = plan
         self.perturbations = perturbations
         self.place = 0
@@ -339,8 +369,7 @@ class Record(Watch):
                 size = self.plan.layout.size if self.plan.layout.kind == "batched" else None
                 self.derived(func, args, kwargs, out, size)
             return out
-        cut_args, cut_kwargs = self.cut(args, kwargs, self.plan.opaque)
-        out = self.run(func, *cut_args, **cut_kwargs)
+        out = self.run(func, *args, **kwargs)
         if out.shape != step.shape:
             raise PlanChanged
         self.uses.append(Use(step, *self.mark(args, kwargs)))
@@ -349,3 +378,9 @@ class Record(Watch):
 
 class PlanChanged(Exception):
     """The objective did not run as it did the first time."""
+
+
+def _depth(x: Tensor) -> int:
+    """Return how many transforms of torch.func a tensor is in."""
+    inner = torch.func.debug_unwrap(x, recurse=False)
+    return 0 if inner is x else 1 + _depth(inner)

@@ -82,7 +82,6 @@ class Layers(NamedTuple):
     pieces: dict[int, list[Piece]]  # the uses of each leaf
     rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
     size: int  # how many rows there are
-    flaw: Tensor | float  # 0, or NaN if a compiled run hid a use of a parameter
 
 
 def scout(
@@ -90,6 +89,7 @@ def scout(
     leaves: Sequence[Tensor],
     layout: Layout,
     examples: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     batch: Batch | None,
 ) -> Plan:
     """Run the objective once for its shapes."""
@@ -98,7 +98,7 @@ def scout(
 
     def run(*args: Any) -> list[Tensor]:
         """Watch one run."""
-        mode = Scout(handles, layout, examples)
+        mode = Scout(handles, layout, examples, _inputs(args) if batch else inputs)
         with torch.no_grad(), mode:
             outputs, _ = call(handles, *args)
         found.append(mode.plan(outputs))
@@ -113,9 +113,8 @@ def scout(
 
 def record(call: Call, leaves: Sequence[Tensor], plan: Plan, batch: Batch | None) -> Recorded:
     """Run the objective as planned, and keep what the pullback and the rules need."""
-    compiling = torch.compiler.is_compiling()
     frozen = _alias(leaves)
-    traced = tuple(range(len(frozen))) if compiling else tuple(sorted(plan.opaque))
+    traced = tuple(range(len(frozen)) if plan.blind else sorted(plan.opaque))
     uses: list[list[Use]] = []
 
     def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
@@ -123,7 +122,11 @@ def record(call: Call, leaves: Sequence[Tensor], plan: Plan, batch: Batch | None
         handles = list(frozen)
         for leaf, primal in zip(traced, primals, strict=True):
             handles[leaf] = primal
-        mode = Record(handles, frozen if compiling else None, plan, perturbations)
+        if plan.blind:
+            uses.append([])
+            outputs, aux = call(handles, *args)
+            return outputs, (aux, [], [])
+        mode = Record(handles, plan, perturbations)
         with mode:
             outputs, aux = call(handles, *args)
         if mode.place != len(plan.steps):
@@ -137,7 +140,7 @@ def record(call: Call, leaves: Sequence[Tensor], plan: Plan, batch: Batch | None
             return run(perturbations, primals)
         return batch.map(run, (perturbations, primals), (0, None))
 
-    steps = [step for step in plan.steps if step.use]
+    steps = [step for step in plan.steps if step.use and not plan.blind]
     front = () if batch is None else (plan.layout.size,)
     zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
     primals = [frozen[leaf].view_as(frozen[leaf]) for leaf in traced]
@@ -154,24 +157,17 @@ def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any], m: int
         by_uses, by_leaves = vmap(recorded.pullback)(cotangents)
     else:
         by_uses, by_leaves = recorded.pullback(cotangents)
-    hidden = [
-        (grad != 0).any()
-        for leaf, grad in zip(recorded.traced, by_leaves, strict=True)
-        if leaf not in plan.opaque
-    ]
     rows = {}
-    if plan.opaque and recorded.traced:
+    if recorded.traced:
         if plan.layout.kind != "shared":
             by_leaves = vmap(recorded.pullback)(basis())[1]
-        pairs = zip(recorded.traced, by_leaves, strict=True)
-        rows = {leaf: grads for leaf, grads in pairs if leaf in plan.opaque}
-    flaw = torch.where(torch.stack(hidden).any(), float("nan"), 0.0) if hidden else 0.0
+        rows = dict(zip(recorded.traced, by_leaves, strict=True))
     cotangents = list(by_uses)
     if plan.layout.kind == "batched":
         pairs = zip(by_uses, recorded.uses, strict=True)
         cotangents = [_spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
     pieces = _index(recorded.uses, plan.opaque)
-    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m, flaw)
+    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m)
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:
@@ -196,7 +192,7 @@ def jacobian(found: Layers, leaf: int, m: int) -> Tensor:
     rows = _rows(found, leaf)
     if rows is None:
         return value.new_zeros(m, *value.shape)
-    return rows.to(value.dtype) + found.flaw
+    return rows.to(value.dtype)
 
 
 def leaf_form(found: Layers, leaf: int) -> Form | None:
@@ -215,19 +211,20 @@ def leaf_form(found: Layers, leaf: int) -> Form | None:
 
 def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
     """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
-    total: Tensor | float = a.flaw + b.flaw
+    total: Tensor | None = None
     for leaf in leaves:
         first = leaf_form(a, leaf)
         second = first if a is b else leaf_form(b, leaf)
         if first is not None and second is not None:
-            total = total + _forms.cross(first, second)
-    return total if isinstance(total, Tensor) else _nothing(a, b)
+            products = _forms.cross(first, second)
+            total = products if total is None else total + products
+    return _nothing(a, b) if total is None else total
 
 
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
     value = found.values[leaf]
-    total = torch.zeros_like(value) + found.flaw
+    total = torch.zeros_like(value)
     for piece in found.pieces.get(leaf, []):
         cotangent = _weigh(found, piece.use, weights)
         part = _forms.total(_form(found, piece, cotangent))
@@ -335,6 +332,11 @@ def _nothing(a: Layers, b: Layers) -> Tensor:
 def _alias(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return the same tensors as distinct objects, also where one is given twice."""
     return [leaf.view_as(leaf) for leaf in leaves]
+
+
+def _inputs(args: Any) -> list[Tensor]:
+    """Return all tensors among the arguments of one example."""
+    return [x for x in _tree.leaves(args) if isinstance(x, Tensor)]
 
 
 def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,72 @@
+"""Plain numbers: what numpy may read, since no derivative, transform or compiler is watching.
+
+A small problem takes less time in numpy than in torch, and on the CPU it may branch on values.
+Functions of `(xp, *arrays)` are written once for both, with `xp` the module: numpy or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+Array = Any  # numpy.ndarray (its types of reductions are too wide to be checked), or Tensor
+
+
+def call(fn: Callable[..., Any], *values: Array) -> Any:
+    """Return `fn(numpy, *arrays)` as tensors if all numbers are plain, else `fn(torch, *tensors)`.
+
+    Args:
+        fn: Returns one array, or a tuple of arrays.
+        *values: Tensors or arrays of float64 or integers; Python numbers stay what they are.
+    """
+    plain = [numbers(x) for x in values]
+    if any(x is None for x in plain):
+        return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
+    found = fn(np, *plain)
+    if not isinstance(found, tuple):
+        return tensor(found)
+    parts = [tensor(part) for part in found]
+    return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
+
+
+def numbers(x: Array) -> Array | None:
+    """Return the numbers of `x` as an array, to be read only; `None` unless they are plain."""
+    if not isinstance(x, Tensor):
+        return x
+    if torch.compiler.is_compiling() or not x.is_cpu or unpack_dual(x).tangent is not None:
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        return None
+    try:
+        return x.numpy()
+    except RuntimeError:  # mapped by torch.func, or a subclass
+        return None
+
+
+def tensor(x: Array) -> Tensor:
+    """Return an array as a tensor."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def constant(x: Array) -> Array:
+    """Return `x` as a constant of derivatives."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def argsort(x: Array) -> Array:
+    """Return the stable order along the last dimension."""
+    if isinstance(x, Tensor):
+        return x.argsort(dim=-1, stable=True)
+    return x.argsort(axis=-1, kind="stable")
+
+
+def identity(x: Array) -> Array:
+    """Return the identity in the size, dtype and place of a matrix."""
+    if isinstance(x, Tensor):
+        return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return np.eye(x.shape[-1])

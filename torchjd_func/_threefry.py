@@ -1,0 +1,81 @@
+"""Threefry-2x32 with 20 rounds, in 64-bit integer arithmetic: random words from a key.
+
+The same bits in torch and, where the key is plain, in numpy, which is many times faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjd_func import _host
+from torchjd_func._host import Array
+
+MASK = 0xFFFFFFFF
+PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# High counter words: draws, splits and folds of one key never meet.
+DRAW, SPLIT, FOLD = 0, 1, 2
+# In numpy, up to so many counters are encrypted in one long integer, more in blocks.
+FEW, BLOCK = 512, 16384
+
+
+def bits(key: Tensor, shape: Sequence[int]) -> Array:
+    """Draw 32 random bits for each element."""
+    n = math.prod(shape)
+    return encrypt(key, DRAW, (n + 1) // 2).reshape(-1)[:n].reshape(tuple(shape))
+
+
+def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
+    """Draw `n_bits` (32 ... 62) random bits for each element."""
+    pair = bits(key, (2, *shape))
+    return ((pair[0] << 32) | pair[1]) >> (64 - n_bits) & ((1 << n_bits) - 1)
+
+
+def encrypt(key: Tensor, stream: int, n: int) -> Array:
+    """Encrypt the counters `0 ... n-1` of a stream; returns `(2, n)` int64, an array if plain."""
+    plain = _host.numbers(key)
+    if plain is None or n == 0:
+        counter = torch.arange(n, dtype=torch.int64, device=key.device)
+        return torch.stack(rounds(key.unbind(), torch.full_like(counter, stream), counter))
+    if n <= FEW:
+        return _encrypt_few(plain.tolist(), stream, n)
+    found = np.empty((2, n), dtype=np.int64)
+    for start in range(0, n, BLOCK):
+        counter = np.arange(start, min(start + BLOCK, n), dtype=np.uint32)
+        block = rounds(plain.tolist(), np.full_like(counter, stream), counter)
+        found[:, start : start + BLOCK] = block
+    return found
+
+
+def _encrypt_few(key: list[int], stream: int, n: int) -> Array:
+    """Encrypt counters that lie side by side, 64 bits apart, in one long integer."""
+    ones = ((1 << 64 * n) - 1) // ((1 << 64) - 1)
+    counter = int.from_bytes(np.arange(n, dtype="<i8").tobytes(), "little")
+    words = rounds([word * ones for word in key], stream * ones, counter, ones)
+    return np.array([np.frombuffer(word.to_bytes(8 * n, "little"), "<i8") for word in words])
+
+
+def rounds(key: Sequence[Any], high: Any, low: Any, one: int = 1) -> tuple[Any, Any]:
+    """Encrypt the counters `(high, low)`: 20 rounds, a key injection every 4.
+
+    Words are tensors, arrays, or long integers of many words each; `one` is 1 in all of them.
+
+    Returns:
+        Two words for each counter.
+    """
+    mask = MASK * one
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ (PARITY * one))
+    x, y = (high + schedule[0]) & mask, (low + schedule[1]) & mask
+    for injection in range(1, 6):
+        for rotation in ROTATIONS[(injection - 1) % 2]:
+            x = (x + y) & mask
+            y = (((y << rotation) | (y >> (32 - rotation))) & mask) ^ x
+        x = (x + schedule[injection % 3]) & mask
+        y = (y + schedule[(injection + 1) % 3] + injection * one) & mask
+    return x, y
