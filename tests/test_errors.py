@@ -196,6 +196,11 @@ CASES = {
         ValueError,
         "in_dims.*2 arguments",
     ),
+    "microbatches layer by layer": (
+        lambda: jd.gramian(jd.accumulate(losses, 2), method="layerwise")(PARAMS, X),
+        ValueError,
+        "`method`.*not accumulated",
+    ),
     "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
     "microbatches with other aux": (
         lambda: jd.jac(jd.accumulate(losses, 2), has_aux=True)(PARAMS, X),
@@ -235,7 +240,7 @@ CASES = {
     "where of a method of rows": (
         lambda: jd.grad(losses, jd.trimmed_mean(1), where=bool),
         ValueError,
-        "where.*trimmed_mean.*rows",
+        "where.*trimmed_mean.*weighting",
     ),
     "where of a scalarizer": (
         lambda: jd.grad(losses, jd.scalarizers.mean(), where=bool),

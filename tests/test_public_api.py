@@ -17,9 +17,9 @@ NAMESPACES = (
     jd.random,
     jd.interop,
     jd.scalarizers,
+    jd.loss_scale,
     jd.measures,
     jd.metrics,
-    jd.loss_scale,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

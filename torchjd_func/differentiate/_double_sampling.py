@@ -82,7 +82,11 @@ def double_sampling(
         """Return the update direction, the losses (and aux) and the next state."""
         batches = (batch_1, batch_2) if batch_3 is None else (batch_1, batch_2, batch_3)
         _check.batches(batches)
-        linears = [linearize(fn, (params, *batch), 0, has_aux, method) for batch in batches]
+        routes = (method, method, "jacobian")  # the third is pulled back only once
+        linears = [
+            linearize(fn, (params, *batch), 0, has_aux, route)
+            for batch, route in zip(batches, routes, strict=False)
+        ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
         seen = (linears[0].vector + linears[1].vector) / 2
         statistic = contract_cross(linears[0], linears[1], method, chunk_size)

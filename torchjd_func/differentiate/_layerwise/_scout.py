@@ -195,7 +195,7 @@ class Scout(Watch):
         """Return where the examples of an array lie; a constant may have a part for each, too."""
         if x in self.axes or axis is None:
             return self.axes.get(x)
-        same = x.ndim == out.ndim and x.shape[axis] == out.shape[axis] > 1
+        same = x.ndim == out.ndim > axis and x.shape[axis] == out.shape[axis] > 1
         return axis if same else None
 
     def plan(self, outputs: Any) -> Plan:
