@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.methods [--sizes 2 4 8 ...] [--methods upgrad ...]
 
 Weights from the Gramian of Gaussian gradients in 4 m dimensions, and, for methods that need the
-rows, the direction from an m x 10,000 matrix, with the memory it takes. Eager, one thread; minima of
-interleaved repeats in one process. Methods that need cvxpy in the peer are timed alone.
+rows, the direction from an m x 10,000 matrix, with the memory it takes. Eager, one thread; minima
+of interleaved repeats in one process. Methods that need cvxpy in the peer are timed alone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def exponent(rows: list[dict[str, Any]], key: str) -> float:
     points = [(row["m"], row[key]) for row in rows if row["m"] >= 16 and key in row]
     if len(points) < 2:
         return math.nan
-    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+    logs = np.log(np.array(points))
+    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

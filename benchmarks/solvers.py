@@ -49,7 +49,7 @@ def jacobians(kind: str, count: int, m: int, generator: torch.Generator) -> Tens
 
 
 def residuals(matrix: Tensor, vector: Tensor, z: Tensor) -> Tensor:
-    """Return `max|min(y, slope)| / (1 + max y)` of the problem of unit diagonal and `max|q| = 1`."""
+    """Return `max|min(y, slope)| / (1 + max y)`, for a unit diagonal and `max|q| = 1`."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     size = (vector * scale).abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -13,8 +13,8 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
+from torchjd_func.linalg._active_set import active_set
 from torchjd_func.linalg._masked import solve_masked
-from torchjd_func.linalg._pivoting import _active_set
 
 
 def kkt_residual(quadratic, linear, z):
@@ -75,7 +75,7 @@ def test_the_exact_path_alone_agrees():
     norms = jac.norm(dim=-1, keepdim=True)
     gramian = (jac / norms) @ (jac / norms).mT
     numbers = gramian.numpy()
-    exact, support, _ = _active_set(numbers[None], np.zeros(6, dtype=int), numbers)
+    exact, support, _ = active_set(numbers[None], np.zeros(6, dtype=int), numbers)
     solution = jd.linalg.nnqp(gramian, gramian)
     assert not solution.fallback.any()
     torch.testing.assert_close(torch.from_numpy(exact), solution.value)

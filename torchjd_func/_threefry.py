@@ -48,8 +48,7 @@ def encrypt(key: Tensor, stream: int, n: int) -> Array:
     found = np.empty((2, n), dtype=np.int64)
     for start in range(0, n, BLOCK):
         counter = np.arange(start, min(start + BLOCK, n), dtype=np.uint32)
-        block = rounds(plain.tolist(), np.full_like(counter, stream), counter)
-        found[:, start : start + BLOCK] = block
+        found[:, start : start + BLOCK] = _rounds_in_place(plain.tolist(), stream, counter)
     return found
 
 
@@ -59,6 +58,23 @@ def _encrypt_few(key: list[int], stream: int, n: int) -> Array:
     counter = int.from_bytes(np.arange(n, dtype="<i8").tobytes(), "little")
     words = rounds([word * ones for word in key], stream * ones, counter, ones)
     return np.array([np.frombuffer(word.to_bytes(8 * n, "little"), "<i8") for word in words])
+
+
+def _rounds_in_place(key: list[int], stream: int, low: Array) -> tuple[Array, Array]:
+    """Encrypt in 32-bit arithmetic, whose sums wrap around; nothing is allocated on the way."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
+    x, y = np.full_like(low, (stream + schedule[0]) & MASK), low + schedule[1]
+    high_bits = np.empty_like(low)
+    for injection in range(1, 6):
+        for rotation in ROTATIONS[(injection - 1) % 2]:
+            x += y
+            np.right_shift(y, 32 - rotation, out=high_bits)
+            y <<= rotation
+            y |= high_bits
+            y ^= x
+        x += schedule[injection % 3]
+        y += (schedule[(injection + 1) % 3] + injection) & MASK
+    return x, y
 
 
 def rounds(key: Sequence[Any], high: Any, low: Any, one: int = 1) -> tuple[Any, Any]:

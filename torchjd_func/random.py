@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,8 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> first, second = jd.random.split(jd.random.key(0))
     """
     _check.key(key)
-    return _host.tensor(_threefry.encrypt(key, _threefry.SPLIT, num)).T.contiguous()
+    words = _threefry.encrypt(key, _threefry.SPLIT, num).T
+    return words.contiguous() if isinstance(words, Tensor) else torch.from_numpy(words.copy())
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -119,7 +121,10 @@ def uniform(
     _check.key(key)
     if dtype == torch.float64:
         return _host.tensor(_threefry.wide_bits(key, shape, 53)).to(dtype) * 2.0**-53
-    return ((bits(key, shape) >> 8).to(torch.float32) * 2.0**-24).to(dtype)
+    words = _threefry.bits(key, shape) >> 8
+    if not isinstance(words, Tensor):
+        words = torch.from_numpy(np.asarray(words, dtype=np.float32))
+    return (words.to(torch.float32) * 2.0**-24).to(dtype)
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -85,7 +85,8 @@ def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
 
 def _excess_of_leaf(rows: Tensor, squares: Tensor, eps: float | Tensor) -> Tensor:
     """Return the share of one leaf in `E`."""
-    curvature = torch.where(squares > 0, squares, 1.0) + eps
+    # Where nothing was seen the numerator is 0 as well.
+    curvature = squares.clamp(min=torch.finfo(squares.dtype).tiny) + eps
     return (rows.square() / curvature.sqrt()).sum(dim=1).to(torch.float64)
 
 

@@ -59,7 +59,7 @@ def _pick_sign(
     positive, negative = rows.clamp(min=0), rows.clamp(max=0)
     ups, downs = positive.sum(dim=0), negative.sum(dim=0)
     total = ups - downs
-    purity = torch.where(total > 0, ups / torch.where(total > 0, total, 1.0), 0.5)
+    purity = ups / total.clamp(min=torch.finfo(total.dtype).tiny)  # of nothing 0, and adds 0
     up = (purity if f is None else f(purity)) > uniform
     if leak is None:
         return torch.where(up, ups, downs)

@@ -25,7 +25,8 @@ def _sum(statistic: Tensor) -> Tensor:
 def _constant(statistic: Tensor, *, weights: Tensor) -> Tensor:
     """Return the given weights."""
     _check.length("weights", weights, statistic.shape[0])
-    return weights.to(statistic)
+    same = weights.dtype == statistic.dtype and weights.device == statistic.device
+    return weights if same else weights.to(statistic)
 
 
 def mean() -> Aggregator:

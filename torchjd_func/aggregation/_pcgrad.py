@@ -41,14 +41,13 @@ def _update(
 def _project(xp: Any, gramian: Array, orders: Array, *, reduction: str) -> Array:
     """Project every row, all rows at once, one step of their orders at a time."""
     squares = gramian.diagonal()
+    inverse = 1 / xp.where(squares > 0, squares, 1.0)
     # Row i holds the coordinates of the projected gradient of objective i.
-    coordinates = _host.identity(gramian)
-    one_hot = coordinates > 0
+    coordinates = identity = _host.identity(gramian)
     for j in orders.T:
         inner = (coordinates * gramian[j]).sum(-1)
-        conflicts = inner < 0
-        removed = xp.where(conflicts, inner / xp.where(conflicts, squares[j], 1.0), 0.0)
-        coordinates = coordinates - xp.where(one_hot[j], removed[:, None], 0.0)
+        removed = xp.where(inner < 0, inner, 0.0) * inverse[j]
+        coordinates = coordinates - removed[:, None] * identity[j]
     return coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
 
 

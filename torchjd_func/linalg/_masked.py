@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchjd_func.linalg._pivoting import KKT_TOL, LARGEST, RANK_TOL, SIGN_TOL
+from torchjd_func.linalg._supports import KKT_TOL, LARGEST, RANK_TOL, SIGN_TOL
 
 # Exchanges of all wrong indices at once, before the exact path starts.
 EXCHANGES = 12
@@ -92,7 +92,7 @@ def _exchange(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _active_set(matrix: Tensor, vector: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lawson and Hanson's method as in `_pivoting.py`, for `3 m` steps; what is done stays."""
+    """Lawson and Hanson's method as in `_active_set.py`, for `3 m` steps; what is done stays."""
     m = vector.shape[-1]
     z = torch.zeros_like(vector)
     free = torch.zeros_like(vector, dtype=torch.bool)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._nnqp import Solution, cast, nearest
-from torchjd_func.linalg._pivoting import KKT_TOL
+from torchjd_func.linalg._supports import KKT_TOL
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
 # convex hull of the unit rows is taken to contain 0.

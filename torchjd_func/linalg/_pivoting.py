@@ -15,15 +15,10 @@ import qpsolvers
 import torch
 
 from torchjd_func._host import Array
+from torchjd_func.linalg._active_set import active_set
+from torchjd_func.linalg._supports import KKT_TOL, LARGEST, RANK_TOL, SIGN_TOL, cut_out, push
+from torchjd_func.linalg._two import solve_two
 
-# Largest relative KKT residual of a solution that is called converged.
-KKT_TOL = 1e-8
-# Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
-SIGN_TOL = 1e-12
-# A pivot of the Cholesky factor (of a unit diagonal) below this marks a dependent row.
-RANK_TOL = 1e-12
-# An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
-LARGEST = 1e8
 # A solution with a general right-hand side that is this large marks dependent rows too.
 PROBE_LIMIT = 1e11
 # Divides by this instead of by zero.
@@ -33,12 +28,12 @@ PATIENCE = 3
 # Systems are solved whole up to this size, or in a batch of this many multiplications; beyond, the
 # support is cut out.
 SMALL, LIGHT = 24, 1_000_000
+# From this many systems on torch solves them faster than numpy.
+MANY = 256
 # Guessing supports pays if the products of all matrices with a vector take this many
 # multiplications.
 HEAVY = 30_000
 GUESS_STEPS = 20
-# Numbers in the largest batch of cut-out systems.
-BLOCK = 2_000_000
 
 
 class Answer(NamedTuple):
@@ -56,6 +51,11 @@ def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
     if solver == "auto" and vectors.min(initial=0.0) >= 0 and np.isfinite(matrices).all():
         return _nothing_to_do(vectors)
+    if solver == "auto" and vectors.size <= 4 and vectors.shape[1] == 2:
+        value = solve_two(matrices[which[0]], vectors) if len(matrices) == 1 else None
+        if value is not None:
+            ones = np.ones(len(value), dtype=np.int64)
+            return Answer(value, value > 0, ones > 0, ones, ones < 0)
     diagonal = matrices.diagonal(axis1=1, axis2=2)
     scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     unit = matrices * (scales[:, :, None] * scales[:, None, :])
@@ -85,25 +85,13 @@ def _nothing_to_do(vectors: Array) -> Answer:
     return Answer(0 * vectors, np.zeros(vectors.shape, dtype=bool), true, zero, ~true)
 
 
-def push(matrices: Array, which: Array, z: Array) -> Array:
-    """Return `Q z` for each problem."""
-    if len(matrices) == 1:
-        return z @ matrices[0]
-    if 4 * len(matrices) > len(z):
-        return np.matmul(matrices[which], z[:, :, None])[:, :, 0]
-    out = np.empty_like(z)
-    for index, matrix in enumerate(matrices):
-        out[which == index] = z[which == index] @ matrix
-    return out
-
-
 def _search(
     matrices: Array, which: Array, vectors: Array, solver: str
 ) -> tuple[Array, Array, Array, Array]:
     """Find `(z, support, iterations, fallback)`; the exact path takes what the fast one leaves."""
     if solver != "auto":
         support = _reference(matrices, which, vectors, solver)
-        z, _ = _cut_out(matrices, which, support, -vectors)
+        z, _ = cut_out(matrices, which, support, -vectors)
         ones = np.ones(len(z), dtype=np.int64)
         return z.clip(min=0), support, ones, ones.astype(bool)
     n, m = vectors.shape
@@ -113,7 +101,7 @@ def _search(
     z, support, iterations, done = _exchange(matrices, which, vectors, guess)
     left = np.flatnonzero(~done)
     if len(left):
-        z[left], support[left], extra = _active_set(matrices, which[left], vectors[left])
+        z[left], support[left], extra = active_set(matrices, which[left], vectors[left])
         iterations[left] += extra
     return z.clip(min=0), support, iterations, ~done
 
@@ -154,8 +142,8 @@ def _exchange(
     n, m = vectors.shape
     z, support = np.zeros((n, m)), np.zeros((n, m), dtype=bool)
     iterations, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-    place, fewest, patience = np.arange(n), np.full(n, m + 1), np.full(n, PATIENCE)
-    rounds = 0
+    fewest, patience, rounds = np.full(n, m + 1), np.full(n, PATIENCE), 0
+    place: Array = np.arange(n)
     minus, right = -np.eye(m), np.empty((n, m, 2))
     # A second right-hand side, like no other, is blown up by a system that is hardly regular.
     right[:, :, 0], right[:, :, 1] = -vectors, np.cos(np.arange(m) ** 2)
@@ -199,114 +187,21 @@ def _complementary(
         # Of `Q x - y = -q`, the columns of what is not zero.
         system = np.where(free[:, None, :], matrix, minus)
         try:
-            found = np.linalg.solve(system, right)
+            found = _solve_each(system, right)
             return found[:, :, 0], _largest(found[:, :, 1]) < PROBE_LIMIT
         except np.linalg.LinAlgError:
             pass
-    x, independent = _cut_out(matrices, which, free, right[:, :, 0])
+    x, independent = cut_out(matrices, which, free, right[:, :, 0])
     return np.where(free, x, push(matrices, which, x) - right[:, :, 0]), independent
 
 
-def _cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Solve on the support, in systems of its size, by Cholesky.
-
-    Returns:
-        `x`, zero off the support, and whether the rows of the support are independent.
-    """
-    x, independent = np.zeros_like(right), np.ones(len(right), dtype=bool)
-    counts = free.sum(axis=1)
-    order = np.argsort(counts, kind="stable")
-    step = max(1, BLOCK // max(1, int(counts.max(initial=0))) ** 2)
-    for start in range(0, len(order), step):
-        block = order[start : start + step]
-        found = _cut_out_block(matrices, which[block], free[block], right[block])
-        x[block], independent[block] = found
-    return x, independent
-
-
-def _cut_out_block(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Cut out systems of the size of the largest support; the rest of each is the identity."""
-    size = int(free.sum(axis=1).max())
-    if size == 0:
-        return np.zeros_like(right), np.ones(len(right), dtype=bool)
-    places = np.argsort(~free, axis=1, kind="stable")[:, :size]
-    valid = np.take_along_axis(free, places, axis=1)
-    small = matrices[which[:, None, None], places[:, :, None], places[:, None, :]]
-    small = np.where(valid[:, :, None] & valid[:, None, :], small, np.eye(size))
-    reduced = np.where(valid, np.take_along_axis(right, places, axis=1), 0.0)
-    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(small))
-    solved = torch.cholesky_solve(torch.from_numpy(reduced).unsqueeze(-1), factor).squeeze(-1)
-    x = np.zeros_like(right)
-    np.put_along_axis(x, places, np.where(valid, solved.numpy(), 0.0), axis=1)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return x, ((info == 0) & (pivots > RANK_TOL)).numpy()
-
-
-def _active_set(matrices: Array, which: Array, vectors: Array) -> tuple[Array, Array, Array]:
-    """Free the steepest unknown, move to the minimum, pin what reaches zero; never go up.
-
-    The objective falls with each full move. Where the row of the steepest unknown depends on those
-    that are free, the descent is along a ray, until one of these reaches zero and makes room.
-
-    C. L. Lawson, R. J. Hanson, Solving Least Squares Problems, 1974, chapter 23.
-
-    Returns:
-        `(z, support, iterations)`.
-    """
-    n, m = vectors.shape
-    out, support = np.zeros_like(vectors), np.zeros((n, m), dtype=bool)
-    iterations, place = np.zeros(n, dtype=np.int64), np.arange(n)
-    z, free, banned = out.copy(), support.copy(), support.copy()
-    moving = np.zeros(n, dtype=bool)
-    for _ in range(10 * m + 10):
-        slope = np.where(free | banned, np.inf, push(matrices, which, z) + vectors)
-        entering = slope.argmin(axis=1)
-        steepest = np.take_along_axis(slope, entering[:, None], axis=1)[:, 0]
-        stay = moving | (steepest < -SIGN_TOL * (1 + np.abs(z).max(axis=1)))
-        out[place], support[place] = z, free
-        which, vectors, z, free, banned, moving, entering, place = (
-            x[stay] for x in (which, vectors, z, free, banned, moving, entering, place)
-        )
-        if not len(place):
-            break
-        iterations[place] += 1
-        new = (np.arange(m) == entering[:, None]) & ~moving[:, None]
-        z, free, refused, moving = _move(matrices, which, vectors, z, free | new, new)
-        banned = np.where(refused[:, None], banned | new, False)
-    return out, support, iterations
-
-
-def _move(
-    matrices: Array, which: Array, vectors: Array, z: Array, free: Array, new: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Go towards the minimum over the free unknowns until one of them reaches zero.
-
-    Returns:
-        `(z, free, refused, moving)`: a `new` unknown is refused if it would turn negative at once,
-        or if nothing bounds the descent; `moving` says that the minimum is not reached yet.
-    """
-    target, independent = _cut_out(matrices, which, free, -vectors)
-    toward, straight = target - z, independent[:, None]
-    ray = np.flatnonzero(~independent)
-    if len(ray):
-        toward[ray] = _ray(matrices, which[ray], free[ray] & ~new[ray], new[ray])
-    falling = free & np.where(straight, target <= 0, toward < 0)
-    ratio = np.where(falling, z / np.where(toward < 0, -toward, 1.0), np.inf)
-    step = ratio.min(axis=1, keepdims=True)
-    blocked = falling.any(axis=1)
-    refused = np.where(independent, (falling & new).any(axis=1), ~blocked)
-    moving = blocked & ~refused
-    partial = np.where(free, z + np.where(blocked[:, None], step, 0.0) * toward, 0.0)
-    pinned = falling & (ratio <= step) & moving[:, None]
-    moved = np.where(pinned, 0.0, np.where(moving[:, None], partial, target))
-    keep = refused[:, None]
-    return np.where(keep, z, moved), np.where(keep, free & ~new, free & ~pinned), refused, moving
-
-
-def _ray(matrices: Array, which: Array, free: Array, new: Array) -> Array:
-    """Return the direction `Q d = 0` in which a new unknown grows, dependent on the free ones."""
-    column = push(matrices, which, new.astype(matrices.dtype))
-    return _cut_out(matrices, which, free, -column)[0] + new
+def _solve_each(systems: Array, right: Array) -> Array:
+    """Solve `(n, m, m)` systems: torch takes longer to start, and less for each."""
+    if len(systems) < MANY:
+        return np.linalg.solve(systems, right)
+    found, info = torch.linalg.solve_ex(torch.from_numpy(systems), torch.from_numpy(right))
+    found[info != 0] = torch.inf
+    return found.numpy()
 
 
 def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
