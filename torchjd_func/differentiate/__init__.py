@@ -3,6 +3,7 @@
 from torchjd_func.differentiate._accumulate import accumulate
 from torchjd_func.differentiate._cast import cast_floating
 from torchjd_func.differentiate._double_sampling import double_sampling
+from torchjd_func.differentiate._explain import check_instancewise, explain_gramian
 from torchjd_func.differentiate._grad import grad, grad_and_value, init_state
 from torchjd_func.differentiate._gramian import (
     cross_gramian,
@@ -16,8 +17,10 @@ from torchjd_func.differentiate._objectives import instancewise, multitask, per_
 __all__ = [
     "accumulate",
     "cast_floating",
+    "check_instancewise",
     "cross_gramian",
     "double_sampling",
+    "explain_gramian",
     "grad",
     "grad_and_value",
     "gramian",

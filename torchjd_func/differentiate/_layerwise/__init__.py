@@ -15,6 +15,9 @@ from torchjd_func.differentiate._layerwise._layers import (
     gramians,
     jacobian,
     layers,
+    leaf_costs,
+    rule_names,
+    spread,
 )
 from torchjd_func.differentiate._layerwise._record import PlanChanged
 from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
@@ -32,6 +35,9 @@ __all__ = [
     "gramians",
     "jacobian",
     "layers",
+    "leaf_costs",
     "record",
+    "rule_names",
     "scout",
+    "spread",
 ]

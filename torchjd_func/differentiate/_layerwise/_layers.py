@@ -59,7 +59,7 @@ def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any] | None,
     cotangents = list(by_uses)
     if plan.layout.kind == "batched":
         pairs = zip(by_uses, recorded.uses, strict=True)
-        cotangents = [_spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
+        cotangents = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
     pieces = _index(recorded.uses, plan.opaque)
     return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m)
 
@@ -101,6 +101,26 @@ def leaf_form(found: Layers, leaf: int) -> Form | None:
     plain = all(piece.source.func is None for piece in pieces)
     merged = _merged(forms) if plain else None
     return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
+
+
+def rule_names(found: Layers, leaf: int) -> str:
+    """Return the operations that use a leaf."""
+    names = [found.uses[piece.use].step.func.__name__ for piece in found.pieces[leaf]]
+    unique = list(dict.fromkeys(names))
+    return ", ".join(
+        name if names.count(name) == 1 else f"{name} x{names.count(name)}" for name in unique
+    )
+
+
+def leaf_costs(found: Layers, leaf: int) -> tuple[str, int]:
+    """Return how the share of a leaf is contracted, and the bytes that this holds."""
+    form = leaf_form(found, leaf)
+    assert form is not None
+    e, t, g, q, p = _forms.sizes(form)
+    width = _tree.real(found.values[leaf]).element_size()
+    if _forms.inner_is_cheaper(form, form):
+        return "factors", 2 * (e * t) ** 2 * g * width
+    return "rows", e * g * q * p * width
 
 
 def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
@@ -162,7 +182,7 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     """Return the rows of one parameter of one use."""
     use = found.uses[piece.use]
     arrays = [
-        _spread(x, axis, found.layout) for x, axis in zip(use.arrays, use.step.axes, strict=True)
+        spread(x, axis, found.layout) for x, axis in zip(use.arrays, use.step.axes, strict=True)
     ]
     if not piece.name:
         given = (use.args, use.kwargs)
@@ -186,7 +206,7 @@ def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
     return cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
 
 
-def _spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
+def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
     """Return an array with a first dimension for the examples, of size 1 where all share it."""
     if layout.kind == "vmapped":
         return x

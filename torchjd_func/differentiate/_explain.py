@@ -1,0 +1,190 @@
+"""Show how a Gramian is computed layer by layer, and whether examples are independent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._layered import Observed, observe
+from torchjd_func.differentiate._layerwise import (
+    Layers,
+    Recorded,
+    layers,
+    leaf_costs,
+    rule_names,
+    spread,
+)
+from torchjd_func.differentiate._objectives import InstanceWise
+from torchjd_func.differentiate._pullback import basis, bind
+
+
+class LeafPlan(NamedTuple):
+    """How one parameter's share of the Gramian is computed."""
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str  # the operations that use it, or why there is no rule
+    contraction: str  # "factors", "rows", "m backward passes" or "none"
+    size: int  # bytes held while it is computed
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Explanation:
+    """A table with one line for each parameter; `str` prints it."""
+
+    leaves: tuple[LeafPlan, ...]
+
+    def __str__(self) -> str:
+        """Return the table."""
+        head = ("parameter", "shape", "rule", "contraction", "MB")
+        lines = [
+            (
+                x.path,
+                "x".join(map(str, x.shape)) or "-",
+                x.rule,
+                x.contraction,
+                f"{x.size / 1e6:.2f}",
+            )
+            for x in self.leaves
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rows = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *lines)
+        ]
+        return "\n".join(rows)
+
+
+def explain_gramian(
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+) -> Explanation:
+    """Say for each parameter how `method="layerwise"` computes its share of the Gramian.
+
+    The objective runs once, forward and backward. Look for lines that say `m backward passes`: a
+    parameter is used there in a way without a rule, which costs one backward pass for each loss.
+
+    Args:
+        fn: The objective, as for `jd.gramian`.
+        *args: Its arguments, such as parameters and a batch.
+        argnums: As for `jd.gramian`.
+        has_aux: As for `jd.gramian`.
+
+    Returns:
+        The explanation: `leaves` has the lines, `str` gives a table. `rule` names the operations
+        that a parameter goes through; `contraction` says whether factors of the rows are multiplied
+        or the rows themselves, whichever costs less; MB is what is held for this parameter alone.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.instancewise(lambda w, x: torch.nn.functional.linear(x, w).sum(1))
+        >>> print(jd.explain_gramian(objective, torch.ones(3, 2), torch.ones(4, 2)))
+        parameter  shape  rule    contraction  MB
+                   3x2    linear  factors      0.00
+    """
+    seen = observe(fn, args, argnums, has_aux)
+    found = _layers(seen)
+    primals, _ = bind(fn, args, argnums)
+    paths, leaves = _tree.paths(primals), _tree.leaves(primals)
+    lines = [
+        LeafPlan(path, tuple(leaf.shape), *_line(seen.recorded, found, place))
+        for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+    ]
+    return Explanation(tuple(lines))
+
+
+def check_instancewise(
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    n_examples: int = 3,
+) -> None:
+    """Check that loss i of an instance-wise objective depends on example i alone.
+
+    The losses of a few examples are differentiated by every activation: those of other examples
+    must not move them. It costs one forward and `n_examples` backward passes, and reads values;
+    call it once, before training. Dropout is no obstacle.
+
+    Args:
+        fn: An objective of `jd.instancewise` or `jd.per_example`.
+        *args: Its arguments, such as parameters and a batch.
+        argnums: As for `jd.gramian`.
+        has_aux: As for `jd.gramian`.
+        n_examples: How many losses to look at, spread over the batch.
+
+    Raises:
+        TypeError: If `fn` is not declared instance-wise.
+        ValueError: If a loss depends on other examples; it names the operations and parameters
+            behind which that shows.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.instancewise(lambda w, x: (x @ w).softmax(0))
+        >>> jd.check_instancewise(objective, torch.ones(2), torch.ones(4, 2))
+        Traceback (most recent call last):
+        ValueError: `losses` of an instance-wise objective must depend on their own example alone, \
+got gradients of other examples behind matmul (parameter ''). Use an objective without \
+jd.instancewise, or remove what mixes examples, such as normalisation over the batch.
+    """
+    if not isinstance(fn, InstanceWise):
+        remedy = "Declare it with jd.instancewise or jd.per_example."
+        _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
+    _check.integer("n_examples", n_examples)
+    seen = observe(fn, args, argnums, has_aux)
+    recorded, m = seen.recorded, seen.vector.shape[0]
+    chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
+    found = _layers(seen)
+    pulled = [recorded.pullback(row)[0] for row in basis(seen.vector)[chosen]]
+    by_uses = [torch.stack(grads) for grads in zip(*pulled, strict=True)]
+    paths = _tree.paths(bind(fn, args, argnums)[0])
+    guilty = [
+        f"{recorded.uses[use].step.func.__name__} (parameter {paths[leaf]!r})"
+        for leaf, pieces in sorted(found.pieces.items())
+        for use in {piece.use for piece in pieces}
+        if _strays(recorded, use, by_uses[use], chosen)
+    ]
+    if guilty:
+        name, rule = "`losses` of an instance-wise objective", "depend on their own example alone"
+        got = "gradients of other examples behind " + ", ".join(guilty[:4])
+        remedy = (
+            "Use an objective without jd.instancewise, or remove what mixes examples, such as "
+            "normalisation over the batch."
+        )
+        _check.fail(ValueError, name, rule, got, remedy)
+
+
+def _layers(seen: Observed) -> Layers:
+    """Pull back what the route would pull back."""
+    shared = seen.recorded.plan.layout.kind == "shared"
+    eye = basis(seen.vector)
+    cotangents = eye if shared else torch.ones_like(seen.vector)
+    return layers(seen.recorded, cotangents, lambda: eye, seen.vector.shape[0])
+
+
+def _line(recorded: Recorded, found: Layers, leaf: int) -> tuple[str, str, int]:
+    """Return rule, contraction and bytes of one leaf."""
+    if leaf in found.rows:
+        rows, reasons = found.rows[leaf], recorded.plan.reasons
+        rule = f"no rule for {reasons[leaf]}" if leaf in reasons else "no rule"
+        return rule, "m backward passes", rows.numel() * rows.element_size()
+    if leaf not in found.pieces:
+        return "not used", "none", 0
+    return (rule_names(found, leaf), *leaf_costs(found, leaf))
+
+
+def _strays(recorded: Recorded, use: int, grads: Tensor, chosen: Tensor) -> bool:
+    """Say whether some losses, `grads` `(k, ...)`, move the output of a use for other examples."""
+    step, layout = recorded.uses[use].step, recorded.plan.layout
+    apart = vmap(lambda grad: spread(grad, step.axis, layout))(grads).flatten(2)
+    own = torch.arange(apart.shape[1], device=apart.device) == chosen[:, None]
+    others = torch.where(own[..., None], 0, apart).abs().max()
+    return bool(others > torch.finfo(apart.dtype).eps ** 0.5 * apart.abs().max())
