@@ -21,14 +21,12 @@ def _solve(a: float, b: float, c: float, first: float, second: float) -> tuple |
     """Try the four supports; not-a-number fails every comparison."""
     if first >= 0 and second >= 0:
         return 0.0, 0.0
-    if not (a > 0 and c > 0):
+    determinant = a * c - b * b
+    if not (a > 0 and c > 0 and determinant > REGULAR * a * c):
         return None
     if first < 0 and second - b / a * first >= 0:
         return -first / a, 0.0
     if second < 0 and first - b / c * second >= 0:
         return 0.0, -second / c
-    determinant = a * c - b * b
-    if not determinant > REGULAR * a * c:
-        return None
     x, y = (b * second - c * first) / determinant, (b * first - a * second) / determinant
     return (x, y) if 0 < x < np.inf and 0 < y < np.inf else None
