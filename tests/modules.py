@@ -249,12 +249,7 @@ CASES = {
         slow=("jacobian",),
         instead="`chunk_size=1`",
     ),
-    "physics losses (derivatives inside)": Case(
-        Physics,
-        lambda: (torch.rand(4, 1),),
-        fails={("layerwise", ANY): "INTERNAL ASSERT FAILED"},
-        instead="`jacobian` or `product`",
-    ),
+    "physics losses (derivatives inside)": Case(Physics, lambda: (torch.rand(4, 1),)),
     "complex parameters": Case(Complex),
     "float32": Case(lambda: mlp(nn.Tanh()), dtype=torch.float32, tol=1e-4),
     "bfloat16 by `cast_floating`": Case(lambda: mlp(nn.Tanh()), dtype=torch.bfloat16, tol=0.1),
