@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import torchjd_func as jd
 from tests.test_layerwise import build
+from torchjd_func import _tree
 
 B = 4
 
@@ -61,9 +62,7 @@ def test_draws_dropout_once_for_each_step(calls: int) -> None:
     for method in ("layerwise", "jacobian"):
         objective = jd.instancewise(lambda p, x: functional_call(net, p, (x,)).square().sum(1))
         torch.manual_seed(1)
-        for _ in range(calls):
-            gramian = jd.gramian(objective, method=method)(params, x)
-        found.append(gramian)
+        found.append([jd.gramian(objective, method=method)(params, x) for _ in range(calls)][-1])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
@@ -115,7 +114,7 @@ def test_serves_groups_rows_aux_and_several_arguments() -> None:
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(aux["mean"], expected_aux["mean"], rtol=1e-12, atol=0)
         assert aux["shape"] == x.shape
-        for one, other in zip(jd._tree.leaves(first), jd._tree.leaves(second), strict=True):
+        for one, other in zip(_tree.leaves(first), _tree.leaves(second), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
@@ -133,7 +132,7 @@ def test_serves_the_trunk_of_a_multitask_objective() -> None:
         jd.grad_and_value(objective, jd.upgrad(), method=method)(None, (shared, head_params), x)
         for method in ("layerwise", "jacobian")
     ]
-    pairs = zip(jd._tree.leaves(found[0][0]), jd._tree.leaves(found[1][0]), strict=True)
+    pairs = zip(_tree.leaves(found[0][0]), _tree.leaves(found[1][0]), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 

@@ -296,6 +296,5 @@ def _weighted_update(
 def statistic_like(jac: PyTree) -> Tensor:
     """Return a placeholder with the shape, dtype and device of the Gramian of `jac`."""
     flat = _tree.leaves(jac)
-    m, dtypes = flat[0].shape[0], [_tree.accumulation_dtype(leaf.dtype) for leaf in flat]
-    dtype = reduce(torch.promote_types, dtypes)
-    return _tree.placeholder(flat[0].new_zeros((), dtype=dtype), (m, m))
+    dtype = reduce(torch.promote_types, [_tree.accumulation_dtype(leaf.dtype) for leaf in flat])
+    return _tree.placeholder(flat[0].new_zeros((), dtype=dtype), (flat[0].shape[0],) * 2)
