@@ -186,6 +186,30 @@ def test_a_use_that_compiling_hides_is_not_lost() -> None:
     torch.testing.assert_close(jd.gramian(objective)(table, index), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("overwrite", ["itself", "a view", "by index", "as a layer"])
+@pytest.mark.parametrize("method", ["layerwise", "jacobian"])
+def test_an_input_that_is_overwritten_later_is_an_error_on_every_route(
+    overwrite: str, method: str
+) -> None:
+    _, params, x = mlp()
+
+    def losses(params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["0.weight"]).sin()
+        kept = F.linear(h, params["2.weight"])
+        if overwrite == "itself":
+            h.mul_(2)
+        elif overwrite == "a view":
+            h.t().add_(1.0)
+        elif overwrite == "by index":
+            h[:, 0] = 3.0
+        else:
+            F.relu(h, inplace=True)
+        return kept.sin().sum(1) + h.sum(1)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        jd.gramian(jd.instancewise(losses), method=method)(params, x)
+
+
 def test_plans_anew_when_the_objective_changes_its_ways() -> None:
     losses, params, x = mlp()
     way = ["first"]

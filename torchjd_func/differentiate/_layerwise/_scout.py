@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _axes, _local, _rules
-from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._sources import ENTRYWISE, Place, Source, tensors_in
 from torchjd_func.differentiate._layerwise._watch import Axis, Layout, Plan, Step, Watch
 
 
@@ -32,6 +34,8 @@ class Scout(Watch):
         self.steps: list[Step] = []
         self.opaque: set[int] = set()
         self.reasons: dict[int, str] = {}
+        self.roots: dict[Tensor, Tensor] = {}  # views -> what they are views of
+        self.kept: dict[Tensor, set[int]] = {}  # arguments of uses -> the leaves used there
         self.blind = False
         self.known: dict[Tensor, None] = dict.fromkeys((*handles, *inputs))
         self.depth = 0
@@ -42,9 +46,20 @@ class Scout(Watch):
         """Run one operation, and know its outputs again."""
         if func is not F.batch_norm:  # whose running statistics are not made of parameters
             self.inspect(tensors_in((args, kwargs)))
+        self.overwrite(func, args, kwargs)
         out = super().apply(func, *args, **kwargs)
         self.known.update(dict.fromkeys(tensors_in(out)))
+        if func in _VIEWS:
+            root = self.roots.get(args[0], args[0])
+            self.roots.update(dict.fromkeys(tensors_in(out), root))
         return out
+
+    def overwrite(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Trust no rule whose arguments are overwritten later, by an operation in place."""
+        name = getattr(func, "__name__", "")
+        if args and (kwargs.get("inplace") or _IN_PLACE.fullmatch(name)):
+            target = self.roots.get(args[0], args[0])
+            self.opaque |= self.kept.get(target, set())
 
     def inspect(self, given: Sequence[Tensor]) -> None:
         """Look for tensors that may be made of parameters, unseen.
@@ -113,6 +128,8 @@ class Scout(Watch):
             self.derived(func, args, kwargs, out, self.batch_size())
         elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
             step = self.use(func, given, out)
+            for x in given:
+                self.kept.setdefault(self.roots.get(x, x), set()).update(leaves)
         else:
             step = self.without_rule(func, leaves)
         self.steps.append(step)
@@ -212,6 +229,10 @@ class Scout(Watch):
                     self.layout, tuple(self.steps), frozenset(self.opaque), self.blind, self.reasons
                 )
             self.opaque = grown
+
+
+_IN_PLACE = re.compile(r"[a-z0-9]\w*[^_]_|__setitem__|__i(add|sub|mul|div|truediv|pow)__")
+_VIEWS = ENTRYWISE | named("chunk split unbind narrow select __getitem__ expand diagonal")
 
 
 def _depth(x: Tensor) -> int:
