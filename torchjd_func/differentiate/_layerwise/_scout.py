@@ -50,16 +50,19 @@ class Scout(Watch):
         out = super().apply(func, *args, **kwargs)
         self.known.update(dict.fromkeys(tensors_in(out)))
         if func in _VIEWS:
-            root = self.roots.get(args[0], args[0])
-            self.roots.update(dict.fromkeys(tensors_in(out), root))
+            for x in tensors_in(out):
+                self.roots[x] = self.root(args[0])
         return out
+
+    def root(self, x: Tensor) -> Tensor:
+        """Return the tensor that `x` is a view of, or `x` itself."""
+        return self.roots[x] if x in self.roots else x
 
     def overwrite(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Trust no rule whose arguments are overwritten later, by an operation in place."""
         name = getattr(func, "__name__", "")
         if args and (kwargs.get("inplace") or _IN_PLACE.fullmatch(name)):
-            target = self.roots.get(args[0], args[0])
-            self.opaque |= self.kept.get(target, set())
+            self.opaque |= self.kept.get(self.root(args[0]), set())
 
     def inspect(self, given: Sequence[Tensor]) -> None:
         """Look for tensors that may be made of parameters, unseen.
@@ -129,7 +132,7 @@ class Scout(Watch):
         elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
             step = self.use(func, given, out)
             for x in given:
-                self.kept.setdefault(self.roots.get(x, x), set()).update(leaves)
+                self.kept.setdefault(self.root(x), set()).update(leaves)
         else:
             step = self.without_rule(func, leaves)
         self.steps.append(step)
