@@ -89,17 +89,17 @@ def jacobian(found: Layers, leaf: int, m: int) -> Tensor:
     return rows.to(value.dtype)
 
 
-def leaf_form(found: Layers, leaf: int) -> Form | None:
-    """Return the rows of one leaf as factors if they have any, its entries in some order."""
+def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None:
+    """Return the rows of one leaf, as factors if they have any; in another order, if allowed."""
     pieces = found.pieces.get(leaf, [])
-    if leaf in found.rows or any(not piece.source.entrywise for piece in pieces):
+    made = [piece.source for piece in pieces if piece.source.func is not None]
+    if leaf in found.rows or (ordered and made) or any(not x.entrywise for x in made):
         rows = _rows(found, leaf)
         return None if rows is None else Dense(rows)
     forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
         return forms[0] if forms else None
-    plain = all(piece.source.func is None for piece in pieces)
-    merged = _merged(forms) if plain else None
+    merged = None if made else _merged(forms)
     return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
 
 
@@ -127,8 +127,8 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
     """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
     total: Tensor | None = None
     for leaf in leaves:
-        first = leaf_form(a, leaf)
-        second = first if a is b else leaf_form(b, leaf)
+        first = leaf_form(a, leaf, ordered=a is not b)
+        second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
             products = _forms.cross(first, second)
             total = products if total is None else total + products
@@ -137,16 +137,14 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
 
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
-    value = found.values[leaf]
-    total = torch.zeros_like(value)
+    value, parts = found.values[leaf], []
     for piece in found.pieces.get(leaf, []):
-        cotangent = _weigh(found, piece.use, weights)
-        part = _forms.total(_form(found, piece, cotangent))
-        pulled = _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
-        total = total + pulled.to(total.dtype)
+        total = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
+        pulled = _sources.pull(piece.source, leaf, found.values, total.unsqueeze(0))[0]
+        parts.append(pulled.to(value.dtype))
     if leaf in found.rows:
-        total = total + _tree.weighted_sum(found.rows[leaf], weights)
-    return total
+        parts.append(_tree.weighted_sum(found.rows[leaf], weights))
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(value)
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
@@ -233,7 +231,7 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
             given = _rules.bind(rule, use.args, use.kwargs)
             named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
         for occurrence, (name, source) in enumerate(named):
-            for leaf in opaque.symmetric_difference(source.leaves) & frozenset(source.leaves):
+            for leaf in frozenset(source.leaves) - opaque:
                 found.setdefault(leaf, []).append(Piece(place, source, name, occurrence))
     return found
 

@@ -56,7 +56,7 @@ class Scout(Watch):
 
     def root(self, x: Tensor) -> Tensor:
         """Return the tensor that `x` is a view of, or `x` itself."""
-        return self.roots[x] if x in self.roots else x
+        return self.roots.get(x, x)
 
     def overwrite(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Trust no rule whose arguments are overwritten later, by an operation in place."""
