@@ -13,6 +13,7 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
+from torchjd_func.linalg import _supports
 from torchjd_func.linalg._active_set import active_set
 from torchjd_func.linalg._masked import solve_masked
 
@@ -58,6 +59,26 @@ def test_larger_problems_converge(kind, m, n):
     solution = jd.linalg.nnqp(gramian.unsqueeze(-3), gramian)
     assert solution.converged.all()
     assert (kkt_residual(gramian.unsqueeze(-3), gramian, solution.value) <= 1e-8).all()
+
+
+@pytest.mark.parametrize(("m", "noise"), [(40, 0.02), (70, 0.05)])
+def test_large_supports_are_solved_by_what_they_leave_out(m, noise, monkeypatch):
+    rng = np.random.default_rng(m)
+    rows = np.eye(m) - 0.3 / m + noise * rng.standard_normal((m, m))
+    gramian = torch.from_numpy(rows @ rows.T)
+    linear = gramian - 0.1  # one problem for each row, most unknowns of each positive
+    inverted = []
+    inverse = _supports.sure_inverse
+    monkeypatch.setattr(
+        _supports, "sure_inverse", lambda *given: inverted.append(m) or inverse(*given)
+    )
+    found = jd.linalg.nnqp(gramian, linear)
+    assert inverted
+    assert found.converged.all()
+    assert not found.fallback.any()
+    assert kkt_residual(gramian, linear, found.value).max() < 1e-12
+    monkeypatch.setattr(_supports, "MANY", 10**9)
+    assert (jd.linalg.nnqp(gramian, linear).value - found.value).abs().max() < 1e-12
 
 
 def test_the_exact_path_takes_over_and_says_so():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from torchjd_func._host import Array
+from torchjd_func.linalg._gramian import sure_inverse
 
 # Largest relative KKT residual of a solution that is called converged.
 KKT_TOL = 1e-8
@@ -15,6 +16,8 @@ SIGN_TOL = 1e-12
 RANK_TOL = 1e-12
 # An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
 LARGEST = 1e8
+# With this condition at most, and so many right-hand sides, a matrix is worth inverting.
+CONDITION, MANY = 1e6, 32
 # Numbers in the largest batch of cut-out systems.
 BLOCK = 2_000_000
 
@@ -32,11 +35,34 @@ def push(matrices: Array, which: Array, z: Array) -> Array:
 
 
 def cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Solve on the support, in systems of its size, by Cholesky.
+    """Solve on the support, by Cholesky: in systems of its size, or of what it leaves out.
 
     Returns:
         `x`, zero off the support, and whether the rows of the support are independent.
     """
+    large = 3 * free.sum(axis=1) > 2 * free.shape[1]
+    many = len(matrices) == 1 and large.sum() >= MANY
+    inverse = sure_inverse(matrices[0], 1 / CONDITION) if many else None
+    if inverse is None:
+        return _in_blocks(matrices, which, free, right)
+    x, independent, small = np.zeros_like(right), np.ones(len(right), dtype=bool), ~large
+    x[large] = _left_out(matrices[0], inverse, free[large], right[large])
+    x[small], independent[small] = _in_blocks(matrices, which[small], free[small], right[small])
+    return x, independent
+
+
+def _left_out(matrix: Array, inverse: Array, free: Array, right: Array) -> Array:
+    """Solve on large supports by small systems off them: `x = H (b + l)` with `x` zero there."""
+    x, which = np.zeros_like(right), np.zeros(len(right), dtype=int)
+    for _ in range(2):  # the second round refines the first
+        whole = np.where(free, right - x @ matrix, 0.0) @ inverse
+        beyond, _ = _in_blocks(inverse[None], which, ~free, -whole)
+        x = np.where(free, x + whole + beyond @ inverse, 0.0)
+    return x
+
+
+def _in_blocks(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
+    """Solve on the support, in systems of its size, in batches of similar size."""
     x, independent = np.zeros_like(right), np.ones(len(right), dtype=bool)
     counts = free.sum(axis=1)
     order = np.argsort(counts, kind="stable")
