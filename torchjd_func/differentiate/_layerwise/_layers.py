@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _rules, _sources
-from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lazy, Outer
+from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
 from torchjd_func.differentiate._layerwise._run import Recorded
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._watch import Layout, Use
@@ -147,8 +147,7 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
 
 def _merged(forms: Sequence[Form]) -> Form | None:
     """Return several uses of one weight as one with more positions, if they are alike."""
-    made = [form.make() if isinstance(form, Lazy) else form for form in forms]
-    outers = [form for form in made if isinstance(form, Outer)]
+    outers = [form for form in map(_forms.made, forms) if isinstance(form, Outer)]
     shapes = {
         (x.left.shape[0], x.left.shape[2:], x.right.shape[0], x.right.shape[2:]) for x in outers
     }
