@@ -114,8 +114,8 @@ def panels(
                 title, by, name = titles[model]
                 own = sorted((row for row in rows if row["model"] == model), key=lambda r: r[by])
                 _lines(axis, own, group, by)
-                axis.set_title(title, loc="left", fontsize=10)
-                axis.set_xlabel(name if line is axes[-1] else "")
+                axis.set_title(title if group == groups[0] else "", loc="left", fontsize=10)
+                axis.set_xlabel(name if group == groups[-1] else "")
             line[0].set_ylabel(f"time of one {what} (ms)")
             handles = {
                 text: handle

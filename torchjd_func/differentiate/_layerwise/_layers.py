@@ -118,15 +118,16 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
     value = found.values[leaf]
-    total = torch.zeros_like(value)
-    for piece in found.pieces.get(leaf, []):
-        cotangent = _weigh(found, piece.use, weights)
-        part = _forms.total(_form(found, piece, cotangent))
-        pulled = _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
-        total = total + pulled.to(total.dtype)
+    parts = [_combine_piece(found, weights, leaf, piece) for piece in found.pieces.get(leaf, [])]
     if leaf in found.rows:
-        total = total + _tree.weighted_sum(found.rows[leaf], weights)
-    return total
+        parts.append(_tree.weighted_sum(found.rows[leaf], weights))
+    return sum(parts[1:], parts[0]).to(value.dtype) if parts else torch.zeros_like(value)
+
+
+def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
+    """Return what one use gives to the weighted sum of the rows of one leaf."""
+    part = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
+    return _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
