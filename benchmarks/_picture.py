@@ -93,6 +93,7 @@ NAMES = {
     "autogram": ("TorchJD autogram", "#D55E00", "s"),
     "autojac": ("TorchJD autojac", "#E69F00", "D"),
     "step": ("jd.grad with UPGrad", "#0072B2", "o"),
+    "weights": ("UPGrad weights alone", "#CC79A7", "x"),
     "step_compiled": ("the same, compiled", "#56B4E9", "*"),
     "step_torchjd": ("TorchJD with UPGrad", "#D55E00", "s"),
 }

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.gramian [--quick] [--models mlp cnn transformer wide]
 
 Gramians of b losses, one for each example: layer by layer, from the whole Jacobian, and by the
-peer's `autogram.Engine` and `autojac.jac`. Whole UPGrad steps to gradients, beside the gradients of
-the mean loss (`plain`: forward and backward). One thread; minima of interleaved repeats in one
-process; the peak of the bytes that a call makes; errors against float64 rows. A dash: a
-repeat takes longer than 20 s, or a Jacobian more than 1 GB.
+peer's `autogram.Engine` and `autojac.jac`. Whole UPGrad steps to gradients, and their `weights`
+alone, beside the gradients of the mean loss (`plain`: forward and backward). One thread; minima of
+interleaved repeats in one process; the peak of the bytes that a call makes; errors against float64
+rows. A dash: a repeat takes longer than 20 s, or a Jacobian more than 1 GB.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ TITLES = {
     "wide": ("MLP d-d-d-10, b = 64", "d", "features d"),
 }
 GRAMIANS = ("plain", "layerwise", "compiled", "jacobian", "autogram", "autojac")
-STEPS = ("plain", "step", "step_compiled", "step_torchjd")
+STEPS = ("plain", "step", "weights", "step_compiled", "step_torchjd")
 
 
 def case(name: str, size: Size) -> Case:
@@ -178,7 +178,9 @@ def gramians(given: Case, engine: Engine) -> Routes:
 def steps(given: Case, engine: Engine) -> Routes:
     """Return the ways to an UPGrad direction, by name."""
     objective, params = functional(given)
-    step = jd.grad(objective, jd.upgrad())
+    step, ours = jd.grad(objective, jd.upgrad()), jd.upgrad().weighting
+    matrix = jd.gramian(objective)(params, given.x, given.y)
+    assert ours is not None
     weighting = peer.UPGradWeighting()
 
     def theirs() -> None:
@@ -189,6 +191,7 @@ def steps(given: Case, engine: Engine) -> Routes:
 
     routes: Routes = {
         "step": lambda: step(None, params, given.x, given.y),
+        "weights": lambda: ours(matrix),
         "step_torchjd": theirs,
     }
     if given.size == COMPILED.get(given.name):
