@@ -43,13 +43,13 @@ class Storages(TorchDispatchMode):
         self.live -= size
 
 
-def peak(fn: Callable[[Tensor], Any], given: Tensor) -> int:
+def peak(fn: Callable[..., Any], *given: Tensor) -> int:
     """Return the peak of bytes in tensors, plus that of bytes in Python and numpy, of one call."""
-    with Storages([given]):  # what is imported or remembered at a first call does not count
-        fn(given)
+    with Storages([*given]):  # what is imported or remembered at a first call does not count
+        fn(*given)
     tracemalloc.start()
-    with Storages([given]) as storages:
-        fn(given)
+    with Storages([*given]) as storages:
+        fn(*given)
     _, other = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return storages.peak + other

@@ -83,3 +83,59 @@ def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, facecolor="white")
     return path
+
+
+NAMES = {
+    "plain": ("plain forward and backward", "0.35", "o"),
+    "layerwise": ("jd.gramian, layer by layer", "#0072B2", "o"),
+    "compiled": ("the same, compiled", "#56B4E9", "*"),
+    "jacobian": ("jd.gramian, whole Jacobian", "#009E73", "v"),
+    "autogram": ("TorchJD autogram", "#D55E00", "s"),
+    "autojac": ("TorchJD autojac", "#E69F00", "D"),
+    "step": ("jd.grad with UPGrad", "#0072B2", "o"),
+    "weights": ("UPGrad weights alone", "#CC79A7", "x"),
+    "step_compiled": ("the same, compiled", "#56B4E9", "*"),
+    "step_torchjd": ("TorchJD with UPGrad", "#D55E00", "s"),
+}
+
+
+def panels(
+    rows: list[dict[str, Any]],
+    titles: dict[str, tuple[str, str, str]],
+    groups: tuple[tuple[str, ...], ...],
+    path: pathlib.Path,
+) -> pathlib.Path:
+    """Draw the times of groups of routes, one line for each, over the sizes of each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * len(models) + 2.8, 3 * len(groups)), layout="constrained")
+        axes = figure.subplots(len(groups), len(models), squeeze=False, sharex="col", sharey="row")
+        for line, group, what in zip(axes, groups, ("Gramian", "step"), strict=True):
+            for axis, model in zip(line, models, strict=True):
+                title, by, name = titles[model]
+                own = sorted((row for row in rows if row["model"] == model), key=lambda r: r[by])
+                _lines(axis, own, group, by)
+                axis.set_title(title if group == groups[0] else "", loc="left", fontsize=10)
+                axis.set_xlabel(name if group == groups[-1] else "")
+            line[0].set_ylabel(f"time of one {what} (ms)")
+            handles = {
+                text: handle
+                for axis in line
+                for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+            }
+            line[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, facecolor="white")
+    return path
+
+
+def _lines(axis: Any, rows: list[dict[str, Any]], routes: tuple[str, ...], by: str) -> None:
+    """Draw the routes of one model."""
+    for route in routes:
+        points = [(row[by], row[f"{route}_ms"]) for row in rows if f"{route}_ms" in row]
+        if points:
+            name, color, marker = NAMES[route]
+            axis.loglog(*zip(*points, strict=True), label=name, color=color, marker=marker)
+    axis.xaxis.set_major_locator(FixedLocator(sorted({row[by] for row in rows})))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_locator(NullLocator())

@@ -26,29 +26,34 @@ def conv_transpose_weight(given: Arguments, cotangent: Tensor, shape: tuple[int,
 def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Arguments) -> Form:
     """Return the outer products of the positions of maps, and the patches of an image there."""
     dims, groups = len(shape) - 2, given.get("groups", 1)
-    stride, dilation = (
-        numbers(given.get("stride", 1), dims),
-        numbers(given.get("dilation", 1), dims),
-    )
-    padding = _padding(given.get("padding", 0), shape[2:], dilation)
-    images = F.pad(image.reshape(-1, *image.shape[-dims - 1 :]), padding)
-    outputs = maps.reshape(-1, *maps.shape[-dims - 1 :])
+    stride = numbers(given.get("stride", 1), dims)
+    dilation = numbers(given.get("dilation", 1), dims)
+    before, after = _padding(given.get("padding", 0), shape[2:], dilation)
+    around = [pad for pair in zip(reversed(before), reversed(after), strict=True) for pad in pair]
+    t = math.prod(maps.shape[1 : -dims - 1]) * math.prod(maps.shape[-dims:])
 
-    def make() -> Outer:
+    def make(examples: slice) -> Outer:
         """Cut the patches out."""
-        cut = _unfold(images, shape[2:], stride, dilation)
-        left = outputs.flatten(2).reshape(maps.shape[0], -1, outputs.shape[1], _count(outputs))
-        right = cut.reshape(image.shape[0], -1, *cut.shape[1:])
-        return Outer(_channels(left, groups), _channels(right, groups), shape)
+        images, outputs = (x if x.shape[0] == 1 else x[examples] for x in (image, maps))
+        padded = F.pad(_images(images, dims), around)
+        cut = _unfold(padded, shape[2:], stride, dilation).unflatten(0, (images.shape[0], -1))
+        left = outputs.reshape(outputs.shape[0], -1, *outputs.shape[-dims - 1 :]).flatten(3)
+        return Outer(_channels(left, groups), _channels(cut, groups), shape)
 
     def total() -> Tensor:
-        """Convolve, as a plain backward pass does."""
-        conv = _CONV_GRADS[dims - 1]
-        return conv(images, shape, outputs, stride, 0, dilation, groups)
+        """Convolve, as a plain backward pass does; padding on both sides alike needs no copy."""
+        even = before == after
+        images = _images(image, dims) if even else F.pad(_images(image, dims), around)
+        options = (stride, before if even else 0, dilation, groups)
+        return _CONV_GRADS[dims - 1](images, shape, _images(maps, dims), *options)
 
-    e, t = max(image.shape[0], maps.shape[0]), outputs.shape[0] // maps.shape[0] * _count(outputs)
-    p = shape[1] * math.prod(shape[2:])
+    e, p = max(image.shape[0], maps.shape[0]), shape[1] * math.prod(shape[2:])
     return Lazy(make, total, (e, t, groups, shape[0] // groups, p))
+
+
+def _images(x: Tensor, dims: int) -> Tensor:
+    """Return the images of all examples, `(n, c, *size)`."""
+    return x.reshape(-1, *x.shape[-dims - 1 :])
 
 
 def _unfold(
@@ -68,27 +73,21 @@ def _channels(x: Tensor, groups: int) -> Tensor:
     return split.flatten(1, 2)
 
 
-def _count(images: Tensor) -> int:
-    """Return how many positions an image has."""
-    return math.prod(images.shape[2:])
-
-
 def numbers(value: Any, dims: int) -> tuple[int, ...]:
     """Return one number for each dimension."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """Return the padding before and after each dimension, the last dimension first."""
-    if value == "valid":
-        value = 0
+def _padding(
+    value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the padding before each dimension, and after each."""
     if value == "same":
         both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        pairs = [(pad // 2, pad - pad // 2) for pad in both]
-    else:
-        pairs = [(pad, pad) for pad in numbers(value, len(kernel))]
-    return [pad for pair in reversed(pairs) for pad in pair]
+        return tuple(pad // 2 for pad in both), tuple(pad - pad // 2 for pad in both)
+    each = numbers(0 if value == "valid" else value, len(kernel))
+    return each, each
 
 
 _CONV_GRADS: tuple[Callable[..., Tensor], ...] = (

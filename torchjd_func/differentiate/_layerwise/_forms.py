@@ -34,7 +34,7 @@ class Lookup(NamedTuple):
 class Lazy(NamedTuple):
     """Factors that are made when they are wanted, and a shorter way to their sum."""
 
-    make: Callable[[], Outer]
+    make: Callable[[slice], Outer]  # of some of the examples
     total: Callable[[], Tensor]  # () -> (*shape)
     elements: tuple[int, int, int, int, int]  # (e, t, g, q, p) of the factors to come
 
@@ -70,7 +70,14 @@ def dense(form: Form) -> Tensor:
         e, t, q = form.values.shape
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
         return form.values.new_zeros(e, *form.shape).scatter_add(1, index, form.values)
-    return dense(form.make()) if isinstance(form, Lazy) else form.rows
+    if isinstance(form, Lazy):
+        return torch.cat([dense(part) for part in _parts(form)])
+    return form.rows
+
+
+def made(form: Form) -> Form:
+    """Return the form with all of its factors made."""
+    return form.make(slice(None)) if isinstance(form, Lazy) else form
 
 
 def cross(a: Form, b: Form) -> Tensor:
@@ -126,8 +133,8 @@ _WRITE = 8  # multiplications that take as long as one number written and read a
 def _inner(a: Form, b: Form) -> Tensor:
     """Multiply factors with factors: neither rows nor a Jacobian is written."""
     if isinstance(a, Lazy) and isinstance(b, Lazy):
-        first = a.make()
-        return _inner(first, first if a is b else b.make())
+        first = made(a)
+        return _inner(first, first if a is b else made(b))
     if isinstance(a, Lookup) and isinstance(b, Lookup):
         same = _positions(a)[:, None] == _positions(b)[None, :]
         products = _wide(a.values).flatten(0, 1) @ _wide(b.values).flatten(0, 1).mT
@@ -158,10 +165,21 @@ def _products(a: Form, b: Form) -> Tensor:
 def _widened(form: Form) -> Form:
     """Return the form with factors in float32 or better."""
     if isinstance(form, Lazy):
-        return _widened(form.make())
+        return form._replace(make=lambda examples: _widened(form.make(examples)))
     if isinstance(form, Outer):
         return form._replace(left=_wide(form.left), right=_wide(form.right))
     return form._replace(values=_wide(form.values)) if isinstance(form, Lookup) else form
+
+
+def _parts(form: Lazy) -> list[Outer]:
+    """Make the factors of a few examples at a time, so that these stay in the cache."""
+    e, t, g, _, p = form.elements
+    size = max(1, _CACHED // (t * g * p), -(-e // _MOST_PARTS))
+    return [form.make(slice(start, start + size)) for start in range(0, e, size)]
+
+
+_CACHED = 2**19  # numbers of the factors that are made at a time
+_MOST_PARTS = 16  # so that graphs of compiled functions stay small
 
 
 def _wide(x: Tensor) -> Tensor:

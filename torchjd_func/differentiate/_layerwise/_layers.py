@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _rules, _sources
-from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lazy, Outer
+from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
 from torchjd_func.differentiate._layerwise._run import Recorded
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._watch import Layout, Use
@@ -137,14 +137,17 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
 
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
-    value, parts = found.values[leaf], []
-    for piece in found.pieces.get(leaf, []):
-        total = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
-        pulled = _sources.pull(piece.source, leaf, found.values, total.unsqueeze(0))[0]
-        parts.append(pulled.to(value.dtype))
+    value = found.values[leaf]
+    parts = [_combine_piece(found, weights, leaf, piece) for piece in found.pieces.get(leaf, [])]
     if leaf in found.rows:
         parts.append(_tree.weighted_sum(found.rows[leaf], weights))
-    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(value)
+    return sum(parts[1:], parts[0]).to(value.dtype) if parts else torch.zeros_like(value)
+
+
+def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
+    """Return what one use gives to the weighted sum of the rows of one leaf."""
+    part = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
+    return _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
@@ -165,8 +168,7 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
 
 def _merged(forms: Sequence[Form]) -> Form | None:
     """Return several uses of one weight as one with more positions, if they are alike."""
-    made = [form.make() if isinstance(form, Lazy) else form for form in forms]
-    outers = [form for form in made if isinstance(form, Outer)]
+    outers = [form for form in map(_forms.made, forms) if isinstance(form, Outer)]
     shapes = {
         (x.left.shape[0], x.left.shape[2:], x.right.shape[0], x.right.shape[2:]) for x in outers
     }
