@@ -115,9 +115,9 @@ def each(
         empty containers may be in it), and so is the result.
 
     Raises:
-        TypeError: If `shared` are not positions.
+        TypeError: From `f`, if `shared` are not positions.
         ValueError: If `chunk_size` is not positive; from `f`, if leading dimensions differ, or
-            `shared` is not a position.
+            `shared` names no argument.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -138,7 +138,7 @@ def _each(
     fn: Callable[..., PyTree], shared: int | tuple[int, ...], chunk_size: int | None, *args: PyTree
 ) -> PyTree:
     """Map over the tensors of arguments; torch.func counts `None` as a leaf, and cannot map it."""
-    constant = set(_check.argnums(shared, len(args))) if shared != () else set()
+    constant = _check.shared(shared, len(args))
     mapped = tuple(None if i in constant else arg for i, arg in enumerate(args))
     flat, rebuild = _tree.flatten(mapped)
     _check.same_members(_tree.paths(mapped), flat)

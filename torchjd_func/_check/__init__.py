@@ -80,6 +80,7 @@ from torchjd_func._check._sets import (
     set_gramians,
     set_jacobians,
     set_losses,
+    shared,
     stackable,
 )
 
@@ -142,6 +143,7 @@ __all__ = [
     "set_gramians",
     "set_jacobians",
     "set_losses",
+    "shared",
     "solver",
     "some_named",
     "square",

@@ -77,6 +77,18 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
     return leaves[0].shape[0]
 
 
+def shared(value: Any, n_args: int) -> set[int]:
+    """Return the positions of the arguments that all models share."""
+    positions = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in positions):
+        remedy = "Name positions, not argument names."
+        fail(TypeError, "`shared`", "be an int or a tuple of ints", repr(value), remedy)
+    if not all(-n_args <= i < n_args for i in positions):
+        rule = f"name some of the {n_args} positional arguments"
+        fail(ValueError, "`shared`", rule, value, "Pass what is shared by position.")
+    return {i % n_args for i in positions}
+
+
 def _is_stacked(leaf: Any) -> bool:
     """Say whether a leaf is a tensor with a first dimension."""
     return isinstance(leaf, Tensor) and leaf.ndim > 0

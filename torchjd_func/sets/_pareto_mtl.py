@@ -98,11 +98,12 @@ def pareto_mtl(
     spent, it follows the shortest convex combination of these; from then on, of these and of the
     gradients of its losses:
 
-    $$d_i = J_i^\top \lambda, \quad
-    \lambda = \beta + \sum_{j\ \mathrm{active}} \gamma_j (u_j - u_i), \quad (\beta, \gamma) \in \arg\min_{\Delta} \lVert d_i \rVert .$$
+    $$d_i = J_i^\top \lambda_i, \qquad
+    \lambda_i = \beta + \sum_{j\ \mathrm{active}} \gamma_j (u_j - u_i), \qquad
+    (\beta, \gamma) \in \arg\min_{\Delta} \lVert d_i \rVert.$$
 
     The state holds the number of steps, and which models have begun the second stage. Without an
-    active constraint it is `jd.mgda`. $\lambda$ may be negative. One quadratic program in
+    active constraint it is `jd.mgda`. $\lambda_i$ may be negative. One quadratic program in
     `m + k` unknowns for each model, exact.
 
     Args:
