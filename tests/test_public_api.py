@@ -20,6 +20,8 @@ NAMESPACES = (
     jd.loss_scale,
     jd.measures,
     jd.metrics,
+    jd.sets,
+    jd.ensemble,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

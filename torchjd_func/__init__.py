@@ -1,6 +1,16 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, loss_scale, measures, metrics, random, scalarizers
+from torchjd_func import (
+    ensemble,
+    interop,
+    linalg,
+    loss_scale,
+    measures,
+    metrics,
+    random,
+    scalarizers,
+    sets,
+)
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -85,6 +95,7 @@ __all__ = [
     "db_mtl",
     "double_sampling",
     "dualproj",
+    "ensemble",
     "epo",
     "every",
     "excess_mtl",
@@ -127,6 +138,7 @@ __all__ = [
     "rlw",
     "scalarizers",
     "sdmgrad",
+    "sets",
     "smoothed",
     "stateless",
     "sum",
