@@ -20,6 +20,7 @@ NAMESPACES = (
     jd.loss_scale,
     jd.measures,
     jd.metrics,
+    jd.plot,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

@@ -1,6 +1,15 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
-from torchjd_func import interop, linalg, loss_scale, measures, metrics, random, scalarizers
+from torchjd_func import (
+    interop,
+    linalg,
+    loss_scale,
+    measures,
+    metrics,
+    plot,
+    random,
+    scalarizers,
+)
 from torchjd_func._functionalize import functionalize
 from torchjd_func._types import (
     Aggregator,
@@ -121,6 +130,7 @@ __all__ = [
     "pcd",
     "pcgrad",
     "per_example",
+    "plot",
     "pmgda",
     "random",
     "read_measures",
