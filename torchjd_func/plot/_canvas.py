@@ -21,7 +21,7 @@ STYLE: dict[str, Any] = {
     "font.size": 11,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
+    "axes.facecolor": "white",
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
@@ -37,9 +37,10 @@ def canvas(ax: Any, size: tuple[float, float], columns: int = 1) -> Generator[An
     if ax is not None:
         yield ax
         return
-    cycler = pyplot.cycler(color=COLORS)
-    with pyplot.rc_context(STYLE | {"axes.prop_cycle": cycler}):
-        yield pyplot.subplots(1, columns, figsize=size, layout="constrained")[1]
+    # Outside of the context: the first figure loads the backend, which sets parameters to be kept.
+    figure = pyplot.figure(figsize=size, layout="constrained", facecolor="white")
+    with pyplot.rc_context(STYLE | {"axes.prop_cycle": pyplot.cycler(color=COLORS)}):
+        yield figure.subplots(1, columns)
 
 
 def numbers(values: Tensor) -> Any:

@@ -60,6 +60,8 @@ def trajectories(
             color = axis.plot(*run.T, color=color, linewidth=1.8, label=name)[0].get_color()
         axis.scatter(*runs[:, 0].T, color="white", edgecolor=INK, s=36, zorder=3)
         axis.scatter(*runs[:, -1].T, color=color, edgecolor=INK, marker="*", s=130, zorder=4)
+        kind = "coordinate" if objective is None else "parameter"
+        axis.set(xlabel=f"{kind} 1", ylabel=f"{kind} 2")
         legend(axis)
     return axis
 
@@ -75,7 +77,8 @@ def _contours(
     grid = torch.cartesian_prod(torch.linspace(left, right, 160), torch.linspace(bottom, top, 160))
     mean = vmap(lambda point: _tree.ravel(objective(point)).mean())(grid.to(points))
     x, y, z = (numbers(value.reshape(160, 160)) for value in (*grid.unbind(1), mean))
-    axis.contour(x, y, z, levels=24, cmap="Greys", linewidths=0.7, zorder=0)
+    axis.contour(x, y, z, levels=24, colors="0.65", linestyles="-", linewidths=0.6, zorder=0)
+    axis.grid(False)
 
 
 def _around(points: Tensor) -> tuple[float, float, float, float]:
