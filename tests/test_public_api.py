@@ -22,6 +22,7 @@ NAMESPACES = (
     jd.metrics,
     jd.sets,
     jd.ensemble,
+    jd.plot,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

@@ -152,6 +152,13 @@ def points(value: Tensor, reference: Tensor) -> None:
         fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
 
 
+def in_the_plane(name: str, value: Tensor, ndims: tuple[int, ...]) -> None:
+    """Check for points or vectors with two coordinates, which can be drawn."""
+    if value.ndim not in ndims or value.shape[-1] != 2:
+        got, remedy = describe(value), "Pass two coordinates of each."
+        fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
+
+
 def installed(package: str, extra: str, purpose: str) -> Any:
     """Return an optional package."""
     try:
