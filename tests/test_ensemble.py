@@ -1,14 +1,17 @@
 """Many models in one program against the same models one after another."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 import torchjd_func as jd
-from tests.helpers import assert_trees_close, clone, compiled, double
+from tests.helpers import assert_trees_close, clone, close, compiled, double
 from torchjd_func import _tree
 
+UNFIT: Any = ("x",)
 SIZES = {"first": (6, 4), "second": (3, 6)}
 
 
@@ -64,6 +67,7 @@ def test_preferences_in_one_program_equal_separate_runs(wrap, chunk_size):
     losses = torch.zeros(4, 3)
     for seed in range(5):
         params, states, losses = many(PREFERENCES, RATES, params, states, *data(seed))
+    want = losses
     for i, (member, state) in enumerate(runs):
         for seed in range(5):
             member, state, want = step(PREFERENCES[i], RATES[i], member, state, *data(seed))
@@ -124,6 +128,18 @@ def test_structures_of_arguments_and_results():
     assert got["a"][0].tolist() == [24.0, 24.0]
 
 
+@pytest.mark.parametrize(("chunk_size", "calls"), [(None, 1), (2, 3), (5, 1), (9, 1)])
+def test_so_many_models_are_computed_at_a_time(chunk_size, calls):
+    seen = []
+
+    def fn(x):
+        seen.append(x.shape)
+        return 2 * x
+
+    close(jd.ensemble.each(fn, chunk_size=chunk_size)(torch.ones(5, 3)), torch.full((5, 3), 2.0))
+    assert seen == calls * [(3,)]
+
+
 def test_ensembles_of_ensembles():
     x = torch.arange(6.0).reshape(2, 3)
     twice = jd.ensemble.each(jd.ensemble.each(torch.sin, chunk_size=2))
@@ -168,7 +184,7 @@ def test_a_set_rule_moves_an_ensemble():
         (lambda: jd.ensemble.each(torch.sin)(1.0), ValueError, "leading dimension"),
         (lambda: jd.ensemble.each(torch.sin, chunk_size=0), ValueError, "`chunk_size`"),
         (lambda: jd.ensemble.each(torch.add, shared=2)(*2 * [torch.ones(1)]), ValueError, "shared"),
-        (lambda: jd.ensemble.each(torch.add, shared="x")(torch.ones(1)), TypeError, "shared"),
+        (lambda: jd.ensemble.each(torch.add, *UNFIT)(torch.ones(1)), TypeError, "shared"),
         (lambda: jd.ensemble.init(make_params, torch.ones(2), 3), ValueError, "`key` must"),
         (lambda: jd.ensemble.init(make_params, jd.random.key(0), 0), ValueError, "`k` must"),
     ],

@@ -158,6 +158,13 @@ def test_what_is_not_a_number_is_seen(make):
 
 
 @each_rule
+def test_directions_can_be_differentiated(make):
+    rule, (jacs, losses) = make(3, 2), problem(3, 2, 4)
+    inputs = jacs.requires_grad_(), losses.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: directions(rule, *args), inputs)
+
+
+@each_rule
 def test_rules_are_printable_picklable_and_frozen(make):
     rule = make(3, 2)
     assert repr(rule) == f"SetRule({rule.name})"

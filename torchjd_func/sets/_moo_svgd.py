@@ -26,11 +26,7 @@ def _update(
     k = losses.shape[0]
     gaps = losses.unsqueeze(1) - losses  # (k, k, m)
     squares = gaps.square().sum(-1)
-    h = (
-        median_bandwidth(squares)
-        if bandwidth is None
-        else bandwidth * torch.ones_like(squares[0, 0])
-    )
+    h = median_bandwidth(squares) if bandwidth is None else bandwidth * squares.new_ones(())
     kernel, slope = _kernel(squares, h)
     repulsion = (slope.unsqueeze(-1) * gaps).sum(1)
     down = min_norm_point(gramians).value
