@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or folder / "gramian.json"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="There is a performance drop")  # the peer, under vmap
-    sizes, without = (QUICK, set(LONG)) if options.quick else (SIZES, set())
+    sizes, without = (QUICK if options.quick else SIZES), set[str](LONG if options.quick else ())
     found: dict[str, Any] = {}
     for name in [name for name in options.models if name in sizes]:
         found = merge(run(name, sizes[name], without), out)
