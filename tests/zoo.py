@@ -120,6 +120,14 @@ ZOO: dict[str, Specimen] = {
         opaque=True,
         vmaps=False,
     ),
+    "split into heads": Specimen(
+        lambda: Lambda(
+            lambda s, x: s.g(s.f(x).unflatten(-1, (2, 4)).tanh()),
+            f=nn.Linear(6, 8),
+            g=nn.Linear(4, 3),
+        ),
+        SEQUENCE,
+    ),
     "bilinear": Specimen(
         lambda: Lambda(lambda s, x: s.f(x[:, 0], x[:, 1].tanh()), f=nn.Bilinear(6, 6, 2)), SEQUENCE
     ),

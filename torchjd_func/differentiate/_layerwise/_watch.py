@@ -79,6 +79,9 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
+        func = (
+            torch.unflatten if func is Tensor.unflatten else func
+        )  # cannot be traced (torch 2.13)
         return self.apply(func, *args, **(kwargs or {}))
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
