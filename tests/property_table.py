@@ -6,11 +6,9 @@ python -m tests.property_table --write    # puts it into the README
 
 from __future__ import annotations
 
-import sys
-
 from tests.matrices import A, matrix
 from tests.properties import lowest_conflict, scaling_gap, span_distance
-from tests.readme import README
+from tests.readme import between, show_or_write
 from tests.registry import METHODS, Method, exported, fresh
 from torchjd_func import aggregation
 
@@ -76,14 +74,8 @@ def table() -> str:
 
 def inserted(text: str) -> str:
     """Return a README with the table between its marks."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+    return between(text, START, END, table())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(inserted(README.read_text()))
-    elif sys.argv[1:]:
-        raise SystemExit(__doc__)
-    else:
-        print(table())
+    show_or_write(__doc__, table, inserted)

@@ -6,10 +6,8 @@ python -m tests.support_table --write    # puts it into the README
 
 from __future__ import annotations
 
-import sys
-
 from tests.modules import CASES, MODES, ROUTES, Case
-from tests.readme import README
+from tests.readme import between, show_or_write
 
 START, END = "<!-- support table: start -->", "<!-- support table: end -->"
 
@@ -36,14 +34,8 @@ def table() -> str:
 
 def inserted(text: str) -> str:
     """Return a README with the table between its marks."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+    return between(text, START, END, table())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(inserted(README.read_text()))
-    elif sys.argv[1:]:
-        raise SystemExit(__doc__)
-    else:
-        print(table())
+    show_or_write(__doc__, table, inserted)

@@ -231,6 +231,15 @@ def all_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
     return [param for module in modules.values() for param in module.parameters()]
 
 
+def their_step(modules, batch, aggregator, optimizer):
+    """Do one step of the peer's multi-task learning."""
+    z, losses = their_losses(modules, *batch)
+    mtl_backward(losses, features=z)
+    jac_to_grad(modules["trunk"].parameters(), aggregator)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @every_pair
 def test_multi_task_learning(pair):
     modules, data = two_tasks()
@@ -240,11 +249,7 @@ def test_multi_task_learning(pair):
 
     optimizer, aggregator = SGD(all_parameters(modules), lr=LR), pair.theirs()
     for batch in zip(*data, strict=True):
-        z, losses = their_losses(modules, *batch)
-        mtl_backward(losses, features=z)
-        jac_to_grad(modules["trunk"].parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
+        their_step(modules, batch, aggregator, optimizer)
     same(by_parts(ours), final(modules), pair.tol)
 
 
@@ -359,11 +364,7 @@ def test_mixed_precision_in_bfloat16():
     optimizer, aggregator = SGD(all_parameters(modules), lr=LR), peer.UPGrad()
     for batch in zip(*data, strict=True):
         with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
-            z, losses = their_losses(modules, *batch)
-        mtl_backward(losses, features=z)
-        jac_to_grad(modules["trunk"].parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
+            their_step(modules, batch, aggregator, optimizer)
     same(by_parts(ours), final(modules), 1e-2)
 
 
@@ -420,11 +421,7 @@ def test_monitoring():
         )
     )
     for batch in zip(*data, strict=True):
-        z, losses = their_losses(modules, *batch)
-        mtl_backward(losses, features=z)
-        jac_to_grad(modules["trunk"].parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
+        their_step(modules, batch, aggregator, optimizer)
     torch.testing.assert_close(torch.stack(seen), torch.tensor(theirs), rtol=0, atol=1e-7)
     same(by_parts(params), final(modules), 1e-9)
 
@@ -515,10 +512,6 @@ def test_lightning(tmp_path):
     optimizer = torch.optim.Adam(all_parameters(twins), lr=0.01)
     aggregator = PAIRS["upgrad, not regularised"].theirs()
     for batch in zip(*data, strict=True):
-        z, losses = their_losses(twins, *batch)
-        mtl_backward(losses, features=z)
-        jac_to_grad(twins["trunk"].parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
+        their_step(twins, batch, aggregator, optimizer)
     same(final(modules), final(twins), 1e-9)
     assert_trees_close(final(modules), final(twins), rtol=1e-6, atol=1e-9)

@@ -71,20 +71,25 @@ def chunk_size(value: int | None) -> None:
         fail(ValueError, "`chunk_size`", "be a positive int or None", repr(value), remedy)
 
 
-def argnums(value: Any, n_args: int) -> tuple[int, ...]:
-    """Return `argnums` as a tuple of non-negative positions."""
+def positions(name: str, value: Any, n_args: int, remedy: str) -> tuple[int, ...]:
+    """Return an int or a tuple of ints as non-negative positions of arguments."""
     wanted = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in wanted):
-        remedy = "Name positions, not argument names."
-        fail(TypeError, "`argnums`", "be an int or a tuple of ints", repr(value), remedy)
+        rule, names = "be an int or a tuple of ints", "Name positions, not argument names."
+        fail(TypeError, f"`{name}`", rule, repr(value), names)
     if not all(-n_args <= index < n_args for index in wanted):
         rule = f"name some of the {n_args} positional arguments"
-        fail(ValueError, "`argnums`", rule, value, "Pass what is differentiated by position.")
-    positions = tuple(index % n_args for index in wanted)
-    if not positions or len(set(positions)) != len(positions):
+        fail(ValueError, f"`{name}`", rule, value, remedy)
+    return tuple(index % n_args for index in wanted)
+
+
+def argnums(value: Any, n_args: int) -> tuple[int, ...]:
+    """Return `argnums` as a tuple of non-negative positions."""
+    found = positions("argnums", value, n_args, "Pass what is differentiated by position.")
+    if not found or len(set(found)) != len(found):
         rule, remedy = "name at least one argument, each once", "Use 0 for the first argument."
         fail(ValueError, "`argnums`", rule, value, remedy)
-    return positions
+    return found
 
 
 def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail
 from torchjd_func._check._methods import floating
+from torchjd_func._check._options import positions
 
 STACK = "Stack the models with jd.ensemble.stack and map jd.jac over them with torch.func.vmap."
 
@@ -79,14 +80,7 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
 
 def shared(value: Any, n_args: int) -> set[int]:
     """Return the positions of the arguments that all models share."""
-    positions = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in positions):
-        remedy = "Name positions, not argument names."
-        fail(TypeError, "`shared`", "be an int or a tuple of ints", repr(value), remedy)
-    if not all(-n_args <= i < n_args for i in positions):
-        rule = f"name some of the {n_args} positional arguments"
-        fail(ValueError, "`shared`", rule, value, "Pass what is shared by position.")
-    return {i % n_args for i in positions}
+    return set(positions("shared", value, n_args, "Pass what is shared by position."))
 
 
 def _is_stacked(leaf: Any) -> bool:

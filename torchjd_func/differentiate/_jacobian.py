@@ -96,8 +96,8 @@ def jac_and_value(
 def rows(linear: Linearized, chunk_size: int | None) -> PyTree:
     """Return the Jacobian: the pullback of each unit cotangent, or what layers recorded of it."""
     if linear.layers is not None:
-        count, m = len(linear.paths), linear.vector.shape[0]
-        return linear.rebuild([jacobian(linear.layers, leaf, m) for leaf in range(count)])
+        count = len(linear.paths)
+        return linear.rebuild([jacobian(linear.layers, leaf) for leaf in range(count)])
     return linear.rebuild(pull_rows(linear.pullback, basis(linear.vector), chunk_size))
 
 

@@ -47,7 +47,7 @@ def linearize(
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
-    if method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise)):
+    if is_layered(fn, method):
         return linearize_layers(fn, args, argnums, has_aux)
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
@@ -57,6 +57,11 @@ def linearize(
 
     vector, pull, (losses, aux) = vjp_aux(from_leaves, flat)
     return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, as_they_are, paths)
+
+
+def is_layered(fn: Callable[..., Any], method: str) -> bool:
+    """Say whether a method linearizes an objective layer by layer."""
+    return method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise))
 
 
 def _linearize_accumulated(

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._linearize import is_layered, linearize
+from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._pullback import bind, vjp_aux
 from torchjd_func.differentiate._routes import contract, contract_whole, pullback_of, whole
 from torchjd_func.differentiate._scaled import Scaled
@@ -41,7 +41,7 @@ def partial_grads(
     chosen = [place for place, path in enumerate(paths) if where(path)]
     _check.some_named("where", chosen, paths)
 
-    if method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise)):
+    if is_layered(fn, method):
         linear = linearize(fn, args, argnums, has_aux, method)
         matrices, _ = contract(linear, method, chunk_size, (tuple(chosen),))
         weights, state = weighting(matrices[0], state, losses=linear.vector)

@@ -56,8 +56,8 @@ def total(form: Form) -> Tensor:
         left, right = (x.flatten(0, 1).transpose(0, 1) for x in (form.left, form.right))
         return (left.mT @ right).reshape(form.shape)
     if isinstance(form, Lookup):
-        index = form.indices.expand(form.values.shape[:2]).flatten()
-        return form.values.new_zeros(form.shape).index_add(0, index, form.values.flatten(0, 1))
+        zeros = form.values.new_zeros(form.shape)
+        return zeros.index_add(0, _positions(form), form.values.flatten(0, 1))
     return form.total() if isinstance(form, Lazy) else form.rows.sum(0)
 
 
@@ -83,11 +83,6 @@ def made(form: Form) -> Form:
 def cross(a: Form, b: Form) -> Tensor:
     """Return the inner products of the rows of two forms, `(e_a, e_b)`, the cheaper way."""
     return (_inner if inner_is_cheaper(a, b) else _products)(a, b)
-
-
-def gramian(form: Form) -> Tensor:
-    """Return the inner products of the rows, `(e, e)`."""
-    return cross(form, form)
 
 
 def sizes(form: Form) -> tuple[int, int, int, int, int]:
@@ -137,7 +132,7 @@ def _inner(a: Form, b: Form) -> Tensor:
         return _inner(first, first if a is b else made(b))
     if isinstance(a, Lookup) and isinstance(b, Lookup):
         same = _positions(a)[:, None] == _positions(b)[None, :]
-        products = _wide(a.values).flatten(0, 1) @ _wide(b.values).flatten(0, 1).mT
+        products = _tree.wide(a.values).flatten(0, 1) @ _tree.wide(b.values).flatten(0, 1).mT
         shape = (*a.values.shape[:2], *b.values.shape[:2])
         return torch.where(same, products, 0).reshape(shape).sum((1, 3))
     assert isinstance(a, Outer) and isinstance(b, Outer)
@@ -147,7 +142,7 @@ def _inner(a: Form, b: Form) -> Tensor:
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of all positions of `(e, t, g, q)` factors, `(g, e_a, t_a, e_b, t_b)`."""
-    first, second = (_wide(x).permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
+    first, second = (_tree.wide(x).permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
     return (first @ second.mT).reshape(-1, *a.shape[:2], *b.shape[:2])
 
 
@@ -167,8 +162,8 @@ def _widened(form: Form) -> Form:
     if isinstance(form, Lazy):
         return form._replace(make=lambda examples: _widened(form.make(examples)))
     if isinstance(form, Outer):
-        return form._replace(left=_wide(form.left), right=_wide(form.right))
-    return form._replace(values=_wide(form.values)) if isinstance(form, Lookup) else form
+        return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
+    return form._replace(values=_tree.wide(form.values)) if isinstance(form, Lookup) else form
 
 
 def _parts(form: Lazy) -> list[Outer]:
@@ -180,11 +175,6 @@ def _parts(form: Lazy) -> list[Outer]:
 
 _CACHED = 2**19  # numbers of the factors that are made at a time
 _MOST_PARTS = 16  # so that graphs of compiled functions stay small
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return `x` in float32 or better."""
-    return _tree.wide(x)
 
 
 def _numel(form: Dense) -> int:

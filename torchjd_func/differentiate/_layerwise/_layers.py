@@ -80,12 +80,12 @@ def combine(found: Layers, weights: Tensor, groups: Groups) -> list[Tensor]:
     return [_combine_leaf(found, weights[group_of[leaf]], leaf) for leaf in sorted(group_of)]
 
 
-def jacobian(found: Layers, leaf: int, m: int) -> Tensor:
+def jacobian(found: Layers, leaf: int) -> Tensor:
     """Return the rows of one leaf, `(m, *shape)`."""
     value = found.values[leaf]
     rows = _rows(found, leaf)
     if rows is None:
-        return value.new_zeros(m, *value.shape)
+        return value.new_zeros(found.size, *value.shape)
     return rows.to(value.dtype)
 
 

@@ -40,8 +40,7 @@ class Record(Watch):
         if not step.use:
             out = func(*args, **kwargs)
             if step.derives:
-                size = self.plan.layout.size if self.plan.layout.kind == "batched" else None
-                self.derived(func, args, kwargs, out, size)
+                self.derived(func, args, kwargs, out)
             return out
         out = self.run(func, *args, **kwargs)
         if out.shape != step.shape:

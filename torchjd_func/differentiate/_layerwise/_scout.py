@@ -128,7 +128,7 @@ class Scout(Watch):
             step = self.without_rule(func, leaves)
         elif self.derives(func, given, sources):
             step = Step(func, use=False, derives=True)
-            self.derived(func, args, kwargs, out, self.batch_size())
+            self.derived(func, args, kwargs, out)
         elif isinstance(out, Tensor) and self.recognises(func, args, kwargs, given, out):
             step = self.use(func, given, out)
             for x in given:
@@ -149,10 +149,6 @@ class Scout(Watch):
         if torch.compiler.is_compiling():  # `inspect` notices
             return False
         return any(_depth(x) > self.depth for x in tensors)
-
-    def batch_size(self) -> int | None:
-        """Return how many examples lie along axes, if any."""
-        return self.layout.size if self.layout.kind == "batched" else None
 
     def derives(self, func: Callable[..., Any], given: list[Tensor], sources: list[Source]) -> bool:
         """Say whether the output is a function of parameters alone, to be made again at will."""

@@ -79,9 +79,8 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
-        func = (
-            torch.unflatten if func is Tensor.unflatten else func
-        )  # cannot be traced (torch 2.13)
+        if func is Tensor.unflatten:  # cannot be traced (torch 2.13)
+            func = torch.unflatten
         return self.apply(func, *args, **(kwargs or {}))
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -128,9 +127,7 @@ class Watch(TorchFunctionMode):
 
         return (*_sources.substitute((args, kwargs), replace), arrays)
 
-    def derived(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, size: int | None
-    ) -> None:
+    def derived(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Remember a function of parameters and constants alone."""
 
         def replace(x: Tensor) -> Source:
@@ -141,6 +138,7 @@ class Watch(TorchFunctionMode):
             return _sources.of_constant(self.count + len(self.constants) - 1)
 
         given = _sources.substitute((args, kwargs), replace)
+        size = self.layout.size if self.layout.kind == "batched" else None
         source = _sources.derive(func, given[0], given[1], size)
         if isinstance(out, Tensor):
             self.sources[out] = source
