@@ -233,7 +233,11 @@ def all_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
 
 def their_step(modules, batch, aggregator, optimizer):
     """Do one step of the peer's multi-task learning."""
-    z, losses = their_losses(modules, *batch)
+    their_update(modules, *their_losses(modules, *batch), aggregator, optimizer)
+
+
+def their_update(modules, z, losses, aggregator, optimizer):
+    """Do what follows the losses of such a step."""
     mtl_backward(losses, features=z)
     jac_to_grad(modules["trunk"].parameters(), aggregator)
     optimizer.step()
@@ -364,7 +368,8 @@ def test_mixed_precision_in_bfloat16():
     optimizer, aggregator = SGD(all_parameters(modules), lr=LR), peer.UPGrad()
     for batch in zip(*data, strict=True):
         with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
-            their_step(modules, batch, aggregator, optimizer)
+            z, losses = their_losses(modules, *batch)
+        their_update(modules, z, losses, aggregator, optimizer)
     same(by_parts(ours), final(modules), 1e-2)
 
 
