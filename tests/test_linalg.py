@@ -230,7 +230,7 @@ def test_solutions_are_differentiable(name):
     assert torch.autograd.gradcheck(lambda jac: weighting(jac @ jac.mT)[0], (jac.requires_grad_(),))
 
 
-@pytest.mark.parametrize(("m", "n"), [(8, 4), (16, 8), (40, 25), (64, 32)])
+@pytest.mark.parametrize(("m", "n"), [(8, 4), (16, 8), (40, 25)])
 def test_of_many_solutions_the_one_of_least_norm_is_found(m, n):
     jac = matrix("gaussian", m, n, seed=3)
     gramian = jac @ jac.mT
