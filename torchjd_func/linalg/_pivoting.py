@@ -33,7 +33,8 @@ TINY = np.finfo(np.float64).tiny
 # Guessing supports pays if the products of all matrices with a vector take this many
 # multiplications.
 HEAVY = 30_000
-GUESS_STEPS = 20
+# Steps at most, and between two looks at whether the guess still changes.
+GUESS_STEPS, GUESS_CHECKS = 60, 10
 # Negative eigenvalues show a part of what rounding did.
 ROUNDINGS = 4
 
@@ -128,15 +129,31 @@ def _guess(matrices: Array, which: Array, vectors: Array) -> Array:
         probe = probe / np.maximum(np.linalg.norm(probe, axis=1, keepdims=True), 1e-300)
     largest = np.matmul(matrices, probe[:, :, None])[:, :, 0]
     curvature = np.minimum(1.2 * np.linalg.norm(largest, axis=1), rows)[which, None]
-    z = np.zeros_like(vectors)
-    ahead, momentum = z, 1.0
-    for _ in range(GUESS_STEPS):
+    rate = 1 / np.maximum(curvature, TINY)
+    z = ahead = np.zeros_like(vectors)
+    guess, place = z > 0, np.arange(len(z))
+    momentum, before = np.ones((len(z), 1)), guess
+    for step in range(1, GUESS_STEPS + 1):
         slope = push(matrices, which, ahead) + vectors
-        stepped = np.maximum(ahead - slope / np.maximum(curvature, 1e-300), 0)
+        stepped = np.maximum(ahead - rate * slope, 0)
+        move = stepped - z
+        # Momentum that leads uphill is dropped.
+        # B. O'Donoghue, E. Candes, Adaptive restart for accelerated gradient schemes, 2015.
+        momentum[np.add.reduce(slope * move, axis=1) > 0] = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = stepped + (momentum - 1) / following * (stepped - z)
+        ahead = stepped + (momentum - 1) / following * move
         z, momentum = stepped, following
-    return z > 0
+        if step % GUESS_CHECKS == 0:
+            guess[place] = support = z > 0
+            moved = (support != before).any(axis=1)
+            if not moved.any():
+                break
+            before = support
+            if 2 * np.count_nonzero(moved) <= len(place):
+                place, which, vectors, rate, z, ahead, momentum, before = (
+                    x[moved] for x in (place, which, vectors, rate, z, ahead, momentum, before)
+                )
+    return guess
 
 
 def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:

@@ -18,6 +18,8 @@ RANK_TOL = 1e-12
 LARGEST = 1e8
 # With this condition at most, and so many right-hand sides, a matrix is worth inverting.
 CONDITION, MANY = 1e6, 32
+# Nor is a residual of this size (of `max|q| = 1`) worth another round.
+EXACT = 1e-14
 # Numbers in the largest batch of cut-out systems.
 BLOCK = 2_000_000
 
@@ -59,8 +61,11 @@ def cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[A
 def _left_out(matrix: Array, inverse: Array, free: Array, right: Array) -> Array:
     """Solve on large supports by small systems off them: `x = H (b + l)` with `x` zero there."""
     x, which = np.zeros_like(right), np.zeros(len(right), dtype=int)
-    for _ in range(2):  # the second round refines the first
-        whole = np.where(free, right - x @ matrix, 0.0) @ inverse
+    for _ in range(2):  # the second round refines the first, where that is not rounding
+        left = np.where(free, right - x @ matrix, 0.0)
+        if np.abs(left).max(initial=0.0) <= EXACT:
+            break
+        whole = left @ inverse
         beyond, _ = _in_blocks(inverse[None], which, ~free, -whole)
         x = np.where(free, x + whole + beyond @ inverse, 0.0)
     return x
