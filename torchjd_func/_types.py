@@ -8,8 +8,6 @@ The state is a pytree of tensors (a NamedTuple, or `()` for a rule without memor
 structure, shapes and dtypes from call to call. Nothing else is remembered and nothing is mutated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -210,11 +208,16 @@ class Scalarizer:
 class Observation(NamedTuple):
     """What one aggregation saw and did; the argument of a measure. Absent parts are `None`."""
 
-    gramian: Tensor | None  # (m, m)
-    weights: Tensor | None  # (m,)
-    losses: Tensor | None  # (m,)
-    jac: PyTree | None  # pytree of (m, ...)
-    grads: PyTree | None  # pytree of (...)
+    gramian: Tensor | None
+    """`(m, m)`"""
+    weights: Tensor | None
+    """`(m,)`"""
+    losses: Tensor | None
+    """`(m,)`"""
+    jac: PyTree | None
+    """pytree of `(m, ...)`"""
+    grads: PyTree | None
+    """pytree of `(...)`"""
 
 
 def stateless(
