@@ -83,5 +83,5 @@ def test_methods_can_be_pickled(name):
 
 def test_files_are_short():
     package = pathlib.Path(jd.__file__).parent
-    lengths = {path.name: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    lengths = {str(path): len(path.read_text().splitlines()) for path in package.rglob("*.py")}
     assert max(lengths.values()) <= 300, lengths
