@@ -73,7 +73,9 @@ METHODS: dict[str, Method] = {
         cost="m^3",
     ),
     "mgda": Method(lambda m: jd.mgda(), non_conflicting=True, cost="m^3"),
-    "mgda[l2]": Method(lambda m: jd.mgda("l2"), unique=False, cost="m^3"),
+    "mgda[l2]": Method(
+        lambda m: jd.mgda("l2"), linear_under_scaling=True, unique=False, cost="m^3"
+    ),
     "mgda[l2, normalized]": Method(
         lambda m: jd.mgda("l2", apply_to="normalized"),
         non_conflicting=True,

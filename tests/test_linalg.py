@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import qpsolvers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,3 +228,49 @@ def test_solutions_are_differentiable(name):
     jac = matrix("gaussian", 4, 7, seed=5)
     weighting = getattr(jd, name)().weighting
     assert torch.autograd.gradcheck(lambda jac: weighting(jac @ jac.mT)[0], (jac.requires_grad_(),))
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 4), (16, 8), (40, 25)])
+def test_of_many_solutions_the_one_of_least_norm_is_found(m, n):
+    jac = matrix("gaussian", m, n, seed=3)
+    gramian = jac @ jac.mT
+    solution = jd.linalg.nnqp(gramian, gramian)
+    assert solution.fallback.any()
+    assert kkt_residual(gramian, gramian, solution.value).max() <= 1e-9
+    # A small ridge prefers it too; its error is of the order of the ridge.
+    scale = gramian.diagonal().rsqrt()
+    ridged = (gramian * scale * scale[:, None] + 1e-7 * torch.eye(m)).numpy()
+    for index in solution.fallback.nonzero()[:, 0].tolist():
+        linear = (gramian[index] * scale).numpy()
+        want = qpsolvers.solve_qp(ridged, linear, lb=np.zeros(m), solver="quadprog")
+        assert want is not None
+        value = solution.value[index] / scale
+        torch.testing.assert_close(value, torch.from_numpy(want), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("m", "n"), [(32, 16), (64, 20), (128, 64)])
+def test_rounding_of_dependent_rows_is_not_taken_for_a_problem(m, n):
+    jac = matrix("gaussian", m, n, seed=4).float()
+    gramian = jac @ jac.mT
+    assert torch.linalg.eigvalsh(gramian.double())[0] < 0
+    solution = jd.linalg.nnqp(gramian, gramian)
+    assert solution.converged.all()
+    assert solution.iterations.max() < 8 * m
+    update = jac.double().mT @ (torch.eye(m) + solution.value).double().mT
+    slopes = jac.double() @ update / (jac.norm(dim=1)[:, None] * jac.norm(dim=1)).double()
+    assert slopes.min() >= -1e-5
+
+
+def test_derivatives_at_dependent_rows_are_those_of_the_update():
+    jac = matrix("gaussian", 12, 6, seed=8)
+    rule = jd.upgrad()
+    assert jd.linalg.nnqp(jac @ jac.mT, jac @ jac.mT).fallback.any()
+
+    def loss(jac):
+        return rule(jac)[0].square().sum()
+
+    step = matrix("gaussian", 12, 6, seed=9)
+    slope = (loss(jac + 1e-5 * step) - loss(jac - 1e-5 * step)) / 2e-5
+    torch.testing.assert_close(
+        (torch.func.grad(loss)(jac) * step).sum(), slope, rtol=1e-5, atol=1e-9
+    )

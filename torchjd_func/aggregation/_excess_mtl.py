@@ -16,6 +16,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
+from torchjd_func.aggregation._rows import blocks
 
 NAME = "excess_mtl"
 
@@ -73,21 +74,23 @@ def _update(
 
 def _accumulate(squares: Tensor, leaf: Tensor) -> Tensor:
     """Add the squared entries of one leaf."""
-    return squares + _tree.real(leaf).square()
+    return torch.addcmul(squares, _tree.real(leaf), _tree.real(leaf))
 
 
 def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
     """Return `E_i = sum_k J_ik^2 / sqrt(S_ik + eps)`, `(m,)`; the paper's equation 6."""
     pairs = zip(_tree.leaves(jac), _tree.leaves(squares), strict=True)
-    terms = [_excess_of_leaf(_tree.rows(leaf), _tree.rows(part), eps) for leaf, part in pairs]
-    return torch.stack(terms).sum(dim=0)
+    cut = [block for leaf, part in pairs for block in blocks(_tree.rows(leaf), part.flatten(1))]
+    return torch.stack([_excess_of_block(*block, eps=eps) for block in cut]).sum(dim=0)
 
 
-def _excess_of_leaf(rows: Tensor, squares: Tensor, eps: float | Tensor) -> Tensor:
-    """Return the share of one leaf in `E`."""
+def _excess_of_block(rows: Tensor, squares: Tensor, *, eps: float | Tensor) -> Tensor:
+    """Return the share of some columns in `E`."""
+    if isinstance(eps, Tensor) or eps > 0:
+        squares = squares + eps
     # Where nothing was seen the numerator is 0 as well.
-    curvature = squares.clamp(min=torch.finfo(squares.dtype).tiny) + eps
-    return (rows.square() / curvature.sqrt()).sum(dim=1).to(torch.float64)
+    scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
+    return (rows.square() * scale).sum(dim=1).to(torch.float64)
 
 
 def excess_mtl(

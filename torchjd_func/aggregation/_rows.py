@@ -46,12 +46,17 @@ def by_columns(fn: Callable[..., Tensor], rows: Tensor, *vectors: Tensor) -> Ten
     Returns:
         `(n,)`.
     """
+    parts = [fn(*block) for block in blocks(rows, *vectors)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def blocks(rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut the columns of `rows` `(m, n)`, and of `others` `(..., n)`, into what fits the cache."""
     width = max(1, BLOCK // max(1, rows.shape[0]))
     # Compiled code is one loop as it is.
     if torch.compiler.is_compiling() or rows.shape[1] <= width:
-        return fn(rows, *vectors)
-    blocks = (rows.split(width, dim=1), *(vector.split(width) for vector in vectors))
-    return torch.cat([fn(*block) for block in zip(*blocks, strict=True)])
+        return [(rows, *others)]
+    return list(zip(*(x.split(width, dim=-1) for x in (rows, *others)), strict=True))
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:

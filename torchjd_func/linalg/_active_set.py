@@ -8,7 +8,9 @@ from torchjd_func._host import Array
 from torchjd_func.linalg._supports import SIGN_TOL, cut_out, push
 
 
-def active_set(matrices: Array, which: Array, vectors: Array) -> tuple[Array, Array, Array]:
+def active_set(
+    matrices: Array, which: Array, vectors: Array, start: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Free the steepest unknown, move to the minimum, pin what reaches zero; never go up.
 
     The objective falls with each full move. Where the row of the steepest unknown depends on those
@@ -22,8 +24,9 @@ def active_set(matrices: Array, which: Array, vectors: Array) -> tuple[Array, Ar
     n, m = vectors.shape
     out, support = np.zeros_like(vectors), np.zeros((n, m), dtype=bool)
     iterations, place = np.zeros(n, dtype=np.int64), np.arange(n)
-    z, free, banned = out.copy(), support.copy(), support.copy()
-    moving = np.zeros(n, dtype=bool)
+    z = out.copy() if start is None else start
+    free, banned = z > 0, support.copy()
+    moving = free.any(axis=1)
     for _ in range(10 * m + 10):
         slope = np.where(free | banned, np.inf, push(matrices, which, z) + vectors)
         entering = slope.argmin(axis=1)

@@ -11,19 +11,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchjd_func.linalg._proximal import RIDGES
 from torchjd_func.linalg._supports import KKT_TOL, LARGEST, RANK_TOL, SIGN_TOL
 
 # Exchanges of all wrong indices at once, before the exact path starts.
 EXCHANGES = 12
+# Each divides the error of an eigenvalue `a` by `a / 2r`.
+REFINEMENTS = 3
 
 
-def masked_solve(matrix: Tensor, support: Tensor, right: Tensor) -> Tensor:
+def masked_solve(matrix: Tensor, support: Tensor, right: Tensor, dependent: Tensor) -> Tensor:
     """Solve `Q_FF x_F = b_F`, with 0 elsewhere; differentiable at a fixed support."""
+    # Where rows may be dependent: the solution of least norm, by `(Q + r)^2 x = Q b`, refined. What
+    # `b` has beyond the range of `Q` does not enter.
     # A constant of an exact change of variables, so derivatives need not pass through it.
     scale = _unit_scale(matrix.detach())
     unit = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    solve, _ = _factorize(unit, support)
-    return solve(right * scale) * scale
+    ridge = torch.where(dependent, RIDGES[-1], 0.0)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    solve, _ = _factorize(unit + ridge * identity, support)
+    right = torch.where(support, right * scale, 0.0)
+    x = torch.zeros_like(right)
+    for _ in range(REFINEMENTS):
+        left = right - _times(unit, x)
+        x = x + solve(_times(unit, solve(left)))
+    return x * scale
 
 
 def solve_masked(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,9 +67,14 @@ def _unit_scale(matrix: Tensor) -> Tensor:
     return torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
 
 
+def _times(matrix: Tensor, z: Tensor) -> Tensor:
+    """Return `Q z`."""
+    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
+
+
 def _slope(matrix: Tensor, z: Tensor, vector: Tensor) -> Tensor:
     """Return `Q z + q`."""
-    return (matrix @ z.unsqueeze(-1)).squeeze(-1) + vector
+    return _times(matrix, z) + vector
 
 
 def _factorize(matrix: Tensor, support: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -139,4 +156,4 @@ def _ray(matrix: Tensor, free: Tensor, new: Tensor) -> Tensor:
     """Return the direction `Q d = 0` in which a new unknown grows, dependent on the free ones."""
     entering = new.to(matrix.dtype)
     solve, _ = _factorize(matrix, free)
-    return solve(-(matrix @ entering.unsqueeze(-1)).squeeze(-1)) + entering
+    return solve(-_times(matrix, entering)) + entering

@@ -21,7 +21,7 @@ class Solution(NamedTuple):
     value: Tensor
     """`(..., m)`"""
     converged: Tensor
-    """`(...,)` bool: the relative KKT residual is at most 1e-8"""
+    """`(...,)` bool: the relative KKT residual is at most 1e-8, see `nnqp`"""
     iterations: Tensor
     """`(...,)` int64: linear systems solved"""
     fallback: Tensor
@@ -35,8 +35,9 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 
     Exact up to rounding: the support of the solution is found by block principal pivoting, in
     float64, on the problem scaled to a unit diagonal, and one linear solve gives the value.
-    Where that fails, as it may on dependent rows, an active-set method takes over, and `fallback`
-    says so.
+    Where that fails, as it may on dependent rows, the proximal point method takes over, and, of
+    many solutions, finds the one of least norm; then an active-set method. `fallback` says so.
+    A matrix that rounding has given negative eigenvalues is solved to within these.
     Scaling `matrix`, `vector`, or single unknowns does not change the accuracy. The support is
     locally constant, so the value is differentiable wherever the solution is.
 
@@ -164,8 +165,8 @@ def solve(xp: Any, matrix: Array, vector: Array, *, solver: str = "auto") -> Sol
         return Solution(value, *flags)
     # A graph holds no autograd.Function under vmap (torch 2.13), so its value is solved in torch.
     found, support, *flags = search(matrix.detach(), vector.detach(), solver)
-    value = masked_solve(matrix, support, -vector).clamp(min=0)
-    return Solution(value + 0 * found, *flags)  # not-a-number spreads
+    value = masked_solve(matrix, support, -vector, flags[-1])
+    return Solution(found + (value - value.detach()), *flags)
 
 
 def minimize(xp: Any, matrix: Array, vector: Array) -> Array:
@@ -256,29 +257,30 @@ class _Differentiable(torch.autograd.Function):
         value, support, *flags = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(support, *flags)
-        ctx.save_for_backward(matrix, vector, value, support)
-        ctx.save_for_forward(matrix, vector, value, support)
+        ctx.save_for_backward(matrix, value, support, flags[-1])
+        ctx.save_for_forward(matrix, value, support, flags[-1])
+        ctx.shape = vector.shape
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         """Pull a cotangent of the value back: `Q_FF x = -c_F` gives both."""
         if cotangents[0] is None:
             return None, None, None
-        matrix, vector, value, support = ctx.saved_tensors
-        pulled = masked_solve(matrix, support, -cotangents[0])
+        matrix, value, support, fallback = ctx.saved_tensors
+        pulled = masked_solve(matrix, support, -cotangents[0], fallback)
         outer = pulled.unsqueeze(-1) * value.unsqueeze(-2)
         symmetric = (outer + outer.mT) / 2
-        return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(vector.shape), None
+        return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(ctx.shape), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Push tangents forward: `Q_FF dz = -(dQ z + dq)_F`."""
-        matrix, _, value, support = ctx.saved_tensors
+        matrix, value, support, fallback = ctx.saved_tensors
         d_matrix, d_vector, _ = tangents
         right = torch.zeros_like(value)
         right = right if d_matrix is None else right + (d_matrix @ value.unsqueeze(-1)).squeeze(-1)
         right = right if d_vector is None else right + d_vector
-        return masked_solve(matrix, support, -right), None, None, None, None
+        return masked_solve(matrix, support, -right, fallback), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

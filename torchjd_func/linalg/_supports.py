@@ -22,6 +22,11 @@ CONDITION, MANY = 1e6, 32
 BLOCK = 2_000_000
 
 
+def largest(x: Array) -> Array:
+    """Return `max|x|` of each row."""
+    return np.maximum.reduce(np.abs(x), axis=1, initial=0.0)
+
+
 def push(matrices: Array, which: Array, z: Array) -> Array:
     """Return `Q z` for each problem."""
     if len(matrices) == 1:

@@ -1,0 +1,61 @@
+"""Non-negative quadratic programs with dependent rows, on the CPU: a ridge that is taken back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from torchjd_func._host import Array
+from torchjd_func.linalg._active_set import active_set
+from torchjd_func.linalg._exchange import exchange
+from torchjd_func.linalg._supports import SIGN_TOL, largest, push
+
+# What is added to a unit diagonal while rows are dependent, and centres of the last.
+RIDGES, CENTRES = (0.1, 0.01, 1e-3, 1e-6), 6
+
+
+def proximal_point(
+    matrices: Array, which: Array, vectors: Array, rounding: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Solve where rows are dependent: a falling ridge makes them independent, and is taken back.
+
+    The last ridge pulls towards a centre: first to zero, so that of many solutions the one of
+    least norm is found, whatever the order of the rows; then to what was found.
+
+    R. T. Rockafellar, Monotone operators and the proximal point algorithm, SIAM J. Control and
+    Optimization 14, 1976.
+
+    Returns:
+        `(z, support, iterations, done)`.
+    """
+    last = max(RIDGES[-1], rounding.max())
+    z, free, iterations, identity = 0 * vectors, vectors < -SIGN_TOL, 0, np.eye(vectors.shape[1])
+    for ridge in (*RIDGES[:-1], last):
+        z, free, extra = _regular(matrices + ridge * identity, which, vectors, z, free)
+        iterations = iterations + extra
+    done = _settled(matrices, which, vectors, z, rounding)
+    for _ in range(CENTRES):
+        if done.all():
+            break
+        centred = vectors - last * z
+        z, free, extra = _regular(matrices + last * identity, which, centred, z, free)
+        iterations, done = iterations + extra, _settled(matrices, which, vectors, z, rounding)
+    return z, free, iterations, done
+
+
+def _settled(matrices: Array, which: Array, vectors: Array, z: Array, rounding: Array) -> Array:
+    """Say for each problem whether the conditions of optimality hold up to rounding."""
+    residual = largest(np.minimum(z, push(matrices, which, z) + vectors))
+    return residual <= np.maximum(SIGN_TOL, rounding) * (1 + largest(z))
+
+
+def _regular(
+    matrices: Array, which: Array, vectors: Array, z: Array, free: Array
+) -> tuple[Array, Array, Array]:
+    """Solve where rows are independent, from a solution of a similar problem."""
+    found, free, iterations, done = exchange(matrices, which, vectors, free)
+    left = np.flatnonzero(~done)
+    if len(left):
+        near = active_set(matrices, which[left], vectors[left], z[left])
+        found[left], free[left], extra = near
+        iterations[left] += extra
+    return found.clip(min=0), free, iterations
