@@ -24,23 +24,17 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def smooth(values: list[float], window: int) -> np.ndarray:
-    """Return running means over `window` values."""
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    return (total[window:] - total[:-window]) / window
-
-
-def curves(runs: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
-    """Draw training loss and conflict over the steps, one row for each problem."""
+def curves(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draw training loss and conflict over the steps, one line of axes for each problem."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.2 * len(runs)), layout="constrained")
-        axes = figure.subplots(len(runs), 2, squeeze=False, sharex="row")
-        for (loss_axis, cosine_axis), (problem, by_method) in zip(axes, runs.items(), strict=True):
-            for method, run in by_method.items():
-                window = max(1, len(run.losses) // 50)
-                steps = np.arange(window, len(run.losses) + 1)
-                loss_axis.plot(steps, smooth(run.losses, window), label=method)
-                cosine_axis.plot(steps, smooth(run.cosines, window), label=method)
+        figure = Figure(figsize=(10, 3.2 * len(problems)), layout="constrained")
+        axes = figure.subplots(len(problems), 2, squeeze=False, sharex="row")
+        for (loss_axis, cosine_axis), problem in zip(axes, problems, strict=True):
+            for row in [row for row in rows if row["problem"] == problem]:
+                steps = np.linspace(0, row["steps"], len(row["losses"]) + 1)[1:]
+                loss_axis.plot(steps, row["losses"], label=row["method"])
+                cosine_axis.plot(steps, row["cosines"], label=row["method"])
             loss_axis.set(ylabel="training loss (nats)", xlabel="step", yscale="log")
             loss_axis.set_title(problem, loc="left")
             loss_axis.legend()
@@ -48,12 +42,10 @@ def curves(runs: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
             cosine_axis.set(ylabel="lowest cosine of the update", xlabel="step")
             cosine_axis.set_title("with the gradient of any objective", loc="left")
             cosine_axis.xaxis.set_major_locator(MaxNLocator(5))
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
-def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw the time of each method, and of the peer's, over the number of objectives."""
     names, columns = list(dict.fromkeys(row["method"] for row in rows)), 4
     lines = -(-len(names) // columns)
@@ -80,62 +72,64 @@ def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
         figure.supylabel("time of one call (ms)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
+OURS, THEIRS = ("torchjd_func", "#0072B2", "o"), ("TorchJD", "#D55E00", "s")
+COMPILED = ("torchjd_func, compiled", "#56B4E9", "*")
 NAMES = {
     "plain": ("plain forward and backward", "0.35", "o"),
-    "layerwise": ("jd.gramian, layer by layer", "#0072B2", "o"),
-    "compiled": ("the same, compiled", "#56B4E9", "*"),
-    "jacobian": ("jd.gramian, whole Jacobian", "#009E73", "v"),
-    "autogram": ("TorchJD autogram", "#D55E00", "s"),
-    "autojac": ("TorchJD autojac", "#E69F00", "D"),
-    "step": ("jd.grad with UPGrad", "#0072B2", "o"),
+    "layerwise": OURS,
+    "compiled": COMPILED,
+    "jacobian": ("torchjd_func, whole Jacobian", "#009E73", "v"),
+    "autogram": THEIRS,
+    "autojac": ("TorchJD, whole Jacobian", "#E69F00", "D"),
+    "step": OURS,
     "weights": ("UPGrad weights alone", "#CC79A7", "x"),
-    "step_compiled": ("the same, compiled", "#56B4E9", "*"),
-    "step_torchjd": ("TorchJD with UPGrad", "#D55E00", "s"),
+    "step_compiled": COMPILED,
+    "step_torchjd": THEIRS,
 }
 
 
 def panels(
     rows: list[dict[str, Any]],
-    titles: dict[str, tuple[str, str, str]],
-    groups: tuple[tuple[str, ...], ...],
     path: pathlib.Path,
-) -> pathlib.Path:
+    titles: dict[str, tuple[str, str, str]],
+    groups: dict[str, tuple[str, ...]],
+) -> None:
     """Draw the times of groups of routes, one line for each, over the sizes of each model."""
+    rows = [row for row in rows if "plain_ms" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.1 * len(models) + 2.8, 3 * len(groups)), layout="constrained")
+        figure = Figure(figsize=(10, 2.7 * len(groups) + 0.9), layout="constrained")
         axes = figure.subplots(len(groups), len(models), squeeze=False, sharex="col", sharey="row")
-        for line, group, what in zip(axes, groups, ("Gramian", "step"), strict=True):
-            for axis, model in zip(line, models, strict=True):
-                title, by, name = titles[model]
-                own = sorted((row for row in rows if row["model"] == model), key=lambda r: r[by])
-                _lines(axis, own, group, by)
-                axis.set_title(title if group == groups[0] else "", loc="left", fontsize=10)
-                axis.set_xlabel(name if group == groups[-1] else "")
+        handles = {}
+        for line, (what, routes) in zip(axes, groups.items(), strict=True):
             line[0].set_ylabel(f"time of one {what} (ms)")
-            handles = {
-                text: handle
-                for axis in line
-                for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-            }
-            line[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5))
-        path.parent.mkdir(parents=True, exist_ok=True)
+            for axis, model in zip(line, models, strict=True):
+                by = titles[model][1]
+                own = sorted((row for row in rows if row["model"] == model), key=lambda r: r[by])
+                handles |= _lines(axis, own, routes, by)
+        for top, bottom, model in zip(axes[0], axes[-1], models, strict=True):
+            top.set_title(titles[model][0], loc="left", fontsize=11)
+            bottom.set_xlabel(titles[model][2])
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=3)
         figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
-def _lines(axis: Any, rows: list[dict[str, Any]], routes: tuple[str, ...], by: str) -> None:
-    """Draw the routes of one model."""
+def _lines(
+    axis: Any, rows: list[dict[str, Any]], routes: tuple[str, ...], by: str
+) -> dict[str, Any]:
+    """Draw the routes of one model, and return their lines by name."""
+    handles = {}
     for route in routes:
         points = [(row[by], row[f"{route}_ms"]) for row in rows if f"{route}_ms" in row]
         if points:
             name, color, marker = NAMES[route]
-            axis.loglog(*zip(*points, strict=True), label=name, color=color, marker=marker)
+            (handles[name],) = axis.loglog(
+                *zip(*points, strict=True), color=color, marker=marker, zorder=2 + 1 / len(points)
+            )
     axis.xaxis.set_major_locator(FixedLocator(sorted({row[by] for row in rows})))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_locator(NullLocator())
+    return handles

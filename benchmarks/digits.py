@@ -8,11 +8,9 @@ a shared trunk and two heads; (b) one digit in an image, one loss for each examp
 
 from __future__ import annotations
 
-import argparse
-import functools
-import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 import torchjd_func as jd
 from benchmarks import _picture
+from benchmarks._form import Benchmark, Cell, Row, main, table
 
 METHODS = {
     "mean": jd.mean,
@@ -32,8 +31,8 @@ METHODS = {
     "dualproj": jd.dualproj,
     "mgda": jd.mgda,
 }
-RESULTS = pathlib.Path(__file__).parent / "results"
 N_TRAIN, N_PAIRS, BATCH, LEARNING_RATE = 1400, 4000, 32, 0.1
+POINTS = 60  # of each curve
 CANVAS, OFFSET = 12, 4  # pixels; two 8 x 8 digits overlap in a square of 4 x 4
 
 Batch = tuple[Tensor, Tensor]  # images (b, pixels), labels (b, tasks)
@@ -48,15 +47,6 @@ class Problem(NamedTuple):
     scores: Callable[[Any, Batch], Scores]
     train: Batch
     test: Batch
-
-
-class Run(NamedTuple):
-    """What one training left behind."""
-
-    losses: list[float]  # mean training loss at each step
-    cosines: list[float]  # lowest cosine between the update and the gradient of any objective
-    scores: Scores  # on test data
-    steps_per_second: float
 
 
 def make_step(
@@ -144,7 +134,7 @@ def two_digits(seed: int) -> Problem:
             for index, name in enumerate(heads)
         }
 
-    tasks = {name: functools.partial(head, index, name) for index, name in enumerate(heads)}
+    tasks = {name: partial(head, index, name) for index, name in enumerate(heads)}
     objective = jd.multitask(lambda shared, batch: trunk(shared, {}, batch[0])[0], tasks)
     params = (shared, {name: head_params for name, (_, head_params, _) in heads.items()})
     pairs = overlay(train, N_PAIRS, keys[0]), overlay(test, N_PAIRS // 4, keys[1])
@@ -178,27 +168,43 @@ def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 PROBLEMS = {"two digits, two tasks": two_digits, "one loss per example": one_digit}
 
 
-def train(problem: Problem, method: str, steps: int, seed: int, eager: bool, bar: tqdm) -> Run:
+def train(problem: str, method: str, steps: int, seed: int, eager: bool) -> Iterator[Row]:
     """Train from the start; the first step, which compiles, is not timed."""
-    rule = METHODS[method]()
-    step = make_step(problem.objective, rule)
+    given, rule = PROBLEMS[problem](seed), METHODS[method]()
+    step = make_step(given.objective, rule)
     if not eager:
         torch.compiler.reset()
         step = torch.compile(step, fullgraph=True)
     keys = jd.random.split(jd.random.key(seed), steps)
-    batches = [pick(problem.train, key) for key in keys]
-    params = problem.params
-    state = jd.init_state(rule, problem.objective, params, batches[0])
+    batches = [pick(given.train, key) for key in keys]
+    params = given.params
+    state = jd.init_state(rule, given.objective, params, batches[0])
     losses, cosines, start = [], [], 0.0
-    for i, batch in enumerate(batches):
-        params, state, loss, cosine = step(params, state, batch)
-        losses.append(float(loss))
-        cosines.append(float(cosine))
-        start = time.perf_counter() if i == 0 else start
-        bar.update()
-        bar.set_postfix_str(f"{method}, loss {losses[-1]:.3f}", refresh=False)
-    elapsed = time.perf_counter() - start
-    return Run(losses, cosines, problem.scores(params, problem.test), (steps - 1) / elapsed)
+    with tqdm(batches, unit="step", leave=False) as bar:
+        for i, batch in enumerate(bar):
+            params, state, loss, cosine = step(params, state, batch)
+            losses.append(float(loss))
+            cosines.append(float(cosine))
+            start = time.perf_counter() if i == 0 else start
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    speed = (steps - 1) / (time.perf_counter() - start)
+    yield {
+        "problem": problem,
+        "method": method,
+        "scores": given.scores(params, given.test),
+        "lowest_cosine": min(cosines),
+        "steps_per_second": speed,
+        "steps": steps,
+        "losses": means(losses),
+        "cosines": means(cosines),
+    }
+
+
+def means(values: list[float]) -> list[float]:
+    """Return the means of up to `POINTS` parts of equal length, with four digits."""
+    length = max(1, len(values) // POINTS)
+    parts = torch.tensor(values).unfold(0, length, length).mean(1)
+    return [float(f"{value:.4g}") for value in parts.tolist()]
 
 
 def pick(data: Batch, key: Tensor) -> Batch:
@@ -207,54 +213,37 @@ def pick(data: Batch, key: Tensor) -> Batch:
     return data[0][indices], data[1][indices]
 
 
-def table(runs: dict[str, dict[str, Run]]) -> str:
-    """Return the results as text."""
-    head = f"{'problem':<24}{'method':<10}{'task':<8}{'loss':>8}{'accuracy':>10}"
-    lines = [head + f"{'lowest cosine':>16}{'steps/s':>10}"]
-    lines.append("-" * len(lines[0]))
-    for problem, by_method in runs.items():
-        for method, run in by_method.items():
-            for i, (task, (loss, accuracy)) in enumerate(run.scores.items()):
-                ends = f"{min(run.cosines):>16.3f}{run.steps_per_second:>10.0f}" if i == 0 else ""
-                start = f"{problem:<24}{method:<10}" if i == 0 else " " * 34
-                lines.append(f"{start}{task:<8}{loss:>8.3f}{accuracy:>10.3f}{ends}")
-    return "\n".join(lines)
+def report(rows: list[Row]) -> str:
+    """Return the scores on test data as Markdown."""
+    lines = []
+    for row in rows:
+        ends = [f"{row['lowest_cosine']:.3f}", f"{row['steps_per_second']:.0f}"]
+        for task, (loss, accuracy) in row["scores"].items():
+            cells = [row["problem"], row["method"], task, f"{loss:.3f}", f"{accuracy:.3f}"]
+            lines.append(cells + ends)
+    head = ["problem", "method", "task", "loss", "accuracy", "lowest cosine", "steps/s"]
+    return table(head, lines)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=3000, help="steps of each run, at least 2")
-    parser.add_argument("--methods", nargs="+", default=["mean", "upgrad"], choices=METHODS)
-    parser.add_argument("--seed", type=int, default=0, help="of networks and batches")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "digits.png", help="picture")
-    options = parser.parse_args(arguments)
-    if options.steps < 2:
-        parser.error(f"argument --steps: must be at least 2, got {options.steps}")
-    if options.out.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument --out: must end in .png, .svg or .pdf, got {options.out}")
-    return options
+def cells(methods: Sequence[str], steps: int, seed: int, eager: bool) -> list[Cell]:
+    """Return every problem with every method."""
+    return [
+        (f"{problem}, {method}", partial(train, problem, method, steps, seed, eager))
+        for problem in PROBLEMS
+        for method in methods
+    ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train every problem with every method; print the table, save the picture."""
-    options = parse(arguments)
-    torch.set_num_threads(1)
-    runs: dict[str, dict[str, Run]] = {}
-    with tqdm(total=len(PROBLEMS) * len(options.methods) * options.steps, unit="step") as bar:
-        for name, make in PROBLEMS.items():
-            bar.set_description(name)
-            problem = make(options.seed)
-            runs[name] = {
-                method: train(problem, method, options.steps, options.seed, options.eager, bar)
-                for method in options.methods
-            }
-    print(table(runs))
-    print(f"Picture: {_picture.curves(runs, options.out)}")
-    return 0
-
+BENCHMARK = Benchmark(
+    name="digits",
+    about=__doc__,
+    cells=cells,
+    report=report,
+    full={"methods": ("mean", "upgrad"), "steps": 3000, "seed": 0, "eager": False},
+    quick={"steps": 300, "eager": True},
+    choices={"methods": METHODS},
+    draw=_picture.curves,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(BENCHMARK))

@@ -12,22 +12,14 @@ Jacobian more than 0.2 GB.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import importlib.metadata
-import itertools
-import json
 import math
-import pathlib
-import platform
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torchjd.aggregation as peer
 from torch import Tensor, nn
@@ -37,22 +29,12 @@ from torchjd.autojac import jac as autojac
 
 import torchjd_func as jd
 from benchmarks import _memory, _picture
+from benchmarks._form import Benchmark, Cell, Row, compiled, exponent, main, minima, table
+from benchmarks._networks import CLASSES, MODELS, WORDS, Size
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 Routes = dict[str, Callable[[], Any]]
-CLASSES, WORDS = 10, 1000
-ROUNDS, SECONDS = (5, 20), 2.0  # fewest and most repeats, and time for each case
-SHORT = 0.2  # seconds up to which calls are repeated at once, as in training
 SLOW, LARGE = 10.0, 2 * 10**8  # seconds for one repeat and bytes of a Jacobian that are too many
 SMALL = 8  # examples that the errors are measured on
-
-
-class Size(NamedTuple):
-    """How large a case is."""
-
-    b: int  # examples
-    d: int = 512  # features of hidden layers
-    t: int = 1  # tokens
 
 
 class Case(NamedTuple):
@@ -66,63 +48,6 @@ class Case(NamedTuple):
     y: Tensor
 
 
-class Block(nn.Module):
-    """One layer of a transformer, normalised first."""
-
-    def __init__(self, d: int, heads: int = 4):
-        """Draw the parameters."""
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.pack, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the features `(b, t, d)` of all tokens."""
-        packed = self.pack(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = packed.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class Transformer(nn.Module):
-    """Classifies sequences of tokens by the mean of their features."""
-
-    def __init__(self, d: int, t: int, layers: int = 4):
-        """Draw the parameters."""
-        super().__init__()
-        self.embedding, self.places = nn.Embedding(WORDS, d), nn.Parameter(torch.zeros(t, d))
-        self.blocks = nn.Sequential(*(Block(d) for _ in range(layers)))
-        self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores of the classes, `(b, CLASSES)`."""
-        return self.head(self.blocks(self.embedding(x) + self.places).mean(1))
-
-
-def mlp(size: Size, p: int = 784) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return a network of three layers, and the shape of an example."""
-    widths = (p, size.d, size.d, CLASSES)
-    layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (p,)
-
-
-def cnn(size: Size) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return three convolutions and a linear layer, for images of 32 by 32."""
-    layers: list[nn.Module] = []
-    for p, q in ((3, 32), (32, 64)):
-        layers += [nn.Conv2d(p, q, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, CLASSES)]
-    return nn.Sequential(*layers), (3, 32, 32)
-
-
-MODELS: dict[str, Callable[[Size], tuple[nn.Module, tuple[int, ...]]]] = {
-    "mlp": mlp,
-    "cnn": cnn,
-    "transformer": lambda size: (Transformer(size.d, size.t), (size.t,)),
-    "wide": lambda size: mlp(size, size.d),
-}
 SIZES = {
     "mlp": [Size(b) for b in (32, 64, 128, 256, 512)],
     "cnn": [Size(b, 64) for b in (32, 64, 128, 256)],
@@ -134,8 +59,8 @@ LONG = ("compiled", "step_compiled", "jacobian", "autojac")  # not in a quick ru
 COMPILED = {"mlp": Size(64), "cnn": Size(64, 64)}
 TITLES = {
     "mlp": ("MLP 784-512-512-10", "b", "examples b"),
-    "cnn": ("CNN, three convolutions", "b", "examples b"),
-    "transformer": ("transformer, 4 layers, d = 256", "tokens", "tokens b T"),
+    "cnn": ("CNN", "b", "examples b"),
+    "transformer": ("transformer", "tokens", "tokens b T"),
     "wide": ("MLP d-d-d-10, b = 64", "d", "features d"),
 }
 GRAMIANS = ("plain", "layerwise", "compiled", "jacobian", "autogram", "autojac")
@@ -170,8 +95,7 @@ def gramians(given: Case, engine: Engine) -> Routes:
         "autogram": lambda: engine.compute_gramian(losses(given.watched, given)),
     }
     if given.size == COMPILED.get(given.name):
-        compiled = torch.compile(by_layer, fullgraph=True)
-        routes["compiled"] = lambda: compiled(params, given.x, given.y)
+        routes["compiled"] = partial(compiled(by_layer), params, given.x, given.y)
     if given.size.b * sum(4 * param.numel() for param in flat) <= LARGE:
         routes |= {"jacobian": lambda: whole(params, given.x, given.y), "autojac": jacobian}
     return routes
@@ -197,8 +121,7 @@ def steps(given: Case, engine: Engine) -> Routes:
         "step_torchjd": theirs,
     }
     if given.size == COMPILED.get(given.name):
-        compiled = torch.compile(step, fullgraph=True)
-        routes["step_compiled"] = lambda: compiled(None, params, given.x, given.y)
+        routes["step_compiled"] = partial(compiled(step), None, params, given.x, given.y)
     return routes
 
 
@@ -219,53 +142,34 @@ def losses(net: nn.Module, given: Case) -> Tensor:
     return F.cross_entropy(net(given.x), given.y, reduction="none")
 
 
-def minima(routes: Routes) -> dict[str, float]:
-    """Return the shortest time of each route, in seconds, interleaved; without the slow ones."""
-    first = {name: seconds(route) for name, route in routes.items()}  # not counted: warms up
-    kept = [name for name in routes if first[name] < SLOW or "compiled" in name]
-    best, spent, rounds = dict.fromkeys(kept, math.inf), 0.0, 0
-    while rounds < ROUNDS[0] or (spent < SECONDS and rounds < ROUNDS[1]):
-        for name in kept if rounds % 2 else reversed(kept):  # not always after the same one
-            taken = [seconds(routes[name]) for _ in range(3 if best[name] < SHORT else 1)]
-            best[name], spent = min(best[name], *taken), spent + sum(taken)
-        rounds += 1
-    return best
-
-
-def seconds(route: Callable[[], Any]) -> float:
-    """Return how long one call takes."""
-    start = time.perf_counter()
-    route()
-    return time.perf_counter() - start
-
-
-def measure(name: str, size: Size, hopeless: set[str]) -> dict[str, Any]:
+def measure(name: str, size: Size, hopeless: set[str], seconds: float) -> Iterator[Row]:
     """Time all routes of one case, but those that are hopeless; with the memory they take.
 
     Args:
         name: Which model.
         size: How large.
         hopeless: The routes to leave out; gains those that are too slow for the next size.
+        seconds: How long to repeat.
 
-    Returns:
+    Yields:
         The size, times in ms and peaks in MB.
     """
     given = case(name, size)
     engine = Engine(given.watched, batch_dim=0)
     routes = gramians(given, engine) | steps(given, engine)
     routes = {key: fn for key, fn in routes.items() if key not in hopeless}
-    times = minima(routes)
+    times = minima(routes, seconds, SLOW)
     known = [*given.net.parameters(), *given.watched.parameters(), given.x, given.y]
     eager = [key for key in times if "compiled" not in key]
     peaks = {key: _memory.peak(lambda *_, fn=routes[key]: fn(), *known) for key in eager}
     hopeless |= {key for key in routes if times.get(key, SLOW) > SLOW / 8}  # at twice the examples
-    row: dict[str, Any] = {"model": name, **size._asdict(), "tokens": size.b * size.t}
+    row: Row = {"model": name, **size._asdict(), "tokens": size.b * size.t}
     row |= {f"{key}_ms": 1e3 * value for key, value in times.items()}
-    return row | {f"{key}_mb": value / 1e6 for key, value in peaks.items()}
+    yield row | {f"{key}_mb": value / 1e6 for key, value in peaks.items()}
 
 
-def error(name: str, size: Size) -> dict[str, Any]:
-    """Return the relative errors of float32 Gramians of a few examples, against float64 rows."""
+def error(name: str, size: Size) -> Iterator[Row]:
+    """Measure the relative errors of float32 Gramians of a few examples, against float64 rows."""
     given = case(name, size._replace(b=SMALL))
     x, y = (part.unsqueeze(1) for part in (given.x, given.y))
     x = x.double() if x.is_floating_point() else x
@@ -279,20 +183,14 @@ def error(name: str, size: Size) -> dict[str, Any]:
     expected = rows @ rows.T
     routes = gramians(given, Engine(given.watched, batch_dim=0))
     found = {key: fn() for key, fn in routes.items() if key != "plain"}
-    gaps = {key: float((value - expected).norm() / expected.norm()) for key, value in found.items()}
-    return {"model": name, **given.size._asdict()} | gaps
+    gaps = {
+        f"{key}_error": float((value - expected).norm() / expected.norm())
+        for key, value in found.items()
+    }
+    yield {"model": name, **given.size._asdict()} | gaps
 
 
-def exponent(rows: list[dict[str, Any]], key: str, by: str) -> float:
-    """Fit `a` in `time ~ size^a`."""
-    points = [(row[by], row[key]) for row in rows if key in row]
-    if len({x for x, _ in points}) < 2:
-        return math.nan
-    logs = np.log(np.array(points))
-    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-
-
-def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def growth(rows: list[Row]) -> str:
     """Return the fitted exponents of each route, of b, T and d."""
     ranges = {
         "b": ("mlp", lambda row: True),
@@ -300,30 +198,11 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "T": ("transformer", lambda row: row["b"] == 32),
         "d": ("wide", lambda row: True),
     }
-    found = []
+    keys, lines = dict.fromkeys((*GRAMIANS, *STEPS)), []
     for label, (model, keep) in ranges.items():
-        own = [row for row in rows if row["model"] == model and keep(row)]
-        keys = dict.fromkeys((*GRAMIANS, *STEPS))
-        by = label[0].lower()
-        found.append({"size": label} | {key: exponent(own, f"{key}_ms", by) for key in keys})
-    return found
-
-
-def table(rows: list[dict[str, Any]], head: Sequence[str], lead: int) -> str:
-    """Return rows of cells as Markdown, the first `lead` columns as they are."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = list(row.values())
-        shown = [*map(str, cells[:lead]), *map(digits, cells[lead:])]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def digits(value: float) -> str:
-    """Return three digits of a number; a dash for none."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        own, by = [row for row in rows if row["model"] == model and keep(row)], label[0].lower()
+        lines.append([label, *(exponent(own, by, f"{key}_ms") for key in keys)])
+    return table(["size", *keys], lines)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -332,93 +211,55 @@ def label(row: dict[str, Any]) -> str:
     return f"b = {row['b']}{tokens}" + (f", d = {row['d']}" if row["model"] == "wide" else "")
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """Return times, ratios and peaks as Markdown."""
-    parts = []
-    for routes, ours, others in ((GRAMIANS, "layerwise", "autogram"), (STEPS, "step", STEPS[-1])):
-        head = ["model", "size", *(f"{key}, ms" for key in routes)]
-        head += ["x plain", f"faster than {others}"]
-        parts.append(table([_times(row, routes, ours, others) for row in rows], head, 2))
-    routes = [key for key in dict.fromkeys((*GRAMIANS, *STEPS)) if "compiled" not in key]
-    head = ["model", "size", *(f"{key}, MB" for key in routes), "layerwise x plain", "step x plain"]
-    parts.append(table([_peaks(row, routes) for row in rows], head, 2))
-    return "\n\n".join(parts)
+def report(rows: list[Row]) -> str:
+    """Return times, ratios, peaks, errors and growth as Markdown."""
+    timed = [row for row in rows if "plain_ms" in row]
+    eager = [key for key in dict.fromkeys((*GRAMIANS, *STEPS)) if "compiled" not in key]
+    parts = [
+        _table(timed, GRAMIANS, "ms", (("layerwise", "plain"), ("autogram", "layerwise"))),
+        _table(timed, STEPS, "ms", (("step", "plain"), ("step_torchjd", "step"))),
+        _table(timed, eager, "mb", (("layerwise", "plain"), ("step", "plain"))),
+        _table([row for row in rows if row not in timed], GRAMIANS[1:], "error", ()),
+    ]
+    return "\n\n".join([*parts, f"Exponents of growth:\n\n{growth(timed)}"])
 
 
-def _times(row: dict[str, Any], routes: Sequence[str], ours: str, others: str) -> dict[str, Any]:
-    """Return the cells of one row of times."""
-    cells = {"model": row["model"], "size": label(row)}
-    cells |= {key: row.get(f"{key}_ms", math.nan) for key in routes}
-    cells["ratio"] = cells[ours] / cells["plain"]
-    return cells | {"faster": cells[others] / cells[ours]}
+def _table(
+    rows: list[Row], routes: Sequence[str], unit: str, ratios: Sequence[tuple[str, str]]
+) -> str:
+    """Return one quantity of each case, by route, and ratios between routes."""
+    head = [*(f"{key}, {unit}" for key in routes), *(f"{x} / {y}" for x, y in ratios)]
+    lines = []
+    for row in rows:
+        found = {key: row.get(f"{key}_{unit}", math.nan) for key in routes}
+        shares = [found[x] / found[y] for x, y in ratios]
+        lines.append([row["model"], label(row), *found.values(), *shares])
+    return table(["model", "size", *head], lines)
 
 
-def _peaks(row: dict[str, Any], routes: Sequence[str]) -> dict[str, Any]:
-    """Return the cells of one row of peaks."""
-    cells = {"model": row["model"], "size": label(row)}
-    cells |= {key: row.get(f"{key}_mb", math.nan) for key in routes}
-    ratios = {f"{key}_ratio": cells[key] / cells["plain"] for key in ("layerwise", "step")}
-    return cells | ratios
-
-
-def machine() -> dict[str, Any]:
-    """Return where and when this is measured."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchjd")}
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": today, **versions, "machine": platform.machine(), "threads": 1}
-
-
-def run(name: str, sizes: list[Size], without: set[str]) -> dict[str, Any]:
-    """Measure all cases of one model, and say how far it is."""
-    rows, errors, hopeless = [], [error(name, sizes[0])], set(without)
-    for size in sizes:
-        rows.append(measure(name, size, hopeless))
-        print(f"{name}, {label(rows[-1])}: {_progress(rows[-1])}", flush=True)
-    return {"machine": {name: machine()}, "rows": rows, "errors": errors}
-
-
-def merge(found: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """Write what is found of one model to a file, beside what it has of others."""
-    (name,) = found["machine"]
-    old = json.loads(path.read_text()) if path.exists() else {"machine": {}, "rows": []}
-    both: dict[str, Any] = {"machine": old["machine"] | found["machine"]}
-    for key in ("rows", "errors"):
-        kept = [row for row in old.get(key, []) if row["model"] != name] + found[key]
-        both[key] = sorted(kept, key=lambda row: list(MODELS).index(row["model"]))
-    both["growth"] = growth(both["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(both, indent=1) + "\n")
-    return both
-
-
-def _progress(row: dict[str, Any]) -> str:
-    """Return the times of a row in one line."""
-    return ", ".join(f"{key[:-3]} {digits(row[key])}" for key in row if key.endswith("_ms")) + " ms"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, save all numbers and the picture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gramian", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--quick", action="store_true", help="few sizes, in about a minute")
-    parser.add_argument("--out", type=pathlib.Path, help="default: results, or temporary if quick")
-    options = parser.parse_args(arguments)
-    folder = pathlib.Path(tempfile.gettempdir()) if options.quick else RESULTS
-    out = options.out or folder / "gramian.json"
-    torch.set_num_threads(1)
+def cells(models: Sequence[str], few: bool, seconds: float) -> list[Cell]:
+    """Return the models at all their sizes."""
     warnings.filterwarnings("ignore", message="There is a performance drop")  # the peer, under vmap
-    sizes, without = (QUICK if options.quick else SIZES), set[str](LONG if options.quick else ())
-    found: dict[str, Any] = {}
-    for name in [name for name in options.models if name in sizes]:
-        found = merge(run(name, sizes[name], without), out)
-    print(f"\n{report(found['rows'])}\n\nRelative error, b = {SMALL}:\n")
-    print(*found["errors"], "\nExponents of growth:\n", sep="\n")
-    print(table(found["growth"], list(found["growth"][0]), 1))
-    picture = out.with_suffix(".png")
-    print(f"\nPicture: {_picture.panels(found['rows'], TITLES, (GRAMIANS, STEPS), picture)}")
-    return 0
+    sizes, found = QUICK if few else SIZES, list[Cell]()
+    hopeless = defaultdict[str, set[str]](lambda: set(LONG if few else ()))
+    for name in [name for name in models if name in sizes]:
+        found.append((f"{name}, errors", partial(error, name, sizes[name][0])))
+        for size in sizes[name]:
+            title = f"{name}, {label({'model': name, **size._asdict()})}"
+            found.append((title, partial(measure, name, size, hopeless[name], seconds)))
+    return found
 
+
+BENCHMARK = Benchmark(
+    name="gramian",
+    about=__doc__,
+    cells=cells,
+    report=report,
+    full={"models": tuple(MODELS), "few": False, "seconds": 2.0},
+    quick={"few": True, "seconds": 1.0},
+    choices={"models": MODELS},
+    draw=partial(_picture.panels, titles=TITLES, groups={"Gramian": GRAMIANS, "step": STEPS}),
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(BENCHMARK))

@@ -4,34 +4,40 @@
 
 A residual network of linear layers, two tensors each. The peer calls `jac_to_grad` on each tensor,
 with an aggregator for each, as its documentation shows; `jd.grouped` solves for all tensors in one
-call. One thread; minima of interleaved repeats in one process; both give the same gradients.
+call. One thread; minima of interleaved repeats in one process; both give the same gradients. Last,
+the weights of many small groups alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torchjd.aggregation as peer
 from torch import Tensor
+from torch.func import vmap
 from torchjd.autojac import backward, jac_to_grad
-from tqdm import tqdm
 
 import torchjd_func as jd
+from benchmarks._form import Benchmark, Cell, Routes, Row, compiled, main, minima, table
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PAIRS: dict[str, tuple[Callable[[], jd.Aggregator], Callable[[], Any]]] = {
     "upgrad": (jd.upgrad, peer.UPGrad),
     "mgda": (jd.mgda, peer.MGDA),
     "gradvac": (jd.gradvac, peer.GradVac),
 }
-BATCH, SECONDS = 32, 3.0  # examples, and time for each case
+BATCH, N_GROUPS = 32, 200
+
+
+def cells(
+    methods: Sequence[str], layers: int, width: int, objectives: int, seconds: float
+) -> list[Cell]:
+    """Return the methods on one network, and many groups."""
+    sizes = (layers, width, objectives, seconds)
+    own = [(name, partial(measure, name, *sizes)) for name in methods]
+    return [*own, ("groups", partial(groups, seconds))]
 
 
 def losses(params: dict[str, Tensor], batch: Tensor, m: int) -> Tensor:
@@ -55,11 +61,11 @@ def network(layers: int, width: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def peer_loop(make: Callable[[], Any], params: list[Tensor]) -> Callable[[Any], None]:
+def peer_loop(make: Callable[[], Any], params: list[Tensor]) -> Callable[[], None]:
     """Return the loop over tensors, given that each holds its Jacobian."""
     aggregators = [make() for _ in params]
 
-    def loop(_: Any) -> None:
+    def loop() -> None:
         """Aggregate tensor by tensor."""
         for param, aggregator in zip(params, aggregators, strict=True):
             param.grad = None
@@ -68,7 +74,7 @@ def peer_loop(make: Callable[[], Any], params: list[Tensor]) -> Callable[[Any], 
     return loop
 
 
-def measure(name: str, layers: int, width: int, m: int) -> list[dict[str, Any]]:
+def measure(name: str, layers: int, width: int, m: int, seconds: float) -> Iterator[Row]:
     """Time the aggregation alone, and whole steps, eager and compiled."""
     make, make_peer = PAIRS[name]
     params = network(layers, width)
@@ -85,79 +91,64 @@ def measure(name: str, layers: int, width: int, m: int) -> list[dict[str, Any]]:
     jac = jd.jac(objective)(params)
     loop = peer_loop(make_peer, flat)
 
-    def peer_step(_: Any) -> None:
+    def peer_step() -> None:
         """Differentiate, then aggregate tensor by tensor."""
         for param in flat:
             vars(param).pop("jac", None)
         backward(losses(theirs, batch, m))
-        loop(None)
+        loop()
 
     step = jd.grad(objective, rule)
-    peer_step(None)
+    peer_step()
     cases = {
-        "aggregation": (rule, (jac, state), loop),
-        "aggregation, compiled": (_compiled(rule), (jac, state), loop),
-        "step": (step, (state, params), peer_step),
-        "step, compiled": (_compiled(step), (state, params), peer_step),
+        "aggregation": (partial(rule, jac, state), loop),
+        "aggregation, compiled": (partial(compiled(rule), jac, state), loop),
+        "step": (partial(step, state, params), peer_step),
+        "step, compiled": (partial(compiled(step), state, params), peer_step),
     }
-    return [_row(name, case, *parts) for case, parts in cases.items()]
+    for case, (ours, other) in cases.items():
+        yield row(name, case, {"ours": ours, "torchjd": other}, seconds)
 
 
-def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as one graph."""
-    return torch.compile(lambda *args: fn(*args), fullgraph=True)
+def groups(seconds: float) -> Iterator[Row]:
+    """Time UPGrad for many groups of 8 objectives: one call, and one of the peer for each."""
+    jacobians = torch.randn(N_GROUPS, 8, 32, generator=torch.Generator().manual_seed(0))
+    gramians, other = jacobians @ jacobians.mT, peer.UPGradWeighting()
+    weighting = jd.upgrad().weighting
+    assert weighting is not None
+    together = vmap(weighting)
+    routes = {
+        "ours": lambda: together(gramians),
+        "torchjd": lambda: [other(gramian) for gramian in gramians],
+    }
+    yield row("upgrad", f"weights, {N_GROUPS} groups of 8", routes, seconds)
 
 
-def _row(
-    name: str, case: str, fn: Callable[..., Any], args: tuple[Any, ...], loop: Callable[[Any], None]
-) -> dict[str, Any]:
-    """Return the times of one case, after a first call of each."""
-    fn(*args)
-    ours, theirs = _minima(lambda: fn(*args), lambda: loop(None))
-    return {"method": name, "case": case, "ours_ms": 1e3 * ours, "torchjd_ms": 1e3 * theirs}
+def row(name: str, case: str, routes: Routes, seconds: float) -> Row:
+    """Return the times of one case."""
+    times = {f"{key}_ms": 1e3 * value for key, value in minima(routes, seconds).items()}
+    return {"method": name, "case": case} | times
 
 
-def _minima(*functions: Callable[[], Any]) -> list[float]:
-    """Return the shortest time of each function, in seconds, interleaved."""
-    best, spent = [float("inf")] * len(functions), 0.0
-    while spent < SECONDS or float("inf") in best:
-        for index, fn in enumerate(functions):
-            start = time.perf_counter()
-            fn()
-            elapsed = time.perf_counter() - start
-            best[index], spent = min(best[index], elapsed), spent + elapsed
-    return best
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[Row]) -> str:
     """Return times and ratios as Markdown."""
-    lines = ["| method | what | TorchJD, ms | here, ms | times faster |", "|---" * 5 + "|"]
+    head = ["method", "what", "TorchJD, ms", "here, ms", "times faster"]
+    lines = []
     for row in rows:
         ours, theirs = row["ours_ms"], row["torchjd_ms"]
-        cells = (f"`{row['method']}`", row["case"], f"{theirs:.3g}", f"{ours:.3g}")
-        lines.append(f"| {' | '.join(cells)} | {theirs / ours:.3g} |")
-    return "\n".join(lines)
+        lines.append([f"`{row['method']}`", row["case"], theirs, ours, theirs / ours])
+    return table(head, lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, save all numbers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.grouping", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--layers", type=int, default=75)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--objectives", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", default=list(PAIRS), choices=PAIRS)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "grouping.json")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    sizes = (options.layers, options.width, options.objectives)
-    rows = [row for name in tqdm(options.methods) for row in measure(name, *sizes)]
-    shape = f"{2 * options.layers} tensors, m = {options.objectives}, width {options.width}"
-    print(f"{shape}, torch {torch.__version__}, {platform.machine()}:\n\n{table(rows)}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
-
+BENCHMARK = Benchmark(
+    name="grouping",
+    about=__doc__,
+    cells=cells,
+    report=report,
+    full={"methods": tuple(PAIRS), "layers": 75, "width": 32, "objectives": 4, "seconds": 3.0},
+    quick={"methods": ("upgrad",), "layers": 10, "seconds": 0.5},
+    choices={"methods": PAIRS},
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(BENCHMARK))

@@ -9,16 +9,16 @@ relative, after scaling to a unit diagonal; it is computed here, not taken from 
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import torchjd_func as jd
+from benchmarks._form import Benchmark, Cell, Row, main, table
 
 SIZES = (2, 3, 5, 8, 16, 32, 64)
 KINDS = ("wide", "square", "low rank", "duplicate", "opposite", "zero", "scaled", "integer")
@@ -80,33 +80,34 @@ def census(m: int, problems: int, seed: int = 0) -> Census:
     )
 
 
-def table(found: dict[int, Census]) -> str:
+def cells(sizes: Sequence[int], problems: int) -> list[Cell]:
+    """Return the sizes."""
+    return [(f"m = {m}", partial(measure, m, problems)) for m in sizes]
+
+
+def measure(m: int, problems: int) -> Iterator[Row]:
+    """Take the census of one size."""
+    yield {"m": m, **census(m, problems)._asdict()}
+
+
+def report(rows: list[Row]) -> str:
     """Return one line for each size, as Markdown."""
-    lines = ["| m | problems | called solved | residual < 1e-8 | worst | fallback | us each |"]
-    lines.append("|---" * 7 + "|")
-    lines += [
-        f"| {m} | {c.problems} | {c.converged:.2%} | {c.solved:.2%} | {c.worst:.1e} "
-        f"| {c.fallback:.2%} | {1e6 * c.seconds:.0f} |"
-        for m, c in found.items()
-    ]
-    return "\n".join(lines)
+    head = ["m", "problems", "called solved", "residual < 1e-8", "worst", "fallback", "us each"]
+    lines = []
+    for m, problems, converged, solved, worst, fallback, seconds in map(dict.values, rows):
+        shares = [f"{share:.2%}" for share in (converged, solved, fallback)]
+        lines.append([m, problems, *shares[:2], f"{worst:.1e}", shares[2], 1e6 * seconds])
+    return f"Kinds: {', '.join(KINDS)}.\n\n{table(head, lines)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, and print the table; fails if a problem was left unsolved."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
-    parser.add_argument("--problems", type=int, default=10_000, help="of each size")
-    options = parser.parse_args(arguments)
-    if min(options.sizes) < 1 or options.problems < 1:
-        parser.error("arguments --sizes and --problems: must be positive")
-    torch.set_num_threads(1)
-    found = {m: census(m, options.problems) for m in tqdm(options.sizes, unit="size")}
-    print(f"Kinds: {', '.join(KINDS)}.\n")
-    print(table(found))
-    return int(any(c.solved < 1 for c in found.values()))
-
+BENCHMARK = Benchmark(
+    name="solvers",
+    about=__doc__,
+    cells=cells,
+    report=report,
+    full={"sizes": SIZES, "problems": 10_000},
+    quick={"problems": 1_000},
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(BENCHMARK))

@@ -275,6 +275,29 @@ CASES = {
         "scale_heads.*weigh",
     ),
     "no heads": (lambda: jd.multitask(losses, {}), ValueError, "heads"),
+    "heads without names": (lambda: jd.multitask(losses, [losses]), TypeError, "heads.*dict.*list"),
+    "no buffers": (
+        lambda: model_call(buffers=X),
+        TypeError,
+        r"buffers.*dict.*shape.*apply\(params, buffers, x\)",
+    ),
+    "no state": (
+        lambda: jd.grad(losses, jd.upgrad())(PARAMS),
+        ValueError,
+        "argnums.*jd.grad takes the state",
+    ),
+    "one batch for a method of two": (
+        lambda: jd.grad(losses, jd.modo()),
+        TypeError,
+        "rule.*jd.double_sampling",
+    ),
+    "weights of no group": (
+        lambda: jd.grad(
+            losses, jd.monitored(jd.grouped(jd.upgrad(), str), {"w": jd.measures.weights})
+        )(None, PARAMS, X),
+        ValueError,
+        "observation.weights.*watch each group",
+    ),
     "unknown head": (
         lambda: jd.jac(MULTITASK)((PARAMS["w"], {"b": {}}), X),
         ValueError,

@@ -1,9 +1,24 @@
 """The README holds: two commands first, and every Python block runs."""
 
+import re
+from operator import attrgetter
+
 import pytest
 import torch
+import torchjd.aggregation
+import torchjd.scalarization
 
-from tests import property_table, readme, support_table, test_compile, test_contract, test_vmap
+import torchjd_func as jd
+from benchmarks import _form, methods
+from tests import (
+    paper_table,
+    property_table,
+    readme,
+    support_table,
+    test_compile,
+    test_contract,
+    test_vmap,
+)
 from tests.registry import METHODS, Method
 
 
@@ -17,21 +32,59 @@ def test_the_first_two_shell_blocks_are_one_command_each():
     assert "pytest" in second
 
 
-@pytest.mark.parametrize("block", readme.blocks("python"))
-def test_python_blocks_run(block):
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def test_python_blocks_run_in_order():
+    namespace = {"__name__": "readme"}
+    for block in readme.blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
 
 
-def test_the_table_of_properties_is_up_to_date():
+def test_every_name_is_there():
+    names = re.findall(r"\bjd\.([a-z_A-Z]+(?:\.[a-z_A-Z]+)*)", readme.README.read_text())
+    assert len(set(names)) > 80
+    for name in set(names):
+        attrgetter(name)(jd)
+
+
+def test_inline_code_is_python():
+    rows = [line for line in readme.README.read_text().splitlines() if line.startswith("| ")]
+    snippets = [code for line in rows for code in line.split("`")[1::2] if "(" in code]
+    assert len(snippets) > 60
+    for code in snippets:
+        compile(code, code, "exec")
+
+
+@pytest.mark.parametrize("table", [paper_table, property_table, support_table])
+def test_tables_are_up_to_date(table):
     text = readme.README.read_text()
-    message = "run `python -m tests.property_table --write`"
-    assert property_table.inserted(text) == text, message
+    assert table.inserted(text) == text, f"run `python -m {table.__name__} --write`"
 
 
-def test_the_table_of_what_runs_where_is_up_to_date():
-    text = readme.README.read_text()
-    message = "run `python -m tests.support_table --write`"
-    assert support_table.inserted(text) == text, message
+@pytest.mark.parametrize(("name", "shown"), [("methods", methods.ratios)])
+def test_times_are_those_of_the_results(name, shown):
+    assert shown(_form.load(name)) in readme.README.read_text()
+
+
+def test_every_method_of_the_peer_is_listed():
+    bases = ("Aggregator", "GramianWeightedAggregator", "Scalarizer", "WeightedAggregator")
+    for space, prefix in ((torchjd.aggregation, ""), (torchjd.scalarization, "scalarizers.")):
+        of_space = [
+            k for k in paper_table.ELSEWHERE if k.startswith("scalarizers.") == bool(prefix)
+        ]
+        listed = {paper_table.ELSEWHERE[name][0] for name in of_space} - {""}
+        assert listed <= set(space.__all__)
+        methods = {name for name in space.__all__ if name not in (*bases, "Weighting")}
+        assert {name.removesuffix("Weighting") for name in methods} == {
+            name.removesuffix("Weighting") for name in listed
+        }
+
+
+def test_papers_are_read_from_docstrings():
+    assert paper_table.papers("mgda") == [
+        ("Desideri", "2012", "https://doi.org/10.1016/j.crma.2012.03.014"),
+        ("Sener", "2018", "https://arxiv.org/abs/1810.04650"),
+    ]
+    without = [name for name in paper_table.METHODS if not paper_table.papers(name)]
+    assert without == ["scalarizers.power_mean"]  # a book
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -55,29 +55,3 @@ def test_training_learns_and_upgrad_does_not_conflict():
         cosines.append(float(cosine))
     assert problem.scores(params, problem.test)["digit"][1] > 0.6
     assert min(cosines) > -1e-3  # float32
-
-
-def test_the_command_prints_a_table_and_saves_a_picture(tmp_path, capsys):
-    picture = tmp_path / "curves.png"
-    assert digits.main(["--steps", "3", "--eager", "--out", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    for word in ("upgrad", "accuracy", "lowest cosine", "steps/s", "second", str(picture)):
-        assert word in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "1"], "--steps: must be at least 2, got 1"),
-        (["--steps", "many"], "invalid int value: 'many'"),
-        (["--methods", "nope"], "invalid choice: 'nope'"),
-        (["--out", "curves.txt"], "must end in .png"),
-        (["--fast"], "unrecognized arguments: --fast"),
-    ],
-)
-def test_bad_options_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        digits.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err

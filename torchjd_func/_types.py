@@ -8,8 +8,6 @@ The state is a pytree of tensors (a NamedTuple, or `()` for a rule without memor
 structure, shapes and dtypes from call to call. Nothing else is remembered and nothing is mutated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -34,13 +32,12 @@ class Weighting:
     Attributes:
         name: The method, for messages.
         init_fn: `(statistic, key) -> state`; reads shape, dtype and device of the statistic only.
-        update_fn: `(statistic, state, losses) -> (weights, state)`, given a float64 statistic (of
-            which only the shape is read, the statistic as it is).
-        needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch;
-            `"cross_gramian"`, `J_1 J_2^T` of two independent batches, not symmetric;
-            `"size"`, anything of the right shape, since only the shape is read.
-        widen: Whether `update_fn` is given a float64 statistic; if not, the statistic as it is, for
-            methods that must know its rounding, or that hand it on.
+        update_fn: `(statistic, state, losses) -> (weights, state)`.
+        needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
+            `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, anything of the right
+            shape, which is all that is read of it.
+        widen: Whether `update_fn` is given a float64 statistic (never of `"size"`), or, for methods
+            that must know its rounding or hand it on, the statistic as it is.
     """
 
     name: str
@@ -104,8 +101,7 @@ class Aggregator:
         name: The method, for messages.
         init_fn: `(jac, key) -> state`; reads shapes, dtypes and devices only.
         update_fn: `(jac, state, losses) -> (grads, state)`.
-        weighting: The same method on the Gramian, sharing the state; `None` if it needs the rows,
-            or several Gramians.
+        weighting: The same method on one Gramian, sharing the state; `None` if it needs more.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
     """
 
@@ -134,8 +130,7 @@ class Aggregator:
         """Return the update direction, to be subtracted by the optimiser, and the next state.
 
         Args:
-            jac: Pytree of `(m, ...)` tensors, or one matrix `(m, n)`: row i is the gradient of
-                objective i.
+            jac: Pytree of `(m, ...)` tensors, or one matrix `(m, n)`; row i is gradient i.
             state: What `init` or the previous call returned; `None` stands for a fresh `init`.
             losses: `(m,)`; some methods need them.
 
@@ -210,11 +205,16 @@ class Scalarizer:
 class Observation(NamedTuple):
     """What one aggregation saw and did; the argument of a measure. Absent parts are `None`."""
 
-    gramian: Tensor | None  # (m, m)
-    weights: Tensor | None  # (m,)
-    losses: Tensor | None  # (m,)
-    jac: PyTree | None  # pytree of (m, ...)
-    grads: PyTree | None  # pytree of (...)
+    gramian: Tensor | None
+    """`(m, m)`"""
+    weights: Tensor | None
+    """`(m,)`"""
+    losses: Tensor | None
+    """`(m,)`"""
+    jac: PyTree | None
+    """pytree of `(m, ...)`"""
+    grads: PyTree | None
+    """pytree of `(...)`"""
 
 
 def stateless(

@@ -15,8 +15,6 @@ backward pass runs on numbers `scale` times as large. A step whose gradients are
 skipped and lowers the scale. `torch.bfloat16` has the range of float32 and needs none of this.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,9 +33,12 @@ __all__ = ["LossScaleState", "init", "keep", "scaled", "update"]
 class LossScaleState(NamedTuple):
     """The scale, and what it is adapted by."""
 
-    scale: Tensor  # () float32
-    good_steps: Tensor  # () int64, since the scale last changed
-    finite: Tensor  # () bool, whether the gradients of the latest step were
+    scale: Tensor
+    """`()` float32"""
+    good_steps: Tensor
+    """`()` int64, since the scale last changed"""
+    finite: Tensor
+    """`()` bool, whether the gradients of the latest step were"""
 
 
 def init(scale: float = 2.0**15, *, device: torch.device | str | None = None) -> LossScaleState:

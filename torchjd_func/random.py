@@ -19,6 +19,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host, _threefry
 
+__all__ = ["bits", "fold_in", "key", "normal", "permutation", "split", "uniform"]
+
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
     """Make a key from a seed.

@@ -136,7 +136,8 @@ def rule(value: Any, types: tuple[type, ...]) -> None:
     """Check that a rule is of one of the core types."""
     if not isinstance(value, types):
         names = " or ".join(f"jd.{kind.__name__}" for kind in types)
-        remedy = "Call the factory, e.g. jd.upgrad(); lift a jd.Weighting with jd.weighted."
+        lift = "lift a jd.Weighting with jd.weighted, or hand it to jd.double_sampling"
+        remedy = f"Call the factory, e.g. jd.upgrad(); {lift}."
         fail(TypeError, "`rule`", f"be a {names}", type(value).__name__, remedy)
 
 
@@ -211,7 +212,7 @@ def observed(field: str, value: Tensor | None) -> Tensor:
     """Return the part of an observation that a measure cannot do without."""
     if value is None:
         rule = "be there for this measure"
-        remedy = "Watch a rule that has it: see jd.monitored for what measures see of each rule."
+        remedy = "See jd.monitored for what is seen of each rule; in jd.grouped, watch each group."
         fail(ValueError, f"`observation.{field}`", rule, "None", remedy)
     return value
 

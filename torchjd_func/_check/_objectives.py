@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,8 +148,19 @@ def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
     return value
 
 
+def heads(value: Any) -> None:
+    """Check that there are heads by name."""
+    if not isinstance(value, Mapping):
+        fail(TypeError, "`heads`", "be a dict", type(value).__name__, "Pass {name: head}.")
+    if not value:
+        fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
+
+
 def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
     """Check that two sets of names are equal."""
+    if isinstance(given, Tensor):
+        remedy = "Pass all arguments, as in apply(params, buffers, x)."
+        fail(TypeError, f"`{kind}`", "be a dict of tensors", describe(given), remedy)
     unknown, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
     if unknown or missing:
         got = f"unknown {unknown} and missing {missing}"

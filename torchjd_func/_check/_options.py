@@ -85,7 +85,8 @@ def positions(name: str, value: Any, n_args: int, remedy: str) -> tuple[int, ...
 
 def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     """Return `argnums` as a tuple of non-negative positions."""
-    found = positions("argnums", value, n_args, "Pass what is differentiated by position.")
+    remedy = "Pass what is differentiated by position; before it, jd.grad takes the state."
+    found = positions("argnums", value, n_args, remedy)
     if not found or len(set(found)) != len(found):
         rule, remedy = "name at least one argument, each once", "Use 0 for the first argument."
         fail(ValueError, "`argnums`", rule, value, remedy)

@@ -103,8 +103,8 @@ def gradvac(beta: float | Tensor = 0.5, *, reduction: str = "sum") -> Aggregator
 
     Each gradient $x = g_i$ visits the others in a random order. With $\phi = \cos(x, g_j)$ and
     where $\phi < \hat\phi_{ij}$, it takes the step after which $\cos(x, g_j) = \hat\phi_{ij}$,
-    $$x \leftarrow x + \frac{\lVert x \rVert (\hat\phi_{ij} \sqrt{1 - \phi^2}
-    - \phi \sqrt{1 - \hat\phi_{ij}^2})}{\lVert g_j \rVert \sqrt{1 - \hat\phi_{ij}^2}} g_j,$$
+    $$x \leftarrow x + \frac{\lVert x \rVert (\hat\phi_{ij} \sqrt{1 - \phi^2} -
+    \phi \sqrt{1 - \hat\phi_{ij}^2})}{\lVert g_j \rVert \sqrt{1 - \hat\phi_{ij}^2}} g_j,$$
     and in any case $\hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta \phi$.
 
     The state holds the averages, at first 0, so that the first call is PCGrad, and the key. The

@@ -158,6 +158,7 @@ def multitask(
         as a dict, and are counted in the order of the sorted names.
 
     Raises:
+        TypeError: If `heads` is not a dict.
         ValueError: If there is no head; from transforms, if a tensor is both shared and in a head.
 
     Example:
@@ -169,6 +170,5 @@ def multitask(
         tensor([[3., 3.],
                 [1., 1.]])
     """
-    if not heads:
-        _check.fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
+    _check.heads(heads)
     return MultiTask(trunk, dict(heads), has_aux, scale_heads)

@@ -1,7 +1,5 @@
 """The non-negative quadratic program, and the problems that reduce to it."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from functools import partial
@@ -20,10 +18,14 @@ from torchjd_func.linalg._masked import masked_solve, solve_masked
 class Solution(NamedTuple):
     """The answer of a solver, one for each problem of the batch."""
 
-    value: Tensor  # (..., m)
-    converged: Tensor  # (...,) bool: the relative KKT residual is at most 1e-8, see `nnqp`
-    iterations: Tensor  # (...,) int64: linear systems solved
-    fallback: Tensor  # (...,) bool: the fast path failed and the exact path answered
+    value: Tensor
+    """`(..., m)`"""
+    converged: Tensor
+    """`(...,)` bool: the relative KKT residual is at most 1e-8, see `nnqp`"""
+    iterations: Tensor
+    """`(...,)` int64: linear systems solved"""
+    fallback: Tensor
+    """`(...,)` bool: the fast path failed and the exact path answered"""
 
 
 def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
@@ -76,7 +78,7 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = "auto") -> Solution:
     r"""Project a combination of rows on the cone of directions that conflict with no row.
 
-    The projection of $J^\top u$ on $\{x : J x \ge 0\}$ is $J^\top v$ with
+    The projection of $J^\top u$ on $\lbrace x : J x \ge 0 \rbrace$ is $J^\top v$ with
     $v \in \arg\min_{v \ge u} v^\top G v$, $G = J J^\top$. The smallest such `v` is sought.
 
     Args:

@@ -21,8 +21,8 @@ def cone(
 ) -> Axes:
     r"""Draw gradients in the plane, and the cone of directions that conflict with none.
 
-    The cone is the dual cone $\{d : J d \ge 0\}$: a small step along `-d` with `d` in it worsens no
-    objective, to first order.
+    The cone is the dual cone $\lbrace d : J d \ge 0 \rbrace$: a small step along `-d` with `d` in
+    it worsens no objective, to first order.
 
     Args:
         matrix: `(m, 2)`, the Jacobian of `m` objectives of two parameters.

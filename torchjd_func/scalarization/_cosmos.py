@@ -40,8 +40,8 @@ def cosmos(weights: Vector, lambda_: Number) -> Scalarizer:
     r"""Combine the losses linearly, and reward a loss vector that points along the preference.
 
     $$s = r^\top L - \lambda \cos(r, L), \qquad \frac{\partial s}{\partial L} = r - \lambda
-    \Big(\frac{r}{\lVert r\rVert \lVert L\rVert}
-    - \frac{(r^\top L) L}{\lVert r\rVert \lVert L\rVert^3}\Big).$$
+    \Big(\frac{r}{\lVert r\rVert \lVert L\rVert} -
+    \frac{(r^\top L) L}{\lVert r\rVert \lVert L\rVert^3}\Big).$$
 
     The method draws `r` from a Dirichlet distribution for every batch and also feeds it to the
     model. $\lambda$ has the unit of a loss; weights of the gradients may be negative, and

@@ -60,8 +60,8 @@ def _update(losses: Tensor, state: GroupDROState, *, eta: Number) -> tuple[Tenso
 def cvar(alpha: Number = 0.5, *, k: int | None = None) -> Scalarizer:
     r"""Average the largest losses: the conditional value at risk.
 
-    $$s = \frac1{\alpha m} \Big(\sum_{i \le \lfloor \alpha m \rfloor} L_{(i)}
-    + (\alpha m - \lfloor \alpha m \rfloor)\, L_{(\lfloor \alpha m \rfloor + 1)}\Big), \qquad
+    $$s = \frac1{\alpha m} \Big(\sum_{i \le \lfloor \alpha m \rfloor} L_{(i)} +
+    (\alpha m - \lfloor \alpha m \rfloor)\, L_{(\lfloor \alpha m \rfloor + 1)}\Big), \qquad
     L_{(1)} \ge L_{(2)} \ge \dots$$
 
     The weight of a gradient is that of its loss: $1 / (\alpha m)$ among the worst, 0 elsewhere. The

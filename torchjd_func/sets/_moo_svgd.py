@@ -57,8 +57,8 @@ def moo_svgd(bandwidth: float | Tensor | None = None) -> SetRule:
     r"""Move a set of models to the Pareto front, and along it away from one another.
 
     $$d_i = \frac1k \Big(\sum_j \kappa_{ij} \, g^*_j + \nabla_{\theta_i} \sum_j \kappa_{ij}\Big)
-    = \frac1k \Big(\sum_j \kappa_{ij} J_j^\top w_j
-    - \frac2h J_i^\top \sum_j \kappa_{ij} (L_i - L_j)\Big),
+    = \frac1k \Big(\sum_j \kappa_{ij} J_j^\top w_j -
+    \frac2h J_i^\top \sum_j \kappa_{ij} (L_i - L_j)\Big),
     \qquad \kappa_{ij} = e^{-\lVert L_i - L_j \rVert^2 / h},$$
 
     with $g^*_j = J_j^\top w_j$ the shortest convex combination of the gradients of model `j`

@@ -1,0 +1,18 @@
+"""Run the benchmarks: `python -m benchmarks [--only NAME ...] [--full] [--out FOLDER]`."""
+
+from importlib import import_module
+
+from benchmarks._form import main
+
+NAMES = (
+    "methods",
+    "solvers",
+    "gramian",
+    "grouping",
+    "compiling",
+    "digits",
+)
+ALL = [import_module(f"benchmarks.{name}").BENCHMARK for name in NAMES]
+
+if __name__ == "__main__":
+    raise SystemExit(main(*ALL, quick=True))
