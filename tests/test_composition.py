@@ -92,7 +92,8 @@ class TestDoubleSampling:
 
     def test_compiles_and_maps(self):
         step = jd.double_sampling(losses_of, jd.sdmgrad())
-        state = jd.init_state(jd.weighted(jd.sdmgrad()), losses_of, PARAMS, X1)
+        state = jd.init_state(jd.sdmgrad(), losses_of, PARAMS, X1)
+        assert_trees_close(state, jd.sdmgrad().init(jd.gramian(losses_of)(PARAMS, X1)))
         fast, counter = compiled(step)
         for third in (None, (X3,)):
             want = step(state, PARAMS, (X1,), (X2,), third)

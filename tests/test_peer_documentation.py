@@ -343,7 +343,7 @@ def test_double_sampling(ours, theirs, n_batches, method):
         grads, _, state = sample(state, params, *zip(x, y, strict=True))
         return descend(params, grads), state
 
-    state = jd.init_state(jd.weighted(rule), objective, params, x[0, 0], y[0, 0])
+    state = jd.init_state(rule, objective, params, x[0, 0], y[0, 0])
     ended = train(step, params, state, (x, y))
 
     optimizer, weigh, leaves = SGD(model.parameters(), lr=LR), theirs(), list(model.parameters())

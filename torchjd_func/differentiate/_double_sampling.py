@@ -46,9 +46,10 @@ def double_sampling(
 
     Returns:
         `f(state, params, batch_1, batch_2, batch_3=None) -> (grads, losses, state)`; each batch is
-        a tuple of arguments of `fn`, `state` may be `None` at the first call. `losses` are those
-        that `grads` belong to: the mean of two batches, or of the third. With aux,
-        `(grads, (losses, aux), state)` with one `aux` for each batch, as a tuple.
+        a tuple of arguments of `fn`, `state` comes from `jd.init_state(weighting, fn, params,
+        *batch)`, or is `None` at the first call. `losses` are those that `grads` belong to: the
+        mean of two batches, or of the third. With aux, `(grads, (losses, aux), state)` with one
+        `aux` for each batch, as a tuple.
 
     Raises:
         TypeError: If `weighting` is not a Weighting.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func._types import Aggregator, Scalarizer, Weighting
 from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import linearize
 from torchjd_func.differentiate._objectives import MultiTask
@@ -131,7 +131,7 @@ def grad_and_value(
 
 
 def init_state(
-    rule: Aggregator | Scalarizer,
+    rule: Aggregator | Scalarizer | Weighting,
     fn: Callable[..., Any],
     *args: Any,
     key: Tensor | None = None,
@@ -141,7 +141,7 @@ def init_state(
     """Return the initial state of `rule` for the objective `fn`, from shapes alone.
 
     Args:
-        rule: As for `jd.grad`.
+        rule: As for `jd.grad`; or a Weighting, as for `jd.double_sampling`.
         fn: The objective; nothing is computed, only its shapes are derived.
         *args: Arguments of `fn`, such as the first batch.
         key: `(2,)`, from `jd.random.key`; random methods need it.
@@ -149,7 +149,7 @@ def init_state(
         has_aux: As for `jd.jac`.
 
     Returns:
-        The state, for `jd.grad(fn, rule)`.
+        The state, for `jd.grad(fn, rule)` or `jd.double_sampling(fn, rule)`.
 
     Raises:
         ValueError: If a random method is given no key.
@@ -159,12 +159,14 @@ def init_state(
         >>> jd.init_state(jd.upgrad(), lambda x: x.square(), torch.ones(3))
         ()
     """
-    _check.rule(rule, (Aggregator, Scalarizer))
+    _check.rule(rule, (Aggregator, Scalarizer, Weighting))
     primals, _ = bind(fn, args, argnums)
     losses = _losses_like(fn, args, has_aux)
     if isinstance(rule, Scalarizer):
         return rule.init(losses, key=key)
     m = sum(leaf.numel() for leaf in _tree.leaves(losses))
+    if isinstance(rule, Weighting):
+        return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
     shared = primals[0] if isinstance(fn, MultiTask) else primals
     _check.params(f"argument {argnums}", _tree.paths(shared), _tree.leaves(shared))
     jac = _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape)), shared)
