@@ -1,11 +1,13 @@
 """The main job: its step is one graph, equals eager, maps over seeds; its command line works."""
 
+import json
+
 import pytest
 import torch
 from torch.func import vmap
 
 import torchjd_func as jd
-from benchmarks import digits
+from benchmarks import digits, ensemble
 from tests.helpers import assert_trees_close, compiled
 from torchjd_func import _tree
 
@@ -81,3 +83,13 @@ def test_bad_options_are_named(arguments, message, capsys):
         digits.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_models_trained_together_are_those_trained_one_by_one(tmp_path, capsys):
+    out = tmp_path / "ensemble.json"
+    assert ensemble.main(["--quick", "--members", "3", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert 0 < found["difference"] < 1e-12
+    assert found["rows"][0].keys() == {"members", "runs_ms", "ensemble_ms"}
+    assert [part["chunk_size"] for part in found["chunks"]] == [1, 3]
+    assert "| 3 | " in capsys.readouterr().out
