@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,10 +31,10 @@ from torchjd_func import _tree
 RESULTS = pathlib.Path(__file__).parent / "results"
 ROUTES = ("runs", "ensemble", "runs_compiled", "ensemble_compiled")
 STEPS = 20  # after which both ways must have the same parameters
-Problem, Step = digits.Problem, Callable[..., Any]
+Step = Callable[..., Any]
 
 
-def make_step(problem: Problem) -> Step:
+def make_step(problem: digits.Problem) -> Step:
     """Return the training step of one model, `(preference, params, batch) -> (params, losses)`."""
 
     def step(preference: Tensor, params: Any, batch: digits.Batch) -> tuple[Any, Any]:
@@ -61,7 +62,7 @@ def each_by_itself(step: Step, wanted: Tensor, params: list[Any], batch: digits.
     return [step(own, model, batch) for own, model in zip(wanted, params, strict=True)]
 
 
-def measure(problem: Problem, k: int, names: Sequence[str]) -> dict[str, Any]:
+def measure(problem: digits.Problem, k: int, names: Sequence[str]) -> dict[str, Any]:
     """Time a step of `k` models on each route, in ms, and first calls that compile, in s."""
     wanted, stacked = preferences(k), start(k)
     models, batch = jd.ensemble.unstack(stacked), digits.pick(problem.train, jd.random.key(0))
@@ -81,7 +82,7 @@ def measure(problem: Problem, k: int, names: Sequence[str]) -> dict[str, Any]:
     return row | {f"{name}_first_s": value for name, value in compiling.items()}
 
 
-def chunks(problem: Problem, k: int) -> list[dict[str, Any]]:
+def chunks(problem: digits.Problem, k: int) -> list[dict[str, Any]]:
     """Measure eager steps of `k` models, so many at a time: ms, and MB at the peak."""
     wanted, stacked = preferences(k), start(k)
     batch = digits.pick(problem.train, jd.random.key(0))
@@ -101,7 +102,7 @@ def chunks(problem: Problem, k: int) -> list[dict[str, Any]]:
     ]
 
 
-def gap(problem: Problem, k: int) -> float:
+def gap(problem: digits.Problem, k: int) -> float:
     """Return the largest difference of a parameter after training both ways, in float64."""
     images, labels = problem.train
     wanted, together = preferences(k).double(), _tree.map(torch.Tensor.double, start(k))
@@ -145,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = pathlib.Path(tempfile.gettempdir()) if options.quick else RESULTS
     out = options.out or folder / "ensemble.json"
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # first calls compile afresh
     problem, names = digits.two_digits(0), ROUTES[:2] if options.quick else ROUTES
     rows = [measure(problem, k, names) for k in tqdm(options.members, unit="size")]
     middle = sorted(options.members)[len(options.members) // 2]
