@@ -10,6 +10,7 @@ NAMES = (
     "gramian",
     "grouping",
     "compiling",
+    "ensemble",
     "digits",
 )
 ALL = [import_module(f"benchmarks.{name}").BENCHMARK for name in NAMES]

@@ -18,6 +18,7 @@ TINY = {
     "gramian": {"models": ("mlp",), "few": True, "seconds": 0.0},
     "grouping": {"methods": (), "seconds": 0.0},
     "compiling": {"methods": ()},
+    "ensemble": {"members": (3,), "seconds": 0.0},
     "digits": {"methods": ("upgrad",), "steps": 3, "eager": True},
 }
 

@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 import torchjd_func as jd
-from benchmarks import digits
+from benchmarks import digits, ensemble
 from tests.helpers import assert_trees_close, compiled
 from torchjd_func import _tree
 
@@ -55,3 +55,16 @@ def test_training_learns_and_upgrad_does_not_conflict():
         cosines.append(float(cosine))
     assert problem.scores(params, problem.test)["digit"][1] > 0.6
     assert min(cosines) > -1e-3  # float32
+
+
+def test_models_trained_together_are_those_trained_one_by_one():
+    problem, k = digits.two_digits(0), 3
+    data = problem.train[0].double(), problem.train[1]
+    wanted = ensemble.preferences(k).double()
+    together = _tree.map(torch.Tensor.double, ensemble.start(k))
+    apart, step = jd.ensemble.unstack(together), ensemble.make_step(problem)
+    for key in jd.random.split(jd.random.key(1), 20):
+        batch = digits.pick(data, key)
+        together, _ = jd.ensemble.each(step, shared=2)(wanted, together, batch)
+        apart = [params for params, _ in ensemble.each_by_itself(step, wanted, apart, batch)]
+    assert_trees_close(together, jd.ensemble.stack(apart), 1e-12)

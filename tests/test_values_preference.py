@@ -136,6 +136,21 @@ def test_pmgda_predicts_along_the_ray():
     close(on_the_ray, jd.mgda()(jac)[0], 9)
 
 
+def test_pmgda_stops_where_gradients_are_opposite_to_rounding():
+    key, other, third = jd.random.split(jd.random.key(0), 3)
+    lengths = jd.random.uniform(key, (500, 2, 1), dtype=torch.float64)
+    lines = jd.random.normal(other, (500, 1, 10), dtype=torch.float64)
+    jacs = lengths * torch.tensor([[1.0], [-1.0]]) * lines
+    losses = jd.random.uniform(third, (500, 2), dtype=torch.float64)
+
+    def direction(jac: Tensor, losses: Tensor) -> Tensor:
+        return jd.pmgda(losses + 1e-4)(jac, losses=losses)[0]
+
+    fast, _ = compiled(vmap(direction))
+    for run in (vmap(direction), fast):
+        assert run(jacs, losses).abs().max() < 1e-12
+
+
 def test_pmgda_scales_by_its_mode():
     losses = [1.0, 2.0, 3.0]
     correct, predict = jd.pmgda([1.0] * 3), jd.pmgda([1.0] * 3, h_tol=10.0)

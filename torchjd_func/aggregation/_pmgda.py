@@ -38,15 +38,19 @@ def _update(
     wide, tol = gramian.to(torch.float64), rank_tol(gramian)
     square = _square_of_slope(wide, eta, tol)
     correcting = (h > h_tol) & (square > 0)
-    predicted = _predict(wide, eta, square)
+    predicted = _predict(wide, eta, square, tol)
     return torch.where(correcting, _correct(wide, eta, sigma), predicted), state
 
 
 def _square_of_slope(gramian: Tensor, eta: Tensor, tol: float) -> Tensor:
     """Return the squared length of the gradient of the distance; 0 if gradients cancel in it."""
     square = eta @ gramian @ eta
-    rounding = tol * (eta.abs() @ gramian.diagonal().sqrt()).square()
-    return torch.where(square > rounding.detach(), square, 0.0)
+    return torch.where(square > tol * _largest_square(gramian, eta), square, 0.0)
+
+
+def _largest_square(gramian: Tensor, eta: Tensor) -> Tensor:
+    """Return what the squared length would be, did no gradient cancel another."""
+    return (eta.abs() @ gramian.diagonal().sqrt()).square().detach()
 
 
 def _distance(losses: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +63,15 @@ def _distance(losses: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(apart, h, 0.0), torch.where(apart, across / h, 0.0)
 
 
-def _predict(gramian: Tensor, eta: Tensor, square: Tensor) -> Tensor:
+def _predict(gramian: Tensor, eta: Tensor, square: Tensor, tol: float) -> Tensor:
     """Find the shortest direction that leaves the distance as it is, to first order."""
     along = gramian @ eta
     inverse = torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)
-    weights = min_norm_point(gramian - inverse * along.unsqueeze(-1) * along).value
+    rest = gramian - inverse * along.unsqueeze(-1) * along
+    # Of a row along the gradient of the distance, rounding is left: no Gramian, until it is 0.
+    rounding = 4 * tol * inverse * _largest_square(gramian, eta) * gramian.diagonal()
+    left = rest.diagonal() > rounding
+    weights = min_norm_point(torch.where(left.unsqueeze(-1) & left, rest, 0.0)).value
     return weights - inverse * (weights @ along) * eta
 
 
