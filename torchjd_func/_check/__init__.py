@@ -1,5 +1,6 @@
 """Every error text of the library, in one style: what must hold, what came, what to do."""
 
+from torchjd_func._check._distributed import collective, process_group
 from torchjd_func._check._messages import (
     describe,
     differentiable,
@@ -92,6 +93,7 @@ __all__ = [
     "capturable",
     "choice",
     "chunk_size",
+    "collective",
     "combinable",
     "describe",
     "differentiable",
@@ -133,6 +135,7 @@ __all__ = [
     "preference",
     "preference_for_each",
     "preferences",
+    "process_group",
     "recurrent",
     "rule",
     "same_dtype",
