@@ -8,55 +8,66 @@ the private `torch.distributed._functional_collectives`, which may change, is no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from torchjd_func import _check
 
-# torch 2.13 has new names for two, and warns about the old ones, the only ones before.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+Group: TypeAlias = "dist.ProcessGroup | None"  # `None` is the default one, of all ranks
+
+# torch 2.13 has new names for two, and warns about the old ones, the only ones before; a build of
+# torch without processes has neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
+)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
 
 
-def size(group: ProcessGroup | None) -> int:
+def size(group: Group) -> int:
     """Return the number of ranks."""
     _check.process_group(dist.is_available() and dist.is_initialized())
     return dist.get_world_size(group)
 
 
-def rank(group: ProcessGroup | None) -> int:
+def rank(group: Group) -> int:
     """Return the number of this process in the group."""
     _check.process_group(dist.is_available() and dist.is_initialized())
     return dist.get_rank(group)
 
 
-def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum over ranks, on each."""
     total = x.clone(memory_format=torch.contiguous_format)
     return _run("all_reduce", dist.all_reduce, group, total)
 
 
-def reduce_scatter(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+def reduce_scatter(rows: Tensor, group: Group) -> Tensor:
     """Return this rank's columns of the sum over ranks: `(m, n)` to `(m, ceil(n / world))`."""
     sent = _by_rank(rows, size(group))
     own = sent.new_empty(rows.shape[0], sent.shape[1])
     return _run("reduce_scatter", _reduce_scatter, group, own, sent)
 
 
-def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: Group) -> Tensor:
     """Return what all ranks hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
     found = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
     return _run("all_gather", _all_gather, group, found, x.contiguous())
 
 
-def all_to_all(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_to_all(rows: Tensor, group: Group) -> Tensor:
     """Return this rank's columns of the rows of all: `(k, n)` to `(world * k, ceil(n / world))`."""
     sent = _by_rank(rows, size(group))
     return _run("all_to_all", dist.all_to_all_single, group, torch.empty_like(sent), sent)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Return the picklable values of all ranks; not in a compiled function."""
+    return _run("all_gather_object", dist.all_gather_object, group, [None] * size(group), value)
 
 
 def _by_rank(rows: Tensor, world: int) -> Tensor:
@@ -67,13 +78,13 @@ def _by_rank(rows: Tensor, world: int) -> Tensor:
     return padded.reshape(m, world, width).movedim(1, 0).reshape(world * m, width).contiguous()
 
 
-def _run(name: str, fn: Callable[..., Any], group: ProcessGroup | None, *tensors: Tensor) -> Tensor:
-    """Return the first tensor, once a collective has filled it; say what failed, and where."""
+def _run(name: str, fn: Callable[..., Any], group: Group, found: Any, *sent: Any) -> Any:
+    """Return what a collective fills, once it has; say what failed, and where."""
     if torch.compiler.is_compiling():  # errors come when the graph runs, in torch's words
-        fn(*tensors, group=group)
-        return tensors[0]
+        fn(found, *sent, group=group)
+        return found
     try:
-        fn(*tensors, group=group)
+        fn(found, *sent, group=group)
     except RuntimeError as error:
         _check.collective(name, rank(group), size(group), error)
-    return tensors[0]
+    return found
