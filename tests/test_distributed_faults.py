@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import torchjd_func as jd
 from tests import workers
+from torchjd_func import _tree
 
 TIMEOUT = 5.0  # seconds, of the collectives of a crew
 
@@ -20,7 +21,7 @@ def start(what):
     jac = {"w": torch.ones(3, 4), "b": torch.ones(3, 2)}
     rule, seed = jd.gradvac(), 0
     if odd and what == "m":
-        jac = jd._tree.map(lambda leaf: leaf[:2], jac)
+        jac = _tree.map(lambda leaf: leaf[:2], jac)
     if odd and what == "shape":
         jac["b"] = torch.ones(3, 5)
     if odd and what == "dtype":

@@ -25,7 +25,7 @@ from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-PATIENCE = 120.0  # seconds for one case
+PATIENCE = 300.0  # seconds for one case
 # One process imports torch, and all workers are forks of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.conftest", "torchjd_func.distributed", "torch._dynamo"])
