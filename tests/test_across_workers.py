@@ -15,6 +15,7 @@ ROBUST = {
     "trimmed_mean": jd.trimmed_mean(1),
     "krum": jd.krum(1, 2),
     "krum[distances]": jd.krum(1, squared=False),
+    "constant": jd.constant([0.5, 0.25, 0.25, 0.0]),
     "grouped": jd.grouped({"w": jd.krum(1), "b": jd.krum(1, 2)}, lambda path: path),
 }
 BAD = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30]

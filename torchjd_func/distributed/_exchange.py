@@ -73,7 +73,9 @@ def _update(
     if rule.weighting is not None and rule.weighting.needs == "size":
         statistic = statistic_like(_all_rows(jac, exchange, group))
         weights, state = rule.weighting(statistic, state, losses=losses)
-        return total(_tree.weighted_sum(jac, exchange.weights(weights, group)), group), state
+        own = exchange.weights(weights, group)
+        kept = _tree.map(lambda leaf: _kept(leaf, own, exchange.trusted), jac)
+        return total(_tree.weighted_sum(kept, own), group), state
     if rule.weighting is None and rule.partition is None and not rule.columnwise:
         rows = _layout.transfer(jac, lambda rows: exchange.rows(rows, group))
         return rule.update_fn(rows, state, losses)
@@ -138,4 +140,5 @@ def _combine(block: _layout.Block, part: Tensor, weights: Tensor, trusted: bool)
 
 def _kept(rows: Tensor, weights: Tensor, trusted: bool) -> Tensor:
     """Return rows, without those of weight 0 if they may hold what is not a number."""
-    return rows if trusted else torch.where(weights.unsqueeze(1) == 0, 0.0, rows)
+    along = weights.reshape(-1, *[1] * (rows.ndim - 1))
+    return rows if trusted else torch.where(along == 0, 0.0, rows)
