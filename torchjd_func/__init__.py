@@ -1,6 +1,7 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
 from torchjd_func import (
+    distributed,
     ensemble,
     interop,
     linalg,
@@ -95,6 +96,7 @@ __all__ = [
     "constant",
     "cross_gramian",
     "db_mtl",
+    "distributed",
     "double_sampling",
     "dualproj",
     "ensemble",

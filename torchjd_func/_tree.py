@@ -148,10 +148,10 @@ def real(leaf: Tensor) -> Tensor:
 
 def rows(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`, in float32 or better."""
-    return wide(_matrix(leaf))
+    return wide(matrix(leaf))
 
 
-def _matrix(leaf: Tensor) -> Tensor:
+def matrix(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
     pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     return pairs.reshape(leaf.shape[0], -1)
@@ -184,7 +184,7 @@ def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
         shape = flat[i].shape[1:]
         alone = i if shape.numel() > SMALL else None
         alike.setdefault((tuple(shape), flat[i].dtype, alone), []).append(i)
-    return [Block(places, _stack([_matrix(flat[i]) for i in places])) for places in alike.values()]
+    return [Block(places, _stack([matrix(flat[i]) for i in places])) for places in alike.values()]
 
 
 def gramians(parts: list[Block], groups: Groups) -> Tensor:

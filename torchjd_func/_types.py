@@ -25,6 +25,11 @@ State = Any
 Needs = Literal["size", "gramian", "cross_gramian"]
 
 
+def _in_one_line(self: Any) -> str:
+    """Return the kind of a rule, and its name."""
+    return f"{type(self).__name__}({self.name})"
+
+
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Weighting:
     """A method as a map from the Gramian of the gradients to the weights of the gradients.
@@ -34,13 +39,11 @@ class Weighting:
     Attributes:
         name: The method, for messages.
         init_fn: `(statistic, key) -> state`; reads shape, dtype and device of the statistic only.
-        update_fn: `(statistic, state, losses) -> (weights, state)`, given a float64 statistic (of
-            which only the shape is read, the statistic as it is).
-        needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch;
-            `"cross_gramian"`, `J_1 J_2^T` of two independent batches, not symmetric;
-            `"size"`, anything of the right shape, since only the shape is read.
-        widen: Whether `update_fn` is given a float64 statistic; if not, the statistic as it is, for
-            methods that must know its rounding, or that hand it on.
+        update_fn: `(statistic, state, losses) -> (weights, state)`; see `widen`.
+        needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
+            `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, of its shape alone.
+        widen: Whether `update_fn` is given a float64 statistic; if not, or if only the shape is
+            read, the statistic as it is, for methods that know its rounding or hand it on.
     """
 
     name: str
@@ -81,12 +84,9 @@ class Weighting:
         wide = None if losses is None else losses.to(torch.float64)
         given = statistic.double() if self.widen and self.needs != "size" else statistic
         weights, state = self.update_fn(given, state, wide)
-        same = weights.dtype == statistic.dtype
-        return (weights if same else weights.to(statistic.dtype)), state
+        return weights.to(statistic.dtype), state
 
-    def __repr__(self) -> str:
-        """Return the name in one line."""
-        return f"Weighting({self.name})"
+    __repr__ = _in_one_line
 
 
 class Partition(NamedTuple):
@@ -104,9 +104,10 @@ class Aggregator:
         name: The method, for messages.
         init_fn: `(jac, key) -> state`; reads shapes, dtypes and devices only.
         update_fn: `(jac, state, losses) -> (grads, state)`.
-        weighting: The same method on the Gramian, sharing the state; `None` if it needs the rows,
-            or several Gramians.
+        weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
+        columnwise: Whether columns count one by one, so that any part of them may be aggregated.
+        average: Brings gradients of heads together over processes (`jd.distributed`).
     """
 
     name: str
@@ -114,6 +115,8 @@ class Aggregator:
     update_fn: Callable[[PyTree, State, Tensor | None], tuple[PyTree, State]]
     weighting: Weighting | None = None
     partition: Callable[[Sequence[str]], Partition] | None = None
+    columnwise: bool = False
+    average: Callable[[PyTree], PyTree] | None = None
 
     def init(self, jac: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for Jacobians like this one.
@@ -147,9 +150,7 @@ class Aggregator:
         state = self.init(jac) if state is None else state
         return self.update_fn(jac, state, losses)
 
-    def __repr__(self) -> str:
-        """Return the name in one line."""
-        return f"Aggregator({self.name})"
+    __repr__ = _in_one_line
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -163,14 +164,15 @@ class Scalarizer:
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state) -> (loss, state)`, given a vector in float32 or better.
         observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, with the losses of the same batch; DWA: at the end of an epoch, with `None`).
-            `None` for most methods.
+            the step, with losses of the same batch; DWA: after an epoch, with `None`), or `None`.
+        average: Brings gradients of the loss together over processes (`jd.distributed`).
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[[Tensor, State], tuple[Tensor, State]]
     observe: Callable[[PyTree, State], State] | None = None
+    average: Callable[[PyTree], PyTree] | None = None
 
     def init(self, losses: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for losses like these.
@@ -202,9 +204,7 @@ class Scalarizer:
         loss, state = self.update_fn(wide, state)
         return loss.to(vector.dtype), state
 
-    def __repr__(self) -> str:
-        """Return the name in one line."""
-        return f"Scalarizer({self.name})"
+    __repr__ = _in_one_line
 
 
 class Observation(NamedTuple):

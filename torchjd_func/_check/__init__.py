@@ -1,5 +1,11 @@
 """Every error text of the library, in one style: what must hold, what came, what to do."""
 
+from torchjd_func._check._distributed import (
+    collective,
+    not_a_weighting,
+    process_group,
+    same_on_ranks,
+)
 from torchjd_func._check._messages import (
     describe,
     differentiable,
@@ -92,6 +98,7 @@ __all__ = [
     "capturable",
     "choice",
     "chunk_size",
+    "collective",
     "combinable",
     "describe",
     "differentiable",
@@ -124,6 +131,7 @@ __all__ = [
     "measured",
     "multitask_params",
     "names",
+    "not_a_weighting",
     "not_instancewise",
     "numbers",
     "observed",
@@ -133,11 +141,13 @@ __all__ = [
     "preference",
     "preference_for_each",
     "preferences",
+    "process_group",
     "recurrent",
     "rule",
     "same_dtype",
     "same_losses",
     "same_members",
+    "same_on_ranks",
     "same_shape",
     "same_size",
     "same_structure",

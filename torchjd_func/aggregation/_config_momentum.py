@@ -93,7 +93,7 @@ def _power(beta: float | Tensor, count: Tensor) -> Tensor:
 
 def _per_row(value: Tensor, leaf: Tensor) -> Tensor:
     """Append dimensions to `(m,)`, or to `()`, so that it multiplies the rows of a leaf."""
-    return value.reshape(*value.shape, *[1] * (leaf.ndim - value.ndim))
+    return value.reshape((*value.shape, *[1] * (leaf.ndim - value.ndim)))
 
 
 def _renew(momentum: Tensor, leaf: Tensor, *, read: Tensor, beta: float | Tensor) -> Tensor:

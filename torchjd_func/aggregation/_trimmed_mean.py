@@ -92,4 +92,4 @@ def trimmed_mean(trim_number: int) -> Aggregator:
         tensor([1.5000, 2.5000])
     """
     update = partial(_update, trim_number=_check.integer("trim_number", trim_number, 0))
-    return Aggregator("trimmed_mean", no_state, update)
+    return Aggregator("trimmed_mean", no_state, update, columnwise=True)

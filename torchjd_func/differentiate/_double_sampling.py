@@ -103,4 +103,4 @@ def double_sampling(
 def _direction(linear: Linearized, weights: Tensor) -> PyTree:
     """Return the weighted gradients of one batch, those of heads included."""
     pullback = pullback_of(linear, whole(linear))
-    return linear.assemble(pullback(weights.unsqueeze(0)), weights)
+    return linear.assemble(pullback(weights.unsqueeze(0)), linear.heads, weights)

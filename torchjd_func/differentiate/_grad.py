@@ -125,7 +125,8 @@ def grad_and_value(
             return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
         linear = linearize(fn, args, argnums, has_aux, method)
         grads, weights, state = _aggregated(linear, rule, state, method, chunk_size)
-        return linear.assemble(grads, weights), value(linear, has_aux), state
+        heads = linear.heads if rule.average is None else rule.average(linear.heads)
+        return linear.assemble(grads, heads, weights), value(linear, has_aux), state
 
     return grad_and_value_fn
 
@@ -218,8 +219,9 @@ def _scalarized(
         loss, new_state = rule(as_vector(fn, losses), state)
         return loss, (losses, aux, new_state)
 
-    grads, (losses, aux, state) = grad_aux(loss_fn, flat)
-    return rebuild(grads), (losses, aux) if has_aux else losses, state
+    found, (losses, aux, state) = grad_aux(loss_fn, flat)
+    grads = rebuild(found) if rule.average is None else rule.average(rebuild(found))
+    return grads, (losses, aux) if has_aux else losses, state
 
 
 def _losses_like(fn: Callable[..., Any], args: tuple[Any, ...], has_aux: bool) -> PyTree:

@@ -150,7 +150,7 @@ def gramian_vjp(
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
         _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
-        return linear.assemble(pullback(weights), weights)
+        return linear.assemble(pullback(weights), linear.heads, weights)
 
     result = (linear.losses, matrix, vjp_fn)
     return (*result, linear.aux) if has_aux else result

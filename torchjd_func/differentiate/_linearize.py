@@ -81,8 +81,9 @@ def _linearize_accumulated(
         _tree.stack([part.aux for part in parts]),
         lambda weights: _tree.weighted_sum(jacobian, weights),
         parts[0].rebuild,
-        lambda grads, weights: _tree.mean([part.assemble(grads, weights) for part in parts]),
+        parts[0].assemble,
         parts[0].paths,
+        heads=_tree.mean([part.heads for part in parts]),
     )
 
 
@@ -91,15 +92,16 @@ def _linearize_scaled(
 ) -> Linearized:
     """Differentiate larger losses, and undo the scale of all that comes out."""
     large = linearize(multiplied(fn.fn, fn.scale, has_aux), args, argnums, has_aux)
-    up, down = partial(scale_by, fn.scale), partial(scale_by, 1 / fn.scale)
+    down = partial(scale_by, 1 / fn.scale)
     return Linearized(
         down(large.vector),
         down(large.losses),
         large.aux,
         lambda cotangent: down(large.pullback(cotangent)),
         large.rebuild,
-        lambda grads, weights: down(large.assemble(up(grads), weights)),
+        large.assemble,
         large.paths,
+        heads=down(large.heads),
     )
 
 

@@ -24,9 +24,10 @@ class Linearized(NamedTuple):
     aux: PyTree  # what the objective returned beside its losses
     pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
     rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
-    assemble: Callable[[PyTree, Tensor | None], PyTree]  # it, weights -> grads of the argument
+    assemble: Callable[..., PyTree]  # it, heads, weights or None -> grads of the argument
     paths: list[str]  # the names of its leaves
     layers: Layers | None = None  # what layer-by-layer routes recorded
+    heads: PyTree = ()  # gradients of what one loss alone has
 
 
 def bind(
@@ -117,6 +118,6 @@ def basis(vector: Tensor) -> Tensor:
     return torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
 
 
-def as_they_are(grads: PyTree, weights: Tensor | None) -> PyTree:
-    """Return the gradients as they are."""
+def as_they_are(grads: PyTree, heads: PyTree, weights: Tensor | None) -> PyTree:
+    """Return the gradients as they are, where there are no heads."""
     return grads

@@ -57,9 +57,10 @@ def linearize_multitask(
         aux,
         lambda weights: pull_trunk(_tree.weighted_sum(cotangents, weights)),
         rebuild,
-        lambda grads, weights: (grads, _scaled(fn, head_grads, weights)),
+        lambda grads, heads, weights: (grads, _scaled(fn, heads, weights)),
         paths,
         pull_layers(cotangents, None, len(rows)) if pull_layers else None,
+        head_grads,
     )
 
 

@@ -1,0 +1,90 @@
+"""Collectives as pure functions: a rank owns a part of the columns, numbered as the ranks are.
+
+Those of `torch.distributed` write into what they are given. On tensors that nobody else holds that
+is pure, and a compiler rewrites each to a functional one within its graph (torch 2.10 to 2.13). So
+the private `torch.distributed._functional_collectives`, which may change, is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchjd_func import _check
+
+Group: TypeAlias = "dist.ProcessGroup | None"  # `None` is the default one, of all ranks
+
+# torch 2.13 has new names for two, and warns about the old ones, the only ones before; a build of
+# torch without processes has neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
+)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+def size(group: Group) -> int:
+    """Return the number of ranks."""
+    _check.process_group(dist.is_available() and dist.is_initialized())
+    return dist.get_world_size(group)
+
+
+def rank(group: Group) -> int:
+    """Return the number of this process in the group."""
+    _check.process_group(dist.is_available() and dist.is_initialized())
+    return dist.get_rank(group)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Return the sum over ranks, on each."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    return _run("all_reduce", dist.all_reduce, group, total)
+
+
+def reduce_scatter(rows: Tensor, group: Group) -> Tensor:
+    """Return this rank's columns of the sum over ranks: `(m, n)` to `(m, ceil(n / world))`."""
+    sent = _by_rank(rows, size(group))
+    own = sent.new_empty(rows.shape[0], sent.shape[1])
+    return _run("reduce_scatter", _reduce_scatter, group, own, sent)
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """Return what all ranks hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
+    found = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
+    return _run("all_gather", _all_gather, group, found, x.contiguous())
+
+
+def all_to_all(rows: Tensor, group: Group) -> Tensor:
+    """Return this rank's columns of the rows of all: `(k, n)` to `(world * k, ceil(n / world))`."""
+    sent = _by_rank(rows, size(group))
+    return _run("all_to_all", dist.all_to_all_single, group, torch.empty_like(sent), sent)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Return the picklable values of all ranks; not in a compiled function."""
+    return _run("all_gather_object", dist.all_gather_object, group, [None] * size(group), value)
+
+
+def _by_rank(rows: Tensor, world: int) -> Tensor:
+    """Return the parts of all ranks below each other, `(world * m, c)`, filled up with zeros."""
+    m, n = rows.shape
+    width = -(-n // world)
+    padded = torch.nn.functional.pad(rows, (0, world * width - n))
+    return padded.reshape(m, world, width).movedim(1, 0).reshape(world * m, width).contiguous()
+
+
+def _run(name: str, fn: Callable[..., Any], group: Group, found: Any, *sent: Any) -> Any:
+    """Return what a collective fills, once it has; say what failed, and where."""
+    if torch.compiler.is_compiling():  # errors come when the graph runs, in torch's words
+        fn(found, *sent, group=group)
+        return found
+    try:
+        fn(found, *sent, group=group)
+    except RuntimeError as error:
+        _check.collective(name, rank(group), size(group), error)
+    return found

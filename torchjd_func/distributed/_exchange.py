@@ -1,0 +1,141 @@
+"""One step of a rule whose rows, or shares of rows, are spread over ranks.
+
+A rule that weighs by Gramians is given columns: a rank gets its part of the columns of all `m`
+rows, the partial Gramians are added up, each rank solves for the same weights and combines its
+columns, and the direction is gathered. The Jacobian travels once and is nowhere whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _tree
+from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting, statistic_like
+from torchjd_func.distributed import _collectives, _handshake, _layout
+from torchjd_func.distributed._collectives import Group
+from torchjd_func.distributed._mean import mean, total
+
+
+class Exchange(NamedTuple):
+    """What ranks make of the `k` rows that each of them has: the `m` rows of the rule."""
+
+    count: Callable[[int, Group], int]  # k -> m
+    losses: Callable[[Tensor, Group], Tensor]  # (k,) -> (m,)
+    rows: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n), on each rank
+    columns: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n / world), those of this rank
+    weights: Callable[[Tensor, Group], Tensor]  # (m,) -> (k,), those of the rows of this rank
+    trusted: bool  # whether rows of weight 0 hold finite numbers
+
+
+def spread(rule: Aggregator, name: str, exchange: Exchange, group: Group) -> Aggregator:
+    """Return the rule of all ranks together, with the state of `rule`."""
+    bound = {"rule": rule, "exchange": exchange, "group": group}
+    init = partial(_init, name=name, **bound)
+    return Aggregator(name, init, partial(_update, **bound), average=partial(mean, group=group))
+
+
+def _init(
+    jac: PyTree,
+    key: Tensor | None,
+    *,
+    name: str,
+    rule: Aggregator,
+    exchange: Exchange,
+    group: Group,
+) -> State:
+    """Start the rule on all rows, once all ranks agree on them."""
+    _handshake.check_start(name, {"jac": jac}, key, group)
+    return rule.init(_all_rows(jac, exchange, group), key=key)
+
+
+def _all_rows(jac: PyTree, exchange: Exchange, group: Group) -> PyTree:
+    """Return placeholders for the rows of the rule."""
+    m = exchange.count(_tree.leading_size(jac), group)
+    return _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape[1:])), jac)
+
+
+def _update(
+    jac: PyTree,
+    state: State,
+    losses: Tensor | None,
+    *,
+    rule: Aggregator,
+    exchange: Exchange,
+    group: Group,
+) -> tuple[PyTree, State]:
+    """Take the cheapest way that the rule allows."""
+    losses = None if losses is None else exchange.losses(losses, group)
+    if rule.weighting is not None and rule.weighting.needs == "size":
+        statistic = statistic_like(_all_rows(jac, exchange, group))
+        weights, state = rule.weighting(statistic, state, losses=losses)
+        return total(_tree.weighted_sum(jac, exchange.weights(weights, group)), group), state
+    if rule.weighting is None and rule.partition is None and not rule.columnwise:
+        rows = _layout.transfer(jac, lambda rows: exchange.rows(rows, group))
+        return rule.update_fn(rows, state, losses)
+    return _by_columns(jac, state, losses, rule, exchange, group)
+
+
+def _by_columns(
+    jac: PyTree,
+    state: State,
+    losses: Tensor | None,
+    rule: Aggregator,
+    exchange: Exchange,
+    group: Group,
+) -> tuple[PyTree, State]:
+    """Deal the columns out, aggregate them, and gather the direction."""
+    flat, rebuild = _tree.flatten(jac)
+    world = _collectives.size(group)
+    groups, weigh = _partition(rule, _tree.paths(jac))
+    blocks = _layout.blocks(flat, groups, world)
+    parts = [exchange.columns(_layout.matrix(block, flat, world), group) for block in blocks]
+    if rule.columnwise:
+        vectors, state = rule.update_fn(parts, state, losses)
+    else:
+        gramians = _collectives.all_reduce(_gramians(blocks, parts), group)
+        weights, state = weigh(gramians, state, losses)
+        pairs = zip(blocks, parts, strict=True)
+        vectors = [_combine(block, part, weights, exchange.trusted) for block, part in pairs]
+    found: dict[int, Tensor] = {}
+    for block, vector in zip(blocks, vectors, strict=True):
+        row = _collectives.all_gather(vector, group).unsqueeze(0)
+        found.update(_layout.leaves(block, row, flat, world))
+    return rebuild([leaf.squeeze(0) for leaf in _tree.in_order(found)]), state
+
+
+def _partition(rule: Aggregator, paths: Sequence[str]) -> Partition:
+    """Return the groups of leaves that the rule weighs, and how; by default one."""
+    if rule.partition is not None:
+        return rule.partition(paths)
+    return Partition((tuple(range(len(paths))),), partial(_weigh_all, rule.weighting))
+
+
+def _weigh_all(
+    weighting: Weighting | None, gramians: Tensor, state: State, losses: Tensor | None
+) -> tuple[Tensor, State]:
+    """Weigh the Gramian of the one group."""
+    assert weighting is not None
+    weights, state = weighting(gramians[0], state, losses=losses)
+    return weights.unsqueeze(0), state
+
+
+def _gramians(blocks: list[_layout.Block], parts: list[Tensor]) -> Tensor:
+    """Return what the columns of this rank add to the Gramian of each group, `(g, m, m)`."""
+    split = [part.split(block.widths, dim=1) for block, part in zip(blocks, parts, strict=True)]
+    return torch.stack([_tree.gramian(list(group)) for group in zip(*split, strict=True)])
+
+
+def _combine(block: _layout.Block, part: Tensor, weights: Tensor, trusted: bool) -> Tensor:
+    """Return the columns of this rank of the direction, each group by its weights `(g, m)`."""
+    pairs = zip(part.split(block.widths, dim=1), weights.unbind(), strict=True)
+    return torch.cat([_tree.weighted_sum(_kept(*pair, trusted), pair[1]) for pair in pairs])
+
+
+def _kept(rows: Tensor, weights: Tensor, trusted: bool) -> Tensor:
+    """Return rows, without those of weight 0 if they may hold what is not a number."""
+    return rows if trusted else torch.where(weights.unsqueeze(1) == 0, 0.0, rows)
