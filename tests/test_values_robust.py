@@ -150,9 +150,14 @@ def test_geometric_median_close_to_a_row_and_on_it():
         assert excess_pull(jac, got, shares) < 1e-8
 
 
-def test_geometric_median_of_what_is_not_finite_is_not_hidden():
-    rows = torch.cat([matrix("gaussian", 4, 3), torch.full((1, 3), torch.nan, dtype=torch.float64)])
-    assert jd.geometric_median()(rows)[0].isnan().all()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
+def test_geometric_median_gives_no_weight_to_what_is_not_finite(bad):
+    sound = matrix("gaussian", 4, 3)
+    rows = torch.cat([sound[:1], torch.full((2, 3), bad, dtype=torch.float64), sound[1:]])
+    weights = weighting(jd.geometric_median())(rows @ rows.mT)[0]
+    assert not weights[1:3].any()
+    kept = weights[[0, 3, 4, 5]]
+    close(sound.mT @ kept, jd.geometric_median()(sound)[0], atol=1e-12)
 
 
 # Trimmed mean

@@ -49,6 +49,9 @@ def _weights(gramian: Tensor, *, preference: Tensor | None) -> Tensor:
 
 def _median(xp: Any, gramian: Array, shares: Array, *, tol: float) -> Array:
     """Take the rows that are medians; else go down from the best row, and refine with Newton."""
+    sound = xp.isfinite(gramian.diagonal())
+    gramian = xp.where(sound[:, None] & sound, gramian, 0.0)
+    shares = xp.where(sound, shares, 0.0)
     fixed = _host.constant(shares)
     medians, origin, point = _start(xp, _host.constant(gramian), fixed, tol)
     found = medians.sum() > 0
@@ -127,7 +130,7 @@ def geometric_median(preference: Tensor | Sequence[float] | None = None) -> Aggr
     $$d = \arg\min_z \sum_i b_i \lVert z - g_i \rVert.$$
 
     Resists arbitrary rows, of faulty workers say, as long as those of more than half of the
-    preference are sound: with a share $\alpha < 1/2$ of arbitrary, but finite rows,
+    preference are sound: with a share $\alpha < 1/2$ of arbitrary rows,
     $\lVert d \rVert \le \frac{2 - 2 \alpha}{1 - 2 \alpha} \max \lVert g_i \rVert$ over the sound
     ones. Not a multi-task method: it may conflict. A convex combination of the rows, found by
     Weiszfeld's iteration with steps of Newton, exactly. Where several points are minimal (on a
@@ -138,8 +141,8 @@ def geometric_median(preference: Tensor | Sequence[float] | None = None) -> Aggr
             `1/m` by default. A tensor may be vmapped or changed without recompiling.
 
     Returns:
-        The Aggregator, without state. A row with a NaN or an infinity makes the result NaN: zero
-        times it is no number. Drop such rows before.
+        The Aggregator, without state. A row whose square is not finite gets the weight 0, and
+        `jd.distributed.across_workers` leaves it out; in one process zero times NaN is NaN.
 
     Raises:
         ValueError: If `preference` is not 1-D, or not of the number of objectives.
