@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import torchjd_func as jd
 from tests import registry, workers
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, compiled
 from tests.test_distributed import data, methods, objective, parameters, part
 from tests.test_gathered import said
 from torchjd_func import _tree
@@ -210,3 +210,18 @@ def test_mistakes_are_named():
         assert found[name].startswith("ValueError: `method` must be 'auto' or 'jacobian'")
     for name in ("where", "scalarizer", "accumulate", "cast", "examples", "twice"):
         assert "must be used with a plain objective" in found[name], name
+
+
+def compiled_jac():
+    """Return what is said when a step is compiled."""
+    fn = jd.distributed.sharded(objective(3))
+    try:
+        compiled(jd.jac(fn))[0](placed(parameters(), "rows"), part(data()))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_compiled_step_says_that_it_must_be_eager():
+    for message in workers.run(2, compiled_jac):
+        assert "the step of a sharded objective must run eagerly" in message

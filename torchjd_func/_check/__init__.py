@@ -10,7 +10,7 @@ from torchjd_func._check._distributed import (
     rows_are_here,
     same_batches,
     same_on_ranks,
-    shards_method,
+    shards_route,
 )
 from torchjd_func._check._messages import (
     describe,
@@ -166,7 +166,7 @@ __all__ = [
     "set_gramians",
     "set_jacobians",
     "set_losses",
-    "shards_method",
+    "shards_route",
     "shared",
     "solver",
     "some_named",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
+
 from torchjd_func._check._messages import fail
 
 
@@ -78,8 +80,11 @@ def placements(value: Any, known: bool) -> None:
         fail(ValueError, name, rule, value, "Call its .redistribute(placements=[...]) first.")
 
 
-def shards_method(method: str) -> None:
-    """Check that the gradients of a sharded objective are asked for row by row."""
+def shards_route(method: str) -> None:
+    """Check that the gradients of a sharded objective are asked for row by row, and eagerly."""
+    if torch.compiler.is_compiling():  # it does not map autograd.Function (torch 2.13)
+        name, rule = "the step of a sharded objective", "run eagerly"
+        fail(ValueError, name, rule, "a compiled function", "Do not compile it.")
     if method not in ("auto", "jacobian"):
         rule, remedy = "be 'auto' or 'jacobian' for a sharded objective", "Set chunk_size."
         fail(ValueError, "`method`", rule, repr(method), remedy)

@@ -115,7 +115,7 @@ def _linearize_sharded(
     fn: Sharded, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool, method: str
 ) -> Linearized:
     """Differentiate by the parts of parameters, which are gathered on the way in."""
-    _check.shards_method(method)
+    _check.shards_route(method)
     flat, rebuild = _tree.flatten(bind(fn, args, argnums)[0])
     shards, positions = fn.shards(flat), _check.argnums(argnums, len(args))
 

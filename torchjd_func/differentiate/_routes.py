@@ -115,7 +115,7 @@ def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | Non
         """Contract the leaves of each group."""
         chosen = [([a[i] for i in group], [b[i] for i in group]) for group in groups]
         products = torch.stack([_tree.cross_gramian(*pair) for pair in chosen])
-        return Gramian(products, second.rebuild)
+        return Gramian(products, pullback_of(second, groups))
 
     return _over_shards(first, route, whole(first)).matrices[0]
 

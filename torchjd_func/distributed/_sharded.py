@@ -62,7 +62,8 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
     Raises:
         TypeError: If `objective` has a structure of its own, such as that of `jd.instancewise`.
         ValueError: From transforms, if a parameter is placed in another way, on several meshes, or
-            none is a `DTensor`; if another method is asked for.
+            none is a `DTensor`; if another method is asked for; in a compiled function, since
+            torch.compile cannot map what gathers parameters (torch 2.13).
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
