@@ -1,6 +1,8 @@
 """A rule on several ranks gives what it gives in one process on the whole batch."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 import torchjd_func as jd
 from tests import registry, scalarizer_registry, workers
 from tests.helpers import assert_trees_close
+from torchjd_func import _tree
 
 STEPS = 3
 
@@ -50,15 +53,26 @@ def train(fn, rule, key, batch, backend=None):
     losses = None
     for _ in range(STEPS):
         grads, losses, state = step(state, params, batch)
-        params = jd._tree.map(lambda p, g: p - 0.01 * g, params, grads)
+        params = _tree.map(lambda p, g: p - 0.01 * g, params, grads)
     return params, state, losses
 
 
 def methods():
     """Return the objective, the rule and the key of each method."""
-    return {
+    found = {
         name: (objective(max(3, method.min_m)), method.make(max(3, method.min_m)), key_for(method))
         for name, method in registry.METHODS.items()
+    }
+    apart = jd.grouped({"trunk": jd.gradvac(), "gain": jd.upgrad()}, jd.by_network)
+    watched = jd.monitored(
+        jd.grouped(jd.upgrad(), jd.by_tensor), {"gap": jd.measures.stationarity_gap}
+    )
+    random = jd.random.key(5)
+    return {
+        **found,
+        "groups": (objective(3), apart, random),
+        "watched groups": (objective(3), watched, None),
+        "cheap groups": (objective(3), jd.grouped(jd.imtl_g(), jd.by_network), None),
     }
 
 
@@ -86,9 +100,9 @@ def parallel(cases):
 
 
 @functools.cache
-def alone(cases):
+def alone(cases: Callable[[], dict[str, Any]]):
     """Train by each rule in this process."""
-    return {name: train(*case, data()) for name, case in cases().items()}
+    return {name: train(fn, rule, key, data()) for name, (fn, rule, key) in cases().items()}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -102,3 +116,151 @@ def test_ranks_equal_one_process(cases, world):
                 assert_trees_close(other[name], first[name], rtol=0, atol=0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def short(params, x):
+    """Return two losses that are quick to trace."""
+    return params["gain"] * x.mean(), (params["trunk"]["b"] + x[0, 0]).square().mean()
+
+
+def one_step(rule, batch):
+    """Return a step that is quick to trace, `(state, params) -> (grads, state)`."""
+    if isinstance(rule, jd.Scalarizer):
+        return lambda state, params: jd.grad(short, rule)(state, params, batch)
+    jac, losses = jd.jac_and_value(objective(3))(parameters(), batch)
+    return lambda state, params: rule(jac, state, losses=losses)
+
+
+def graph(backend, names):
+    """Check that one graph of the steps of some rules does what the steps do eager."""
+    cases = {**scalarizers(), **methods()}
+    rules = {name: jd.distributed.data_parallel(cases[name][1]) for name in names}
+    rules["across workers"] = jd.distributed.across_workers(jd.trimmed_mean(1))
+    fn, batch = objective(3), part(data())
+    states = {name: jd.init_state(rule, fn, parameters(), batch) for name, rule in rules.items()}
+    steps = {name: one_step(rule, batch) for name, rule in rules.items()}
+
+    def step(states, params):
+        return {name: run(states[name], params) for name, run in steps.items()}
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend=backend, fullgraph=True)
+    args = states, parameters()
+    assert_trees_close(fast(*args), step(*args), rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_step_equals_an_eager_one():
+    workers.run(2, graph, "aot_eager", ["imtl_g", "cheap groups", "stch"])
+
+
+def test_inductor_compiles_a_step():
+    workers.run(2, graph, "inductor", ["mean"])
+
+
+def heads():
+    """Train a shared trunk and two heads."""
+    targets = {"a": 0.3, "b": -0.2}
+
+    def trunk(shared, x):
+        return torch.tanh(x @ shared["w"])
+
+    def head(target, own, features, x):
+        return (features @ own - target).square().mean() + 0.1
+
+    tasks = {name: functools.partial(head, target) for name, target in targets.items()}
+    return jd.multitask(trunk, tasks)
+
+
+def heads_params():
+    """Return the shared parameters, and those of the heads."""
+    draw = jd.random.normal(jd.random.key(2), (32,), dtype=torch.float64)
+    return {"w": draw[:20].reshape(4, 5)}, {"a": draw[20:25], "b": draw[25:30]}
+
+
+def step_with_heads(parallel):
+    """Return the gradients of all parameters, of a plain, an accumulated and a scaled objective."""
+    rule = jd.distributed.data_parallel(jd.upgrad()) if parallel else jd.upgrad()
+    batch = part(data()) if parallel else data()
+    fns = heads(), jd.accumulate(heads(), 3), jd.loss_scale.scaled(heads(), jd.loss_scale.init(8.0))
+    return [jd.grad(fn, rule)(None, heads_params(), batch)[0] for fn in fns]
+
+
+def test_gradients_of_heads_are_averaged():
+    want = step_with_heads(False)
+    for got in workers.run(2, step_with_heads, True):
+        assert_trees_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def rows(rank):
+    """Return a Jacobian with leaves of several dtypes."""
+    key = jd.random.fold_in(jd.random.key(7), rank)
+    draw = jd.random.normal(key, (3, 20), dtype=torch.float64)
+    pairs = draw[:, 12:18].reshape(3, 3, 2).contiguous()
+    return {
+        "a": draw[:, :7],
+        "b": draw[:, 7:12].reshape(3, 5, 1).float(),
+        "c": torch.view_as_complex(pairs),
+        "d": draw[:, 18].to(torch.bfloat16),
+    }
+
+
+def direct(name):
+    """Give a rule the Jacobian of this rank."""
+    rule = jd.distributed.data_parallel(methods()[name][1])
+    jac = rows(dist.get_rank())
+    before = _tree.map(torch.clone, jac)
+    losses = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) * (1 + dist.get_rank())
+    found = rule(jac, rule.init(jac, key=jd.random.key(5)), losses=losses)
+    assert_trees_close(jac, before, rtol=0, atol=0)
+    return found
+
+
+@pytest.mark.parametrize("name", ["upgrad", "mean", "trimmed_mean", "gradnorm", "graddrop"])
+def test_a_jacobian_of_several_dtypes(name):
+    rule = methods()[name][1]
+    mean = _tree.mean([rows(0), rows(1)])
+    losses = torch.tensor([1.5, 3.0, 4.5], dtype=torch.float64)
+    want = rule(mean, rule.init(mean, key=jd.random.key(5)), losses=losses)
+    for got in workers.run(2, direct, name):
+        assert_trees_close(got, want, rtol=1e-2, atol=1e-2)
+        exact = [(tree[0]["a"], tree[0]["c"]) for tree in (got, want)]
+        assert_trees_close(*exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_goes_on_in_one_process():
+    params, state, _ = workers.run(2, parallel, methods)[0]["smoothed[upgrad]"]
+    fn, rule, _ = methods()["smoothed[upgrad]"]
+    got = jd.grad(fn, rule)(state, params, data())
+    params, state, _ = alone(methods)["smoothed[upgrad]"]
+    assert_trees_close(got, jd.grad(fn, rule)(state, params, data()), rtol=1e-9, atol=1e-10)
+
+
+def test_a_weighting_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"is not the mean of the ranks' Gramians.*jd\.weighted"):
+        jd.distributed.data_parallel(jd.upgrad().weighting)  # pyright: ignore
+
+
+@pytest.mark.parametrize("make", [jd.distributed.data_parallel, jd.distributed.across_workers])
+def test_a_distributed_rule_is_wrapped_last(make):
+    rule = make(jd.upgrad())
+    for wrap in (
+        make,
+        jd.smoothed,
+        lambda rule: jd.grouped(rule, jd.by_layer),
+        lambda rule: jd.monitored(rule, {}),
+        lambda rule: jd.grad(objective(3), rule, where=lambda path: True),
+    ):
+        with pytest.raises(ValueError, match="wrap it last"):
+            wrap(rule)
+
+
+def test_no_rule():
+    with pytest.raises(TypeError, match="data_parallel"):
+        jd.distributed.data_parallel(3)  # pyright: ignore
+    with pytest.raises(TypeError, match="across_workers"):
+        jd.distributed.across_workers(jd.scalarizers.mean())  # pyright: ignore
+
+
+def test_outside_a_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        jd.distributed.data_parallel(jd.upgrad())(torch.eye(2))

@@ -22,6 +22,7 @@ NAMESPACES = (
     jd.metrics,
     jd.sets,
     jd.ensemble,
+    jd.distributed,
     jd.plot,
 )
 PUBLIC = {

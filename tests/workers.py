@@ -25,7 +25,7 @@ from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-PATIENCE = 120.0  # seconds for one case
+PATIENCE = 300.0  # seconds for one case
 # One process imports torch, and all workers are forks of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.conftest", "torchjd_func.distributed", "torch._dynamo"])
@@ -68,7 +68,15 @@ class Crew:
     def receive(self, patience: float = PATIENCE) -> list[Any]:
         """Wait for all ranks."""
         end = time.monotonic() + patience
-        return [self._answer(rank, end) for rank in range(len(self.pipes))]
+        return [self.answer(rank, end - time.monotonic()) for rank in range(len(self.pipes))]
+
+    def answer(self, rank: int, patience: float = PATIENCE) -> Any:
+        """Wait for one rank."""
+        if not self.pipes[rank].poll(max(0.0, patience)):
+            self.close()
+            raise TimeoutError(f"rank {rank} of {len(self.pipes)} did not answer in time")
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            return pickle.loads(self.pipes[rank].recv_bytes())
 
     def kill(self, rank: int) -> None:
         """End a process, without giving it notice."""
@@ -84,14 +92,6 @@ class Crew:
         for pipe in self.pipes:
             pipe.close()
         self.folder.cleanup()
-
-    def _answer(self, rank: int, end: float) -> Any:
-        """Return what one rank has to say."""
-        if not self.pipes[rank].poll(max(0.0, end - time.monotonic())):
-            self.close()
-            raise TimeoutError(f"rank {rank} of {len(self.pipes)} did not answer in time")
-        with contextlib.suppress(EOFError, ConnectionResetError):
-            return pickle.loads(self.pipes[rank].recv_bytes())
 
 
 @contextlib.contextmanager

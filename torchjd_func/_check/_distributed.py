@@ -20,7 +20,7 @@ def process_group(joined: bool) -> None:
 def collective(name: str, rank: int, world: int, error: Exception) -> NoReturn:
     """Say which collective failed, and where."""
     rule, got = f"reach all {world} ranks", f"an error on rank {rank}: {error}"
-    remedy = "Another rank has ended, or did not come to this collective: see its own output."
+    remedy = "If another rank has ended, or did not come to this collective, see its own output."
     fail(RuntimeError, f"`{name}`", rule, got, remedy)
 
 

@@ -28,14 +28,16 @@ def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: boo
 
 def _select(xp: Any, gramian: Array, *, n_nearest: int, n_selected: int, squared: bool) -> Array:
     """Average the `n_selected` rows of the smallest scores; of equal scores the first rows."""
-    norms = gramian.diagonal()
-    distances = xp.clip(norms[:, None] + norms - 2 * gramian, 0.0, None)  # (m, m)
+    finite = xp.isfinite(gramian)
+    near = finite & finite.diagonal() & finite.diagonal()[:, None]
+    norms = xp.where(near, gramian, 0.0).diagonal()
+    distances = xp.clip(norms[:, None] + norms - 2 * xp.where(near, gramian, 0.0), 0.0, None)
     distances = distances if squared else xp.sqrt(distances)
-    others = xp.where(_host.identity(gramian) > 0, xp.inf, distances)
+    others = xp.where(near & (_host.identity(gramian) == 0), distances, xp.inf)  # (m, m)
     ordered = xp.sort(others, -1) if xp is np else xp.sort(others, -1).values
     scores = ordered[:, :n_nearest].sum(-1)
     ranks = _host.argsort(_host.argsort(scores))
-    return xp.where(ranks < n_selected, 1 / n_selected, 0 * scores)
+    return xp.where(ranks < n_selected, 1 / n_selected, xp.zeros_like(scores))
 
 
 def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggregator:
@@ -46,7 +48,9 @@ def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggr
 
     with $N_i$ the $m - f - 2$ nearest other rows. Resists `f` arbitrary rows, of
     faulty workers say, among `m`; the paper's theorem asks for $m \ge 2f + 3$. Not a multi-task
-    method: it may conflict with every row it drops. Of equal scores the smaller index wins.
+    method: it may conflict with every row it drops. Of equal scores the smaller index wins. A row
+    that is not finite is far from all others and gets the weight 0; the product is NaN all the
+    same, but `jd.distributed.across_workers` leaves such rows out.
 
     Args:
         n_byzantine: `f`, how many rows may be arbitrary.

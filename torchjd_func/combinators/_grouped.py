@@ -175,6 +175,7 @@ def _distinct(
 ) -> tuple[tuple[Aggregator, ...], Mapping[Hashable, int] | None]:
     """Return the methods, each once, and which of them serves each label (`None`: all)."""
     if isinstance(aggregator, Aggregator):
+        _check.combinable("grouped", aggregator, (Aggregator,))
         return (aggregator,), None
     if not isinstance(aggregator, Mapping) or not aggregator:
         remedy = "Pass one Aggregator for all groups, or {label: Aggregator}."

@@ -1,8 +1,9 @@
 """Collectives as pure functions: a rank owns a part of the columns, numbered as the ranks are.
 
 Those of `torch.distributed` write into what they are given. On tensors that nobody else holds that
-is pure, and a compiler rewrites each to a functional one within its graph (torch 2.10 to 2.13). So
-the private `torch.distributed._functional_collectives`, which may change, is not needed.
+is pure, and a compiler rewrites each to a functional one within its graph (torch 2.10 to 2.13): the
+private `torch.distributed._functional_collectives`, which may change, is not needed. Results are
+constants of derivatives, of which these collectives have none.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def rank(group: Group) -> int:
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum over ranks, on each."""
-    total = x.clone(memory_format=torch.contiguous_format)
+    total = x.detach().clone(memory_format=torch.contiguous_format)
     return _run("all_reduce", dist.all_reduce, group, total)
 
 
@@ -56,7 +57,7 @@ def reduce_scatter(rows: Tensor, group: Group) -> Tensor:
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """Return what all ranks hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
     found = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
-    return _run("all_gather", _all_gather, group, found, x.contiguous())
+    return _run("all_gather", _all_gather, group, found, x.detach().contiguous())
 
 
 def all_to_all(rows: Tensor, group: Group) -> Tensor:
@@ -74,7 +75,7 @@ def _by_rank(rows: Tensor, world: int) -> Tensor:
     """Return the parts of all ranks below each other, `(world * m, c)`, filled up with zeros."""
     m, n = rows.shape
     width = -(-n // world)
-    padded = torch.nn.functional.pad(rows, (0, world * width - n))
+    padded = torch.nn.functional.pad(rows.detach(), (0, world * width - n))
     return padded.reshape(m, world, width).movedim(1, 0).reshape(world * m, width).contiguous()
 
 
