@@ -116,7 +116,8 @@ def _linearize_sharded(
 ) -> Linearized:
     """Differentiate by the parts of parameters, which are gathered on the way in."""
     _check.shards_route(method)
-    flat, rebuild = _tree.flatten(bind(fn, args, argnums)[0])
+    primals, _ = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
     shards, positions = fn.shards(flat), _check.argnums(argnums, len(args))
 
     def from_parts(parts: list[Tensor], *rest: Any) -> Any:
@@ -127,11 +128,12 @@ def _linearize_sharded(
         return fn(*(given.get(place, x) for place, x in enumerate(rest)))
 
     linear = linearize(from_parts, (shards.parts, *args), 0, has_aux)
+    vector = shards.mean(linear.vector)
     return linear._replace(
-        vector=shards.mean(linear.vector),
-        losses=shards.mean(linear.losses),
+        vector=vector,
+        losses=_tree.unravel(linear.losses, vector),
         rebuild=lambda leaves: rebuild(shards.wrap(leaves)),
-        paths=_tree.paths(bind(fn, args, argnums)[0]),
+        paths=_tree.paths(primals),
         shards=shards,
     )
 

@@ -21,7 +21,7 @@ class Shards(NamedTuple):
     parts: list[Tensor]  # (*part) of each leaf
     whole: Callable[[list[Tensor]], list[Tensor]]  # parts -> leaves; pulls the mean over ranks back
     wrap: Callable[[list[Tensor]], list[Tensor]]  # parts, or their rows, placed as the leaves are
-    mean: Callable[[PyTree], PyTree]  # over ranks
+    mean: Callable[[Tensor], Tensor]  # of the losses, over ranks
     contract: Callable[[Route, _tree.Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
     by_rows: Callable[[Aggregator], Callable[..., tuple[PyTree, Any]]]  # the rule, on placed rows
 

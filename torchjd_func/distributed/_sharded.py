@@ -227,9 +227,9 @@ def _sum(x: Tensor, mesh: Any) -> Tensor:
     return x
 
 
-def _mean(tree: PyTree, mesh: Any) -> PyTree:
+def _mean(losses: Tensor, mesh: Any) -> Tensor:
     """Return the mean over all ranks of a mesh."""
-    return _tree.map(lambda leaf: _sum(leaf.detach() / mesh.size(), mesh), tree)
+    return _sum(losses.detach() / mesh.size(), mesh)
 
 
 def _copies(place: Place) -> int:
