@@ -195,6 +195,10 @@ METHODS: dict[str, Method] = {
     "krum[n_selected, distances]": Method(
         lambda m: jd.krum(1, 2, squared=False), min_m=5, cost="m^2"
     ),
+    "geometric_median": Method(lambda m: jd.geometric_median(), cost="m^3"),
+    "geometric_median[preference]": Method(
+        lambda m: jd.geometric_median(_preference(m)), equivariant=False, cost="m^3"
+    ),
     "graddrop": Method(lambda m: jd.graddrop(), weighted=False, random=True, cost="m n"),
     "graddrop[leak]": Method(
         lambda m: jd.graddrop(_preference(m)),

@@ -1,4 +1,4 @@
-"""Numbers of the methods that resist arbitrary rows: Krum and the trimmed mean."""
+"""Numbers of the methods that resist arbitrary rows: Krum, medians and the trimmed mean."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torchjd.aggregation as peer
 
 import torchjd_func as jd
 from tests.helpers import close, double, weighting
-from tests.matrices import B, C, K, matrix
+from tests.matrices import KINDS, SIZES, B, C, K, matrix
 
 # Krum
 
@@ -63,6 +63,101 @@ def test_krum_says_how_many_objectives_it_needs():
     for options in ((-1, 1), (1, 0), (1, True)):
         with pytest.raises(ValueError, match="must be an int of at least"):
             jd.krum(*options)
+
+
+# Geometric median
+
+
+def excess_pull(jac: torch.Tensor, point: torch.Tensor, shares: torch.Tensor) -> float:
+    """Return by how much a point misses being the median: the pull beyond that of rows on it."""
+    away = point - jac
+    on = away.norm(dim=1) <= 1e-12 * jac.norm(dim=1)
+    pull = (shares[~on, None] * away[~on] / away[~on].norm(dim=1, keepdim=True)).sum(dim=0)
+    return float(pull.norm() - shares[on].sum())
+
+
+def test_geometric_median_values():
+    root = 3**0.5
+    close(jd.geometric_median()(double([1, 0], [-0.5, root / 2], [-0.5, -root / 2]))[0], [0, 0])
+    close(jd.geometric_median()(double([0, 0], [2, 0], [0, 2], [2, 2]))[0], [1, 1])  # diagonals
+    close(jd.geometric_median()(double([0, 0], [0, 1], [1, 0], [9, 9]))[0], [0.5, 0.5])
+    close(
+        jd.geometric_median()(double([0, 0], [1, 0.1], [-1, 0.1]))[0], [0, 0]
+    )  # above 120 degrees
+    corner = (3 - root) / 6  # Fermat's point of a right angle
+    close(jd.geometric_median()(double([0, 0], [1, 0], [0, 1]))[0], [corner, corner])
+
+
+def test_geometric_median_on_a_line_is_the_median():
+    close(jd.geometric_median()(double([1, 1], [5, 5], [2, 2]))[0], [2, 2], atol=0)
+    close(jd.geometric_median()(double([1, 1], [5, 5], [2, 2], [4, 4]))[0], [3, 3], atol=1e-15)
+    close(jd.geometric_median([0.2, 0.6, 0.2])(double([1, 1], [5, 5], [2, 2]))[0], [5, 5], atol=0)
+    close(jd.geometric_median()(double([3, 1], [0, 2]))[0], [1.5, 1.5], atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_geometric_median_is_the_minimum_by_its_subgradient(kind, m, n):
+    for seed in range(4):
+        jac = matrix(kind, m, n, seed)
+        shares = torch.linspace(1, 2, m, dtype=torch.float64)
+        for preference, rule in (
+            (torch.ones_like(shares), jd.geometric_median()),
+            (shares, jd.geometric_median(shares)),
+        ):
+            assert excess_pull(jac, rule(jac)[0], preference) < 1e-7
+
+
+def test_geometric_median_is_found_by_descent_too():
+    jac = matrix("gaussian", 7, 4)
+    point = jac.mean(dim=0).requires_grad_()
+    options = {"max_iter": 200, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([point], tolerance_grad=1e-12, tolerance_change=0, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        total = (jac - point).norm(dim=1).sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    close(jd.geometric_median()(jac)[0], point.detach(), atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e10, 1e30])
+def test_geometric_median_stays_bounded_by_the_sound_rows(size):
+    for seed in range(10):
+        sound, bad = matrix("gaussian", 5, 4, seed), size * matrix("gaussian", 4, 4, seed + 50)
+        shares = torch.full((9,), 1 / 9, dtype=torch.float64)
+        for rows in (torch.cat([bad, sound]), torch.cat([bad[:1].expand(4, 4), sound])):
+            got = jd.geometric_median()(rows)[0]
+            alpha = 4 / 9
+            bound = (2 - 2 * alpha) / (1 - 2 * alpha) * sound.norm(dim=1).max()
+            assert got.norm() <= bound
+            assert excess_pull(rows, got, shares) < 1e-9
+
+
+def test_geometric_median_close_to_a_row_and_on_it():
+    jac = matrix("gaussian", 5, 3)
+    units = (jac[1:] - jac[0]) / (jac[1:] - jac[0]).norm(dim=1, keepdim=True)
+    pull = float(units.sum(dim=0).norm())  # of the others at row 0
+    for share in (pull * (1 + 1e-3), pull):
+        close(jd.geometric_median([share, 1, 1, 1, 1])(jac)[0], jac[0], atol=0)
+    for gap in (1e-2, 1e-4, 1e-6):
+        shares = double(pull * (1 - gap), 1, 1, 1, 1)
+        got = jd.geometric_median(shares)(jac)[0]
+        assert 0 < float((got - jac[0]).norm()) < 30 * gap
+        assert excess_pull(jac, got, shares) < 1e-8
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
+def test_geometric_median_gives_no_weight_to_what_is_not_finite(bad):
+    sound = matrix("gaussian", 4, 3)
+    rows = torch.cat([sound[:1], torch.full((2, 3), bad, dtype=torch.float64), sound[1:]])
+    weights = weighting(jd.geometric_median())(rows @ rows.mT)[0]
+    assert not weights[1:3].any()
+    kept = weights[[0, 3, 4, 5]]
+    close(sound.mT @ kept, jd.geometric_median()(sound)[0], atol=1e-12)
 
 
 # Trimmed mean

@@ -270,15 +270,11 @@ def no_state(statistic: Any, key: Tensor | None) -> tuple[()]:
 
 
 def _stateless_update(
-    name: str,
-    weights_fn: Callable[[Tensor], Tensor],
-    statistic: Tensor,
-    state: State,
-    losses: Tensor | None,
+    name: str, fn: Callable[[Tensor], Tensor], statistic: Tensor, state: State, losses: Any
 ) -> tuple[Tensor, State]:
     """Compute weights, pass the empty state on."""
     _check.stateless(name, state)
-    return weights_fn(statistic), state
+    return fn(statistic), state
 
 
 def _weighted_init(weighting: Weighting, jac: PyTree, key: Tensor | None) -> State:

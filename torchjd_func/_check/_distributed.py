@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+import torch
 
 from torchjd_func._check._messages import fail
 
@@ -37,3 +40,51 @@ def not_a_weighting(combinator: str, value: Any) -> NoReturn:
     )
     remedy = "Pass the Aggregator, e.g. jd.upgrad(), or jd.weighted(weighting)."
     fail(ValueError, f"`{combinator}`", rule, repr(value), remedy)
+
+
+def rows_are_here(here: bool) -> None:
+    """Check that nobody asks for rows of a Jacobian that are on other ranks."""
+    if not here:
+        name, rule = "the Jacobian of a gathered objective", "not be asked for"
+        got = "a request for its rows, those of other ranks among them"
+        remedy = "Use method='auto' and a rule that has a weighting, or what was gathered."
+        fail(ValueError, name, rule, got, remedy)
+
+
+def same_batches(sizes: Sequence[int]) -> None:
+    """Check that all ranks have as many examples."""
+    if len(set(sizes)) > 1:
+        name, rule = "the batches of a gathered objective", "have one size on all ranks"
+        fail(ValueError, name, rule, list(sizes), "Drop or share out the last examples.")
+
+
+def not_gathered(option: str, gathered: bool) -> None:
+    """Check that an option is given an objective whose losses are all here."""
+    if gathered:
+        rule, remedy = "be used with an objective of one rank", "Leave out jd.distributed.gathered."
+        fail(TypeError, f"`{option}`", rule, "one of jd.distributed.gathered", remedy)
+
+
+def one_mesh(meshes: Sequence[Any]) -> None:
+    """Check that there are sharded parameters, all of them on one mesh."""
+    if not meshes or any(mesh != meshes[0] for mesh in meshes):
+        rule, got = "be DTensors on one mesh", f"{len(set(map(str, meshes)))} meshes"
+        remedy = "Pass the parameters of a model after fully_shard(model, mesh=mesh)."
+        fail(ValueError, "the parameters of a sharded objective", rule, got, remedy)
+
+
+def placements(value: Any, known: bool) -> None:
+    """Check that a parameter is sharded in a way that columns can be told apart in."""
+    if not known:
+        name, rule = "the placements of a sharded parameter", "be Shard or Replicate"
+        fail(ValueError, name, rule, value, "Call its .redistribute(placements=[...]) first.")
+
+
+def shards_route(method: str) -> None:
+    """Check that the gradients of a sharded objective are asked for row by row, and eagerly."""
+    if torch.compiler.is_compiling():  # it does not map autograd.Function (torch 2.13)
+        name, rule = "the step of a sharded objective", "run eagerly"
+        fail(ValueError, name, rule, "a compiled function", "Do not compile it.")
+    if method not in ("auto", "jacobian"):
+        rule, remedy = "be 'auto' or 'jacobian' for a sharded objective", "Set chunk_size."
+        fail(ValueError, "`method`", rule, repr(method), remedy)

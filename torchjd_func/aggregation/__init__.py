@@ -9,6 +9,7 @@ from torchjd_func.aggregation._dualproj import dualproj
 from torchjd_func.aggregation._epo import epo
 from torchjd_func.aggregation._excess_mtl import excess_mtl
 from torchjd_func.aggregation._fairgrad import fairgrad
+from torchjd_func.aggregation._geometric_median import geometric_median
 from torchjd_func.aggregation._graddrop import graddrop
 from torchjd_func.aggregation._gradnorm import gradnorm
 from torchjd_func.aggregation._gradvac import gradvac
@@ -38,6 +39,7 @@ __all__ = [
     "epo",
     "excess_mtl",
     "fairgrad",
+    "geometric_median",
     "graddrop",
     "gradnorm",
     "gradvac",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._objectives import InstanceWise
+from torchjd_func.differentiate._shards import Sharded
 
 PyTree = Any
 
@@ -97,6 +98,7 @@ def accumulate(
     _check.integer("n", n)
     _check.chunk_size(chunk_size)
     _check.not_instancewise("jd.accumulate", fn, InstanceWise)
+    _check.plain("jd.accumulate", fn, (Sharded,), "Make chunk_size smaller instead.")
     return Accumulated(fn, n, in_dims, has_aux, chunk_size)
 
 

@@ -13,6 +13,7 @@ from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 from torchjd_func.differentiate._scaled import Scaled
+from torchjd_func.differentiate._shards import Sharded
 
 PyTree = Any
 
@@ -45,7 +46,7 @@ def cast_floating(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., A
         tensor([[1., 1.]])
     """
     _check.floating_dtype("dtype", dtype)
-    _check.plain("cast_floating", fn, (Scaled,), "Cast first, and scale what is cast.")
+    _check.plain("cast_floating", fn, (Scaled, Sharded), "Cast first, and wrap what is cast.")
     if isinstance(fn, MultiTask):
         heads = {name: cast_floating(head, dtype) for name, head in fn.heads.items()}
         return MultiTask(cast_floating(fn.trunk, dtype), heads, fn.has_aux, fn.scale_heads)

@@ -13,7 +13,7 @@ from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, Scalarizer, Weighting
 from torchjd_func.differentiate._jacobian import rows, value
 from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._objectives import MultiTask
+from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, is_gathered
 from torchjd_func.differentiate._partial import partial_grads
 from torchjd_func.differentiate._pullback import Linearized, as_vector, bind, grad_aux, split_aux
 from torchjd_func.differentiate._routes import (
@@ -24,6 +24,7 @@ from torchjd_func.differentiate._routes import (
     whole,
 )
 from torchjd_func.differentiate._scaled import Scaled
+from torchjd_func.differentiate._shards import Sharded
 
 PyTree = Any
 
@@ -119,7 +120,10 @@ def grad_and_value(
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         if isinstance(rule, Scalarizer):
-            _check.plain("a scalarizer", fn, (Scaled,), "Use an Aggregator, e.g. jd.mean().")
+            _check.plain(
+                "a scalarizer", fn, (Scaled, Sharded), "Use an Aggregator, e.g. jd.mean()."
+            )
+            _check.not_gathered("a scalarizer", is_gathered(fn))
             return _scalarized(fn, rule, state, args, argnums, has_aux)
         if where is not None:
             return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
@@ -166,9 +170,12 @@ def init_state(
     if isinstance(rule, Scalarizer):
         return rule.init(losses, key=key)
     m = sum(leaf.numel() for leaf in _tree.leaves(losses))
+    if isinstance(fn, InstanceWise) and fn.ranks is not None:
+        m = fn.ranks.size() * m
     if isinstance(rule, Weighting):
         return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
     shared = primals[0] if isinstance(fn, MultiTask) else primals
+    shared = _tree.map(fn.like, shared) if isinstance(fn, Sharded) else shared
     _check.params(f"argument {argnums}", _tree.paths(shared), _tree.leaves(shared))
     jac = _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape)), shared)
     return rule.init(jac, key=key)
@@ -187,7 +194,8 @@ def _aggregated(
         matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
         weights, state = rule.weighting(matrix, state, losses=linear.vector)
         return pullback(weights), weights, state
-    grads, state = rule(rows(linear, chunk_size), state, losses=linear.vector)
+    by_rows = rule if linear.shards is None else linear.shards.by_rows(rule)
+    grads, state = by_rows(rows(linear, chunk_size), state, losses=linear.vector)
     return grads, None, state
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import jacobian
 from torchjd_func.differentiate._linearize import linearize
@@ -94,11 +96,15 @@ def jac_and_value(
 
 
 def rows(linear: Linearized, chunk_size: int | None) -> PyTree:
-    """Return the Jacobian: the pullback of each unit cotangent, or what layers recorded of it."""
+    """Return the Jacobian."""
+    return linear.rebuild(row_leaves(linear, chunk_size))
+
+
+def row_leaves(linear: Linearized, chunk_size: int | None) -> list[Tensor]:
+    """Return its leaves: the pullback of each unit cotangent, or what layers recorded of it."""
     if linear.layers is not None:
-        count = len(linear.paths)
-        return linear.rebuild([jacobian(linear.layers, leaf) for leaf in range(count)])
-    return linear.rebuild(pull_rows(linear.pullback, basis(linear.vector), chunk_size))
+        return [jacobian(linear.layers, leaf) for leaf in range(len(linear.paths))]
+    return pull_rows(linear.pullback, basis(linear.vector), chunk_size)
 
 
 def value(linear: Linearized, has_aux: bool) -> Any:

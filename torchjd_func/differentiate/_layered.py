@@ -51,9 +51,12 @@ def linearize_layers(
     recorded, vector, losses, aux = observe(fn, args, argnums, has_aux)
     primals, _ = bind(fn, args, argnums)
     _, rebuild = _tree.flatten(primals)
+    ranks = fn.ranks if isinstance(fn, InstanceWise) else None
+    if ranks is not None:
+        ranks.check(vector)
     shared = recorded.plan.layout.kind == "shared"
     cotangents = basis(vector) if shared else torch.ones_like(vector)
-    found = layers(recorded, cotangents, partial(basis, vector), vector.shape[0])
+    found = layers(recorded, cotangents, partial(basis, vector), vector.shape[0], ranks)
     paths = _tree.paths(primals)
     whole = (tuple(range(len(paths))),)
 
@@ -61,6 +64,8 @@ def linearize_layers(
         """Return the leaves of `J^T weights`."""
         return combine(found, weights.unsqueeze(0), whole)
 
+    if ranks is not None:
+        vector = losses = ranks.gather(vector)
     return Linearized(vector, losses, aux, pullback, rebuild, as_they_are, paths, found)
 
 

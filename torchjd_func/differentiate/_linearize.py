@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._layered import linearize_layers
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, is_gathered
 from torchjd_func.differentiate._pullback import (
     Linearized,
     as_they_are,
@@ -24,6 +24,7 @@ from torchjd_func.differentiate._pullback import (
     vjp_aux,
 )
 from torchjd_func.differentiate._scaled import Scaled, multiplied, scale_by
+from torchjd_func.differentiate._shards import Sharded
 from torchjd_func.differentiate._shared import linearize_multitask
 
 PyTree = Any
@@ -47,6 +48,8 @@ def linearize(
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
+    if isinstance(fn, Sharded):
+        return _linearize_sharded(fn, args, argnums, has_aux, method)
     if is_layered(fn, method):
         return linearize_layers(fn, args, argnums, has_aux)
 
@@ -61,7 +64,8 @@ def linearize(
 
 def is_layered(fn: Callable[..., Any], method: str) -> bool:
     """Say whether a method linearizes an objective layer by layer."""
-    return method == "layerwise" or (method == "auto" and isinstance(fn, InstanceWise))
+    automatic = method == "auto" and isinstance(fn, InstanceWise)
+    return method == "layerwise" or automatic or is_gathered(fn)
 
 
 def _linearize_accumulated(
@@ -91,6 +95,8 @@ def _linearize_scaled(
     fn: Scaled, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
 ) -> Linearized:
     """Differentiate larger losses, and undo the scale of all that comes out."""
+    _check.not_gathered("jd.loss_scale", is_gathered(fn.fn))
+    _check.plain("jd.loss_scale", fn.fn, (Sharded,), "Use bfloat16.")
     large = linearize(multiplied(fn.fn, fn.scale, has_aux), args, argnums, has_aux)
     down = partial(scale_by, 1 / fn.scale)
     return Linearized(
@@ -102,6 +108,33 @@ def _linearize_scaled(
         large.assemble,
         large.paths,
         heads=down(large.heads),
+    )
+
+
+def _linearize_sharded(
+    fn: Sharded, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool, method: str
+) -> Linearized:
+    """Differentiate by the parts of parameters, which are gathered on the way in."""
+    _check.shards_route(method)
+    primals, _ = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
+    shards, positions = fn.shards(flat), _check.argnums(argnums, len(args))
+
+    def from_parts(parts: list[Tensor], *rest: Any) -> Any:
+        """Return the losses of whole parameters."""
+        whole = rebuild(shards.whole(parts))
+        chosen = whole if isinstance(argnums, tuple) else (whole,)
+        given = dict(zip(positions, chosen, strict=True))
+        return fn(*(given.get(place, x) for place, x in enumerate(rest)))
+
+    linear = linearize(from_parts, (shards.parts, *args), 0, has_aux)
+    vector = shards.mean(linear.vector)
+    return linear._replace(
+        vector=vector,
+        losses=_tree.unravel(linear.losses, vector),
+        rebuild=lambda leaves: rebuild(shards.wrap(leaves)),
+        paths=_tree.paths(primals),
+        shards=shards,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check
+from torchjd_func.differentiate._layerwise import Ranks
 
 
 class Example(NamedTuple):
@@ -33,11 +34,13 @@ class InstanceWise:
         example: The loss of one example that `fn` maps over a batch; `None` if there is none.
         plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
             saves time, and changes no result.
+        ranks: Who has the other examples of the batch (`jd.distributed.gathered`).
     """
 
     fn: Callable[..., Any]
     example: Example | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
@@ -46,9 +49,9 @@ class InstanceWise:
     def wrap(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> InstanceWise:
         """Return the objective of the changed function, with the same structure."""
         if self.example is None:
-            return InstanceWise(change(self.fn))
+            return InstanceWise(change(self.fn), ranks=self.ranks)
         fn, in_dims, randomness = self.example
-        return per_example(change(fn), in_dims, randomness)
+        return replace(per_example(change(fn), in_dims, randomness), ranks=self.ranks)
 
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
@@ -77,6 +80,11 @@ class MultiTask:
     def __repr__(self) -> str:
         """Return the tasks in one line."""
         return f"MultiTask({', '.join(self.heads)})"
+
+
+def is_gathered(fn: Callable[..., Any]) -> bool:
+    """Say whether an objective has losses on other ranks."""
+    return isinstance(fn, InstanceWise) and fn.ranks is not None
 
 
 def instancewise(fn: Callable[..., Any]) -> InstanceWise:

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._pullback import bind, vjp_aux
 from torchjd_func.differentiate._routes import contract, contract_whole, pullback_of, whole
 from torchjd_func.differentiate._scaled import Scaled
+from torchjd_func.differentiate._shards import Sharded
 
 PyTree = Any
 
@@ -33,7 +34,7 @@ def partial_grads(
     """Weigh by the Gramian of the parameters that `where` names; pull the weights back to all."""
     weighting = _check.weighting_present("where", rule.name, rule.weighting)
     remedy = "Write the objective as one function of all parameters."
-    _check.plain("where", fn, (MultiTask, Accumulated, Scaled), remedy)
+    _check.plain("where", fn, (MultiTask, Accumulated, Scaled, Sharded), remedy)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     paths = _tree.paths(primals)

@@ -12,6 +12,7 @@ from torch.func import vmap
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import Layers
 from torchjd_func.differentiate._objectives import InstanceWise
+from torchjd_func.differentiate._shards import Shards
 
 PyTree = Any
 
@@ -28,6 +29,7 @@ class Linearized(NamedTuple):
     paths: list[str]  # the names of its leaves
     layers: Layers | None = None  # what layer-by-layer routes recorded
     heads: PyTree = ()  # gradients of what one loss alone has
+    shards: Shards | None = None  # who has the other columns
 
 
 def bind(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._jacobian import rows
+from torchjd_func.differentiate._jacobian import row_leaves
 from torchjd_func.differentiate._layerwise import Layers, combine, cross_gramians, gramians
 from torchjd_func.differentiate._pullback import Linearized, basis, pull_rows, vjp
 
@@ -27,7 +28,16 @@ def contract(
     linear: Linearized, method: str, chunk_size: int | None, groups: _tree.Groups
 ) -> Gramian:
     """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
-    return _ROUTES[method](linear, chunk_size, groups)
+    return _over_shards(linear, partial(_ROUTES[method], linear, chunk_size), groups)
+
+
+def _over_shards(
+    linear: Linearized, route: Callable[[_tree.Groups], Gramian], groups: _tree.Groups
+) -> Gramian:
+    """Contract all columns of the Jacobian, also where ranks have parts of them."""
+    if linear.shards is None:
+        return route(groups)
+    return Gramian(*linear.shards.contract(route, groups))
 
 
 def contract_whole(
@@ -63,7 +73,7 @@ def contract_cross(
 
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Build the Jacobian; its rows also serve the pullback."""
-    flat = _tree.leaves(rows(linear, chunk_size))
+    flat = row_leaves(linear, chunk_size)
     blocks = _tree.blocks(flat, groups)
 
     def pullback(weights: Tensor) -> PyTree:
@@ -99,7 +109,15 @@ def _layers(linear: Linearized) -> Layers:
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Contract the two Jacobians."""
-    return _tree.cross_gramian(rows(first, chunk_size), rows(second, chunk_size))
+    a, b = row_leaves(first, chunk_size), row_leaves(second, chunk_size)
+
+    def route(groups: _tree.Groups) -> Gramian:
+        """Contract the leaves of each group."""
+        chosen = [([a[i] for i in group], [b[i] for i in group]) for group in groups]
+        products = torch.stack([_tree.cross_gramian(*pair) for pair in chosen])
+        return Gramian(products, pullback_of(second, groups))
+
+    return _over_shards(first, route, whole(first)).matrices[0]
 
 
 def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
@@ -115,6 +133,7 @@ def _product(
     Pushing forward is the transpose of the pullback, which is linear; so no second forward pass.
     A group's product is what is pushed forward of its leaves alone.
     """
+    _check.rows_are_here(first.layers is None or first.layers.ranks is None)
     _, push = vjp(first.pullback, first.vector.new_zeros(first.vector.shape))
 
     def column(cotangent: Tensor) -> Tensor:

@@ -15,6 +15,14 @@ PyTree = Any
 def state_dict(state: PyTree) -> dict[str, Tensor]:
     """Return the tensors of a state by name, for `torch.save`.
 
+    Or for `torch.distributed.checkpoint.save`, on all ranks, with sharded parameters beside the
+    state of the rule. What loads writes into the tensors that it is given, so give it new ones; the
+    number of ranks and the placements may be others than at saving:
+
+        target = {name: torch.empty_like(x) for name, x in jd.interop.state_dict(fresh).items()}
+        torch.distributed.checkpoint.load(target, checkpoint_id=path)
+        state = jd.interop.load_state_dict(fresh, target)
+
     Args:
         state: Pytree of tensors: the state of a rule, the parameters of an optimiser, or several of
             both in a dict.

@@ -19,6 +19,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
     spread,
 )
+from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import PlanChanged
 from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
 from torchjd_func.differentiate._layerwise._watch import Layout, Plan
@@ -29,6 +30,7 @@ __all__ = [
     "Layout",
     "Plan",
     "PlanChanged",
+    "Ranks",
     "Recorded",
     "combine",
     "cross_gramians",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func import _tree
-from torchjd_func.differentiate._layerwise import _forms, _local, _rules, _sources
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
 from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
+from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._run import Recorded
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._watch import Layout, Use
@@ -42,9 +43,16 @@ class Layers(NamedTuple):
     pieces: dict[int, list[Piece]]  # the uses of each leaf
     rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
     size: int  # how many rows there are
+    ranks: Ranks | None = None  # who has the rows of other examples
 
 
-def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any] | None, m: int) -> Layers:
+def layers(
+    recorded: Recorded,
+    cotangents: Any,
+    basis: Callable[[], Any] | None,
+    m: int,
+    ranks: Ranks | None = None,
+) -> Layers:
     """Pull cotangents back to the uses; leaves without a rule need the whole `basis`."""
     plan = recorded.plan
     if plan.layout.kind == "shared":
@@ -61,27 +69,33 @@ def layers(recorded: Recorded, cotangents: Any, basis: Callable[[], Any] | None,
         pairs = zip(by_uses, recorded.uses, strict=True)
         cotangents = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
     pieces = _index(recorded.uses, plan.opaque)
-    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m)
+    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m, ranks)
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:
     """Return the Gramian of each group of leaves, `(g, m, m)`."""
-    return cross_gramians(found, found, groups)
+    products = cross_gramians(found, found, groups)
+    return products if found.ranks is None else (products + products.mT) / 2
 
 
 def cross_gramians(a: Layers, b: Layers, groups: Groups) -> Tensor:
     """Return the products of the rows of each group of leaves, `(g, m_a, m_b)`."""
-    return torch.stack([_cross_group(a, b, leaves) for leaves in groups])
+    products = torch.stack([_cross_group(a, b, leaves) for leaves in groups])
+    return products if b.ranks is None else _ranks.stack(products, b.ranks)
 
 
 def combine(found: Layers, weights: Tensor, groups: Groups) -> list[Tensor]:
     """Return `J^T weights`, leaf by leaf, with the weights `(g, m)` of each leaf's group."""
     group_of = {leaf: g for g, leaves in enumerate(groups) for leaf in leaves}
-    return [_combine_leaf(found, weights[group_of[leaf]], leaf) for leaf in sorted(group_of)]
+    if found.ranks is not None:
+        weights = _ranks.own(weights, found.ranks)
+    grads = [_combine_leaf(found, weights[group_of[leaf]], leaf) for leaf in sorted(group_of)]
+    return grads if found.ranks is None else found.ranks.total(grads)
 
 
 def jacobian(found: Layers, leaf: int) -> Tensor:
     """Return the rows of one leaf, `(m, *shape)`."""
+    _check.rows_are_here(found.ranks is None)
     value = found.values[leaf]
     rows = _rows(found, leaf)
     if rows is None:
@@ -127,10 +141,10 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
     """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
     total: Tensor | None = None
     for leaf in leaves:
-        first = leaf_form(a, leaf, ordered=a is not b)
+        first = leaf_form(a, leaf, ordered=a is not b or a.ranks is not None)
         second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
-            products = _forms.cross(first, second)
+            products = _ranks.cross(first, second, b.ranks)
             total = products if total is None else total + products
     return _nothing(a, b) if total is None else total
 
@@ -240,4 +254,5 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
 
 def _nothing(a: Layers, b: Layers) -> Tensor:
     """Return the products of rows that are zero."""
-    return _tree.real(a.values[0]).new_zeros(a.size, b.size)
+    world = 1 if b.ranks is None else b.ranks.size()
+    return _tree.real(a.values[0]).new_zeros(a.size, world * b.size)

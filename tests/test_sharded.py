@@ -1,0 +1,235 @@
+"""Sharded parameters, FSDP2's among them, equal one process with the whole batch."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.func import functional_call
+
+import torchjd_func as jd
+from tests import workers
+from tests.helpers import assert_trees_close, compiled
+from tests.test_distributed import data, methods, objective, parameters, part
+from tests.test_gathered import said
+from torchjd_func import _tree
+
+# By their Gramian, without it, by Gramians of groups, by columns, and by rows.
+SOME = ("upgrad", "gradvac", "mean", "rlw", "groups", "trimmed_mean", "graddrop", "moco", "db_mtl")
+
+
+def mesh_of(shape):
+    """Return a mesh of this shape over all ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape)
+
+
+def placed(params, layout):
+    """Return sharded parameters: by rows, by columns, with replicas, or some not at all."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    mesh = mesh_of((2, world // 2) if layout == "replicas" else (world,))
+
+    def place(leaf):
+        if leaf.ndim == 0:
+            return leaf if layout == "columns" else distribute_tensor(leaf, mesh)
+        last = Shard(leaf.ndim - 1) if layout == "columns" else Shard(0)
+        return distribute_tensor(leaf, mesh, [*[Replicate()] * (mesh.ndim - 1), last])
+
+    return _tree.map(place, params)
+
+
+def whole(tree):
+    """Return plain tensors."""
+    return _tree.map(lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x, tree)
+
+
+def train(fn, rule, key, params, batch):
+    """Return gradients of a first step, parameters after two, the losses and the state."""
+    state = jd.init_state(rule, fn, params, batch, key=key)
+    step, first, losses = jd.grad_and_value(fn, rule), None, None
+    for _ in range(2):
+        grads, losses, state = step(state, params, batch)
+        first = grads if first is None else first
+        params = _tree.map(lambda p, g: p - 0.01 * g, params, grads)
+    return first, params, losses, state
+
+
+def by_methods(layout, names):
+    """Train by some methods on the part of this rank, with sharded parameters."""
+    found, cases = {}, methods()
+    for name in names:
+        fn, rule, key = cases[name]
+        params = placed(parameters(), layout)
+        grads, after, losses, state = train(
+            jd.distributed.sharded(fn), rule, key, params, part(data())
+        )
+        for got, want in zip(_tree.leaves(grads), _tree.leaves(params), strict=True):
+            assert type(got) is type(want), name
+            assert getattr(got, "placements", None) == getattr(want, "placements", None), name
+        found[name] = whole(grads), whole(after), losses, state
+    return found
+
+
+@functools.cache
+def alone():
+    """Train by each method in this process."""
+    cases = methods().items()
+    return {name: train(fn, rule, key, parameters(), data()) for name, (fn, rule, key) in cases}
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "names"),
+    [(2, "columns", tuple(methods())), (2, "rows", SOME), (4, "replicas", SOME)],
+)
+def test_every_method_equals_one_process(world, layout, names):
+    first, *others = workers.run(world, by_methods, layout, names)
+    for name in names:
+        want = alone()[name]
+        try:
+            assert_trees_close(first[name], want, rtol=1e-10, atol=1e-10)
+            for other in others:
+                assert_trees_close(other[name], first[name], rtol=0, atol=0)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def transforms(fn, params, batch):
+    """Return what other transforms make of an objective."""
+    losses, gramian, vjp_fn = jd.gramian_vjp(fn, params, batch)
+    double = jd.double_sampling(fn, jd.sdmgrad())
+    return {
+        "losses": losses,
+        "gramian": gramian,
+        "pulled": vjp_fn(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)),
+        "one by one": jd.gramian(fn, method="jacobian", chunk_size=1)(params, batch),
+        "jac": jd.jac(fn)(params, batch),
+        "cross": jd.cross_gramian(fn)(params, (batch,), (batch.flip(1),)),
+        "two": double(None, params, (batch,), (batch.flip(1),))[:2],
+    }
+
+
+def transforms_here(layout):
+    """Run on this rank."""
+    fn = jd.distributed.sharded(objective(3))
+    return whole(transforms(fn, placed(parameters(), layout), part(data())))
+
+
+@pytest.mark.parametrize(("world", "layout"), [(2, "rows"), (4, "replicas")])
+def test_every_transform_equals_one_process(world, layout):
+    want = transforms(objective(3), parameters(), data())
+    for found in workers.run(world, transforms_here, layout):
+        assert_trees_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (8, 6)),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
+        (8, 2, 4, 4),
+    ),
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(6, 2, 5, dropout=0.0, batch_first=True),
+            nn.Flatten(),
+            nn.Linear(18, 3),
+        ),
+        (8, 3, 6),
+    ),
+}
+
+
+def network(name):
+    """Return a network, a batch, and the objective of a module."""
+    torch.manual_seed(0)
+    make, shape = NETS[name]
+    net = make().double()
+
+    def losses(params, x):
+        return functional_call(net, params, (x,)).square().mean(0)
+
+    return net, losses, torch.randn(shape, dtype=torch.float64)
+
+
+def fully_sharded():
+    """Step with the parameters of modules after `fully_shard`, through PyTorch's optimizer."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for name in NETS:
+        net, losses, x = network(name)
+        model = copy.deepcopy(net)
+        for layer in model:
+            fully_shard(layer, mesh=mesh_of((dist.get_world_size(),)))
+        params = dict(model.named_parameters())
+        fn = jd.distributed.sharded(losses)
+        grads, values, _ = jd.grad_and_value(fn, jd.upgrad(), chunk_size=1)(None, params, part(x))
+        jd.interop.assign_grads_(model, grads)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        after = {key: value.detach() for key, value in model.named_parameters()}
+        found[name] = whole(grads), values, whole(after)
+    return found
+
+
+def test_modules_of_fsdp_equal_plain_ones():
+    (first, other) = workers.run(2, fully_sharded)
+    assert_trees_close(first, other, rtol=0, atol=0)
+    for name in NETS:
+        net, losses, x = network(name)
+        params = {key: value.detach() for key, value in net.named_parameters()}
+        grads, values, _ = jd.grad_and_value(losses, jd.upgrad(), chunk_size=1)(None, params, x)
+        after = {key: params[key] - 0.1 * grads[key] for key in params}
+        assert_trees_close(first[name], (grads, values, after), rtol=1e-10, atol=1e-10)
+
+
+def mistakes():
+    """Return what is said of mistakes."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh, fn = mesh_of((2,)), objective(3)
+    wrapped, params, x = jd.distributed.sharded(fn), placed(parameters(), "rows"), data()
+    partial = DTensor.from_local(torch.ones(6), mesh, [Partial()], run_check=False)
+    tries = {
+        "plain": lambda: jd.jac(wrapped)(parameters(), x),
+        "partial": lambda: jd.jac(jd.distributed.sharded(torch.square))(partial),
+        "layerwise": lambda: jd.gramian(wrapped, method="layerwise")(params, x),
+        "product": lambda: jd.gramian(wrapped, method="product")(params, x),
+        "where": lambda: jd.grad(wrapped, jd.mgda(), where=lambda path: True)(None, params, x),
+        "scalarizer": lambda: jd.grad(wrapped, jd.scalarizers.mean())(None, params, x),
+        "accumulate": lambda: jd.accumulate(wrapped, 2),
+        "cast": lambda: jd.cast_floating(wrapped, torch.bfloat16),
+        "examples": lambda: jd.distributed.sharded(jd.instancewise(fn)),
+        "twice": lambda: jd.distributed.sharded(wrapped),
+    }
+    return {name: said(fn) for name, fn in tries.items()}
+
+
+def test_mistakes_are_named():
+    (found, other) = workers.run(2, mistakes)
+    assert found == other
+    assert "must be DTensors on one mesh, got 0 meshes" in found["plain"]
+    assert "must be Shard or Replicate, got (Partial(sum),)" in found["partial"]
+    for name in ("layerwise", "product"):
+        assert found[name].startswith("ValueError: `method` must be 'auto' or 'jacobian'")
+    for name in ("where", "scalarizer", "accumulate", "cast", "examples", "twice"):
+        assert "must be used with a plain objective" in found[name], name
+
+
+def compiled_jac():
+    """Return what is said when a step is compiled."""
+    fn = jd.distributed.sharded(objective(3))
+    try:
+        compiled(jd.jac(fn))[0](placed(parameters(), "rows"), part(data()))
+    except TorchDynamoException as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_compiled_step_says_that_it_must_be_eager():
+    for message in workers.run(2, compiled_jac):
+        assert "the step of a sharded objective must run eagerly" in message
