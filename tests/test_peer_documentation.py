@@ -233,7 +233,8 @@ def all_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
 
 def their_step(modules, batch, aggregator, optimizer):
     """Do one step of the peer's multi-task learning."""
-    their_update(modules, *their_losses(modules, *batch), aggregator, optimizer)
+    z, losses = their_losses(modules, *batch)
+    their_update(modules, z, losses, aggregator, optimizer)
 
 
 def their_update(modules, z, losses, aggregator, optimizer):
