@@ -281,7 +281,7 @@ CASES = {
     "`DataParallel`, `DistributedDataParallel`": Case(
         lambda: nn.Sequential(nn.DataParallel(mlp(nn.Tanh()))),
         fails=refused(r"`model\.0` must not be a wrapper that distributes a module"),
-        instead="`model.module`",
+        instead="`model.module`, with `jd.distributed`",
     ),
     "a compiled module inside": Case(
         compiled_inside,

@@ -1,6 +1,8 @@
 """The README holds: two commands first, and every Python block runs."""
 
 import re
+import subprocess
+import sys
 from operator import attrgetter
 
 import pytest
@@ -30,6 +32,16 @@ def test_the_first_two_shell_blocks_are_one_command_each():
         assert "install" in command
     assert "benchmarks.digits" in first
     assert "pytest" in second
+
+
+def test_two_processes_train():
+    (command,) = [line for line in readme.commands() if "torchrun" in line]
+    arguments = command.partition("torchrun ")[2].split()
+    run = [sys.executable, "-m", "torch.distributed.run", *arguments, "--steps", "3", "--eager"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout
+    assert "step    2: first" in done.stdout
 
 
 def test_python_blocks_run_in_order():
