@@ -80,7 +80,7 @@ def _accumulate(squares: Tensor, leaf: Tensor) -> Tensor:
 def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
     """Return `E_i = sum_k J_ik^2 / sqrt(S_ik + eps)`, `(m,)`; the paper's equation 6."""
     pairs = zip(_tree.leaves(jac), _tree.leaves(squares), strict=True)
-    cut = [block for leaf, part in pairs for block in blocks(_tree.rows(leaf), part.flatten(1))]
+    cut = [block for leaf, part in pairs for block in blocks(_tree.rows(leaf), _tree.rows(part))]
     return torch.stack([_excess_of_block(*block, eps=eps) for block in cut]).sum(dim=0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from torchjd_func._host import Array
 from torchjd_func.linalg._active_set import active_set
 from torchjd_func.linalg._exchange import exchange
-from torchjd_func.linalg._supports import SIGN_TOL, largest, push
+from torchjd_func.linalg._supports import EXACT, SIGN_TOL, largest, push
 
 # What is added to a unit diagonal while rows are dependent, and centres of the last.
 RIDGES, CENTRES = (0.1, 0.01, 1e-3, 1e-6), 6
@@ -32,20 +32,19 @@ def proximal_point(
     for ridge in (*RIDGES[:-1], last):
         z, free, extra = _regular(matrices + ridge * identity, which, vectors, z, free)
         iterations = iterations + extra
-    done = _settled(matrices, which, vectors, z, rounding)
+    residual = _residual(matrices, which, vectors, z)
     for _ in range(CENTRES):
-        if done.all():
+        if (residual <= np.maximum(EXACT, rounding)).all():
             break
         centred = vectors - last * z
         z, free, extra = _regular(matrices + last * identity, which, centred, z, free)
-        iterations, done = iterations + extra, _settled(matrices, which, vectors, z, rounding)
-    return z, free, iterations, done
+        iterations, residual = iterations + extra, _residual(matrices, which, vectors, z)
+    return z, free, iterations, residual <= np.maximum(SIGN_TOL, rounding)
 
 
-def _settled(matrices: Array, which: Array, vectors: Array, z: Array, rounding: Array) -> Array:
-    """Say for each problem whether the conditions of optimality hold up to rounding."""
-    residual = largest(np.minimum(z, push(matrices, which, z) + vectors))
-    return residual <= np.maximum(SIGN_TOL, rounding) * (1 + largest(z))
+def _residual(matrices: Array, which: Array, vectors: Array, z: Array) -> Array:
+    """Return the relative residual of the conditions of optimality, for each problem."""
+    return largest(np.minimum(z, push(matrices, which, z) + vectors)) / (1 + largest(z))
 
 
 def _regular(

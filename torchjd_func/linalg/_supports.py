@@ -18,7 +18,7 @@ RANK_TOL = 1e-12
 LARGEST = 1e8
 # With this condition at most, and so many right-hand sides, a matrix is worth inverting.
 CONDITION, MANY = 1e6, 32
-# Nor is a residual of this size (of `max|q| = 1`) worth another round.
+# A residual of this size (of `max|q| = 1`) is not worth another round.
 EXACT = 1e-14
 # Numbers in the largest batch of cut-out systems.
 BLOCK = 2_000_000
