@@ -82,7 +82,8 @@ class Weighting:
         wide = None if losses is None else losses.to(torch.float64)
         given = statistic.double() if self.widen and self.needs != "size" else statistic
         weights, state = self.update_fn(given, state, wide)
-        return weights.to(statistic.dtype), state
+        same = weights.dtype == statistic.dtype
+        return (weights if same else weights.to(statistic.dtype)), state
 
     __repr__ = _in_one_line
 
