@@ -16,7 +16,7 @@ from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 from torchjd_func.differentiate._scaled import Scaled
-from torchjd_func.differentiate._shards import Route, Sharded, Shards
+from torchjd_func.differentiate._shards import Leafwise, Route, Sharded, Shards, as_it_is
 from torchjd_func.distributed import _collectives
 
 
@@ -25,8 +25,7 @@ class Place(NamedTuple):
 
     mesh: Any
     placements: tuple[Any, ...]  # one for each dimension of the mesh
-    shape: tuple[int, ...]  # of the whole leaf
-    lead: int = 0  # dimensions before those of the leaf: rows, or what is mapped over
+    shape: tuple[int, ...]  # of the whole leaf; tensors may have dimensions before it, of rows
 
 
 def sharded(objective: Callable[..., Any]) -> Sharded:
@@ -44,7 +43,8 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
     Whole parameters are there during the forward and the backward pass of a rank. Each leaf's `m`
     gradients are scattered as soon as the backward pass has them, so that of the Jacobian a rank
     keeps `m n / W` numbers (with `chunk_size`, no more at a time than these of one leaf). It
-    contracts them, and `(m, m)` is added up over ranks, replicas counted once.
+    contracts them, and `(m, m)` is added up over ranks, replicas counted once. In a compiled step,
+    gradients of all leaves are scattered together: `chunk_size` whole rows may be there at once.
 
     `objective` calls a module without hooks: `torch.func.functional_call(skeleton, params, (x,))`
     with a copy that `fully_shard` has not touched, on the device `"meta"` say.
@@ -62,8 +62,7 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
     Raises:
         TypeError: If `objective` has a structure of its own, such as that of `jd.instancewise`.
         ValueError: From transforms, if a parameter is placed in another way, on several meshes, or
-            none is a `DTensor`; if another method is asked for; in a compiled function, since
-            torch.compile cannot map what gathers parameters (torch 2.13).
+            none is a `DTensor`; or if another method is asked for.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -85,8 +84,7 @@ def _shards(leaves: list[Tensor]) -> Shards:
     places = _places(leaves)
     mesh = places[0].mesh
     return Shards(
-        [_local(leaf.detach()) for leaf in leaves],
-        partial(_whole, places=places),
+        *_ends([_local(leaf.detach()) for leaf in leaves], places),
         partial(_wrap, places=places, kept=[_is_sharded(leaf) for leaf in leaves]),
         partial(_mean, mesh=mesh),
         partial(_contract, places=places),
@@ -94,9 +92,24 @@ def _shards(leaves: list[Tensor]) -> Shards:
     )
 
 
+def _ends(parts: list[Tensor], places: list[Place]) -> tuple[list[Tensor], Leafwise, Leafwise]:
+    """Return by what to differentiate, how whole leaves come of it, and this rank's gradients."""
+    if torch.compiler.is_compiling():  # it does not map an autograd.Function (torch 2.13)
+        whole = _each(_gather, parts, places)
+        return whole, as_it_is, partial(_each, _scatter, places=places)
+    return parts, partial(_each, _Whole.apply, places=places), as_it_is
+
+
+def _each(
+    fn: Callable[[Tensor, Place], Any], tensors: list[Tensor], places: list[Place]
+) -> list[Any]:
+    """Apply a function to each leaf and its place."""
+    return [fn(x, place) for x, place in zip(tensors, places, strict=True)]
+
+
 def _places(leaves: Sequence[Any]) -> list[Place]:
     """Return the place of each leaf; plain tensors are on all ranks."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     meshes = [leaf.device_mesh for leaf in leaves if _is_sharded(leaf)]
     _check.one_mesh(meshes)
@@ -104,7 +117,7 @@ def _places(leaves: Sequence[Any]) -> list[Place]:
     found = []
     for leaf in leaves:
         placements = tuple(leaf.placements) if _is_sharded(leaf) else everywhere
-        _check.placements(placements, all(type(p) in (Shard, Replicate) for p in placements))
+        _check.placements(placements, all([p.is_shard() or p.is_replicate() for p in placements]))
         found.append(Place(meshes[0], placements, tuple(leaf.shape)))
     return found
 
@@ -129,29 +142,27 @@ def _whole_like(leaf: Tensor) -> Tensor:
 def _wrap(parts: list[Tensor], places: list[Place], kept: list[bool]) -> list[Tensor]:
     """Return parts, or rows of parts, with their places; those of plain leaves as they are."""
     triples = zip(parts, places, kept, strict=True)
-    return [
-        _placed(x, place._replace(lead=x.ndim - len(place.shape))) if distributed else x
-        for x, place, distributed in triples
-    ]
+    return [_placed(x, place) if distributed else x for x, place, distributed in triples]
 
 
 def _placed(part: Tensor, place: Place) -> Any:
     """Return the distributed tensor of which this is the part of this rank."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size((*part.shape[: place.lead], *place.shape))
+    lead = part.ndim - len(place.shape)
+    shape = torch.Size((*part.shape[:lead], *place.shape))
     strides = torch.empty(shape, device="meta").stride()
-    placements = _shifted(place)
+    placements = _shifted(place, lead)
     return DTensor.from_local(
         part, place.mesh, placements, run_check=False, shape=shape, stride=strides
     )
 
 
-def _shifted(place: Place) -> list[Any]:
+def _shifted(place: Place, lead: int) -> list[Any]:
     """Return the placements, with the leading dimensions counted."""
     from torch.distributed.tensor import Shard
 
-    return [Shard(p.dim + place.lead) if p.is_shard() else p for p in place.placements]
+    return [Shard(p.dim + lead) if p.is_shard() else p for p in place.placements]
 
 
 def _gather(part: Tensor, place: Place) -> Tensor:
@@ -161,19 +172,25 @@ def _gather(part: Tensor, place: Place) -> Tensor:
 
 def _scatter(whole: Tensor, place: Place) -> Tensor:
     """Return the part of this rank of the mean over ranks."""
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import Partial
 
-    share = whole / place.mesh.size()
-    sums = DTensor.from_local(share, place.mesh, [Partial()] * place.mesh.ndim, run_check=False)
-    return sums.redistribute(placements=_shifted(place)).to_local()
+    return _part(whole / place.mesh.size(), place, Partial())
 
 
 def _cut(whole: Tensor, place: Place) -> Tensor:
     """Return the part of this rank of what all ranks have."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
-    same = DTensor.from_local(whole, place.mesh, [Replicate()] * place.mesh.ndim, run_check=False)
-    return same.redistribute(placements=_shifted(place)).to_local()
+    return _part(whole, place, Replicate())
+
+
+def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
+    """Return the part of this rank of a whole leaf, or of shares that add up to it."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, lead = place.mesh, whole.ndim - len(place.shape)
+    known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
+    return known.redistribute(placements=_shifted(place, lead)).to_local()
 
 
 class _Whole(Function):
@@ -211,13 +228,7 @@ class _Part(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, int]:
         """Scatter all rows at once."""
         grads, place = args
-        rows = grads.movedim(in_dims[0], 0)
-        return _Part.apply(rows, place._replace(lead=place.lead + 1)), 0
-
-
-def _whole(parts: list[Tensor], places: list[Place]) -> list[Any]:
-    """Gather all leaves."""
-    return [_Whole.apply(part, place) for part, place in zip(parts, places, strict=True)]
+        return _Part.apply(grads.movedim(in_dims[0], 0), place), 0
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
@@ -234,7 +245,7 @@ def _mean(losses: Tensor, mesh: Any) -> Tensor:
 
 def _copies(place: Place) -> int:
     """Return on how many ranks each number of a leaf is."""
-    return prod(place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate())
+    return prod([place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate()])
 
 
 def _contract(
@@ -268,8 +279,7 @@ def _aggregate(
     if rule.columnwise:
         grads, state = rule(rows, state, losses=losses)
     else:
-        pairs = zip(rows, places, strict=True)
-        whole = [_gather(x, place._replace(lead=1)) for x, place in pairs]
+        whole = _each(_gather, rows, places)
         grads, state = rule(rebuild(whole), state, losses=losses)
-        grads = [_cut(x, place) for x, place in zip(_tree.leaves(grads), places, strict=True)]
+        grads = _each(_cut, _tree.leaves(grads), places)
     return rebuild(_wrap(grads, places, [_is_sharded(leaf) for leaf in flat])), state
