@@ -19,9 +19,8 @@ Leafwise = Callable[[list[Tensor]], list[Tensor]]
 class Shards(NamedTuple):
     """Parameters, leaf by leaf, of which this rank keeps a part."""
 
-    inputs: list[Tensor]  # of the differentiated function: parts, or leaves gathered before
-    whole: Leafwise  # inputs -> whole leaves
-    own: Leafwise  # gradients by inputs, or rows of such -> this rank's parts of means over ranks
+    whole: list[Tensor]  # the leaves, gathered
+    own: Leafwise  # gradients by them, or rows of such -> this rank's parts of means over ranks
     wrap: Leafwise  # parts, or their rows, placed as the leaves are
     mean: Callable[[Tensor], Tensor]  # of the losses, over ranks
     contract: Callable[[Route, _tree.Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]

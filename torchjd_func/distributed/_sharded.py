@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
 from torchjd_func.differentiate._scaled import Scaled
-from torchjd_func.differentiate._shards import Leafwise, Route, Sharded, Shards, as_it_is
+from torchjd_func.differentiate._shards import Route, Sharded, Shards
 from torchjd_func.distributed import _collectives
 
 
@@ -84,20 +83,13 @@ def _shards(leaves: list[Tensor]) -> Shards:
     places = _places(leaves)
     mesh = places[0].mesh
     return Shards(
-        *_ends([_local(leaf.detach()) for leaf in leaves], places),
+        _each(_gather, [_local(leaf.detach()) for leaf in leaves], places),
+        partial(_each, _scatter, places=places),
         partial(_wrap, places=places, kept=[_is_sharded(leaf) for leaf in leaves]),
         partial(_mean, mesh=mesh),
         partial(_contract, places=places),
         partial(_by_rows, places=places),
     )
-
-
-def _ends(parts: list[Tensor], places: list[Place]) -> tuple[list[Tensor], Leafwise, Leafwise]:
-    """Return by what to differentiate, how whole leaves come of it, and this rank's gradients."""
-    if torch.compiler.is_compiling():  # it does not map an autograd.Function (torch 2.13)
-        whole = _each(_gather, parts, places)
-        return whole, as_it_is, partial(_each, _scatter, places=places)
-    return parts, partial(_each, _Whole.apply, places=places), as_it_is
 
 
 def _each(
@@ -117,7 +109,7 @@ def _places(leaves: Sequence[Any]) -> list[Place]:
     found = []
     for leaf in leaves:
         placements = tuple(leaf.placements) if _is_sharded(leaf) else everywhere
-        _check.placements(placements, all([p.is_shard() or p.is_replicate() for p in placements]))
+        _check.placements(placements, all(p.is_shard() or p.is_replicate() for p in placements))
         found.append(Place(meshes[0], placements, tuple(leaf.shape)))
     return found
 
@@ -191,44 +183,6 @@ def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
     mesh, lead = place.mesh, whole.ndim - len(place.shape)
     known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
     return known.redistribute(placements=_shifted(place, lead)).to_local()
-
-
-class _Whole(Function):
-    """Gather a leaf; its gradient goes back as the mean over ranks, each rank its part."""
-
-    @staticmethod
-    def forward(part: Tensor, place: Place) -> Tensor:
-        """Gather."""
-        return _gather(part, place)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Remember where parts are."""
-        ctx.place = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        """Scatter."""
-        return _Part.apply(grads[0], ctx.place), None
-
-
-class _Part(Function):
-    """Scatter the mean over ranks of the gradients of a leaf, or of rows of such."""
-
-    @staticmethod
-    def forward(grad: Tensor, place: Place) -> Tensor:
-        """Scatter."""
-        return _scatter(grad, place)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Remember nothing: it is not differentiated."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, int]:
-        """Scatter all rows at once."""
-        grads, place = args
-        return _Part.apply(grads.movedim(in_dims[0], 0), place), 0
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
