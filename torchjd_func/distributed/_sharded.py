@@ -39,11 +39,10 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
         grads, losses, state = jd.grad_and_value(objective, jd.upgrad())(state, params, x, y)
 
     All is as in one process with the whole batch; gradients have the placements of the parameters.
-    Whole parameters are there during the forward and the backward pass of a rank. Each leaf's `m`
-    gradients are scattered as soon as the backward pass has them, so that of the Jacobian a rank
-    keeps `m n / W` numbers (with `chunk_size`, no more at a time than these of one leaf). It
-    contracts them, and `(m, m)` is added up over ranks, replicas counted once. In a compiled step,
-    gradients of all leaves are scattered together: `chunk_size` whole rows may be there at once.
+    Whole parameters are there during the forward and the backward pass of a rank, and at the end
+    of the latter `chunk_size` whole rows (by default `m`), which are scattered leaf by leaf: of the
+    Jacobian a rank keeps `m n / W` numbers. It contracts them, and `(m, m)` is added up over ranks,
+    replicas counted once. The step compiles with `fullgraph=True`.
 
     `objective` calls a module without hooks: `torch.func.functional_call(skeleton, params, (x,))`
     with a copy that `fully_shard` has not touched, on the device `"meta"` say.
@@ -84,7 +83,7 @@ def _shards(leaves: list[Tensor]) -> Shards:
     mesh = places[0].mesh
     return Shards(
         _each(_gather, [_local(leaf.detach()) for leaf in leaves], places),
-        partial(_each, _scatter, places=places),
+        partial(_scatter, places=places),
         partial(_wrap, places=places, kept=[_is_sharded(leaf) for leaf in leaves]),
         partial(_mean, mesh=mesh),
         partial(_contract, places=places),
@@ -162,11 +161,11 @@ def _gather(part: Tensor, place: Place) -> Tensor:
     return _placed(part, place).full_tensor()
 
 
-def _scatter(whole: Tensor, place: Place) -> Tensor:
-    """Return the part of this rank of the mean over ranks."""
+def _scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
+    """Return this rank's parts of the means over ranks; whole gradients are let go one by one."""
     from torch.distributed.tensor import Partial
 
-    return _part(whole / place.mesh.size(), place, Partial())
+    return [_part(grads.pop(0) / place.mesh.size(), place, Partial()) for place in places]
 
 
 def _cut(whole: Tensor, place: Place) -> Tensor:
@@ -199,6 +198,7 @@ def _mean(losses: Tensor, mesh: Any) -> Tensor:
 
 def _copies(place: Place) -> int:
     """Return on how many ranks each number of a leaf is."""
+    # A list: torch.compile takes no product of a generator (torch 2.13).
     return prod([place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate()])
 
 
