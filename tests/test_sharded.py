@@ -7,20 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call
 
 import torchjd_func as jd
 from tests import workers
-from tests.helpers import assert_trees_close, compiled
+from tests.helpers import assert_trees_close
 from tests.test_distributed import data, methods, objective, parameters, part
 from tests.test_gathered import said
 from torchjd_func import _tree
 
 # By their Gramian, without it, by Gramians of groups, by columns, and by rows.
 SOME = ("upgrad", "gradvac", "mean", "rlw", "groups", "trimmed_mean", "graddrop", "moco", "db_mtl")
+FEW = ("upgrad", "mean", "groups", "trimmed_mean", "graddrop")  # one of each kind
 
 
+@functools.cache
 def mesh_of(shape):
     """Return a mesh of this shape over all ranks."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -49,10 +50,16 @@ def whole(tree):
     return _tree.map(lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x, tree)
 
 
-def train(fn, rule, key, params, batch):
+def with_backend(fn, backend):
+    """Return a function, compiled if there is a backend."""
+    torch._dynamo.reset()
+    return fn if backend is None else torch.compile(fn, backend=backend, fullgraph=True)
+
+
+def train(fn, rule, key, params, batch, backend=None):
     """Return gradients of a first step, parameters after two, the losses and the state."""
     state = jd.init_state(rule, fn, params, batch, key=key)
-    step, first, losses = jd.grad_and_value(fn, rule), None, None
+    step, first, losses = with_backend(jd.grad_and_value(fn, rule), backend), None, None
     for _ in range(2):
         grads, losses, state = step(state, params, batch)
         first = grads if first is None else first
@@ -60,14 +67,14 @@ def train(fn, rule, key, params, batch):
     return first, params, losses, state
 
 
-def by_methods(layout, names):
+def by_methods(layout, names, backend):
     """Train by some methods on the part of this rank, with sharded parameters."""
     found, cases = {}, methods()
     for name in names:
         fn, rule, key = cases[name]
         params = placed(parameters(), layout)
         grads, after, losses, state = train(
-            jd.distributed.sharded(fn), rule, key, params, part(data())
+            jd.distributed.sharded(fn), rule, key, params, part(data()), backend
         )
         for got, want in zip(_tree.leaves(grads), _tree.leaves(params), strict=True):
             assert type(got) is type(want), name
@@ -84,11 +91,17 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "names"),
-    [(2, "columns", tuple(methods())), (2, "rows", SOME), (4, "replicas", SOME)],
+    ("world", "layout", "names", "backend"),
+    [
+        (2, "columns", tuple(methods()), None),
+        (2, "rows", SOME, None),
+        (4, "replicas", SOME, None),
+        (2, "columns", FEW[:1], "aot_eager"),
+        (2, "rows", FEW, "aot_eager"),
+    ],
 )
-def test_every_method_equals_one_process(world, layout, names):
-    first, *others = workers.run(world, by_methods, layout, names)
+def test_every_method_equals_one_process(world, layout, names, backend):
+    first, *others = workers.run(world, by_methods, layout, names, backend)
     for name in names:
         want = alone()[name]
         try:
@@ -111,19 +124,23 @@ def transforms(fn, params, batch):
         "jac": jd.jac(fn)(params, batch),
         "cross": jd.cross_gramian(fn)(params, (batch,), (batch.flip(1),)),
         "two": double(None, params, (batch,), (batch.flip(1),))[:2],
+        "state": jd.init_state(jd.moco(), fn, params, batch),
     }
 
 
-def transforms_here(layout):
+def transforms_here(layout, backend):
     """Run on this rank."""
-    fn = jd.distributed.sharded(objective(3))
-    return whole(transforms(fn, placed(parameters(), layout), part(data())))
+    fn, run = jd.distributed.sharded(objective(3)), with_backend(transforms, backend)
+    return whole(run(fn, placed(parameters(), layout), part(data())))
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, "rows"), (4, "replicas")])
-def test_every_transform_equals_one_process(world, layout):
+@pytest.mark.parametrize(
+    ("world", "layout", "backend"),
+    [(2, "rows", None), (4, "replicas", None), (2, "rows", "aot_eager")],
+)
+def test_every_transform_equals_one_process(world, layout, backend):
     want = transforms(objective(3), parameters(), data())
-    for found in workers.run(world, transforms_here, layout):
+    for found in workers.run(world, transforms_here, layout, backend):
         assert_trees_close(found, want, rtol=1e-10, atol=1e-10)
 
 
@@ -156,19 +173,20 @@ def network(name):
     return net, losses, torch.randn(shape, dtype=torch.float64)
 
 
-def fully_sharded():
+def fully_sharded(names, backend):
     """Step with the parameters of modules after `fully_shard`, through PyTorch's optimizer."""
     from torch.distributed.fsdp import fully_shard
 
     found = {}
-    for name in NETS:
+    for name in names:
         net, losses, x = network(name)
         model = copy.deepcopy(net)
         for layer in model:
             fully_shard(layer, mesh=mesh_of((dist.get_world_size(),)))
         params = dict(model.named_parameters())
         fn = jd.distributed.sharded(losses)
-        grads, values, _ = jd.grad_and_value(fn, jd.upgrad(), chunk_size=1)(None, params, part(x))
+        step = with_backend(jd.grad_and_value(fn, jd.upgrad(), chunk_size=1), backend)
+        grads, values, _ = step(None, params, part(x))
         jd.interop.assign_grads_(model, grads)
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         after = {key: value.detach() for key, value in model.named_parameters()}
@@ -176,10 +194,11 @@ def fully_sharded():
     return found
 
 
-def test_modules_of_fsdp_equal_plain_ones():
-    (first, other) = workers.run(2, fully_sharded)
+@pytest.mark.parametrize(("names", "backend"), [(tuple(NETS), None), (("mlp",), "aot_eager")])
+def test_modules_of_fsdp_equal_plain_ones(names, backend):
+    (first, other) = workers.run(2, fully_sharded, names, backend)
     assert_trees_close(first, other, rtol=0, atol=0)
-    for name in NETS:
+    for name in names:
         net, losses, x = network(name)
         params = {key: value.detach() for key, value in net.named_parameters()}
         grads, values, _ = jd.grad_and_value(losses, jd.upgrad(), chunk_size=1)(None, params, x)
@@ -218,18 +237,3 @@ def test_mistakes_are_named():
         assert found[name].startswith("ValueError: `method` must be 'auto' or 'jacobian'")
     for name in ("where", "scalarizer", "accumulate", "cast", "examples", "twice"):
         assert "must be used with a plain objective" in found[name], name
-
-
-def compiled_jac():
-    """Return what is said when a step is compiled."""
-    fn = jd.distributed.sharded(objective(3))
-    try:
-        compiled(jd.jac(fn))[0](placed(parameters(), "rows"), part(data()))
-    except TorchDynamoException as error:
-        return str(error)
-    return "nothing"
-
-
-def test_a_compiled_step_says_that_it_must_be_eager():
-    for message in workers.run(2, compiled_jac):
-        assert "the step of a sharded objective must run eagerly" in message

@@ -120,6 +120,11 @@ def stack(trees: list[PyTree]) -> PyTree:
     return map(lambda *rows: torch.stack(rows), trees[0], *trees[1:])
 
 
+def cat(trees: list[PyTree]) -> PyTree:
+    """Join the rows of trees of one structure; a single one is not copied."""
+    return trees[0] if len(trees) == 1 else map(lambda *rows: torch.cat(rows), trees[0], *trees[1:])
+
+
 def mean(trees: list[PyTree]) -> PyTree:
     """Return the mean of trees of one structure."""
     return trees[0] if len(trees) == 1 else map(lambda *terms: sum(terms) / len(terms), *trees)

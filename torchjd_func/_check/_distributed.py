@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
-
 from torchjd_func._check._messages import fail
 
 
@@ -81,10 +79,7 @@ def placements(value: Any, known: bool) -> None:
 
 
 def shards_route(method: str) -> None:
-    """Check that the gradients of a sharded objective are asked for row by row, and eagerly."""
-    if torch.compiler.is_compiling():  # it does not map autograd.Function (torch 2.13)
-        name, rule = "the step of a sharded objective", "run eagerly"
-        fail(ValueError, name, rule, "a compiled function", "Do not compile it.")
+    """Check that the gradients of a sharded objective are asked for row by row."""
     if method not in ("auto", "jacobian"):
         rule, remedy = "be 'auto' or 'jacobian' for a sharded objective", "Set chunk_size."
         fail(ValueError, "`method`", rule, repr(method), remedy)

@@ -237,6 +237,7 @@ def _scalarized(
 def _losses_like(fn: Callable[..., Any], args: tuple[Any, ...], has_aux: bool) -> PyTree:
     """Return placeholders for the losses of `fn`; its arithmetic runs on shapes only."""
     if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
+        args = _tree.map(_fake_like, args) if isinstance(fn, Sharded) else args
         return split_aux(fn(*args), has_aux)[0]
     with FakeTensorMode(allow_non_fake_inputs=True):
         losses, _ = split_aux(fn(*_tree.map(_fake_like, args)), has_aux)

@@ -104,7 +104,7 @@ def row_leaves(linear: Linearized, chunk_size: int | None) -> list[Tensor]:
     """Return its leaves: the pullback of each unit cotangent, or what layers recorded of it."""
     if linear.layers is not None:
         return [jacobian(linear.layers, leaf) for leaf in range(len(linear.paths))]
-    return pull_rows(linear.pullback, basis(linear.vector), chunk_size)
+    return pull_rows(linear.pullback, basis(linear.vector), chunk_size, linear.own)
 
 
 def value(linear: Linearized, has_aux: bool) -> Any:

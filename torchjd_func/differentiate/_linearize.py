@@ -114,26 +114,18 @@ def _linearize_scaled(
 def _linearize_sharded(
     fn: Sharded, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool, method: str
 ) -> Linearized:
-    """Differentiate by the parts of parameters, which are gathered on the way in."""
+    """Differentiate by whole parameters; of gradients this rank keeps its parts."""
     _check.shards_route(method)
-    primals, _ = bind(fn, args, argnums)
+    primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
-    shards, positions = fn.shards(flat), _check.argnums(argnums, len(args))
-
-    def from_parts(parts: list[Tensor], *rest: Any) -> Any:
-        """Return the losses of whole parameters."""
-        whole = rebuild(shards.whole(parts))
-        chosen = whole if isinstance(argnums, tuple) else (whole,)
-        given = dict(zip(positions, chosen, strict=True))
-        return fn(*(given.get(place, x) for place, x in enumerate(rest)))
-
-    linear = linearize(from_parts, (shards.parts, *args), 0, has_aux)
+    shards = fn.shards(flat)
+    linear = linearize(call, (rebuild(shards.whole),), 0, has_aux)
     vector = shards.mean(linear.vector)
     return linear._replace(
         vector=vector,
         losses=_tree.unravel(linear.losses, vector),
+        own=shards.own,
         rebuild=lambda leaves: rebuild(shards.wrap(leaves)),
-        paths=_tree.paths(primals),
         shards=shards,
     )
 

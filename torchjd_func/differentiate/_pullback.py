@@ -12,7 +12,7 @@ from torch.func import vmap
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import Layers
 from torchjd_func.differentiate._objectives import InstanceWise
-from torchjd_func.differentiate._shards import Shards
+from torchjd_func.differentiate._shards import Leafwise, Shards, as_it_is
 
 PyTree = Any
 
@@ -30,6 +30,7 @@ class Linearized(NamedTuple):
     layers: Layers | None = None  # what layer-by-layer routes recorded
     heads: PyTree = ()  # gradients of what one loss alone has
     shards: Shards | None = None  # who has the other columns
+    own: Leafwise = as_it_is  # what was pulled back, or rows of such -> this rank's
 
 
 def bind(
@@ -66,12 +67,16 @@ def as_vector(fn: Callable[..., Any], losses: PyTree) -> Tensor:
 
 
 def pull_rows(
-    pullback: Callable[[Tensor], Any], cotangents: Tensor, chunk_size: int | None
+    pullback: Callable[[Tensor], Any],
+    cotangents: Tensor,
+    chunk_size: int | None,
+    own: Callable[[Any], Any] = as_it_is,
 ) -> PyTree:
     """Pull `(k, m)` cotangents back, `chunk_size` at a time; 1 is a loop, without vmap."""
     if chunk_size == 1:
-        return _tree.stack([pullback(row) for row in cotangents.unbind()])
-    return vmap(pullback, chunk_size=chunk_size)(cotangents)
+        return _tree.stack([own(pullback(row)) for row in cotangents.unbind()])
+    chunks = cotangents.split(chunk_size or len(cotangents))
+    return _tree.cat([own(vmap(pullback)(chunk)) for chunk in chunks])
 
 
 def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:

@@ -160,7 +160,7 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
         """Return `J^T weights`, of each pass the leaves of its group."""
         found = {}
         for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
-            leaves = linear.pullback(row)
+            leaves = linear.own(linear.pullback(row))
             found.update({i: leaves[i] for i in group})
         return linear.rebuild(_tree.in_order(found))
 

@@ -13,17 +13,23 @@ from torchjd_func._types import Aggregator
 
 PyTree = Any
 Route = Callable[[_tree.Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
+Leafwise = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Shards(NamedTuple):
     """Parameters, leaf by leaf, of which this rank keeps a part."""
 
-    parts: list[Tensor]  # (*part) of each leaf
-    whole: Callable[[list[Tensor]], list[Tensor]]  # parts -> leaves; pulls the mean over ranks back
-    wrap: Callable[[list[Tensor]], list[Tensor]]  # parts, or their rows, placed as the leaves are
+    whole: list[Tensor]  # the leaves, gathered
+    own: Leafwise  # gradients by them, or rows of such -> this rank's parts of means over ranks
+    wrap: Leafwise  # parts, or their rows, placed as the leaves are
     mean: Callable[[Tensor], Tensor]  # of the losses, over ranks
     contract: Callable[[Route, _tree.Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
     by_rows: Callable[[Aggregator], Callable[..., tuple[PyTree, Any]]]  # the rule, on placed rows
+
+
+def as_it_is(x: Any) -> Any:
+    """Return what is given."""
+    return x
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)

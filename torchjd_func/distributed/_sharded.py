@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree, State
@@ -25,8 +24,7 @@ class Place(NamedTuple):
 
     mesh: Any
     placements: tuple[Any, ...]  # one for each dimension of the mesh
-    shape: tuple[int, ...]  # of the whole leaf
-    lead: int = 0  # dimensions before those of the leaf: rows, or what is mapped over
+    shape: tuple[int, ...]  # of the whole leaf; tensors may have dimensions before it, of rows
 
 
 def sharded(objective: Callable[..., Any]) -> Sharded:
@@ -41,10 +39,10 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
         grads, losses, state = jd.grad_and_value(objective, jd.upgrad())(state, params, x, y)
 
     All is as in one process with the whole batch; gradients have the placements of the parameters.
-    Whole parameters are there during the forward and the backward pass of a rank. Each leaf's `m`
-    gradients are scattered as soon as the backward pass has them, so that of the Jacobian a rank
-    keeps `m n / W` numbers (with `chunk_size`, no more at a time than these of one leaf). It
-    contracts them, and `(m, m)` is added up over ranks, replicas counted once.
+    Whole parameters are there during the forward and the backward pass of a rank, and at the end
+    of the latter `chunk_size` whole rows (by default `m`), which are scattered leaf by leaf: of the
+    Jacobian a rank keeps `m n / W` numbers. It contracts them, and `(m, m)` is added up over ranks,
+    replicas counted once. The step compiles with `fullgraph=True`.
 
     `objective` calls a module without hooks: `torch.func.functional_call(skeleton, params, (x,))`
     with a copy that `fully_shard` has not touched, on the device `"meta"` say.
@@ -62,8 +60,7 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
     Raises:
         TypeError: If `objective` has a structure of its own, such as that of `jd.instancewise`.
         ValueError: From transforms, if a parameter is placed in another way, on several meshes, or
-            none is a `DTensor`; if another method is asked for; in a compiled function, since
-            torch.compile cannot map what gathers parameters (torch 2.13).
+            none is a `DTensor`; or if another method is asked for.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -85,8 +82,8 @@ def _shards(leaves: list[Tensor]) -> Shards:
     places = _places(leaves)
     mesh = places[0].mesh
     return Shards(
-        [_local(leaf.detach()) for leaf in leaves],
-        partial(_whole, places=places),
+        _each(_gather, [_local(leaf.detach()) for leaf in leaves], places),
+        partial(_scatter, places=places),
         partial(_wrap, places=places, kept=[_is_sharded(leaf) for leaf in leaves]),
         partial(_mean, mesh=mesh),
         partial(_contract, places=places),
@@ -94,9 +91,16 @@ def _shards(leaves: list[Tensor]) -> Shards:
     )
 
 
+def _each(
+    fn: Callable[[Tensor, Place], Any], tensors: list[Tensor], places: list[Place]
+) -> list[Any]:
+    """Apply a function to each leaf and its place."""
+    return [fn(x, place) for x, place in zip(tensors, places, strict=True)]
+
+
 def _places(leaves: Sequence[Any]) -> list[Place]:
     """Return the place of each leaf; plain tensors are on all ranks."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     meshes = [leaf.device_mesh for leaf in leaves if _is_sharded(leaf)]
     _check.one_mesh(meshes)
@@ -104,7 +108,7 @@ def _places(leaves: Sequence[Any]) -> list[Place]:
     found = []
     for leaf in leaves:
         placements = tuple(leaf.placements) if _is_sharded(leaf) else everywhere
-        _check.placements(placements, all(type(p) in (Shard, Replicate) for p in placements))
+        _check.placements(placements, all(p.is_shard() or p.is_replicate() for p in placements))
         found.append(Place(meshes[0], placements, tuple(leaf.shape)))
     return found
 
@@ -129,29 +133,27 @@ def _whole_like(leaf: Tensor) -> Tensor:
 def _wrap(parts: list[Tensor], places: list[Place], kept: list[bool]) -> list[Tensor]:
     """Return parts, or rows of parts, with their places; those of plain leaves as they are."""
     triples = zip(parts, places, kept, strict=True)
-    return [
-        _placed(x, place._replace(lead=x.ndim - len(place.shape))) if distributed else x
-        for x, place, distributed in triples
-    ]
+    return [_placed(x, place) if distributed else x for x, place, distributed in triples]
 
 
 def _placed(part: Tensor, place: Place) -> Any:
     """Return the distributed tensor of which this is the part of this rank."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size((*part.shape[: place.lead], *place.shape))
+    lead = part.ndim - len(place.shape)
+    shape = torch.Size((*part.shape[:lead], *place.shape))
     strides = torch.empty(shape, device="meta").stride()
-    placements = _shifted(place)
+    placements = _shifted(place, lead)
     return DTensor.from_local(
         part, place.mesh, placements, run_check=False, shape=shape, stride=strides
     )
 
 
-def _shifted(place: Place) -> list[Any]:
+def _shifted(place: Place, lead: int) -> list[Any]:
     """Return the placements, with the leading dimensions counted."""
     from torch.distributed.tensor import Shard
 
-    return [Shard(p.dim + place.lead) if p.is_shard() else p for p in place.placements]
+    return [Shard(p.dim + lead) if p.is_shard() else p for p in place.placements]
 
 
 def _gather(part: Tensor, place: Place) -> Tensor:
@@ -159,65 +161,27 @@ def _gather(part: Tensor, place: Place) -> Tensor:
     return _placed(part, place).full_tensor()
 
 
-def _scatter(whole: Tensor, place: Place) -> Tensor:
-    """Return the part of this rank of the mean over ranks."""
-    from torch.distributed.tensor import DTensor, Partial
+def _scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
+    """Return this rank's parts of the means over ranks; whole gradients are let go one by one."""
+    from torch.distributed.tensor import Partial
 
-    share = whole / place.mesh.size()
-    sums = DTensor.from_local(share, place.mesh, [Partial()] * place.mesh.ndim, run_check=False)
-    return sums.redistribute(placements=_shifted(place)).to_local()
+    return [_part(grads.pop(0) / place.mesh.size(), place, Partial()) for place in places]
 
 
 def _cut(whole: Tensor, place: Place) -> Tensor:
     """Return the part of this rank of what all ranks have."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
-    same = DTensor.from_local(whole, place.mesh, [Replicate()] * place.mesh.ndim, run_check=False)
-    return same.redistribute(placements=_shifted(place)).to_local()
-
-
-class _Whole(Function):
-    """Gather a leaf; its gradient goes back as the mean over ranks, each rank its part."""
-
-    @staticmethod
-    def forward(part: Tensor, place: Place) -> Tensor:
-        """Gather."""
-        return _gather(part, place)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Remember where parts are."""
-        ctx.place = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        """Scatter."""
-        return _Part.apply(grads[0], ctx.place), None
+    return _part(whole, place, Replicate())
 
 
-class _Part(Function):
-    """Scatter the mean over ranks of the gradients of a leaf, or of rows of such."""
+def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
+    """Return the part of this rank of a whole leaf, or of shares that add up to it."""
+    from torch.distributed.tensor import DTensor
 
-    @staticmethod
-    def forward(grad: Tensor, place: Place) -> Tensor:
-        """Scatter."""
-        return _scatter(grad, place)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Remember nothing: it is not differentiated."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, int]:
-        """Scatter all rows at once."""
-        grads, place = args
-        rows = grads.movedim(in_dims[0], 0)
-        return _Part.apply(rows, place._replace(lead=place.lead + 1)), 0
-
-
-def _whole(parts: list[Tensor], places: list[Place]) -> list[Any]:
-    """Gather all leaves."""
-    return [_Whole.apply(part, place) for part, place in zip(parts, places, strict=True)]
+    mesh, lead = place.mesh, whole.ndim - len(place.shape)
+    known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
+    return known.redistribute(placements=_shifted(place, lead)).to_local()
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
@@ -234,7 +198,8 @@ def _mean(losses: Tensor, mesh: Any) -> Tensor:
 
 def _copies(place: Place) -> int:
     """Return on how many ranks each number of a leaf is."""
-    return prod(place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate())
+    # A list: torch.compile takes no product of a generator (torch 2.13).
+    return prod([place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate()])
 
 
 def _contract(
@@ -268,8 +233,7 @@ def _aggregate(
     if rule.columnwise:
         grads, state = rule(rows, state, losses=losses)
     else:
-        pairs = zip(rows, places, strict=True)
-        whole = [_gather(x, place._replace(lead=1)) for x, place in pairs]
+        whole = _each(_gather, rows, places)
         grads, state = rule(rebuild(whole), state, losses=losses)
-        grads = [_cut(x, place) for x, place in zip(_tree.leaves(grads), places, strict=True)]
+        grads = _each(_cut, _tree.leaves(grads), places)
     return rebuild(_wrap(grads, places, [_is_sharded(leaf) for leaf in flat])), state
