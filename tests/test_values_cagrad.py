@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.func import vmap
 
 import torchjd_func as jd
 from tests import oracles
-from tests.helpers import assert_numbers, row_weights, vector_of
+from tests.helpers import assert_numbers, row_weights, vector_of, weighting
 from tests.matrices import A, B, C, all_matrices, matrix
+from torchjd_func.aggregation._cagrad import _search, search
 
 OPPOSITE = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
 BALANCED = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -87,3 +89,27 @@ def test_cagrad_differentiates_in_the_radius():
     step = 1e-5
     high, low = (vector_of(jd.cagrad(0.5 + s), A).sum() for s in (step, -step))
     assert_numbers(slope, (high - low) / (2 * step), tol=1e-6)
+
+
+def test_cagrad_mapped_problems_do_not_disturb_each_other():
+    jacs = [B, BALANCED, 0 * B, 1e-162 * B, 1e200 * B, torch.nan * B, matrix("duplicate", 3, 3)]
+    gramians = torch.stack([jac @ jac.mT for jac in jacs])
+    radii = torch.tensor([0.0, 0.3, 1.2], dtype=torch.float64)
+    got = vmap(lambda gramian: vmap(lambda c: weighting(jd.cagrad(c))(gramian)[0])(radii))(gramians)
+    want = [[weighting(jd.cagrad(float(c)))(gramian)[0] for c in radii] for gramian in gramians]
+    want = torch.stack([torch.stack(row) for row in want])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert want.isfinite().all(-1).all(-1).tolist() == [True] * 4 + [False] * 2 + [True]
+
+
+def test_cagrad_may_take_all_steps_of_its_search():
+    jacs = torch.stack([matrix("gaussian", 6, 4, seed=seed) for seed in range(4)])
+    problems = (
+        jacs @ jacs.mT,
+        (jacs @ jacs.mT).mean(-1),
+        torch.tensor([0.0, 0.1, 0.5, 2.0]).double(),
+    )
+    for got, want in zip(
+        _search(torch, *problems, tol=1e-12), search(*problems, 1e-12), strict=True
+    ):
+        assert got.equal(want)

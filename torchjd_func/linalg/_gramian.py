@@ -15,20 +15,25 @@ from torchjd_func._host import Array
 class Rows(NamedTuple):
     """What a Gramian says about rows one by one; a zero row has norm, inverse and cosines 0."""
 
-    cosines: Array  # (m, m), of unit diagonal, also at zero rows
-    norms: Array  # (m,)
-    inverse: Array  # (m,), one over the norms
+    cosines: Array  # (..., m, m), of unit diagonal, also at zero rows
+    norms: Array  # (..., m)
+    inverse: Array  # (..., m), one over the norms
 
 
 def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     """Split a Gramian into cosines and norms: `G = D C D` with `D` the diagonal of norms."""
-    squares = gramian.diagonal()
+    squares = gramian.diagonal(0, -2, -1)
     positive = squares > 0
     roots = xp.sqrt(xp.where(positive, squares, 1.0))
     inverse = xp.where(positive, 1 / roots, 0.0)
-    cosines = gramian * inverse[:, None] * inverse
-    filled = xp.where(positive, cosines, _host.identity(gramian))
+    cosines = gramian * inverse[..., :, None] * inverse[..., None, :]
+    filled = xp.where(positive[..., None, :], cosines, _host.identity(gramian))
     return Rows(filled, xp.where(positive, roots, 0.0), inverse)
+
+
+def squared_length(gramian: Array, weights: Array) -> Array:
+    """Return `w' G w`, the squared length of `J' w`."""
+    return ((gramian @ weights[..., None])[..., 0] * weights).sum(-1)
 
 
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:

@@ -233,10 +233,10 @@ def _fake(matrix: Tensor, vector: Tensor, solver: str) -> Any:
 @search.register_vmap
 def _search_vmap(info: Any, in_dims: Any, matrix: Tensor, vector: Tensor, solver: str) -> Any:
     """Solve one larger batch."""
-    return search(*_align(in_dims, matrix, vector), solver), (0,) * 5
+    return search(*align(in_dims, matrix, vector), solver), (0,) * 5
 
 
-def _align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+def align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
     """Bring mapped dimensions to the front; tensors that are not mapped get one of size 1."""
     pairs = zip(tensors, in_dims, strict=False)
     return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
@@ -285,7 +285,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Solve one larger batch."""
-        return _Differentiable.apply(*_align(in_dims, *args[:2]), args[2]), (0,) * 5
+        return _Differentiable.apply(*align(in_dims, *args[:2]), args[2]), (0,) * 5
 
 
 # `apply` asks for the signature at each call; deriving it takes longer than a small problem.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._nnqp import Solution, cast, nearest
+from torchjd_func.linalg._nnqp import Solution, align, cast, nearest
 from torchjd_func.linalg._supports import KKT_TOL
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
@@ -121,11 +121,7 @@ def iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tup
     Returns:
         `x` `(..., m)` and `iterations` `(...,)` int64.
     """
-    if unit.is_cpu:
-        a, b, c = (part.detach().numpy() for part in (unit, log_gain, power))
-        x, iterations = _iterate(np, a, b, c, max_iter)
-        return torch.from_numpy(x), torch.from_numpy(np.asarray(iterations))
-    return _iterate(torch, unit, log_gain, power, max_iter)
+    return _host.call(partial(_iterate, max_iter=max_iter), unit, log_gain, power)
 
 
 @iterate.register_fake
@@ -138,15 +134,9 @@ def _fake(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> Any:
 @iterate.register_vmap
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     """Iterate on one larger batch."""
-    pairs = zip(args[:3], in_dims, strict=False)
-    mapped = [
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in pairs
-    ]
-    return iterate(*mapped, args[3]), (0, 0)
+    return iterate(*align(in_dims, *args[:3]), args[3]), (0, 0)
 
 
-@np.errstate(all="ignore")  # what is not finite does not converge
 def _iterate(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
     """Iterate to `x > 0` with `unit @ x = gain x^-power`; a problem that is done stays.
 
