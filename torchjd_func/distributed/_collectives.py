@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 
-Group: TypeAlias = "dist.ProcessGroup | None"  # `None` is the default one, of all ranks
+Group: TypeAlias = dist.ProcessGroup | None  # `None` is the default one, of all ranks
 
 # torch 2.13 has new names for two, and warns about the old ones, the only ones before; a build of
 # torch without processes has neither.
