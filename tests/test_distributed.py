@@ -105,17 +105,22 @@ def alone(cases: Callable[[], dict[str, Any]]):
     return {name: train(fn, rule, key, data()) for name, (fn, rule, key) in cases().items()}
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("cases", [methods, scalarizers])
-def test_ranks_equal_one_process(cases, world):
-    first, *others = workers.run(world, parallel, cases)
-    for name, want in alone(cases).items():
+def assert_ranks_agree(first, others, wanted):
+    """Check by name that the first rank has what is wanted, and the others the same bits."""
+    for name, want in wanted.items():
         try:
             assert_trees_close(first[name], want, rtol=1e-10, atol=1e-10)
             for other in others:
                 assert_trees_close(other[name], first[name], rtol=0, atol=0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("cases", [methods, scalarizers])
+def test_ranks_equal_one_process(cases, world):
+    first, *others = workers.run(world, parallel, cases)
+    assert_ranks_agree(first, others, alone(cases))
 
 
 def short(params, x):

@@ -39,6 +39,12 @@ def test_mgda_improves_all_objectives_by_at_least_its_square_and_is_the_shortest
     assert (direction.norm() <= norms * (1 + 1e-12) + 1e-12 * norms.max()).all()
 
 
+def test_a_gradient_of_zero_stops_mgda_exactly():
+    for column in ([0.4623, 0.8867, 0.0], [0.0, 1.0, 1.0, 3.0, 0.0]):
+        jac = torch.tensor(column, dtype=torch.float64).unsqueeze(-1)
+        assert jd.mgda()(jac)[0] == 0
+
+
 def test_a_repeated_row_does_not_change_mgda():
     jac = matrix("gaussian", 3, 5, seed=2)
     repeated = torch.cat([jac, jac[:1]])

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
-from torchjd_func.aggregation._rows import blocks
 
 NAME = "excess_mtl"
 
@@ -80,7 +79,8 @@ def _accumulate(squares: Tensor, leaf: Tensor) -> Tensor:
 def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
     """Return `E_i = sum_k J_ik^2 / sqrt(S_ik + eps)`, `(m,)`; the paper's equation 6."""
     pairs = zip(_tree.leaves(jac), _tree.leaves(squares), strict=True)
-    cut = [block for leaf, part in pairs for block in blocks(_tree.rows(leaf), _tree.rows(part))]
+    rows = [(_tree.rows(leaf), _tree.rows(part)) for leaf, part in pairs]
+    cut = [block for pair in rows for block in _rows.blocks(*pair)]
     return torch.stack([_excess_of_block(*block, eps=eps) for block in cut]).sum(dim=0)
 
 

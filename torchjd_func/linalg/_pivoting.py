@@ -25,6 +25,7 @@ from torchjd_func.linalg._supports import (
     cut_out,
     largest,
     push,
+    residual,
 )
 from torchjd_func.linalg._two import solve_two
 
@@ -67,12 +68,11 @@ def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
     size = np.maximum(largest(linear), TINY)[:, None]
     linear /= size
     z, support, iterations, fallback, rounding = _search(unit, which, linear, solver)
-    residual = largest(np.minimum(z, push(unit, which, z) + linear))
-    longest = np.maximum.reduce(z, axis=1, initial=0.0)
-    converged = (residual <= (KKT_TOL + rounding) * (1 + longest)) & (longest < LARGEST)
+    left = residual(unit, which, linear, z)
+    converged = (left <= KKT_TOL + rounding) & (largest(z) < LARGEST)
     value = z * (scale * size)
     if not converged.all():  # not-a-number spreads from the input
-        value += 0.0 * residual[:, None]
+        value += 0.0 * left[:, None]
     return Answer(value, support, converged, iterations, fallback)
 
 
@@ -103,8 +103,9 @@ def _search(
     z, support, iterations, done = exchange(matrices, which, vectors, guess)
     left, rounding = np.flatnonzero(~done), np.zeros(n)
     if len(left):
-        rounding[left] = ROUNDINGS * _negative(matrices)[which[left]]
-        near = proximal_point(matrices, which[left], vectors[left], rounding[left])
+        used, own = np.unique(which[left], return_inverse=True)
+        rounding[left] = ROUNDINGS * _negative(matrices[used])[own]
+        near = proximal_point(matrices[used], own, vectors[left], rounding[left])
         z[left], support[left], extra, settled = near
         iterations[left] += extra
         left = left[~settled]
@@ -127,8 +128,8 @@ def _guess(matrices: Array, which: Array, vectors: Array) -> Array:
     for _ in range(6):
         probe = np.matmul(matrices, probe[:, :, None])[:, :, 0]
         probe = probe / np.maximum(np.linalg.norm(probe, axis=1, keepdims=True), 1e-300)
-    largest = np.matmul(matrices, probe[:, :, None])[:, :, 0]
-    curvature = np.minimum(1.2 * np.linalg.norm(largest, axis=1), rows)[which, None]
+    image = np.matmul(matrices, probe[:, :, None])[:, :, 0]
+    curvature = np.minimum(1.2 * np.linalg.norm(image, axis=1), rows)[which, None]
     rate = 1 / np.maximum(curvature, TINY)
     z = ahead = np.zeros_like(vectors)
     guess, place = z > 0, np.arange(len(z))

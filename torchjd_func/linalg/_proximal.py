@@ -7,10 +7,12 @@ import numpy as np
 from torchjd_func._host import Array
 from torchjd_func.linalg._active_set import active_set
 from torchjd_func.linalg._exchange import exchange
-from torchjd_func.linalg._supports import EXACT, SIGN_TOL, largest, push
+from torchjd_func.linalg._supports import EXACT, SIGN_TOL, largest, residual
 
 # What is added to a unit diagonal while rows are dependent, and centres of the last.
 RIDGES, CENTRES = (0.1, 0.01, 1e-3, 1e-6), 6
+# An unknown this small, of the largest, may be zero.
+TIE = 1e-9
 
 
 def proximal_point(
@@ -32,19 +34,20 @@ def proximal_point(
     for ridge in (*RIDGES[:-1], last):
         z, free, extra = _regular(matrices + ridge * identity, which, vectors, z, free)
         iterations = iterations + extra
-    residual = _residual(matrices, which, vectors, z)
+    found = residual(matrices, which, vectors, z)
     for _ in range(CENTRES):
-        if (residual <= np.maximum(EXACT, rounding)).all():
-            break
+        settled = (found <= np.maximum(EXACT, rounding)).all()
         centred = vectors - last * z
         z, free, extra = _regular(matrices + last * identity, which, centred, z, free)
-        iterations, residual = iterations + extra, _residual(matrices, which, vectors, z)
-    return z, free, iterations, residual <= np.maximum(SIGN_TOL, rounding)
-
-
-def _residual(matrices: Array, which: Array, vectors: Array, z: Array) -> Array:
-    """Return the relative residual of the conditions of optimality, for each problem."""
-    return largest(np.minimum(z, push(matrices, which, z) + vectors)) / (1 + largest(z))
+        iterations, found = iterations + extra, residual(matrices, which, vectors, z)
+        if settled:  # and refined once more: a direction is as small as the root of its square
+            break
+    # What rounding left of unknowns that are zero, goes if the conditions hold as well without.
+    zero = z <= TIE * largest(z)[:, None]
+    pinned = np.where(zero, 0.0, z)
+    tied = residual(matrices, which, vectors, pinned) <= np.maximum(EXACT, found)
+    z, free = np.where(tied[:, None], pinned, z), free & ~(zero & tied[:, None])
+    return z, free, iterations, found <= np.maximum(SIGN_TOL, rounding)
 
 
 def _regular(

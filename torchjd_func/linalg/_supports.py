@@ -41,6 +41,11 @@ def push(matrices: Array, which: Array, z: Array) -> Array:
     return out
 
 
+def residual(matrices: Array, which: Array, vectors: Array, z: Array) -> Array:
+    """Return the relative residual of the conditions of optimality, for each problem."""
+    return largest(np.minimum(z, push(matrices, which, z) + vectors)) / (1 + largest(z))
+
+
 def cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
     """Solve on the support, by Cholesky: in systems of its size, or of what it leaves out.
 
