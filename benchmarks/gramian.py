@@ -87,8 +87,8 @@ def gramians(given: Case, engine: Engine) -> Routes:
         rows = [rows.flatten(1) for rows in autojac(losses(given.net, given), flat)]
         return torch.stack([matrix @ matrix.T for matrix in rows]).sum(0)
 
-    by_layer = jd.gramian(objective, method="layerwise")
-    whole = jd.gramian(objective, method="jacobian")
+    by_layer = jd.gramian(objective, route="layerwise")
+    whole = jd.gramian(objective, route="jacobian")
     routes: Routes = {
         "plain": lambda: torch.autograd.grad(losses(given.net, given).mean(), flat),
         "layerwise": lambda: by_layer(params, given.x, given.y),

@@ -258,7 +258,7 @@ CASES = {
         dtype=torch.float16,
         scaled=True,
         tol=0.02,
-        fails={("layerwise", ANY): "`method` must differentiate .* not accumulated or scaled"},
+        fails={("layerwise", ANY): "`route` must differentiate .* not accumulated or scaled"},
         instead="`auto`",
     ),
     "`Embedding(sparse=True)`": Case(
@@ -331,7 +331,7 @@ def step_of(case: Case, route: str) -> tuple[Callable[..., Any], tuple[Any, ...]
     objective, args = objective_of(case)
 
     def step(*args):
-        out = jd.gramian_vjp(objective, *args, has_aux=True, method=route)
+        out = jd.gramian_vjp(objective, *args, has_aux=True, route=route)
         losses, gramian, vjp_fn, buffers = out
         return losses, gramian, vjp_fn(losses.detach()), buffers
 

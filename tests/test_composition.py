@@ -17,7 +17,7 @@ PARAMS = {
 }
 X1, X2, X3 = (torch.randn(6, 3, dtype=torch.float64, generator=GENERATOR) for _ in range(3))
 ROUTES = ["auto", "jacobian", "layerwise", "product"]
-every_route = pytest.mark.parametrize("method", ROUTES)
+every_route = pytest.mark.parametrize("route", ROUTES)
 
 
 def losses_of(params, x):
@@ -49,8 +49,8 @@ class TestDoubleSampling:
     @every_route
     @pytest.mark.parametrize("rule", [jd.modo(), jd.sdmgrad()], ids=repr)
     @pytest.mark.parametrize("third", [None, (X3,)], ids=["two", "three"])
-    def test_equals_the_definition(self, method, rule, third):
-        step = jd.double_sampling(losses_of, rule, method=method)
+    def test_equals_the_definition(self, route, rule, third):
+        step = jd.double_sampling(losses_of, rule, route=route)
         state = wanted_state = rule.init(torch.eye(2, dtype=torch.float64))
         jacs = [rows_of(x) for x in (X1, X2, X3)]
         for _ in range(3):
@@ -136,7 +136,7 @@ def multitask_params():
 
 class TestMultitask:
     @every_route
-    def test_features_that_tasks_share_in_part(self, method):
+    def test_features_that_tasks_share_in_part(self, route):
         objective, params = small_multitask(), multitask_params()
 
         def whole(shared, x):
@@ -144,14 +144,14 @@ class TestMultitask:
 
         want = oracles.jacobian_by_loops(whole, params[0], X1)
         assert_trees_close(jd.jac(objective)(params, X1), want)
-        gramian = jd.gramian(objective, method=method)(params, X1)
+        gramian = jd.gramian(objective, route=route)(params, X1)
         torch.testing.assert_close(gramian, _tree.gramian(want))
 
     @every_route
     @pytest.mark.parametrize("scale_heads", [False, True])
-    def test_heads_follow_the_weighted_losses_if_declared(self, method, scale_heads):
+    def test_heads_follow_the_weighted_losses_if_declared(self, route, scale_heads):
         objective, params = small_multitask(scale_heads=scale_heads), multitask_params()
-        step = jd.grad_and_value(objective, jd.mgda(), method=method)
+        step = jd.grad_and_value(objective, jd.mgda(), route=route)
         (shared, heads), _, _ = step(None, params, X1)
         weights, _ = weighting(jd.mgda())(jd.gramian(objective)(params, X1))
         scales = weights if scale_heads else torch.ones_like(weights)
@@ -159,7 +159,7 @@ class TestMultitask:
         assert_trees_close(heads, total[1])
         weighted_total = torch.func.grad(lambda p: _tree.ravel(objective(p, X1)) @ weights)(params)
         assert_trees_close(shared, weighted_total[0])
-        _, _, vjp_fn = jd.gramian_vjp(objective, params, X1, method=method)
+        _, _, vjp_fn = jd.gramian_vjp(objective, params, X1, route=route)
         assert_trees_close(vjp_fn(weights), (shared, heads))
 
     def test_frozen_parts_are_closed_over(self):
@@ -203,11 +203,11 @@ class TestAccumulate:
         assert_trees_close(parts(PARAMS, X1), losses_of(PARAMS, X1))
         want = jd.jac_and_value(losses_of)(PARAMS, X1)
         assert_trees_close(jd.jac_and_value(parts)(PARAMS, X1), want)
-        for method in ("auto", "jacobian", "product"):
-            got = jd.gramian(parts, method=method)(PARAMS, X1)
+        for route in ("auto", "jacobian", "product"):
+            got = jd.gramian(parts, route=route)(PARAMS, X1)
             torch.testing.assert_close(got, jd.gramian(losses_of)(PARAMS, X1))
             for rule in (jd.upgrad(), jd.mean(), jd.trimmed_mean(0)):
-                got = jd.grad_and_value(parts, rule, method=method)(None, PARAMS, X1)
+                got = jd.grad_and_value(parts, rule, route=route)(None, PARAMS, X1)
                 want = jd.grad_and_value(losses_of, rule)(None, PARAMS, X1)
                 assert_trees_close(got, want)
         crossed = jd.cross_gramian(parts)(PARAMS, (X1,), (X2,))
@@ -311,18 +311,18 @@ class TestPartial:
     @every_route
     @pytest.mark.parametrize("fn", OBJECTIVES.values(), ids=OBJECTIVES)
     @pytest.mark.parametrize("names", [("last",), ("first",), ("first", "last")])
-    def test_weights_come_from_some_parameters_and_serve_all(self, method, fn, names):
+    def test_weights_come_from_some_parameters_and_serve_all(self, route, fn, names):
         def flat(params, x):
             return _tree.ravel(fn(params, x))
 
         rows = oracles.jacobian_by_loops(flat, PARAMS, X1)
         some = {name: rows[name] for name in names}
         weights, _ = weighting(jd.upgrad())(_tree.gramian(some))
-        step = jd.grad_and_value(fn, jd.upgrad(), method=method, where=lambda path: path in names)
+        step = jd.grad_and_value(fn, jd.upgrad(), route=route, where=lambda path: path in names)
         grads, losses, _ = step(None, PARAMS, X1)
         assert_trees_close(grads, weighted(rows, weights), rtol=1e-7)
         assert_trees_close(losses, fn(PARAMS, X1))
-        short = jd.grad(fn, jd.upgrad(), method=method, where=lambda path: path in names)
+        short = jd.grad(fn, jd.upgrad(), route=route, where=lambda path: path in names)
         assert_trees_close(short(None, PARAMS, X1)[0], grads)
 
     def test_state_and_auxiliary_output_go_through(self):

@@ -50,7 +50,7 @@ def test_gramian_route_equals_jacobian_route(method, route):
     def objective(x):
         return jac @ x + offset
 
-    step = jd.grad(objective, aggregator, method=route)
+    step = jd.grad(objective, aggregator, route=route)
     point = torch.zeros(jac.shape[1], dtype=jac.dtype)
     got, got_state = state, state
     want_state = state

@@ -90,7 +90,7 @@ CASES = {
     # options
     "unknown solver": (lambda: jd.upgrad(solver="nope"), ValueError, "solver.*quadprog"),
     "unknown normalization": (lambda: jd.mgda("l3"), ValueError, "normalization.*'l2'"),
-    "unknown method": (lambda: jd.gramian(losses, method="x"), ValueError, "method.*product"),
+    "unknown route": (lambda: jd.gramian(losses, route="x"), ValueError, "route.*product"),
     "chunk_size 0": (lambda: jd.jac(losses, chunk_size=0), ValueError, "chunk_size"),
     "chunk_size a float": (lambda: jd.grad(losses, jd.mean(), chunk_size=2.0), ValueError, "int"),
     "randomness": (lambda: jd.per_example(losses, randomness="x"), ValueError, "randomness"),
@@ -197,7 +197,7 @@ CASES = {
         "in_dims.*2 arguments",
     ),
     "microbatches layer by layer": (
-        lambda: jd.gramian(jd.accumulate(losses, 2), method="layerwise")(PARAMS, X),
+        lambda: jd.gramian(jd.accumulate(losses, 2), route="layerwise")(PARAMS, X),
         ValueError,
         "`method`.*not accumulated",
     ),

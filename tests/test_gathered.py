@@ -155,8 +155,8 @@ def attempts():
     tries = {
         "sizes": lambda: jd.gramian(objective)(params, x[dist.get_rank() :], y[dist.get_rank() :]),
         "jac": lambda: jd.jac(objective)(params, x, y),
-        "jacobian": lambda: jd.gramian(objective, method="jacobian")(params, x, y),
-        "product": lambda: jd.gramian(objective, method="product")(params, x, y),
+        "jacobian": lambda: jd.gramian(objective, route="jacobian")(params, x, y),
+        "product": lambda: jd.gramian(objective, route="product")(params, x, y),
         "rows": lambda: jd.grad(objective, jd.trimmed_mean(1))(None, params, x, y),
         "scalarizer": lambda: jd.grad(objective, jd.scalarizers.mean())(None, params, x, y),
         "scale": lambda: jd.gramian(scaled)(params, x, y),

@@ -132,7 +132,7 @@ def test_gramian_route_equals_jacobian_route_by_group(name, route):
 
     state = want_state = jd.init_state(rule, fn, start, key=key_for(method))
     for _ in range(2):
-        got, state = jd.grad(fn, rule, method=route)(state, start)
+        got, state = jd.grad(fn, rule, route=route)(state, start)
         want, want_state = rule(jac, want_state, losses=losses)
         assert_trees_close((got, state), (want, want_state), rtol=1e-7, atol=1e-9)
 

@@ -72,7 +72,7 @@ def test_gramian_and_pullback_equal_explicit_rows(name: str, kind: str) -> None:
     _, losses, params, x = build(name)
     rows = explicit_rows(losses, params, x)
     objective = jd.instancewise(losses) if kind == "instance-wise" else losses
-    values, gramian, vjp_fn = jd.gramian_vjp(objective, params, x, method="layerwise")
+    values, gramian, vjp_fn = jd.gramian_vjp(objective, params, x, route="layerwise")
     expected = gramian_of(rows)
     close(values, losses(params, x), values)
     close(gramian, expected, expected)

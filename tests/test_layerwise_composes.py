@@ -30,7 +30,7 @@ def mlp(seed: int = 0):
 def both(losses, *args, **options):
     """Return the results of the layer-by-layer route and of explicit rows."""
     routes = ("layerwise", "jacobian")
-    return [jd.gramian(jd.instancewise(losses), method=m, **options)(*args) for m in routes]
+    return [jd.gramian(jd.instancewise(losses), route=m, **options)(*args) for m in routes]
 
 
 def test_maps_over_seeds() -> None:
@@ -45,10 +45,10 @@ def test_maps_over_seeds() -> None:
 def test_can_be_differentiated() -> None:
     losses, params, x = mlp()
 
-    def spread(params, method: str) -> Tensor:
-        return jd.gramian(jd.instancewise(losses), method=method)(params, x).square().sum()
+    def spread(params, route: str) -> Tensor:
+        return jd.gramian(jd.instancewise(losses), route=route)(params, x).square().sum()
 
-    first, second = (grad(spread)(params, method) for method in ("layerwise", "jacobian"))
+    first, second = (grad(spread)(params, route) for route in ("layerwise", "jacobian"))
     for key in params:
         torch.testing.assert_close(first[key], second[key], rtol=1e-9, atol=1e-10)
 
@@ -59,10 +59,10 @@ def test_draws_dropout_once_for_each_step(calls: int) -> None:
     params = {key: value.detach() for key, value in net.named_parameters()}
     x = torch.randn(B, 5, dtype=torch.float64)
     found = []
-    for method in ("layerwise", "jacobian"):
+    for route in ("layerwise", "jacobian"):
         objective = jd.instancewise(lambda p, x: functional_call(net, p, (x,)).square().sum(1))
         torch.manual_seed(1)
-        found.append([jd.gramian(objective, method=method)(params, x) for _ in range(calls)][-1])
+        found.append([jd.gramian(objective, route=route)(params, x) for _ in range(calls)][-1])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
@@ -89,8 +89,8 @@ def test_crosses_two_batches_of_different_size() -> None:
     losses, params, x = mlp()
     y = torch.randn(7, 5, dtype=torch.float64)
     found = [
-        jd.cross_gramian(jd.instancewise(losses), method=method)(params, (x,), (y,))
-        for method in ("layerwise", "jacobian")
+        jd.cross_gramian(jd.instancewise(losses), route=route)(params, (x,), (y,))
+        for route in ("layerwise", "jacobian")
     ]
     assert found[0].shape == (B, 7)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
@@ -129,8 +129,8 @@ def test_serves_the_trunk_of_a_multitask_objective() -> None:
     head_params = {name: torch.randn(6, 2, dtype=torch.float64) for name in heads}
     objective = jd.multitask(lambda p, x: functional_call(net, p, (x,)), heads)
     found = [
-        jd.grad_and_value(objective, jd.upgrad(), method=method)(None, (shared, head_params), x)
-        for method in ("layerwise", "jacobian")
+        jd.grad_and_value(objective, jd.upgrad(), route=route)(None, (shared, head_params), x)
+        for route in ("layerwise", "jacobian")
     ]
     pairs = zip(_tree.leaves(found[0][0]), _tree.leaves(found[1][0]), strict=True)
     for one, other in pairs:
@@ -169,7 +169,7 @@ def test_objectives_that_differentiate_inside(name: str, compiled: bool) -> None
     x = torch.randn(B, 1, dtype=torch.float64)
     jac = torch.func.jacrev(lambda p: PHYSICS[name](p, x))(params)
     flat = torch.cat([leaf.flatten(1) for leaf in jac.values()], 1)
-    found = jd.gramian(PHYSICS[name], method="layerwise")
+    found = jd.gramian(PHYSICS[name], route="layerwise")
     torch._dynamo.reset()
     run = torch.compile(found, fullgraph=True, backend="aot_eager") if compiled else found
     torch.testing.assert_close(run(params, x), flat @ flat.mT, rtol=1e-9, atol=1e-10)
@@ -179,7 +179,7 @@ def test_a_use_that_compiling_hides_is_not_lost() -> None:
     table = torch.randn(6, 3, dtype=torch.float64)
     index = torch.randint(0, 6, (B, 2))
     objective = jd.instancewise(lambda w, i: (F.embedding(i, w).tanh() @ w.T).sin().sum((1, 2)))
-    expected = jd.gramian(objective, method="jacobian")(table, index)
+    expected = jd.gramian(objective, route="jacobian")(table, index)
     torch._dynamo.reset()
     compiled = torch.compile(jd.gramian(objective), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(table, index), expected, rtol=1e-10, atol=1e-12)
@@ -187,9 +187,9 @@ def test_a_use_that_compiling_hides_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("overwrite", ["itself", "a view", "by index", "as a layer"])
-@pytest.mark.parametrize("method", ["layerwise", "jacobian"])
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
 def test_an_input_that_is_overwritten_later_is_an_error_on_every_route(
-    overwrite: str, method: str
+    overwrite: str, route: str
 ) -> None:
     _, params, x = mlp()
 
@@ -207,7 +207,7 @@ def test_an_input_that_is_overwritten_later_is_an_error_on_every_route(
         return kept.sin().sum(1) + h.sum(1)
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        jd.gramian(jd.instancewise(losses), method=method)(params, x)
+        jd.gramian(jd.instancewise(losses), route=route)(params, x)
 
 
 def test_plans_anew_when_the_objective_changes_its_ways() -> None:
@@ -280,5 +280,5 @@ def test_explains_each_parameter() -> None:
 def test_layerwise_says_which_objectives_it_takes() -> None:
     losses, params, x = mlp()
     objective = jd.accumulate(lambda p, x: losses(p, x).mean(), 2)
-    with pytest.raises(ValueError, match="`method` must differentiate an objective that is not"):
-        jd.gramian(objective, method="layerwise")(params, x)
+    with pytest.raises(ValueError, match="`route` must differentiate an objective that is not"):
+        jd.gramian(objective, route="layerwise")(params, x)

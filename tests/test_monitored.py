@@ -308,7 +308,7 @@ def test_values_do_not_depend_on_the_route():
     point = {"a": torch.zeros(3).double(), "b": torch.zeros(2).double()}
     want = jd.read_measures(rule(TREE)[1])
     for route in ("jacobian", "product"):
-        _, state = jd.grad(fn, rule, method=route)(None, point)
+        _, state = jd.grad(fn, rule, route=route)(None, point)
         assert_trees_close(jd.read_measures(state), want, rtol=1e-7, atol=1e-9)
 
 

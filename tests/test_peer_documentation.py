@@ -148,12 +148,12 @@ def regression() -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 @upgrad_pairs
-@pytest.mark.parametrize(("engine", "method"), [("autojac", "jacobian"), ("autogram", "product")])
-def test_instance_wise_risk_minimisation(pair, engine, method):
+@pytest.mark.parametrize(("engine", "route"), [("autojac", "jacobian"), ("autogram", "product")])
+def test_instance_wise_risk_minimisation(pair, engine, route):
     model, x, y = regression()
     forward, params = single(model)
     objective = jd.instancewise(lambda params, x, y: (forward(params, x)[:, 0] - y).square())
-    ours = train(stepper(objective, pair.ours(), method=method), params, (), (x, y))
+    ours = train(stepper(objective, pair.ours(), route=route), params, (), (x, y))
 
     optimizer, aggregator, weigh = SGD(model.parameters(), lr=LR), pair.theirs(), pair.weights()
     gramians = Engine(model, batch_dim=0) if engine == "autogram" else None
@@ -331,8 +331,8 @@ TWO_BATCH = {
 
 
 @pytest.mark.parametrize(("ours", "theirs"), TWO_BATCH.values(), ids=TWO_BATCH)
-@pytest.mark.parametrize(("n_batches", "method"), [(2, "jacobian"), (3, "product")])
-def test_double_sampling(ours, theirs, n_batches, method):
+@pytest.mark.parametrize(("n_batches", "route"), [(2, "jacobian"), (3, "product")])
+def test_double_sampling(ours, theirs, n_batches, route):
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
     x, y = torch.randn(4, n_batches, 16, 5), torch.randn(4, n_batches, 16)
     forward, params = single(model)
@@ -340,7 +340,7 @@ def test_double_sampling(ours, theirs, n_batches, method):
     rule = ours()
 
     def step(params, state, x, y):
-        sample = jd.double_sampling(objective, rule, method=method)
+        sample = jd.double_sampling(objective, rule, route=route)
         grads, _, state = sample(state, params, *zip(x, y, strict=True))
         return descend(params, grads), state
 

@@ -41,22 +41,22 @@ OBJECTIVES = {
     "multitask": (MULTITASK, MULTITASK_PARAMS),
 }
 ROUTED = [
-    (name, method)
+    (name, route)
     for name in OBJECTIVES
-    for method in ROUTES
-    if (name, method) != ("accumulate", "layerwise")  # microbatches keep rows, not layers
+    for route in ROUTES
+    if (name, route) != ("accumulate", "layerwise")  # microbatches keep rows, not layers
 ]
-every_route = pytest.mark.parametrize(("name", "method"), ROUTED)
+every_route = pytest.mark.parametrize(("name", "route"), ROUTED)
 
 
 @every_route
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_structure_and_returns_float32(name, dtype, method):
+def test_half_precision_keeps_structure_and_returns_float32(name, dtype, route):
     fn, params = OBJECTIVES[name]
     half = jd.cast_floating(fn, dtype)
     assert type(half) is type(fn) or name == "plain"
-    step = jd.grad_and_value(half, jd.upgrad(), method=method)
-    want = jd.grad_and_value(fn, jd.upgrad(), method=method)(None, params, X)
+    step = jd.grad_and_value(half, jd.upgrad(), route=route)
+    want = jd.grad_and_value(fn, jd.upgrad(), route=route)(None, params, X)
     got = step(None, params, X)
     assert_same_layout(got, want)
     assert_trees_close(got, want, rtol=0.1, atol=0.1)
@@ -100,16 +100,16 @@ SCALES = [2.0**10, 2.0**16]
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("method", ["auto", "jacobian", "product"])
-def test_the_scale_changes_no_number_that_does_not_underflow(name, scale, method):
+@pytest.mark.parametrize("route", ["auto", "jacobian", "product"])
+def test_the_scale_changes_no_number_that_does_not_underflow(name, scale, route):
     fn, params = OBJECTIVES[name]
     objective = jd.loss_scale.scaled(fn, jd.loss_scale.init(scale))
     assert_trees_close(objective(params, X), fn(params, X))
-    want = jd.grad_and_value(fn, jd.cagrad(), method=method)(None, params, X)
-    got = jd.grad_and_value(objective, jd.cagrad(), method=method)(None, params, X)
+    want = jd.grad_and_value(fn, jd.cagrad(), route=route)(None, params, X)
+    got = jd.grad_and_value(objective, jd.cagrad(), route=route)(None, params, X)
     assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
-    losses, gramian, vjp_fn = jd.gramian_vjp(objective, params, X, method=method)
-    want_losses, want_gramian, want_vjp = jd.gramian_vjp(fn, params, X, method=method)
+    losses, gramian, vjp_fn = jd.gramian_vjp(objective, params, X, route=route)
+    want_losses, want_gramian, want_vjp = jd.gramian_vjp(fn, params, X, route=route)
     weights, _ = weighting(jd.mgda())(want_gramian)
     assert_trees_close(
         (losses, gramian, vjp_fn(weights)),

@@ -12,7 +12,7 @@ from torch.func import functional_call
 import torchjd_func as jd
 from tests import workers
 from tests.helpers import assert_trees_close
-from tests.test_distributed import data, methods, objective, parameters, part
+from tests.test_distributed import assert_ranks_agree, data, methods, objective, parameters, part
 from tests.test_gathered import said
 from torchjd_func import _tree
 
@@ -85,7 +85,7 @@ def by_methods(layout, names, backend):
 
 @functools.cache
 def alone():
-    """Train by each method in this process."""
+    """Train by each route in this process."""
     cases = methods().items()
     return {name: train(fn, rule, key, parameters(), data()) for name, (fn, rule, key) in cases}
 
@@ -102,14 +102,7 @@ def alone():
 )
 def test_every_method_equals_one_process(world, layout, names, backend):
     first, *others = workers.run(world, by_methods, layout, names, backend)
-    for name in names:
-        want = alone()[name]
-        try:
-            assert_trees_close(first[name], want, rtol=1e-10, atol=1e-10)
-            for other in others:
-                assert_trees_close(other[name], first[name], rtol=0, atol=0)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    assert_ranks_agree(first, others, {name: alone()[name] for name in names})
 
 
 def transforms(fn, params, batch):
@@ -120,7 +113,7 @@ def transforms(fn, params, batch):
         "losses": losses,
         "gramian": gramian,
         "pulled": vjp_fn(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)),
-        "one by one": jd.gramian(fn, method="jacobian", chunk_size=1)(params, batch),
+        "one by one": jd.gramian(fn, route="jacobian", chunk_size=1)(params, batch),
         "jac": jd.jac(fn)(params, batch),
         "cross": jd.cross_gramian(fn)(params, (batch,), (batch.flip(1),)),
         "two": double(None, params, (batch,), (batch.flip(1),))[:2],
@@ -216,8 +209,8 @@ def mistakes():
     tries = {
         "plain": lambda: jd.jac(wrapped)(parameters(), x),
         "partial": lambda: jd.jac(jd.distributed.sharded(torch.square))(partial),
-        "layerwise": lambda: jd.gramian(wrapped, method="layerwise")(params, x),
-        "product": lambda: jd.gramian(wrapped, method="product")(params, x),
+        "layerwise": lambda: jd.gramian(wrapped, route="layerwise")(params, x),
+        "product": lambda: jd.gramian(wrapped, route="product")(params, x),
         "where": lambda: jd.grad(wrapped, jd.mgda(), where=lambda path: True)(None, params, x),
         "scalarizer": lambda: jd.grad(wrapped, jd.scalarizers.mean())(None, params, x),
         "accumulate": lambda: jd.accumulate(wrapped, 2),
@@ -234,6 +227,6 @@ def test_mistakes_are_named():
     assert "must be DTensors on one mesh, got 0 meshes" in found["plain"]
     assert "must be Shard or Replicate, got (Partial(sum),)" in found["partial"]
     for name in ("layerwise", "product"):
-        assert found[name].startswith("ValueError: `method` must be 'auto' or 'jacobian'")
+        assert found[name].startswith("ValueError: `route` must be 'auto' or 'jacobian'")
     for name in ("where", "scalarizer", "accumulate", "cast", "examples", "twice"):
         assert "must be used with a plain objective" in found[name], name

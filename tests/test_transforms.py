@@ -16,7 +16,7 @@ PARAMS = {
 }
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 CHUNKS = [None, 1, 2, 3, 100]
-METHODS = ["auto", "jacobian", "product"]
+ROUTES = ["auto", "jacobian", "product"]
 
 
 def vector_losses(params, x):
@@ -68,11 +68,11 @@ def test_jacobian_equals_autograd(fn, chunk_size):
 
 
 @every_objective
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_gramian_and_pullback_equal_autograd(fn, method, chunk_size):
+def test_gramian_and_pullback_equal_autograd(fn, route, chunk_size):
     jac = oracles.jacobian_by_loops(flat(fn), PARAMS, X)
-    options = {"method": method, "chunk_size": chunk_size}
+    options = {"route": route, "chunk_size": chunk_size}
     want = _tree.gramian(jac)
     got, losses = jd.gramian_and_value(fn, **options)(PARAMS, X)
     torch.testing.assert_close(got, want)
@@ -86,18 +86,18 @@ def test_gramian_and_pullback_equal_autograd(fn, method, chunk_size):
 
 
 @every_objective
-@pytest.mark.parametrize("method", METHODS)
-def test_cross_gramian_equals_autograd(fn, method):
+@pytest.mark.parametrize("route", ROUTES)
+def test_cross_gramian_equals_autograd(fn, route):
     other = X[:3] * 2 - 1
     first, second = (oracles.jacobian_by_loops(flat(fn), PARAMS, x) for x in (X, other))
     want = sum(first[k].flatten(1) @ second[k].flatten(1).mT for k in PARAMS)
-    got = jd.cross_gramian(fn, method=method)(PARAMS, (X,), (other,))
+    got = jd.cross_gramian(fn, route=route)(PARAMS, (X,), (other,))
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("rule", [jd.upgrad(), jd.mean()], ids=repr)
-def test_auxiliary_output_goes_through(method, rule):
+def test_auxiliary_output_goes_through(route, rule):
     def fn(params, x):
         return vector_losses(params, x), {"out": (x @ params["w"]).detach(), "n": torch.ones(2)}
 
@@ -107,7 +107,7 @@ def test_auxiliary_output_goes_through(method, rule):
     losses = vector_losses(PARAMS, X)
     assert_trees_close(jd.jac_and_value(fn, has_aux=True)(PARAMS, X), (plain, (losses, aux)))
     gramian = jd.gramian(vector_losses)(PARAMS, X)
-    options = {"has_aux": True, "method": method}
+    options = {"has_aux": True, "route": route}
     assert_trees_close(jd.gramian(fn, **options)(PARAMS, X), (gramian, aux))
     got = jd.gramian_and_value(fn, **options)(PARAMS, X)
     assert_trees_close(got, (gramian, (losses, aux)))
@@ -156,9 +156,9 @@ def test_dropout_is_drawn_once_for_losses_gramian_and_pullback():
         return (torch.nn.functional.dropout(x, 0.5) @ w).square()
 
     w, x = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    for method in METHODS:
+    for route in ROUTES:
         torch.manual_seed(0)
-        losses, gramian, vjp_fn = jd.gramian_vjp(fn, w, x, method=method)
+        losses, gramian, vjp_fn = jd.gramian_vjp(fn, w, x, route=route)
         torch.manual_seed(0)
         torch.testing.assert_close(losses, fn(w, x))
         rows = torch.stack([vjp_fn(row) for row in torch.eye(3, dtype=torch.float64)])
@@ -174,8 +174,8 @@ def test_complex_parameters_have_a_real_gramian():
 
     real = jd.jac(lambda pair: fn(torch.view_as_complex(pair)))(torch.view_as_real(z))
     want = real.flatten(1) @ real.flatten(1).mT
-    for method in METHODS:
-        torch.testing.assert_close(jd.gramian(fn, method=method)(z), want)
+    for route in ROUTES:
+        torch.testing.assert_close(jd.gramian(fn, route=route)(z), want)
     grads, _ = jd.grad(fn, jd.upgrad())(None, z)
     want_grads, _ = jd.upgrad()(real)
     torch.testing.assert_close(torch.view_as_real(grads), want_grads)
@@ -200,8 +200,8 @@ def test_physics_losses_differentiate_inside_the_objective():
     w = torch.tensor([0.7, 1.3], dtype=torch.float64)
     points = torch.linspace(0, 1, 5, dtype=torch.float64)
     rows = torch.autograd.functional.jacobian(lambda w: residual(w, points), w)
-    for method in METHODS:
-        torch.testing.assert_close(jd.gramian(residual, method=method)(w, points), rows @ rows.mT)
+    for route in ROUTES:
+        torch.testing.assert_close(jd.gramian(residual, route=route)(w, points), rows @ rows.mT)
 
 
 H = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 1.0]], dtype=torch.float64)
@@ -238,11 +238,11 @@ class TestMultitask:
         torch.testing.assert_close(got, want)
         assert_trees_close(losses, self.objective()(params, H))
 
-    @pytest.mark.parametrize("method", METHODS)
-    def test_gramian_vjp(self, method):
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_gramian_vjp(self, route):
         params = (SHARED, HEAD_PARAMS)
         jac = jd.jac(self.objective())(params, H)
-        _, gramian, vjp_fn = jd.gramian_vjp(self.objective(), params, H, method=method)
+        _, gramian, vjp_fn = jd.gramian_vjp(self.objective(), params, H, route=route)
         torch.testing.assert_close(gramian, jac @ jac.mT)
         weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
         shared, heads = vjp_fn(weights)
@@ -299,8 +299,8 @@ def test_scalarizers_cost_one_backward_and_weigh_heads_too():
 
 def test_inputs_are_not_changed():
     before = clone((PARAMS, X))
-    for method in METHODS:
-        jd.grad_and_value(tree_losses, jd.upgrad(), method=method)(None, PARAMS, X)
+    for route in ROUTES:
+        jd.grad_and_value(tree_losses, jd.upgrad(), route=route)(None, PARAMS, X)
     assert_trees_close((PARAMS, X), before, rtol=0, atol=0)
 
 

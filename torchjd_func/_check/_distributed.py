@@ -45,7 +45,7 @@ def rows_are_here(here: bool) -> None:
     if not here:
         name, rule = "the Jacobian of a gathered objective", "not be asked for"
         got = "a request for its rows, those of other ranks among them"
-        remedy = "Use method='auto' and a rule that has a weighting, or what was gathered."
+        remedy = "Use route='auto' and a rule that has a weighting, or what was gathered."
         fail(ValueError, name, rule, got, remedy)
 
 
@@ -78,8 +78,8 @@ def placements(value: Any, known: bool) -> None:
         fail(ValueError, name, rule, value, "Call its .redistribute(placements=[...]) first.")
 
 
-def shards_route(method: str) -> None:
+def shards_route(route: str) -> None:
     """Check that the gradients of a sharded objective are asked for row by row."""
-    if method not in ("auto", "jacobian"):
+    if route not in ("auto", "jacobian"):
         rule, remedy = "be 'auto' or 'jacobian' for a sharded objective", "Set chunk_size."
-        fail(ValueError, "`method`", rule, repr(method), remedy)
+        fail(ValueError, "`route`", rule, repr(route), remedy)

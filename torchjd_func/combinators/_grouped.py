@@ -200,7 +200,7 @@ def grouped(
     not be that of the whole. Groups that share a method are solved in one batched call, on the
     Gramians of the groups, each the sum of its leaves' Gramians: many groups cost about one solve.
     A method that needs the rows is called group by group. `jd.grad` takes the Gramian route of its
-    `method`, with one Gramian for each group, unless some method needs the rows.
+    `route`, with one Gramian for each group, unless some method needs the rows.
 
     The state holds, for each method, the states of its groups, stacked. Group k of a random method
     draws with `jd.random.fold_in(key, k)`. Groups are counted by method, in the order of the

@@ -87,7 +87,7 @@ def accumulate(
     Raises:
         TypeError: If `fn` is instance-wise, or what is split is not a tensor.
         ValueError: If `n` does not divide the batch, or `in_dims` does not fit the arguments; from
-            transforms, with `method="layerwise"`.
+            transforms, with `route="layerwise"`.
 
     Example:
         >>> import torch, torchjd_func as jd

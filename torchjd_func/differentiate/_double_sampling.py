@@ -26,7 +26,7 @@ def double_sampling(
     weighting: Weighting,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     r"""Transform an objective into one step of a method that samples independent batches.
@@ -41,7 +41,7 @@ def double_sampling(
         fn: Objective `fn(params, *batch)`, with as many losses in each batch.
         weighting: `jd.modo()`, `jd.sdmgrad()`, or another Weighting of a cross-Gramian.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`.
+        route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
 
     Returns:
@@ -71,7 +71,7 @@ def double_sampling(
         (tensor([-1.9200, -1.0400]), tensor([5., 1.]))
     """
     _check.two_batch_weighting(weighting, Weighting)
-    validate(method, chunk_size)
+    validate(route, chunk_size)
 
     def step(
         state: Any,
@@ -83,14 +83,14 @@ def double_sampling(
         """Return the update direction, the losses (and aux) and the next state."""
         batches = (batch_1, batch_2) if batch_3 is None else (batch_1, batch_2, batch_3)
         _check.batches(batches)
-        routes = (method, method, "jacobian")  # the third is pulled back only once
+        routes = (route, route, "jacobian")  # the third is pulled back only once
         linears = [
             linearize(fn, (params, *batch), 0, has_aux, route)
             for batch, route in zip(batches, routes, strict=False)
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
         seen = (linears[0].vector + linears[1].vector) / 2
-        statistic = contract_cross(linears[0], linears[1], method, chunk_size)
+        statistic = contract_cross(linears[0], linears[1], route, chunk_size)
         weights, state = weighting(statistic, state, losses=seen)
         followed = linears if batch_3 is None else linears[2:]
         grads = _tree.mean([_direction(linear, weights) for linear in followed])

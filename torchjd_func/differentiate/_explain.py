@@ -67,7 +67,7 @@ def explain_gramian(
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
 ) -> Explanation:
-    """Say for each parameter how `method="layerwise"` computes its share of the Gramian.
+    """Say for each parameter how `route="layerwise"` computes its share of the Gramian.
 
     The objective runs once, forward and backward. Look for lines that say `m backward passes`: a
     parameter is used there in a way without a rule, which costs one backward pass for each loss.

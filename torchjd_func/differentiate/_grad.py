@@ -35,7 +35,7 @@ def grad(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def grad(
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian, and one of
+        route: As for `jd.gramian`; how an Aggregator with a weighting gets its Gramian, and one of
             `jd.grouped` those of its groups.
         chunk_size: As for `jd.gramian`.
         where: Predicate of a parameter's path, such as `"encoder.0.weight"`: the Gramian is of
@@ -67,7 +67,7 @@ def grad(
         >>> grads
         tensor([ 1.3500, -0.4500])
     """
-    options = {"has_aux": has_aux, "method": method, "chunk_size": chunk_size, "where": where}
+    options = {"has_aux": has_aux, "route": route, "chunk_size": chunk_size, "where": where}
     run = grad_and_value(fn, rule, argnums, **options)
 
     def grad_fn(state: Any, *args: Any) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ def grad_and_value(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def grad_and_value(
         rule: As for `jd.grad`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`.
+        route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
         where: As for `jd.grad`.
 
@@ -115,7 +115,7 @@ def grad_and_value(
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
         _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
-    validate(method, chunk_size)
+    validate(route, chunk_size)
 
     def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
@@ -126,9 +126,9 @@ def grad_and_value(
             _check.not_gathered("a scalarizer", is_gathered(fn))
             return _scalarized(fn, rule, state, args, argnums, has_aux)
         if where is not None:
-            return partial_grads(fn, rule, where, state, args, argnums, has_aux, method, chunk_size)
-        linear = linearize(fn, args, argnums, has_aux, method)
-        grads, weights, state = _aggregated(linear, rule, state, method, chunk_size)
+            return partial_grads(fn, rule, where, state, args, argnums, has_aux, route, chunk_size)
+        linear = linearize(fn, args, argnums, has_aux, route)
+        grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
         heads = linear.heads if rule.average is None else rule.average(linear.heads)
         return linear.assemble(grads, heads, weights), value(linear, has_aux), state
 
@@ -182,16 +182,16 @@ def init_state(
 
 
 def _aggregated(
-    linear: Linearized, rule: Aggregator, state: Any, method: str, chunk_size: int | None
+    linear: Linearized, rule: Aggregator, state: Any, route: str, chunk_size: int | None
 ) -> tuple[PyTree, Tensor | None, Any]:
     """Return the update direction, its weights if there are such, and the next state."""
     if rule.partition is not None:
         groups, weigh = rule.partition(linear.paths)
-        matrices, pullback = contract(linear, method, chunk_size, groups)
+        matrices, pullback = contract(linear, route, chunk_size, groups)
         weights, state = weigh(matrices, state, linear.vector)
         return pullback(weights), None, state
     if rule.weighting is not None:
-        matrix, pullback = _statistic(linear, rule.weighting.needs, method, chunk_size)
+        matrix, pullback = _statistic(linear, rule.weighting.needs, route, chunk_size)
         weights, state = rule.weighting(matrix, state, losses=linear.vector)
         return pullback(weights), weights, state
     by_rows = rule if linear.shards is None else linear.shards.by_rows(rule)
@@ -200,14 +200,14 @@ def _aggregated(
 
 
 def _statistic(
-    linear: Linearized, needs: str, method: str, chunk_size: int | None
+    linear: Linearized, needs: str, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return what a weighting needs to see, and the pullback that goes with it."""
     if needs == "size":
         m = linear.vector.shape[0]
         pullback = pullback_of(linear, whole(linear))
         return _tree.placeholder(linear.vector, (m, m)), lambda w: pullback(w.unsqueeze(0))
-    return contract_whole(linear, method, chunk_size)
+    return contract_whole(linear, route, chunk_size)
 
 
 def _scalarized(

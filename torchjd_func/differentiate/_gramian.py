@@ -20,12 +20,12 @@ def gramian(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Gramian `J J^T`.
 
-    | method | cost beside one forward | memory beside the graph | when |
+    | route | cost beside one forward | memory beside the graph | when |
     |---|---|---|---|
     | `"layerwise"`, instance-wise | about one half of a backward | rows of one layer | m examples |
     | `"layerwise"`, else | m backward through activations | m activations | m n does not fit |
@@ -48,15 +48,15 @@ def gramian(
         fn: As for `jd.jac`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
-        chunk_size: How many rows or columns at a time. `None` is the method's own choice: all for
+        route: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
+        chunk_size: How many rows or columns at a time. `None` is the route's own choice: all for
             `"jacobian"`, one for `"product"`. Without effect on `"layerwise"`.
 
     Returns:
         `f(*args) -> G`, `(m, m)`, in float32 or better; `(G, aux)` with aux.
 
     Raises:
-        ValueError: If `method`, `argnums` or `chunk_size` is not allowed.
+        ValueError: If `route`, `argnums` or `chunk_size` is not allowed.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -64,12 +64,12 @@ def gramian(
         tensor([[ 2.,  5.],
                 [ 5., 13.]])
     """
-    validate(method, chunk_size)
+    validate(route, chunk_size)
 
     def gramian_fn(*args: Any) -> Any:
         """Return the Gramian (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, method)
-        matrix, _ = contract_whole(linear, method, chunk_size)
+        linear = linearize(fn, args, argnums, has_aux, route)
+        matrix, _ = contract_whole(linear, route, chunk_size)
         return (matrix, linear.aux) if has_aux else matrix
 
     return gramian_fn
@@ -80,7 +80,7 @@ def gramian_and_value(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Gramian and its losses.
@@ -89,7 +89,7 @@ def gramian_and_value(
         fn: As for `jd.jac`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`.
+        route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
 
     Returns:
@@ -101,12 +101,12 @@ def gramian_and_value(
         (tensor([[ 4.,  0.],
                  [ 0., 36.]]), tensor([1., 9.]))
     """
-    validate(method, chunk_size)
+    validate(route, chunk_size)
 
     def gramian_and_value_fn(*args: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, method)
-        matrix, _ = contract_whole(linear, method, chunk_size)
+        linear = linearize(fn, args, argnums, has_aux, route)
+        matrix, _ = contract_whole(linear, route, chunk_size)
         return matrix, value(linear, has_aux)
 
     return gramian_and_value_fn
@@ -117,7 +117,7 @@ def gramian_vjp(
     *primals: Any,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Any, ...]:
     """Compute losses, Gramian and pullback of an objective, from one forward pass.
@@ -127,7 +127,7 @@ def gramian_vjp(
         *primals: The arguments of `fn`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`.
+        route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
 
     Returns:
@@ -143,9 +143,9 @@ def gramian_vjp(
         >>> vjp_fn(weights)
         tensor([1.8000, 0.6000])
     """
-    validate(method, chunk_size)
-    linear = linearize(fn, primals, argnums, has_aux, method)
-    matrix, pullback = contract_whole(linear, method, chunk_size)
+    validate(route, chunk_size)
+    linear = linearize(fn, primals, argnums, has_aux, route)
+    matrix, pullback = contract_whole(linear, route, chunk_size)
 
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
@@ -161,7 +161,7 @@ def cross_gramian(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    method: str = "auto",
+    route: str = "auto",
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns `J_1 J_2^T` of two batches.
@@ -170,7 +170,7 @@ def cross_gramian(
         fn: Objective `fn(params, *batch)`.
         argnums: As for `jd.jac`; names one of the arguments before the batch.
         has_aux: As for `jd.jac`.
-        method: As for `jd.gramian`.
+        route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
 
     Returns:
@@ -184,14 +184,14 @@ def cross_gramian(
         tensor([[16.,  0.],
                 [ 0., 16.]])
     """
-    validate(method, chunk_size)
+    validate(route, chunk_size)
 
     def cross_gramian_fn(*args: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""
         leading, batch_1, batch_2 = _check.two_batches(args)
-        first = linearize(fn, (*leading, *batch_1), argnums, has_aux, method)
-        second = linearize(fn, (*leading, *batch_2), argnums, has_aux, method)
-        matrix = contract_cross(first, second, method, chunk_size)
+        first = linearize(fn, (*leading, *batch_1), argnums, has_aux, route)
+        second = linearize(fn, (*leading, *batch_2), argnums, has_aux, route)
+        matrix = contract_cross(first, second, route, chunk_size)
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
     return cross_gramian_fn

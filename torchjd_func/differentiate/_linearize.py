@@ -35,11 +35,11 @@ def linearize(
     args: tuple[Any, ...],
     argnums: int | tuple[int, ...],
     has_aux: bool,
-    method: str = "jacobian",
+    route: str = "jacobian",
 ) -> Linearized:
     """Run the objective once and keep what is needed to pull cotangents back."""
     if isinstance(fn, MultiTask):
-        return linearize_multitask(fn, args, argnums, has_aux, method)
+        return linearize_multitask(fn, args, argnums, has_aux, route)
     if isinstance(fn, Scaled):
         return _linearize_scaled(fn, args, argnums, has_aux)
     if isinstance(fn, Accumulated):
@@ -49,8 +49,8 @@ def linearize(
     paths = _tree.paths(primals)
     _check.params(f"argument {argnums}", paths, flat)
     if isinstance(fn, Sharded):
-        return _linearize_sharded(fn, args, argnums, has_aux, method)
-    if is_layered(fn, method):
+        return _linearize_sharded(fn, args, argnums, has_aux, route)
+    if is_layered(fn, route):
         return linearize_layers(fn, args, argnums, has_aux)
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
@@ -62,10 +62,10 @@ def linearize(
     return Linearized(vector, losses, aux, lambda c: pull(c)[0], rebuild, as_they_are, paths)
 
 
-def is_layered(fn: Callable[..., Any], method: str) -> bool:
-    """Say whether a method linearizes an objective layer by layer."""
-    automatic = method == "auto" and isinstance(fn, InstanceWise)
-    return method == "layerwise" or automatic or is_gathered(fn)
+def is_layered(fn: Callable[..., Any], route: str) -> bool:
+    """Say whether a route linearizes an objective layer by layer."""
+    automatic = route == "auto" and isinstance(fn, InstanceWise)
+    return route == "layerwise" or automatic or is_gathered(fn)
 
 
 def _linearize_accumulated(
@@ -112,10 +112,10 @@ def _linearize_scaled(
 
 
 def _linearize_sharded(
-    fn: Sharded, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool, method: str
+    fn: Sharded, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool, route: str
 ) -> Linearized:
     """Differentiate by whole parameters; of gradients this rank keeps its parts."""
-    _check.shards_route(method)
+    _check.shards_route(route)
     primals, call = bind(fn, args, argnums)
     flat, rebuild = _tree.flatten(primals)
     shards = fn.shards(flat)

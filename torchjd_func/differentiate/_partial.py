@@ -28,7 +28,7 @@ def partial_grads(
     args: tuple[Any, ...],
     argnums: int | tuple[int, ...],
     has_aux: bool,
-    method: str,
+    route: str,
     chunk_size: int | None,
 ) -> tuple[PyTree, Any, Any]:
     """Weigh by the Gramian of the parameters that `where` names; pull the weights back to all."""
@@ -42,9 +42,9 @@ def partial_grads(
     chosen = [place for place, path in enumerate(paths) if where(path)]
     _check.some_named("where", chosen, paths)
 
-    if is_layered(fn, method):
-        linear = linearize(fn, args, argnums, has_aux, method)
-        matrices, _ = contract(linear, method, chunk_size, (tuple(chosen),))
+    if is_layered(fn, route):
+        linear = linearize(fn, args, argnums, has_aux, route)
+        matrices, _ = contract(linear, route, chunk_size, (tuple(chosen),))
         weights, state = weighting(matrices[0], state, losses=linear.vector)
         grads = pullback_of(linear, whole(linear))(weights.unsqueeze(0))
         return grads, (linear.losses, linear.aux) if has_aux else linear.losses, state
@@ -60,7 +60,7 @@ def partial_grads(
             return call(rebuild(filled))
 
         linear = linearize(objective, ([leaves[place] for place in chosen],), 0, has_aux)
-        gramian, _ = contract_whole(linear, method, chunk_size)
+        gramian, _ = contract_whole(linear, route, chunk_size)
         return linear.vector, (linear.losses, linear.aux, gramian)
 
     vector, pull, (losses, aux, gramian) = vjp_aux(losses_and_gramian, flat)

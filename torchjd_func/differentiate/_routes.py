@@ -25,10 +25,10 @@ class Gramian(NamedTuple):
 
 
 def contract(
-    linear: Linearized, method: str, chunk_size: int | None, groups: _tree.Groups
+    linear: Linearized, route: str, chunk_size: int | None, groups: _tree.Groups
 ) -> Gramian:
     """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
-    return _over_shards(linear, partial(_ROUTES[method], linear, chunk_size), groups)
+    return _over_shards(linear, partial(_ROUTES[route], linear, chunk_size), groups)
 
 
 def _over_shards(
@@ -41,10 +41,10 @@ def _over_shards(
 
 
 def contract_whole(
-    linear: Linearized, method: str, chunk_size: int | None
+    linear: Linearized, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return the Gramian `(m, m)` of all leaves, and the pullback of weights `(m,)`."""
-    matrices, pullback = contract(linear, method, chunk_size, whole(linear))
+    matrices, pullback = contract(linear, route, chunk_size, whole(linear))
     return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
 
 
@@ -65,10 +65,10 @@ def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.G
 
 
 def contract_cross(
-    first: Linearized, second: Linearized, method: str, chunk_size: int | None
+    first: Linearized, second: Linearized, route: str, chunk_size: int | None
 ) -> Tensor:
     """Return the cross-Gramian of two linearized objectives, by the chosen route."""
-    return _CROSS[method](first, second, chunk_size)
+    return _CROSS[route](first, second, chunk_size)
 
 
 def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
@@ -104,7 +104,7 @@ def _layers(linear: Linearized) -> Layers:
     if linear.layers is not None:
         return linear.layers
     rule, remedy = "differentiate an objective that is not accumulated or scaled", "Use 'auto'."
-    _check.fail(ValueError, "`method`", rule, "'layerwise'", remedy)
+    _check.fail(ValueError, "`route`", rule, "'layerwise'", remedy)
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
@@ -167,9 +167,9 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
     return pullback
 
 
-def validate(method: str, chunk_size: int | None) -> None:
+def validate(route: str, chunk_size: int | None) -> None:
     """Check the options that all transforms to Gramians share."""
-    _check.choice("method", method, tuple(_ROUTES))
+    _check.choice("route", route, tuple(_ROUTES))
     _check.chunk_size(chunk_size)
 
 

@@ -23,7 +23,7 @@ def linearize_multitask(
     args: tuple[Any, ...],
     argnums: int | tuple[int, ...],
     has_aux: bool,
-    method: str,
+    route: str,
 ) -> Linearized:
     """Use the chain rule through the features: each head is traversed once."""
     if argnums != 0 or len(args) != 2:
@@ -45,7 +45,7 @@ def linearize_multitask(
         _check.features(_tree.paths(features), _tree.leaves(features))
         return features, aux
 
-    features, aux, pull_trunk, pull_layers = _run_trunk(trunk, flat, batch, method)
+    features, aux, pull_trunk, pull_layers = _run_trunk(trunk, flat, batch, route)
     losses, head_grads, rows = {}, {}, []
     for name in sorted(fn.heads):
         losses[name], head_grads[name], row = _head(fn, name, head_params[name], features, batch)
@@ -68,10 +68,10 @@ def _run_trunk(
     trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
     flat: list[Tensor],
     batch: PyTree,
-    method: str,
+    route: str,
 ) -> tuple[PyTree, PyTree, Callable[[PyTree], list[Tensor]], Callable[..., Layers] | None]:
     """Return features, auxiliary output, the trunk's pullback, and that of its layers if wanted."""
-    if method != "layerwise":
+    if route != "layerwise":
         features, pull, aux = vjp_aux(trunk, flat)
         return features, aux, lambda cotangent: pull(cotangent)[0], None
     packed, unpack = packing(trunk)

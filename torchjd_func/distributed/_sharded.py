@@ -53,14 +53,14 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
 
     Returns:
         The objective for `jd.jac` (rows as `DTensor`s), `jd.gramian`, `jd.gramian_vjp`, `jd.grad`,
-        their variants and `jd.init_state`, with `method="auto"` or `"jacobian"`. Losses are means
+        their variants and `jd.init_state`, with `route="auto"` or `"jacobian"`. Losses are means
         over ranks; `aux` stays that of the rank. `jd.trimmed_mean` works on the columns of a rank;
         for other rules that need the rows, these are gathered on each rank, in the state too.
 
     Raises:
         TypeError: If `objective` has a structure of its own, such as that of `jd.instancewise`.
         ValueError: From transforms, if a parameter is placed in another way, on several meshes, or
-            none is a `DTensor`; or if another method is asked for.
+            none is a `DTensor`; or if another route is asked for.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
