@@ -1,4 +1,4 @@
-"""The table of what runs where in the README; `tests/test_modules.py` tests each cell.
+"""The README's table of what runs where; `tests/differentiate/test_modules.py` tests it.
 
 python -m tests.support_table            # prints it
 python -m tests.support_table --write    # puts it into the README

@@ -12,15 +12,8 @@ import torchjd.scalarization
 
 import torchjd_func as jd
 from benchmarks import _form, methods
-from tests import (
-    paper_table,
-    property_table,
-    readme,
-    support_table,
-    test_compile,
-    test_contract,
-    test_vmap,
-)
+from tests import paper_table, property_table, readme, support_table
+from tests.aggregation import test_compile, test_contract, test_vmap
 from tests.registry import METHODS, Method
 
 

@@ -5,9 +5,9 @@ import torch
 
 import torchjd_func as jd
 from tests import workers
+from tests.distributed.test_data_parallel import data, objective, parameters, part
+from tests.distributed.test_sharded import placed, whole
 from tests.helpers import assert_trees_close
-from tests.test_distributed import data, objective, parameters, part
-from tests.test_sharded import placed, whole
 from torchjd_func import _tree
 
 RULES = {

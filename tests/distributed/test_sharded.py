@@ -11,9 +11,16 @@ from torch.func import functional_call
 
 import torchjd_func as jd
 from tests import workers
+from tests.distributed.test_data_parallel import (
+    assert_ranks_agree,
+    data,
+    methods,
+    objective,
+    parameters,
+    part,
+)
+from tests.distributed.test_gathered import said
 from tests.helpers import assert_trees_close
-from tests.test_distributed import assert_ranks_agree, data, methods, objective, parameters, part
-from tests.test_gathered import said
 from torchjd_func import _tree
 
 # By their Gramian, without it, by Gramians of groups, by columns, and by rows.

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 import torchjd_func as jd
 from tests import workers
+from tests.differentiate.test_layerwise import build, explicit_rows, inputs
 from tests.helpers import assert_trees_close, compiled
-from tests.test_layerwise import build, explicit_rows, inputs
 from tests.zoo import ZOO
 from torchjd_func import _tree
 

@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import torchjd_func as jd
-from tests.test_layerwise import build
+from tests.differentiate.test_layerwise import build
 from torchjd_func import _tree
 
 B = 4
