@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import qpsolvers
 import torch
 from torch import Tensor
 
+from torchjd_func import _tree
 from torchjd_func._check._messages import describe, fail
 
 
@@ -93,14 +94,35 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     return found
 
 
-def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Return `preference` as a 1-D tensor (or `None`)."""
-    return None if value is None else vector("preference", value)
+def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+    """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
+    return None if value is None else vector("preference", value, low=0)
 
 
-def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
-    """Return `value` as a 1-D floating tensor; Python numbers become float64."""
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+def vector(
+    name: str,
+    value: _tree.Numbers,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> Tensor | _tree.Named:
+    """Return a number for each objective as a 1-D floating tensor, with names if it is a dict.
+
+    Python numbers become float64 and have to lie in an interval; tensors are returned unread.
+    """
+    if isinstance(value, Tensor):
+        return _one_dimensional(name, value)
+    for number in _tree.leaves(value):
+        if isinstance(number, int | float):
+            interval(name, number, low, high, open_low=open_low)
+    if isinstance(value, Mapping):
+        return _tree.named(value)
+    return _one_dimensional(name, torch.tensor(value, dtype=torch.float64))
+
+
+def _one_dimensional(name: str, tensor: Tensor) -> Tensor:
+    """Return a vector, floating."""
     if tensor.ndim != 1:
         remedy = "To sweep several, use torch.func.vmap over them."
         fail(
@@ -131,6 +153,16 @@ def length(name: str, value: Tensor, m: int) -> None:
         rule = f"have one entry for each of the {m} objectives"
         remedy = "Objectives are counted in leaf order of the losses."
         fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+
+
+def loss_names(option: str, names: Sequence[str], paths: Sequence[str]) -> None:
+    """Check that the names in an option are those of the losses."""
+    if tuple(names) != tuple(paths):
+        if list(paths) == [""]:
+            rule, remedy = "be a vector: the losses have no names", "Return a dict of losses."
+        else:
+            rule, remedy = f"name the losses {list(paths)}", "Give each loss its number."
+        fail(ValueError, f"`{option}`", rule, list(names), remedy)
 
 
 def enough_objectives(method: str, m: int, least: int, rule: str) -> None:

@@ -6,15 +6,17 @@ arXiv:2305.19000.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import rank_tol
@@ -23,11 +25,24 @@ SCALES = ("min", "median", "rmse")
 
 
 def _weights(
-    gramian: Tensor, *, preference: Tensor | None, scale: str, rtol: float | None
+    gramian: Tensor,
+    *,
+    preference: Vector | None,
+    scale: str,
+    rtol: float | None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Combine the aligned rows by the preference."""
     wide, combine = gramian.double(), partial(_combine, scale=scale, tol=rank_tol(gramian, rtol))
-    return _host.call(combine, wide, resolve(preference, wide))
+    known = wide if present is None else wide - torch.diag(_marks(wide, present))
+    return _host.call(combine, known, resolve(preference, wide, present))
+
+
+def _marks(gramian: Tensor, present: Tensor) -> Tensor:
+    """Return what makes eigenvalues of absent rows negative, and all different."""
+    size = gramian.detach().diagonal().sum()
+    places = torch.arange(1, len(gramian) + 1, device=gramian.device)
+    return torch.where(present, 0.0, places * torch.where(size > 0, size, 1.0))
 
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
@@ -51,7 +66,7 @@ def _sigma(xp: Any, eigenvalues: Array, kept: Array, scale: str) -> Array:
 
 
 def aligned_mtl(
-    preference: Tensor | Sequence[float] | None = None,
+    preference: Numbers | None = None,
     scale: str = "min",
     *,
     rtol: float | None = None,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _present
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.linalg import orthant_root
@@ -38,12 +38,14 @@ def _update(
     *,
     max_norm: float | Tensor | None,
     update_every: int,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, NashMTLState]:
     """Solve `G a = 1 / a` if it is time to, and clip the length of the direction."""
     _check.state("nash_mtl", "weights", state.weights, gramian.shape[:1])
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
     solved = orthant_root(wide, eps=eps).value
-    weights = torch.where(state.step % update_every == 0, solved, state.weights)
+    due = torch.where(state.step % update_every == 0, solved, state.weights)
+    weights = _present.renewed(present, due, state.weights)
     next_state = NashMTLState(weights, state.step + 1)
     if max_norm is None:
         return weights, next_state

@@ -1,0 +1,189 @@
+"""With `present`, a method does what it does with the present rows alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+import torchjd_func as jd
+from tests import registry
+from tests.helpers import assert_trees_close, compiled
+from tests.matrices import matrix
+from tests.registry import METHODS, Method, fresh, key_for
+from torchjd_func import _tree
+
+N_CALLS = 3
+
+
+def size(method: Method) -> int:
+    """A number of objectives of which some can be absent."""
+    return method.min_m + 3
+
+
+def masks(method: Method) -> dict[str, Tensor]:
+    """Masks with enough objectives for the method."""
+    m, least = size(method), method.min_m
+    place = torch.arange(m)
+    return {
+        "first absent": place > 0,
+        "last absent": place < m - 1,
+        "fewest": (place > 0) & (place <= least),
+        "some": (place % 2 == 0) | (place < least),
+    }
+
+
+def batches(m: int) -> tuple[Tensor, Tensor]:
+    """Jacobians `(calls, m, n)` and losses `(calls, m)`, of which all are present."""
+    jacs = torch.stack([matrix("gaussian", m, 6, seed=seed) for seed in range(N_CALLS)])
+    losses = torch.stack([torch.linspace(0.5, 2.0 + t, m).double() for t in range(N_CALLS)])
+    return jacs, losses
+
+
+def sequence(method: Method, rule, jacs, losses, *, key=None, present=None):
+    """Call a rule several times, from a fresh state."""
+    state, grads = rule.init(jacs[0], key=key), []
+    for jac, values in zip(jacs, losses, strict=True):
+        known = values if method.needs_losses else None
+        update, state = rule(jac, state, losses=known, present=present)
+        grads.append(update)
+    return torch.stack(grads), state
+
+
+def without(mask: Tensor, values: Tensor) -> Tensor:
+    """Put not-a-number in the place of what is absent."""
+    return torch.where(mask.reshape(1, -1, *[1] * (values.ndim - 2)), values, torch.nan)
+
+
+def alone(monkeypatch, method: Method, mask: Tensor):
+    """The rule for the present objectives, with the preference restricted to them."""
+    whole = registry._preference(len(mask))
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_preference", lambda m: whole[mask])
+        return method.make(int(mask.sum()))
+
+
+@pytest.mark.parametrize("which", ["first absent", "last absent", "fewest", "some"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.random])
+def test_equals_the_rule_on_the_present_rows(name, which, monkeypatch):
+    method = METHODS[name]
+    mask = masks(method)[which]
+    jacs, losses = batches(size(method))
+    want, _ = sequence(
+        method, alone(monkeypatch, method, mask), jacs[:, mask], losses[:, mask]
+    )
+    rule = method.make(size(method))
+    got, _ = sequence(method, rule, without(mask, jacs), without(mask, losses), present=mask)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("which", ["first absent", "fewest"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.random])
+def test_random_rules_have_the_distribution_of_the_present_rows(name, which, monkeypatch):
+    method, n_draws = METHODS[name], 2000
+    mask = masks(method)[which]
+    jacs, losses = batches(size(method))
+    one, rule = alone(monkeypatch, method, mask), method.make(size(method))
+    keys = jd.random.split(jd.random.key(3), n_draws)
+    want = vmap(lambda key: sequence(method, one, jacs[:, mask], losses[:, mask], key=key)[0])(keys)
+    seen, known = without(mask, jacs), without(mask, losses)
+    got = vmap(lambda key: sequence(method, rule, seen, known, key=key, present=mask)[0])(keys)
+    for moment in (torch.Tensor.mean, torch.Tensor.std):
+        scale = want.std(0) + got.std(0)
+        far = (moment(got, 0) - moment(want, 0)).abs() > 5 * scale / n_draws**0.5 + 1e-9
+        assert not far.any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_present_is_no_mask(name):
+    method = METHODS[name]
+    m = size(method)
+    jacs, losses = batches(m)
+    rule, key = method.make(m), key_for(method)
+    want = sequence(method, rule, jacs, losses, key=key)
+    got = sequence(method, rule, jacs, losses, key=key, present=torch.ones(m, dtype=torch.bool))
+    assert_trees_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_absent_is_zero_and_keeps_the_state(name):
+    method = METHODS[name]
+    m = size(method)
+    jacs, losses = batches(m)
+    rule = method.make(m)
+    _, state = sequence(method, rule, jacs, losses, key=key_for(method))
+    nothing = torch.full_like(jacs[0], torch.nan)
+    grads, after = rule(nothing, state, losses=nothing[:, 0], present=torch.zeros(m) > 0)
+    assert_trees_close((grads, after), (torch.zeros_like(grads), state), rtol=0, atol=0)
+
+
+def of_objectives(state, m: int) -> list[Tensor]:
+    """The parts of a state that belong to the objectives one by one."""
+    return [leaf for leaf in _tree.leaves(state) if leaf.ndim and leaf.shape[0] == m]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_absent_objectives_keep_their_part_of_the_state(name):
+    method = METHODS[name]
+    m = size(method)
+    mask = masks(method)["some"]
+    jacs, losses = batches(m)
+    rule = method.make(m)
+    _, state = sequence(method, rule, jacs, losses, key=key_for(method))
+    jac, values = without(mask, jacs)[0], without(mask, losses)[0]
+    _, after = rule(jac, state, losses=values, present=mask)
+    for old, new in zip(of_objectives(state, m), of_objectives(after, m), strict=True):
+        torch.testing.assert_close(new[~mask], old[~mask], rtol=0, atol=0)
+    assert all(leaf.isfinite().all() for leaf in _tree.leaves(after))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_is_captured_as_one_graph(name):
+    method = METHODS[name]
+    mask = masks(method)["some"]
+    jacs, losses = batches(size(method))
+    rule, state = fresh(method, jacs[0], size(method))
+    jac, values = without(mask, jacs)[0], without(mask, losses)[0]
+
+    def call(jac, state, values, present):
+        return rule(jac, state, losses=values, present=present)
+
+    fast, counter = compiled(call)
+    for present in (mask, mask.flip(0) | mask):
+        seen, known = without(present, jacs)[0], without(present, losses)[0]
+        assert_trees_close(
+            fast(seen, state, known, present), call(seen, state, known, present), rtol=1e-7
+        )
+    assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_can_be_mapped(name):
+    method = METHODS[name]
+    jacs, losses = batches(size(method))
+    rule = method.make(size(method))
+    each = torch.stack([*masks(method).values(), torch.zeros(size(method)) > 0])
+
+    def call(present):
+        seen, known = without(present, jacs), without(present, losses)
+        return sequence(method, rule, seen, known, key=key_for(method), present=present)
+
+    want = _tree.stack([call(mask) for mask in each])
+    assert_trees_close(vmap(call)(each), want, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.differentiable])
+def test_absent_rows_leave_derivatives_finite(name):
+    method = METHODS[name]
+    mask = masks(method)["fewest"]
+    jacs, losses = batches(size(method))
+    rule, state = fresh(method, jacs[0], size(method))
+    known = without(mask, losses)[0]
+
+    def length(jac):
+        return rule(jac, state, losses=known, present=mask)[0].square().sum()
+
+    slope = grad(length)(without(mask, jacs)[0])
+    assert slope.isfinite().all()
+    assert (slope[~mask] == 0).all()
