@@ -70,9 +70,7 @@ def test_equals_the_rule_on_the_present_rows(name, which, monkeypatch):
     method = METHODS[name]
     mask = masks(method)[which]
     jacs, losses = batches(size(method))
-    want, _ = sequence(
-        method, alone(monkeypatch, method, mask), jacs[:, mask], losses[:, mask]
-    )
+    want, _ = sequence(method, alone(monkeypatch, method, mask), jacs[:, mask], losses[:, mask])
     rule = method.make(size(method))
     got, _ = sequence(method, rule, without(mask, jacs), without(mask, losses), present=mask)
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
@@ -144,7 +142,6 @@ def test_is_captured_as_one_graph(name):
     mask = masks(method)["some"]
     jacs, losses = batches(size(method))
     rule, state = fresh(method, jacs[0], size(method))
-    jac, values = without(mask, jacs)[0], without(mask, losses)[0]
 
     def call(jac, state, values, present):
         return rule(jac, state, losses=values, present=present)
@@ -173,7 +170,9 @@ def test_masks_can_be_mapped(name):
     assert_trees_close(vmap(call)(each), want, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.differentiable])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.differentiable]
+)
 def test_absent_rows_leave_derivatives_finite(name):
     method = METHODS[name]
     mask = masks(method)["fewest"]
@@ -187,3 +186,88 @@ def test_absent_rows_leave_derivatives_finite(name):
     slope = grad(length)(without(mask, jacs)[0])
     assert slope.isfinite().all()
     assert (slope[~mask] == 0).all()
+
+
+def test_too_few_rows_for_krum_and_the_trimmed_mean_are_not_a_number():
+    jac = matrix("gaussian", 6, 4)
+    for rule, least in ((jd.krum(1), 4), (jd.krum(0, 3), 3), (jd.trimmed_mean(2), 5)):
+        for count in range(1, 7):
+            grads, _ = rule(jac, present=torch.arange(6) < count)
+            assert bool(grads.isnan().all()) == (count < least)
+            assert bool(grads.isfinite().all()) == (count >= least)
+
+
+def test_the_first_present_objective_is_the_primary_one_of_pcd():
+    jac, tau = matrix("gaussian", 4, 6), torch.tensor([0.1, 0.4, 0.9])
+    mask = torch.tensor([False, True, False, True])
+    rule, alone = jd.pcd(tau), jd.pcd(tau[2:])
+    state, lone = rule.init(jac), alone.init(jac[mask])
+    for scale in (1.0, 2.0, 5.0):
+        got, state = rule(scale * jac, state, present=mask)
+        want, lone = alone(scale * jac[mask], lone)
+        torch.testing.assert_close(got, want)
+
+
+def test_config_momentum_visits_the_present_objectives_in_turn():
+    jac, mask = matrix("gaussian", 4, 6), torch.tensor([True, False, True, True])
+    rule = jd.config_momentum()
+    state, alone = rule.init(jac), rule.init(jac[mask])
+    for scale in range(1, 7):
+        got, state = rule(scale * jac, state, present=mask)
+        want, alone = rule(scale * jac[mask], alone)
+        torch.testing.assert_close(got, want)
+    assert state.visits.tolist() == [2, 0, 2, 2]
+
+
+STEPPED = {"gradnorm": jd.gradnorm(), "modo": jd.weighted(jd.modo()), "moco": jd.moco()}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_weights_of_a_fixed_sum_keep_it_where_objectives_come_and_go(name):
+    rule, m = STEPPED[name], 4
+    jacs, losses = batches(m)
+    state = rule.init(jacs[0])
+    total = state.weights.sum()
+    for mask in torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) > 0:
+        before = state.weights
+        _, state = rule(jacs[0], state, losses=losses[0], present=mask)
+        torch.testing.assert_close(state.weights.sum(), total)
+        torch.testing.assert_close(state.weights[~mask], before[~mask], rtol=0, atol=0)
+
+
+def test_an_objective_that_comes_late_starts_as_one_that_was_there():
+    jac, losses = matrix("gaussian", 3, 5), torch.tensor([4.0, 2.0, 1.0]).double()
+    late = torch.tensor([True, True, False])
+    _, state = jd.gradnorm()(jac, losses=losses, present=late)
+    assert state.visits.tolist() == [1, 1, 0]
+    _, state = jd.gradnorm()(jac, state, losses=losses / 2)
+    assert state.initial_losses.tolist() == [4.0, 2.0, 0.5]
+
+    rule = jd.excess_mtl(n_warmup_steps=2)
+    _, state = rule(jac, present=late)
+    _, state = rule(jac, state)
+    first = rule(jac)[1]
+    torch.testing.assert_close(state.baseline[2], first.baseline[2])
+
+    rule = jd.nash_mtl(update_every=3).weighting
+    gramian = jac @ jac.mT
+    _, state = rule(gramian, present=late)
+    torch.testing.assert_close(rule(gramian, state)[0], rule(gramian)[0])
+
+
+def test_weights_that_are_all_zero_become_equal():
+    rule = jd.modo()
+    state = rule.init(torch.eye(3, dtype=torch.float64))
+    state = state._replace(weights=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    mask = torch.tensor([False, True, True])
+    weights, after = rule(torch.eye(3, dtype=torch.float64), state, present=mask)
+    assert weights.tolist() == [0.0, 0.5, 0.5]
+    assert after.weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_point_at_the_origin_is_no_median_if_it_is_absent():
+    jac = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
+    weights, _ = jd.weighted(jd.geometric_median().weighting).weighting(
+        jac @ jac.mT, present=torch.tensor([False, True, True])
+    )
+    torch.testing.assert_close(weights, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64))

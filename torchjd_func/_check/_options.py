@@ -96,10 +96,10 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
 
 def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
     """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
-    return None if value is None else vector("preference", value, low=0)
+    return None if value is None else per_loss("preference", value, low=0)
 
 
-def vector(
+def per_loss(
     name: str,
     value: _tree.Numbers,
     *,
@@ -107,22 +107,20 @@ def vector(
     high: float = math.inf,
     open_low: bool = False,
 ) -> Tensor | _tree.Named:
-    """Return a number for each objective as a 1-D floating tensor, with names if it is a dict.
+    """Return a number for each loss as a vector, with the names of the losses if it is a dict.
 
-    Python numbers become float64 and have to lie in an interval; tensors are returned unread.
+    Numbers have to lie in an interval; tensors are returned unread.
     """
-    if isinstance(value, Tensor):
-        return _one_dimensional(name, value)
-    for number in _tree.leaves(value):
-        if isinstance(number, int | float):
-            interval(name, number, low, high, open_low=open_low)
-    if isinstance(value, Mapping):
-        return _tree.named(value)
-    return _one_dimensional(name, torch.tensor(value, dtype=torch.float64))
+    if not isinstance(value, Tensor):
+        for number in _tree.leaves(value):
+            if isinstance(number, int | float):
+                interval(name, number, low, high, open_low=open_low)
+    return _tree.named(value) if isinstance(value, Mapping) else vector(name, value)
 
 
-def _one_dimensional(name: str, tensor: Tensor) -> Tensor:
-    """Return a vector, floating."""
+def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
+    """Return `value` as a 1-D floating tensor; Python numbers become float64."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     if tensor.ndim != 1:
         remedy = "To sweep several, use torch.func.vmap over them."
         fail(

@@ -81,8 +81,8 @@ def aligned_mtl(
     dependent. One eigen-decomposition of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`; uniform weights `1/m` by default. A tensor may be vmapped or
-            changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; uniform weights `1/m` by
+            default. A tensor may be vmapped or changed without recompiling.
         scale: $\sigma^2$ is the `"min"`, the lower `"median"`, or (`"rmse"`) the mean of the
             eigenvalues that are not zero.
         rtol: Share of the largest eigenvalue below which an eigenvalue is taken as 0; by default
@@ -92,8 +92,8 @@ def aligned_mtl(
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `scale` is unknown, `rtol` is negative, or `preference` is not 1-D or not of
-            the number of objectives.
+        ValueError: If `scale` is unknown, `rtol` is negative, or `preference` is not 1-D, not of
+            the number of objectives, or negative.
 
     Differs from other implementations:
         The paper and LibMTL add the aligned rows (`preference=torch.ones(m)`), TorchJD averages.

@@ -64,18 +64,19 @@ def _combine(
     square = pushed @ shares
     length = xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1.0)), 0.0)
     radius, rows = c * length, rows_of(gramian, xp)
-    fixed = map(_host.constant, (gramian, pushed, radius))
+    fixed = tuple(map(_host.constant, (gramian, pushed, radius)))
     if present is not None:
-        fixed = _out_of_reach(xp, *fixed, present, rows.norms)
+        fixed = _out_of_reach(xp, fixed, _host.constant(rows.norms), present)
     support, slack = _search(np, *fixed, tol=tol) if xp is np else search(*fixed, tol)
     return shares + _closed_form(xp, rows, pushed, radius, support, slack, tol)
 
 
 def _out_of_reach(
-    xp: Any, gramian: Array, pushed: Array, radius: Array, present: Array, norms: Array
-) -> tuple[Array, Array, Array]:
-    """Let absent objectives improve by more than any other can, and nothing else."""
-    high = xp.amax(pushed + radius * _host.constant(norms), -1)
+    xp: Any, problem: tuple[Array, ...], norms: Array, present: Array
+) -> tuple[Array, ...]:
+    """Let absent objectives improve by more than any other can, and not stand in its way."""
+    gramian, pushed, radius = problem
+    high = xp.amax(pushed + radius * norms, -1)
     return _present.apart(gramian, present), xp.where(present, pushed, high), radius
 
 

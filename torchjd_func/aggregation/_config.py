@@ -80,8 +80,8 @@ def config(
     One pseudo-inverse of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`, positive, of any sum; equal angles by default. A tensor may be
-            vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, of any sum; equal
+            angles by default. A tensor may be vmapped or changed without recompiling.
         length: `"projection"` as above, or a mean (`"arithmetic"`, `"geometric"`, `"harmonic"`) or
             an extreme (`"min"`, `"max"`) that replaces the norm of every $g_i$ in the sum.
         rtol: Share of the largest eigenvalue below which an eigenvalue of $U U^\top$ is taken as
@@ -91,8 +91,8 @@ def config(
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `length` is unknown, `rtol` is negative, or `preference` is not 1-D or not of
-            the number of objectives.
+        ValueError: If `length` is unknown, `rtol` is negative, or `preference` is not 1-D, not of
+            the number of objectives, or negative.
 
     Differs from other implementations:
         The authors' form for two gradients is not a number where they are parallel or zero.

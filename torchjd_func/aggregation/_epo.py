@@ -117,8 +117,8 @@ def epo(
     Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly.
 
     Args:
-        preference: `r`, `(m,)`, positive: the larger an entry, the smaller that loss. A tensor may
-            be vmapped or changed without recompiling.
+        preference: `r`, `(m,)`, or a dict by the names of the losses; positive: the larger an
+            entry, the smaller that loss. A tensor may be vmapped or changed without recompiling.
         epsilon: Imbalance below which to descend.
         restricted: Keep the imbalance from growing, to first order, when descending.
 
@@ -127,8 +127,8 @@ def epo(
         weights are proportional to `1 / r`; if all losses are 0, they are uniform.
 
     Raises:
-        ValueError: If `preference` is not 1-D, not of the number of objectives, or the losses are
-            missing.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or not positive, or
+            the losses are missing.
 
     Differs from other implementations:
         libmoon takes `1 / r` as its preference.
@@ -148,7 +148,7 @@ def epo(
     """
     update = partial(
         _update,
-        preference=_check.vector("preference", preference, low=0, open_low=True),
+        preference=_check.per_loss("preference", preference, low=0, open_low=True),
         epsilon=_check.interval("epsilon", epsilon, 0),
         restricted=restricted,
     )

@@ -119,7 +119,8 @@ def excess_mtl(
 
     Args:
         robust_step_size: $\eta$; large values put all weight on one task.
-        n_warmup_steps: Calls that only collect the baseline; the paper uses 3 epochs. 0 is as 1.
+        n_warmup_steps: Calls with an objective that only collect its baseline; the paper uses 3
+            epochs. 0 is as 1.
         eps: Added to $\mathcal S$ under the root; the authors' code has 1e-7.
 
     Returns:

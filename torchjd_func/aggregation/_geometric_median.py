@@ -147,15 +147,16 @@ def geometric_median(preference: Numbers | None = None) -> Aggregator:
     line, between the two rows in the middle), their mean over rows.
 
     Args:
-        preference: `b`, `(m,)`, positive, such as each worker's share of the data; uniform weights
-            `1/m` by default. A tensor may be vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, such as each
+            worker's share of the data; uniform weights `1/m` by default. A tensor may be vmapped or
+            changed without recompiling.
 
     Returns:
         The Aggregator, without state. A row whose square is not finite gets the weight 0, and
         `jd.distributed.across_workers` leaves it out; in one process zero times NaN is NaN.
 
     Raises:
-        ValueError: If `preference` is not 1-D, or not of the number of objectives.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         The paper smooths distances below 1e-6 and takes a few steps; here the minimum is exact, and

@@ -87,15 +87,16 @@ def graddrop(
     coordinate among all, in leaf order.
 
     Args:
-        leak: `(m,)` in `[0, 1]`, the share of each gradient that always passes: 0 (the default) is
-            full dropout, 1 is the sum.
+        leak: `(m,)`, or a dict by the names of the losses, in `[0, 1]`: the share of each gradient
+            that always passes. 0 (the default) is full dropout, 1 is the sum.
         f: Increasing function on `[0, 1]`, symmetric about 1/2; the identity by default.
 
     Returns:
         The Aggregator, without weighting.
 
     Raises:
-        ValueError: If `leak` is not 1-D, or not of the number of objectives, or there is no key.
+        ValueError: If `leak` is not 1-D, not of the number of objectives, or not in `[0, 1]`, or
+            there is no key.
 
     Differs from other implementations:
         The paper and LibMTL drop gradients of activations, with a sign factor; this, like TorchJD,
@@ -115,5 +116,5 @@ def graddrop(
         >>> rule(jac, rule.init(jac, key=jd.random.key(0)))[0]
         tensor([-4.,  2.,  2.])
     """
-    leak = None if leak is None else _check.vector("leak", leak, low=0, high=1)
-    return Aggregator("graddrop", _init, partial(_update, leak=leak, f=f))
+    shares = None if leak is None else _check.per_loss("leak", leak, low=0, high=1)
+    return Aggregator("graddrop", _init, partial(_update, leak=shares, f=f))

@@ -107,7 +107,8 @@ def gradnorm(
 
     the target $\bar N r_i^\alpha$ held constant, then $w$ is rescaled to the sum `m`. The
     direction uses the weights before the update. Losses have to be positive; where one starts at
-    zero its rate counts as average. The state holds the weights and the first losses. The
+    zero its rate counts as average. The state holds the weights and the first losses. Where
+    objectives are absent, the others share the weight that they had together. The
     paper measures norms at the last shared layer alone: for that, hand its Gramian to the
     weighting. A good `lr` is in proportion to one over the norms. May conflict with objectives.
 

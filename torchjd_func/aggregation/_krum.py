@@ -78,7 +78,8 @@ def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggr
 
     with $N_i$ the $m - f - 2$ nearest other rows. Resists `f` arbitrary rows, of
     faulty workers say, among `m`; the paper's theorem asks for $m \ge 2f + 3$. Not a multi-task
-    method: it may conflict with every row it drops. Of equal scores the smaller index wins. A row
+    method: it may conflict with every row it drops. Of equal scores the smaller index wins. Where
+    fewer rows than are needed are present, which shapes do not tell, the result is NaN. A row
     that is not finite is far from all others and gets the weight 0; the product is NaN all the
     same, but `jd.distributed.across_workers` leaves such rows out.
 

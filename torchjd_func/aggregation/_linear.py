@@ -81,7 +81,8 @@ def constant(weights: Numbers) -> Aggregator:
     on a single objective. Costs one backward pass.
 
     Args:
-        weights: `(m,)`; a tensor may be vmapped or changed without recompiling.
+        weights: `(m,)`, or a dict by the names of the losses; a tensor may be vmapped or changed
+            without recompiling.
 
     Returns:
         The Aggregator, without state.
@@ -101,5 +102,5 @@ def constant(weights: Numbers) -> Aggregator:
         >>> jd.constant([1.0, 2.0])(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
         tensor([8., 3., 3.])
     """
-    weights_fn = partial(_constant, weights=_check.vector("weights", weights))
+    weights_fn = partial(_constant, weights=_check.per_loss("weights", weights))
     return weighted(stateless("constant", weights_fn, needs="size"))

@@ -54,7 +54,8 @@ def modo(gamma: float | Tensor = 0.1, rho: float | Tensor = 0.1) -> Weighting:
     $J_1, J_2$ are the Jacobians of two independent batches, so that $J_1 J_2^\top$ is an unbiased
     estimate of the Gramian of the whole data; the Gramian of one batch is not. The parameters then
     move along $\tfrac12 (J_1 + J_2)^\top \lambda_{t+1}$, or $J_3^\top \lambda_{t+1}$ of a third
-    batch: see `jd.double_sampling`. The state holds $\lambda$.
+    batch: see `jd.double_sampling`. The state holds $\lambda$. Where objectives are absent, the
+    others share the weight that they had together.
 
     Args:
         gamma: Step of the weights, in units of one over a squared gradient; stable below

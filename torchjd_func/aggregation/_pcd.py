@@ -126,8 +126,9 @@ def pcd(
     d = \tilde d\, \lVert g_1 \rVert / \lVert \tilde d \rVert,$$
 
     where $\tilde g_i = g_i / \sqrt{\hat v_i + \epsilon}$, and $\hat v_i$ is the average of
-    $\lVert g_i \rVert^2$ over the calls so far, kept in the state. The first objective is the
-    primary one; it is sacrificed where the secondary ones oppose it. If the constraints exclude
+    $\lVert g_i \rVert^2$ over the calls that had it, kept in the state. The first objective is the
+    primary one, or, where it is absent, the first that is present; it is sacrificed where the
+    secondary ones oppose it. If the constraints exclude
     each other they are dropped. Solves one quadratic program in `m - 1` unknowns, exactly.
 
     Args:

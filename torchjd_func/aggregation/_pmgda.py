@@ -137,8 +137,8 @@ def pmgda(
     `m + 2` unknowns and a quadratic one in `m`, exactly.
 
     Args:
-        preference: `p`, `(m,)`, positive: losses are to be proportional to it. A tensor may be
-            vmapped or changed without recompiling.
+        preference: `p`, `(m,)`, or a dict by the names of the losses; positive: losses are to be
+            proportional to it. A tensor may be vmapped or changed without recompiling.
         sigma: Rate of correction, in `(0, 1]`.
         h_tol: Distance that is close enough, in units of the losses.
 
@@ -146,8 +146,8 @@ def pmgda(
         The Aggregator, without state; it needs `losses=`.
 
     Raises:
-        ValueError: If `preference` is not 1-D, not of the number of objectives, a number is out of
-            range, or the losses are missing.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or not positive, a
+            number is out of range, or the losses are missing.
 
     Differs from other implementations:
         libmoon descends by plain MGDA, which leaves the ray.
@@ -165,7 +165,7 @@ def pmgda(
     """
     update = partial(
         _update,
-        preference=_check.vector("preference", preference, low=0, open_low=True),
+        preference=_check.per_loss("preference", preference, low=0, open_low=True),
         sigma=_check.interval("sigma", sigma, 0, open_low=True),
         h_tol=_check.interval("h_tol", h_tol, 0),
     )

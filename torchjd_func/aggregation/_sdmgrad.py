@@ -145,7 +145,8 @@ def sdmgrad(
 
     Args:
         lambda_: $\lambda \ge 0$; a 0-d tensor may be vmapped or changed without recompiling.
-        preference: $\tilde w$, `(m,)`; uniform weights `1/m` by default. It may be vmapped too.
+        preference: $\tilde w$, `(m,)`, or a dict by the names of the losses; uniform weights `1/m`
+            by default. It may be vmapped too.
         solver: `"exact"`, the minimum, for a Gramian; of a cross-Gramian the nearest symmetric
             positive semi-definite matrix is taken. `"pgd"`, `n_iter` projected gradient steps of
             length $1 / \lVert M \rVert_2$, for a cross-Gramian as it is. `"reference"`, the
@@ -159,7 +160,7 @@ def sdmgrad(
 
     Raises:
         ValueError: If a number is out of its range, the solver is unknown, or `preference` is not
-            1-D or not of the number of objectives.
+            1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD iterates the published loop, which bounces between faces of the simplex

@@ -85,7 +85,8 @@ def trimmed_mean(trim_number: int) -> Aggregator:
 
     Resists `t` arbitrary rows among `m`. `t = 0` is the mean and `m = 2t + 1` the coordinate-wise
     median. Not a combination of the gradients, so it needs their rows; it may conflict with all of
-    them. Complex parameters count as pairs of real coordinates.
+    them. Complex parameters count as pairs of real coordinates. Where fewer than `2t + 1` rows are
+    present, which shapes do not tell, the result is NaN.
 
     Args:
         trim_number: `t`, how many values are left out on either side.

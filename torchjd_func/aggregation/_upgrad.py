@@ -45,15 +45,15 @@ def upgrad(preference: Numbers | None = None, *, solver: str = "auto") -> Aggreg
     Solves `m` quadratic programs in `m` unknowns, exactly.
 
     Args:
-        preference: `b`, `(m,)`, positive; uniform weights `1/m` by default. A tensor may be vmapped
-            or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, uniform weights
+            `1/m` by default. A tensor may be vmapped or changed without recompiling.
         solver: As for `jd.linalg.nnqp`.
 
     Returns:
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `preference` is not 1-D, or not of the number of objectives.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD and LibMTL add 1e-4 to the normalised Gramian: about 3e-4 relative difference, and
