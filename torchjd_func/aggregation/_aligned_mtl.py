@@ -22,6 +22,7 @@ from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import rank_tol
 
 SCALES = ("min", "median", "rmse")
+MARK = 1e-6
 
 
 def _weights(
@@ -39,10 +40,11 @@ def _weights(
 
 
 def _marks(gramian: Tensor, present: Tensor) -> Tensor:
-    """Return what makes eigenvalues of absent rows negative, and all different."""
+    """Return small numbers, all different, whose negatives are the eigenvalues of absent rows."""
+    # They are dropped. Equal eigenvalues would have no derivative.
     size = gramian.detach().diagonal().sum()
     places = torch.arange(1, len(gramian) + 1, device=gramian.device)
-    return torch.where(present, 0.0, places * torch.where(size > 0, size, 1.0))
+    return torch.where(present, 0.0, MARK * places * torch.where(size > 0, size, 1.0))
 
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
