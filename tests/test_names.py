@@ -7,6 +7,7 @@ import torch
 from torch.func import vmap
 
 import torchjd_func as jd
+from tests.helpers import compiled
 from tests.matrices import matrix
 from torchjd_func import _names
 
@@ -109,3 +110,11 @@ def test_a_negative_preference_is_an_error(name, numbers):
 def test_fixed_weights_may_be_negative():
     jac = torch.eye(2)
     torch.testing.assert_close(jd.constant({"a": -1.0, "b": 2.0})(jac)[0], torch.tensor([-1.0, 2]))
+
+
+def test_rules_with_names_are_made_in_compiled_code():
+    fast, counter = compiled(lambda p: jd.upgrad(p)(JAC)[0])
+    for scale in (1.0, 2.0):
+        numbers = {name: torch.tensor(scale * x) for name, x in NUMBERS.items()}
+        torch.testing.assert_close(fast(numbers), scale * jd.upgrad(ORDERED)(JAC)[0])
+    assert counter.graphs == 1

@@ -271,3 +271,39 @@ def test_a_point_at_the_origin_is_no_median_if_it_is_absent():
         jac @ jac.mT, present=torch.tensor([False, True, True])
     )
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64))
+
+
+SWEEPS = {
+    "upgrad": jd.upgrad,
+    "dualproj": jd.dualproj,
+    "aligned_mtl": jd.aligned_mtl,
+    "config": jd.config,
+    "geometric_median": jd.geometric_median,
+    "epo": jd.epo,
+    "pmgda": jd.pmgda,
+    "constant": jd.constant,
+    "cagrad": lambda p: jd.cagrad(p[0]),
+    "fairgrad": lambda p: jd.fairgrad(p[0]),
+    "nash_mtl": lambda p: jd.nash_mtl(p[0]),
+    "pcd": lambda p: jd.pcd(p[1:]),
+    "gradnorm": lambda p: jd.gradnorm(p[0]),
+    "sdmgrad": lambda p: jd.weighted(jd.sdmgrad(p[0], p)),
+    "moco": lambda p: jd.moco(gamma=p[0]),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_rules_can_be_mapped_with_a_mask(name):
+    jac, losses = matrix("gaussian", 3, 5), torch.tensor([1.0, 2.0, 0.5]).double()
+    options = torch.tensor([[0.5, 0.2, 0.9], [0.1, 0.6, 0.3]]).double()
+    masks = torch.tensor([[True, False, True], [False, True, True]])
+
+    def call(option, present):
+        rule = SWEEPS[name](option)
+        return rule(jac, losses=losses, present=present)
+
+    want = [call(*pair) for pair in zip(options, masks, strict=True)]
+    assert_trees_close(vmap(call)(options, masks), _tree.stack(want), rtol=1e-7, atol=1e-9)
+    fixed = _tree.stack([call(option, masks[0]) for option in options])
+    got = vmap(call, in_dims=(0, None))(options, masks[0])
+    assert_trees_close(got, fixed, rtol=1e-7, atol=1e-9)
