@@ -28,6 +28,11 @@ def as_mask(name: str, present: Present, m: int, device: torch.device) -> Tensor
     return _tree.ravel(flags)
 
 
+def usable(present: Tensor) -> Tensor:
+    """Return the mask that a rule is given: all where there is none, so that no count is 0."""
+    return present | ~present.any()
+
+
 def statistic(matrix: Tensor, present: Tensor) -> Tensor:
     """Return a Gramian `(m, m)` with zeros in the rows and columns of absent objectives."""
     return torch.where(present & present.unsqueeze(-1), matrix, 0)

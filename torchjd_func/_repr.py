@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def in_one_line(self: Any) -> str:
     """Return the kind of a rule, its name and its options."""
+    if torch.compiler.is_compiling():  # torch.func.vmap names what it maps, traced (torch 2.13)
+        return self.name
     shown = [f"{name}={_shown(value)}" for name, value in _options(self.update_fn).items()]
     return f"{type(self).__name__}({', '.join([self.name, *shown])})"
 

@@ -9,7 +9,8 @@ structure, shapes and dtypes from call to call. Nothing else is remembered and n
 
 `present`, `(m,)` bool, says which objectives a batch has. The others count as if they were not
 there: a rule does with `present` what it does with the present rows alone. Their weights are 0,
-their part of the state stays; where all are absent, the result is 0 and the state is unchanged.
+their part of the state stays; where all are absent, the result is 0 and the state is unchanged,
+whatever the rule says: it is then told that all zeros are present, so that it never counts none.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,8 +107,8 @@ def _masked_weights(
 ) -> tuple[Tensor, State]:
     """Weigh what is there: all else is taken out before, and gets the weight 0."""
     seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
-    known = _present.losses(losses, present)
-    weights, after = _present.update(weighting, seen, state, known, present=present)
+    known, counted = _present.losses(losses, present), _present.usable(present)
+    weights, after = _present.update(weighting, seen, state, known, present=counted)
     return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
@@ -194,7 +195,8 @@ def _masked_grads(
 ) -> tuple[PyTree, State]:
     """Aggregate what is there: all else is taken out before."""
     seen, known = _present.rows(jac, present), _present.losses(losses, present)
-    grads, after = _present.update(aggregator, seen, state, known, present=present)
+    counted = _present.usable(present)
+    grads, after = _present.update(aggregator, seen, state, known, present=counted)
     grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
     return grads, _present.kept(present, after, state)
 
@@ -210,15 +212,16 @@ class Scalarizer:
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state, present=None) -> (loss, state)`, given a vector in float32 or
             better, with 1 in the place of absent losses.
-        observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, with losses of the same batch; DWA: after an epoch, with `None`), or `None`.
+        observe: `(losses, state, present=None) -> state`, to be called when the method's paper says
+            (FAMO: after the step, with losses of the same batch; DWA: after an epoch, with `None`),
+            or `None`.
         average: Brings gradients of the loss together over processes (`jd.distributed`).
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[..., tuple[Tensor, State]]
-    observe: Callable[[PyTree, State], State] | None = None
+    observe: Callable[..., State] | None = None
     average: Callable[[PyTree], PyTree] | None = None
 
     def init(self, losses: PyTree, *, key: Tensor | None = None) -> State:
@@ -257,7 +260,7 @@ class Scalarizer:
             loss, state = self.update_fn(wide, state)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
-        loss, after = _present.update(self, known, state, present=mask)
+        loss, after = _present.update(self, known, state, present=_present.usable(mask))
         loss = torch.where(mask.any(), loss, 0).to(vector.dtype)
         return loss, _present.kept(mask, after, state)
 

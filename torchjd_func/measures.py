@@ -3,6 +3,7 @@
 All are computed from Gramian and weights, in float64, and cost nothing next to a backward pass. Any
 other function of an `Observation` will do as well, a lambda for instance; options are bound by
 `functools.partial`. `d` stands for the update, and row i of `J` for the gradient of objective i.
+All are those of the present objectives alone.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def min_cosine(observation: Observation) -> Tensor:
         tensor(-0.6000, dtype=torch.float64)
     """
     inner, length = _update(observation)
-    return ratio(inner, length * row_norms(observation)).min()
+    cosines = ratio(inner, length * row_norms(observation))
+    return _present_only(observation, cosines, torch.inf).min()
 
 
 def pairwise_cosine(observation: Observation) -> Tensor:
@@ -124,8 +126,8 @@ def conflict_fraction(observation: Observation) -> Tensor:
         tensor(0.3333, dtype=torch.float64)
     """
     gramian = _gramian(observation)
-    m = gramian.shape[0]
-    return (gramian < 0).sum().to(gramian.dtype) / max(m * (m - 1), 1)
+    m = _count(observation, gramian)
+    return (gramian < 0).sum() / (m * (m - 1)).clamp(min=1)
 
 
 def row_norms(observation: Observation) -> Tensor:
@@ -211,7 +213,14 @@ def stationarity_gap(observation: Observation, *, relative: bool = False) -> Ten
         >>> jd.read_measures(state)["gap"]
         tensor(2.4000, dtype=torch.float64)
     """
-    return metrics.stationarity_gap(_gramian(observation), relative=relative)
+    gramian, present = _gramian(observation), observation.present
+    if present is not None:  # a present gradient a second time adds nothing to the convex hull
+        m = gramian.shape[0]
+        stand_in = torch.where(
+            present, torch.arange(m, device=gramian.device), present.int().argmax()
+        )
+        gramian = gramian[stand_in][:, stand_in]
+    return metrics.stationarity_gap(gramian, relative=relative)
 
 
 def dual_cone_residual(
@@ -245,7 +254,7 @@ def dual_cone_residual(
         tensor(True)
     """
     gramian, found, norms = _gramian(observation), weights(observation), row_norms(observation)
-    start = found.new_full(found.shape, 1 / max(len(found), 1))
+    start = (1 / _count(observation, gramian).clamp(min=1)).expand(found.shape)
     start = start if preference is None else preference.to(start)
     slack, product = (found - start) * norms, ratio(gramian @ found, norms)
     least = torch.minimum(slack, product)
@@ -277,12 +286,26 @@ def min_norm_residual(observation: Observation) -> Tensor:
     """
     gramian, found = _gramian(observation), weights(observation)
     inner = gramian @ found
-    return ratio(found @ inner - inner.min(), gramian.diagonal().max())
+    least = _present_only(observation, inner, torch.inf).min()
+    return ratio(found @ inner - least, gramian.diagonal().max())
 
 
 def _gramian(observation: Observation) -> Tensor:
     """Return the Gramian in float64."""
     return _check.observed("gramian", observation.gramian).to(torch.float64)
+
+
+def _count(observation: Observation, like: Tensor) -> Tensor:
+    """Return the number of objectives, a 0-d tensor in the dtype of `like`."""
+    if observation.present is None:
+        return like.new_full((), like.shape[0])
+    return observation.present.sum().to(like)
+
+
+def _present_only(observation: Observation, values: Tensor, other: float) -> Tensor:
+    """Return values `(m,)`, with `other` in the place of absent objectives."""
+    present = observation.present
+    return values if present is None else torch.where(present, values, other)
 
 
 def _update(observation: Observation) -> tuple[Tensor, Tensor]:

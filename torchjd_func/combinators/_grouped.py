@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree, random
+from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
 from torchjd_func.combinators._labels import labeller
 
@@ -56,7 +57,13 @@ def _init(jac: PyTree, key: Tensor | None, *, plan: Plan) -> GroupedState:
 
 
 def _update(
-    jac: PyTree, state: GroupedState, losses: Tensor | None, *, name: str, plan: Plan
+    jac: PyTree,
+    state: GroupedState,
+    losses: Tensor | None,
+    *,
+    name: str,
+    plan: Plan,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, GroupedState]:
     """Let each method serve its groups."""
     flat, rebuild = _tree.flatten(jac)
@@ -65,11 +72,11 @@ def _update(
     found, inner = {}, []
     for share, own in zip(shares, _inner(name, state, shares), strict=True):
         if share.method.weighting is None:
-            grads, after = _serve_rows(share, flat, paths, own, losses)
+            grads, after = _serve_rows(share, flat, paths, own, losses, present)
         else:
             blocks = _tree.blocks(flat, share.groups)
             gramians = _tree.gramians(blocks, share.groups)
-            weights, after = _weigh(share.method.weighting, gramians, own, losses)
+            weights, after = _weigh(share.method.weighting, gramians, own, losses, present)
             grads = _tree.weighted_sums(blocks, share.groups, weights, flat)
         found.update(grads)
         inner.append(after)
@@ -77,12 +84,18 @@ def _update(
 
 
 def _serve_rows(
-    share: _Share, flat: list[Tensor], paths: list[str], each: EachState, losses: Tensor | None
+    share: _Share,
+    flat: list[Tensor],
+    paths: list[str],
+    each: EachState,
+    losses: Tensor | None,
+    present: Tensor | None,
 ) -> tuple[dict[int, Tensor], EachState]:
     """Aggregate group by group."""
     found, inner = {}, []
     for group, state in zip(share.groups, each.states, strict=True):
-        grads, after = share.method(_part(flat, paths, group), state, losses=losses)
+        part = _part(flat, paths, group)
+        grads, after = share.method(part, state, losses=losses, present=present)
         found.update({place: grads[paths[place]] for place in group})
         inner.append(after)
     return found, EachState(tuple(inner))
@@ -101,13 +114,14 @@ def _weigh_all(
     gramians: Tensor,
     state: GroupedState | None,
     losses: Tensor | None,
+    present: Present = None,
 ) -> tuple[Tensor, GroupedState]:
     """Let each method weigh the Gramians of its groups."""
     parts = gramians.split([len(share.groups) for share in shares])
     states = _fresh(shares, parts) if state is None else _inner(name, state, shares)
     methods = [share.method.weighting for share in shares]
     pairs = [
-        _weigh(method, part, own, losses)
+        _weigh(method, part, own, losses, present)
         for method, part, own in zip(methods, parts, states, strict=True)
         if method is not None
     ]
@@ -116,10 +130,14 @@ def _weigh_all(
 
 
 def _weigh(
-    weighting: Weighting, gramians: Tensor, state: State, losses: Tensor | None
+    weighting: Weighting, gramians: Tensor, state: State, losses: Tensor | None, present: Present
 ) -> tuple[Tensor, State]:
     """Weigh `(g, m, m)` Gramians at once, each with its own state."""
-    weights, state = vmap(partial(weighting, losses=losses))(gramians, state)
+
+    def weigh(gramian: Tensor, own: State) -> tuple[Tensor, State]:
+        return weighting(gramian, own, losses=losses, present=present)
+
+    weights, state = vmap(weigh)(gramians, state)
     # A state whose strides change from call to call would be compiled twice; `contiguous` leaves
     # those of a single group as they are.
     return weights, _tree.map(partial(torch.clone, memory_format=torch.contiguous_format), state)

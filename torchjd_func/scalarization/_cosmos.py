@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, Vector, entries, number, pure
+from torchjd_func.scalarization._common import Number, Vector, entries, number, only, pure
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -30,9 +30,11 @@ def _unit(vector: Tensor) -> Tensor:
     return scaled / torch.where(defined, vector_norm(scaled), 1.0)
 
 
-def _cosmos(losses: Tensor, *, weights: Tensor, lambda_: Number) -> Tensor:
+def _cosmos(
+    losses: Tensor, *, weights: Tensor, lambda_: Number, present: Tensor | None = None
+) -> Tensor:
     """Subtract the rewarded cosine from the weighted sum."""
-    r = entries("weights", weights, losses, 1.0)
+    r, losses = only(entries("weights", weights, losses, 1.0), present), only(losses, present)
     return (r * losses).sum() - number(lambda_, losses) * _cosine(r, losses)
 
 

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Vector, entries, pure
+from torchjd_func.scalarization._common import Vector, count, entries, only, pure
 
 
-def _mean(losses: Tensor) -> Tensor:
+def _mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Average the losses."""
-    return losses.mean()
+    return only(losses, present).sum() / count(losses, present)
 
 
-def _sum(losses: Tensor) -> Tensor:
+def _sum(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Add the losses."""
-    return losses.sum()
+    return only(losses, present).sum()
 
 
-def _constant(losses: Tensor, *, weights: Tensor) -> Tensor:
+def _constant(losses: Tensor, *, weights: Tensor, present: Tensor | None = None) -> Tensor:
     """Add the weighted losses."""
-    return (entries("weights", weights, losses, 1.0) * losses).sum()
+    return only(entries("weights", weights, losses, 1.0) * losses, present).sum()
 
 
 def mean() -> Scalarizer:

@@ -19,6 +19,7 @@ from torchjd_func.scalarization._common import (
     Vector,
     entries,
     number,
+    only,
     optional,
     pure,
     weights_or_uniform,
@@ -26,11 +27,16 @@ from torchjd_func.scalarization._common import (
 
 
 def _pbi(
-    losses: Tensor, *, weights: Tensor | None, reference: Tensor | None, theta: Number
+    losses: Tensor,
+    *,
+    weights: Tensor | None,
+    reference: Tensor | None,
+    theta: Number,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Add the penalised distance from the ray to the distance along it."""
-    gaps = losses - entries("reference", reference, losses, 0.0)
-    w = weights_or_uniform(weights, losses)
+    gaps = only(losses - entries("reference", reference, losses, 0.0), present)
+    w = only(weights_or_uniform(weights, losses, present), present)
     direction = w / vector_norm(w)
     along = (gaps * direction).sum()
     across = gaps - along * direction

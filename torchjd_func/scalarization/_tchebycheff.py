@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check
@@ -19,6 +20,7 @@ from torchjd_func.scalarization._common import (
     Vector,
     entries,
     number,
+    only,
     optional,
     pure,
     weights_or_uniform,
@@ -31,9 +33,9 @@ def _gaps(losses: Tensor, reference: Tensor | None, absolute: bool) -> Tensor:
     return gaps.abs() if absolute else gaps
 
 
-def _weigh(gaps: Tensor, weights: Tensor | None, convention: str) -> Tensor:
+def _weigh(gaps: Tensor, weights: Tensor | None, convention: str, present: Tensor | None) -> Tensor:
     """Multiply or divide by the weights."""
-    w = weights_or_uniform(weights, gaps)
+    w = weights_or_uniform(weights, gaps, present)
     return gaps * w if convention == "multiply" else gaps / w
 
 
@@ -44,9 +46,11 @@ def _tchebycheff(
     reference: Tensor | None,
     convention: str,
     absolute: bool,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Take the largest weighted gap."""
-    return _weigh(_gaps(losses, reference, absolute), weights, convention).amax()
+    gaps = _gaps(losses, reference, absolute)
+    return only(_weigh(gaps, weights, convention, present), present, -torch.inf).amax()
 
 
 def _augmented(
@@ -58,12 +62,13 @@ def _augmented(
     absolute: bool,
     rho: Number,
     augmentation: str,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Add a small multiple of the sum to the largest weighted gap."""
     gaps = _gaps(losses, reference, absolute)
-    weighted = _weigh(gaps, weights, convention)
-    added = weighted if augmentation == "weighted" else gaps
-    return weighted.amax() + number(rho, losses) * added.sum()
+    weighted = _weigh(gaps, weights, convention, present)
+    added = only(weighted if augmentation == "weighted" else gaps, present)
+    return only(weighted, present, -torch.inf).amax() + number(rho, losses) * added.sum()
 
 
 def _options(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, entries, number
+from torchjd_func.scalarization._common import Number, entries, number, only
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
@@ -38,12 +38,14 @@ def _uw_init(losses: Tensor, key: Tensor | None, *, start: Number) -> UWState:
     return UWState(number(start, losses).expand(losses.shape).clone())
 
 
-def _uw_update(losses: Tensor, state: UWState, *, factor: Tensor | float) -> tuple[Tensor, UWState]:
+def _uw_update(
+    losses: Tensor, state: UWState, *, factor: Tensor | float, present: Tensor | None = None
+) -> tuple[Tensor, UWState]:
     """Add the negative log-likelihoods, up to constants."""
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
     wanted = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
     scaled = entries("kind", wanted, losses, 1.0) * torch.exp(-state.log_variance) * losses
-    return (scaled + state.log_variance / 2).sum(), state
+    return only(scaled + state.log_variance / 2, present).sum(), state
 
 
 def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
@@ -51,10 +53,12 @@ def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
     return IMTLLState(torch.zeros_like(losses))
 
 
-def _imtl_l_update(losses: Tensor, state: IMTLLState) -> tuple[Tensor, IMTLLState]:
+def _imtl_l_update(
+    losses: Tensor, state: IMTLLState, *, present: Tensor | None = None
+) -> tuple[Tensor, IMTLLState]:
     """Add the scaled losses, less the logarithms of the scales."""
     _check.state("imtl_l", "log_scale", state.log_scale, losses.shape)
-    return (torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
+    return only(torch.exp(state.log_scale) * losses - state.log_scale, present).sum(), state
 
 
 def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scalarizer:
