@@ -59,3 +59,13 @@ def update(rule: Any, *args: Any, present: Tensor | None) -> Any:
         return rule.update_fn(*args)
     _check.takes_present(rule.name, rule.update_fn)
     return rule.update_fn(*args, present=present)
+
+
+def count(present: Tensor | None, like: Tensor) -> int | Tensor:
+    """Return how many rows of `like` there are."""
+    return like.shape[0] if present is None else present.sum()
+
+
+def only(present: Tensor | None, values: Tensor, other: float = 0.0) -> Tensor:
+    """Return values `(m,)`, or by row `(m, ...)`, with `other` in the place of absent ones."""
+    return values if present is None else torch.where(_tree.per_row(present, values), values, other)

@@ -160,6 +160,7 @@ def test_group_dro_shares_out_the_weight_of_the_present_groups():
 
 def test_dwa_averages_over_the_batches_that_have_a_loss():
     rule = sc.dwa()
+    assert rule.observe is not None
     state = rule.init(L)
     for mask in (MASK, ~NONE, MASK):
         _, state = rule(L, state, present=mask)
@@ -173,6 +174,7 @@ def test_dwa_averages_over_the_batches_that_have_a_loss():
 
 def test_famo_does_not_observe_what_its_call_did_not_have():
     rule = sc.famo()
+    assert rule.observe is not None
     _, state = rule(torch.where(MASK, L, SPOILT), present=MASK)
     after = rule.observe(torch.where(MASK, L / 2, SPOILT), state)
     assert_trees_close(after, rule.observe(L / 2, state, present=MASK))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._lift import no_state
-from torchjd_func._present import Present
+from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer, State
 
 Vector = Tensor | Sequence[float]
@@ -35,19 +35,14 @@ def _pure_update(
     return value_fn(losses, present=present), state
 
 
-def only(values: Tensor, present: Tensor | None, other: float = 0.0) -> Tensor:
-    """Return `values` with `other` in the place of absent objectives."""
-    return values if present is None else torch.where(present, values, other)
-
-
 def count(losses: Tensor, present: Tensor | None) -> Tensor:
     """Return the number of objectives, a 0-d tensor in the dtype of the losses."""
-    return number(losses.shape[0], losses) if present is None else present.sum().to(losses)
+    return number(_present.count(present, losses), losses)
 
 
 def softmax(values: Tensor, present: Tensor | None) -> Tensor:
     """Return the softmax over the present objectives, 0 for the others."""
-    return torch.softmax(only(values, present, -torch.inf), 0)
+    return torch.softmax(only(present, values, -torch.inf), 0)
 
 
 def optional(name: str, value: Vector | None) -> Tensor | None:
@@ -80,7 +75,7 @@ def observed(name: str, losses: PyTree, like: Tensor, present: Tensor) -> Tensor
     _check.losses(_tree.paths(losses), _tree.leaves(losses))
     vector = _tree.ravel(losses).detach().to(like)
     _check.losses_vector(name, vector, like.shape[0])
-    return only(vector, present, 1.0)
+    return only(present, vector, 1.0)
 
 
 def observable(name: str, present: Present, among: Tensor) -> Tensor:
@@ -91,13 +86,13 @@ def observable(name: str, present: Present, among: Tensor) -> Tensor:
 
 def log_mean_exp(values: Tensor, weights: Tensor, kappa: Tensor, present: Tensor | None) -> Tensor:
     """Return `log(sum_i w_i exp(kappa v_i)) / kappa`, weights summing to 1; at 0 the mean."""
-    values, shares = only(values, present), only(weights, present)
+    values, shares = only(present, values), only(present, weights)
     centre = (shares * values).sum()
-    exponent = only(kappa * (values - centre), present)
+    exponent = only(present, kappa * (values - centre))
     small = exponent.abs().amax() < 1
     # Near kappa = 0 the plain formula divides rounding errors by kappa.
     excess = (shares * torch.expm1(torch.where(small, exponent, 0.0))).sum()
-    logits = kappa * values + only(weights, present, 1.0).log()
-    plain = torch.logsumexp(only(logits, present, -torch.inf), 0)
+    logits = kappa * values + only(present, weights, 1.0).log()
+    plain = torch.logsumexp(only(present, logits, -torch.inf), 0)
     divisor = torch.where(kappa == 0, 1.0, kappa)
     return torch.where(small, centre + torch.log1p(excess) / divisor, plain / divisor)

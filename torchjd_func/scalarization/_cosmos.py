@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, Vector, entries, number, only, pure
+from torchjd_func.scalarization._common import Number, Vector, entries, number, pure
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def _cosmos(
     losses: Tensor, *, weights: Tensor, lambda_: Number, present: Tensor | None = None
 ) -> Tensor:
     """Subtract the rewarded cosine from the weighted sum."""
-    r, losses = only(entries("weights", weights, losses, 1.0), present), only(losses, present)
+    r, losses = only(present, entries("weights", weights, losses, 1.0)), only(present, losses)
     return (r * losses).sum() - number(lambda_, losses) * _cosine(r, losses)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._present import Present
+from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
@@ -21,7 +21,6 @@ from torchjd_func.scalarization._common import (
     number,
     observable,
     observed,
-    only,
     softmax,
 )
 
@@ -49,7 +48,7 @@ def _update(
     known = state.older != 0
     rate = torch.where(known, state.newer / torch.where(known, state.older, 1.0), 1.0)
     weights = count(losses, present) * softmax(rate / number(temperature, losses), present)
-    total = state.total + only(losses.detach(), present)
+    total = state.total + only(present, losses.detach())
     step = state.step + (1 if present is None else present)
     return (weights.detach() * losses).sum(), DWAState(total, step, state.newer, state.older)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func._present import Present
+from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
@@ -22,7 +22,6 @@ from torchjd_func.scalarization._common import (
     number,
     observable,
     observed,
-    only,
     optional,
     softmax,
 )
@@ -53,7 +52,7 @@ def _init(losses: Tensor, key: Tensor | None) -> FAMOState:
 def _log_gap(losses: Tensor, min_losses: Tensor | None, present: Tensor | None) -> Tensor:
     """Return `log D`, with the gap `D = L - b + eps`."""
     gap = losses - entries("min_losses", min_losses, losses, 0.0) + _EPS
-    return only(gap, present, 1.0).log()
+    return only(present, gap, 1.0).log()
 
 
 def _update(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
 from torchjd_func.scalarization._common import (
@@ -23,7 +24,6 @@ from torchjd_func.scalarization._common import (
     count,
     entries,
     number,
-    only,
     optional,
     pure,
 )
@@ -41,9 +41,9 @@ def _log(
     losses: Tensor, *, reference: Tensor | None, slack: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take minus the logarithm of the volume between the losses and the reference."""
-    nadir = number(slack, losses) * only(losses.detach(), present, -torch.inf).amax()
+    nadir = number(slack, losses) * only(present, losses.detach(), -torch.inf).amax()
     corner = nadir if reference is None else entries("reference", reference, losses, 0.0)
-    return -only(corner - losses, present, 1.0).log().sum()
+    return -only(present, corner - losses, 1.0).log().sum()
 
 
 def _init(losses: Tensor, key: Tensor | None) -> HypervolumeState:
@@ -62,7 +62,7 @@ def _update(
     """Draw a direction from the positive part of the unit sphere."""
     next_key, draw = split(state.key)
     size = normal(draw, losses.shape, dtype=losses.dtype).abs()
-    direction = size / vector_norm(only(size, present))
+    direction = size / vector_norm(only(present, size))
     options = {"reference": reference, "direction": direction, "transform": transform}
     return _in_direction(losses, present=present, **options), HypervolumeState(next_key)
 
@@ -78,7 +78,7 @@ def _in_direction(
     """Measure how far the losses are inside the reference, in one direction."""
     m, along = count(losses, present), entries("direction", direction, losses, 1.0)
     inward = (entries("reference", reference, losses, 0.0) - losses) / along
-    depth = only(inward, present, torch.inf).amin()
+    depth = only(present, inward, torch.inf).amin()
     inside = depth > 0
     safe = torch.where(inside, depth, 1.0)
     if transform == "log":

@@ -7,23 +7,24 @@ from functools import partial
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Vector, count, entries, only, pure
+from torchjd_func.scalarization._common import Vector, count, entries, pure
 
 
 def _mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Average the losses."""
-    return only(losses, present).sum() / count(losses, present)
+    return only(present, losses).sum() / count(losses, present)
 
 
 def _sum(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Add the losses."""
-    return only(losses, present).sum()
+    return only(present, losses).sum()
 
 
 def _constant(losses: Tensor, *, weights: Tensor, present: Tensor | None = None) -> Tensor:
     """Add the weighted losses."""
-    return only(entries("weights", weights, losses, 1.0) * losses, present).sum()
+    return only(present, entries("weights", weights, losses, 1.0) * losses).sum()
 
 
 def mean() -> Scalarizer:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
@@ -18,7 +19,6 @@ from torchjd_func.scalarization._common import (
     entries,
     log_mean_exp,
     number,
-    only,
     optional,
     pure,
     weights_or_uniform,
@@ -35,7 +35,7 @@ def _p_norm(
 ) -> Tensor:
     """Take the norm of the weighted gaps relative to the largest of them."""
     gaps = losses - entries("reference", reference, losses, 0.0)
-    sizes = only(weights_or_uniform(weights, losses, present) * gaps.abs(), present)
+    sizes = only(present, weights_or_uniform(weights, losses, present) * gaps.abs())
     largest, power = sizes.detach().amax(), number(p, losses)
     defined = largest > 0
     relative = sizes / torch.where(defined, largest, 1.0)
@@ -48,7 +48,7 @@ def _power_mean(
 ) -> Tensor:
     """Take the generalised mean in the logarithms of the losses."""
     w = weights_or_uniform(weights, losses, present)
-    shares = w / only(w, present).sum()
+    shares = w / only(present, w).sum()
     return log_mean_exp(losses.log(), shares, number(p, losses), present).exp()
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
     Vector,
     entries,
     number,
-    only,
     optional,
     pure,
     weights_or_uniform,
@@ -35,8 +35,8 @@ def _pbi(
     present: Tensor | None = None,
 ) -> Tensor:
     """Add the penalised distance from the ray to the distance along it."""
-    gaps = only(losses - entries("reference", reference, losses, 0.0), present)
-    w = only(weights_or_uniform(weights, losses, present), present)
+    gaps = only(present, losses - entries("reference", reference, losses, 0.0))
+    w = only(present, weights_or_uniform(weights, losses, present))
     direction = w / vector_norm(w)
     along = (gaps * direction).sum()
     across = gaps - along * direction

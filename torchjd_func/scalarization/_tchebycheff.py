@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
     Vector,
     entries,
     number,
-    only,
     optional,
     pure,
     weights_or_uniform,
@@ -50,7 +50,7 @@ def _tchebycheff(
 ) -> Tensor:
     """Take the largest weighted gap."""
     gaps = _gaps(losses, reference, absolute)
-    return only(_weigh(gaps, weights, convention, present), present, -torch.inf).amax()
+    return only(present, _weigh(gaps, weights, convention, present), -torch.inf).amax()
 
 
 def _augmented(
@@ -67,8 +67,8 @@ def _augmented(
     """Add a small multiple of the sum to the largest weighted gap."""
     gaps = _gaps(losses, reference, absolute)
     weighted = _weigh(gaps, weights, convention, present)
-    added = only(weighted if augmentation == "weighted" else gaps, present)
-    return only(weighted, present, -torch.inf).amax() + number(rho, losses) * added.sum()
+    added = only(present, weighted if augmentation == "weighted" else gaps)
+    return only(present, weighted, -torch.inf).amax() + number(rho, losses) * added.sum()
 
 
 def _options(

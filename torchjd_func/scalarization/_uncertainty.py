@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, entries, number, only
+from torchjd_func.scalarization._common import Number, entries, number
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
@@ -45,7 +46,7 @@ def _uw_update(
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
     wanted = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
     scaled = entries("kind", wanted, losses, 1.0) * torch.exp(-state.log_variance) * losses
-    return only(scaled + state.log_variance / 2, present).sum(), state
+    return only(present, scaled + state.log_variance / 2).sum(), state
 
 
 def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
@@ -58,7 +59,7 @@ def _imtl_l_update(
 ) -> tuple[Tensor, IMTLLState]:
     """Add the scaled losses, less the logarithms of the scales."""
     _check.state("imtl_l", "log_scale", state.log_scale, losses.shape)
-    return only(torch.exp(state.log_scale) * losses - state.log_scale, present).sum(), state
+    return only(present, torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
 
 
 def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scalarizer:

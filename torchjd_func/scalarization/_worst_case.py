@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, count, number, only, pure
+from torchjd_func.scalarization._common import Number, count, number, pure
 
 
 class GroupDROState(NamedTuple):
@@ -40,7 +41,7 @@ def _top(losses: Tensor, size: Tensor, present: Tensor | None) -> Tensor:
     """Average the `size` largest losses, `size` being any positive number."""
     place = torch.arange(losses.shape[0], dtype=losses.dtype, device=losses.device)
     weights = (size - place).clamp(0, 1) / size
-    ordered = only(losses, present, -torch.inf).sort(descending=True, stable=True).values
+    ordered = only(present, losses, -torch.inf).sort(descending=True, stable=True).values
     return (weights * torch.where(weights > 0, ordered, 0.0)).sum()
 
 
@@ -55,11 +56,11 @@ def _update(
     """Step the weights up the losses, and use them; what is absent keeps its weight."""
     _check.state("group_dro", "log_weights", state.log_weights, losses.shape)
     logits = state.log_weights.detach() + number(eta, losses) * losses.detach()
-    log_shares = torch.log_softmax(only(logits, present, -torch.inf), 0)
+    log_shares = torch.log_softmax(only(present, logits, -torch.inf), 0)
     loss = (log_shares.exp() * losses).sum()
     if present is None:
         return loss, GroupDROState(log_shares)
-    total = only(state.log_weights.detach(), present, -torch.inf).logsumexp(0)
+    total = only(present, state.log_weights.detach(), -torch.inf).logsumexp(0)
     return loss, GroupDROState(torch.where(present, log_shares + total, state.log_weights))
 
 
