@@ -44,12 +44,12 @@ def _update(
     *,
     lambda_: float | Tensor,
     preference: Tensor | None,
-    solve: Callable[..., Tensor],
+    solver: Callable[..., Tensor],
 ) -> tuple[Tensor, SDMGradState]:
     """Find the weights, and mix the target into them."""
     _check.state("sdmgrad", "weights", state.weights, cross_gramian.shape[:1])
     pull = lambda_ * resolve(preference, cross_gramian)
-    weights = solve(cross_gramian, pull, state.weights)
+    weights = solver(cross_gramian, pull, state.weights)
     return (weights + pull) / (1 + lambda_), SDMGradState(weights)
 
 
@@ -171,6 +171,6 @@ def sdmgrad(
         _update,
         lambda_=lambda_,
         preference=_check.preference(preference),
-        solve=solvers[solver],
+        solver=solvers[solver],
     )
     return Weighting("sdmgrad", _init, update, needs="cross_gramian")

@@ -40,7 +40,7 @@ def count(losses: Tensor, present: Tensor | None) -> Tensor:
     return number(_present.count(present, losses), losses)
 
 
-def softmax(values: Tensor, present: Tensor | None) -> Tensor:
+def present_softmax(values: Tensor, present: Tensor | None) -> Tensor:
     """Return the softmax over the present objectives, 0 for the others."""
     return torch.softmax(only(present, values, -torch.inf), 0)
 

@@ -21,7 +21,7 @@ from torchjd_func.scalarization._common import (
     number,
     observable,
     observed,
-    softmax,
+    present_softmax,
 )
 
 
@@ -47,7 +47,7 @@ def _update(
     _check.state("dwa", "total", state.total, losses.shape)
     known = state.older != 0
     rate = torch.where(known, state.newer / torch.where(known, state.older, 1.0), 1.0)
-    weights = count(losses, present) * softmax(rate / number(temperature, losses), present)
+    weights = count(losses, present) * present_softmax(rate / number(temperature, losses), present)
     total = state.total + only(present, losses.detach())
     step = state.step + (1 if present is None else present)
     return (weights.detach() * losses).sum(), DWAState(total, step, state.newer, state.older)

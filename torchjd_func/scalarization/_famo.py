@@ -23,7 +23,7 @@ from torchjd_func.scalarization._common import (
     observable,
     observed,
     optional,
-    softmax,
+    present_softmax,
 )
 
 _EPS = 1e-8  # of the paper's code: D = L - b + eps, and of Adam
@@ -65,7 +65,7 @@ def _update(
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
     _check.state("famo", "logits", state.logits, losses.shape)
     log_gap = _log_gap(losses, min_losses, present)
-    z, before = softmax(state.logits.detach(), present), log_gap.detach()
+    z, before = present_softmax(state.logits.detach(), present), log_gap.detach()
     c = 1 / (z * torch.exp(-before)).sum()
     called = torch.ones_like(state.pending) if present is None else present.clone()
     before = torch.where(called, before, state.before)
@@ -85,7 +85,7 @@ def _observe(
     """Move the logits; tasks that improved most lose weight. Without a call nothing moves."""
     moves = observable("famo", present, state.pending)
     after = _log_gap(observed("famo", losses, state.logits, moves), min_losses, moves)
-    delta, z = state.before - after, softmax(state.logits, _present.usable(moves))
+    delta, z = state.before - after, present_softmax(state.logits, _present.usable(moves))
     slope = z * (delta - (z * delta).sum()) + number(gamma, z) * state.logits
     first = _BETA_1 * state.first + (1 - _BETA_1) * slope
     second = _BETA_2 * state.second + (1 - _BETA_2) * slope.square()

@@ -56,6 +56,7 @@ def _update(
     state: HypervolumeState,
     *,
     reference: Tensor,
+    variant: str,
     transform: str,
     present: Tensor | None = None,
 ) -> tuple[Tensor, HypervolumeState]:
@@ -64,13 +65,15 @@ def _update(
     size = normal(draw, losses.shape, dtype=losses.dtype).abs()
     direction = size / vector_norm(only(present, size))
     options = {"reference": reference, "direction": direction, "transform": transform}
-    return _in_direction(losses, present=present, **options), HypervolumeState(next_key)
+    loss = _in_direction(losses, variant=variant, present=present, **options)
+    return loss, HypervolumeState(next_key)
 
 
 def _in_direction(
     losses: Tensor,
     *,
     reference: Tensor,
+    variant: str,
     direction: Tensor,
     transform: str,
     present: Tensor | None = None,
@@ -153,9 +156,8 @@ def hypervolume(
             "`reference` must be given to variant='random', got None. "
             "Pass a point above all losses, such as 1.1 times the first of them."
         )
+    options = {"reference": corner, "variant": variant, "transform": transform}
     fixed = optional("direction", direction)
     if fixed is None:
-        update = partial(_update, reference=corner, transform=transform)
-        return Scalarizer("hypervolume", _init, update)
-    options = {"reference": corner, "direction": fixed, "transform": transform}
-    return pure("hypervolume", partial(_in_direction, **options))
+        return Scalarizer("hypervolume", _init, partial(_update, **options))
+    return pure("hypervolume", partial(_in_direction, direction=fixed, **options))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
-from torchjd_func.scalarization._common import softmax
+from torchjd_func.scalarization._common import present_softmax
 
 
 class RandomState(NamedTuple):
@@ -32,7 +32,7 @@ def _update(
 ) -> tuple[Tensor, RandomState]:
     """Draw weights on the simplex."""
     next_key, draw = split(state.key)
-    weights = softmax(normal(draw, losses.shape, dtype=losses.dtype), present)
+    weights = present_softmax(normal(draw, losses.shape, dtype=losses.dtype), present)
     return (weights * losses).sum(), RandomState(next_key)
 
 

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization import _common
-from torchjd_func.scalarization._common import Number, count, log_mean_exp, number, pure
+from torchjd_func.scalarization._common import (
+    Number,
+    count,
+    log_mean_exp,
+    number,
+    present_softmax,
+    pure,
+)
 
 VARIANTS = ("boltzmann", "detached", "log_sum_exp", "log_mean_exp")
 
@@ -25,7 +31,7 @@ def _softmax(
     """Average with exponential weights, or take the logarithm of the exponentials."""
     m, sharpness = count(losses, present), number(kappa, losses)
     if variant in ("boltzmann", "detached"):
-        weights = _common.softmax(sharpness * losses, present)
+        weights = present_softmax(sharpness * losses, present)
         return ((weights if variant == "boltzmann" else weights.detach()) * losses).sum()
     mean = log_mean_exp(losses, (1 / m).expand(losses.shape), sharpness, present)
     return mean if variant == "log_mean_exp" else mean + m.log() / sharpness

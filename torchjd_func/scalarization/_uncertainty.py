@@ -22,6 +22,17 @@ from torchjd_func.scalarization._common import Number, entries, number
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
 
+class Kinds(NamedTuple):
+    """What each loss is, by name, and the factor that it gets for that."""
+
+    names: str | tuple[str, ...]
+    factor: float | Tensor  # or (m,)
+
+    def __repr__(self) -> str:
+        """Return the names, as they were given."""
+        return repr(self.names if isinstance(self.names, str) else list(self.names))
+
+
 class UWState(NamedTuple):
     """State of `uw`, trained by the user."""
 
@@ -40,12 +51,14 @@ def _uw_init(losses: Tensor, key: Tensor | None, *, start: Number) -> UWState:
 
 
 def _uw_update(
-    losses: Tensor, state: UWState, *, factor: Tensor | float, present: Tensor | None = None
+    losses: Tensor, state: UWState, *, kind: Kinds, present: Tensor | None = None
 ) -> tuple[Tensor, UWState]:
     """Add the negative log-likelihoods, up to constants."""
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
-    wanted = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
-    scaled = entries("kind", wanted, losses, 1.0) * torch.exp(-state.log_variance) * losses
+    factor = kind.factor
+    if isinstance(factor, Tensor):
+        factor = entries("kind", factor, losses, 1.0)
+    scaled = factor * torch.exp(-state.log_variance) * losses
     return only(present, scaled + state.log_variance / 2).sum(), state
 
 
@@ -106,8 +119,8 @@ def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scal
     for one in kinds:
         _check.choice("kind", one, tuple(_FACTORS))
     factors = torch.tensor([_FACTORS[one] for one in kinds], dtype=torch.float64)
-    factor = _FACTORS[kind] if isinstance(kind, str) else factors
-    return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, factor=factor))
+    known = Kinds(kind, _FACTORS[kind]) if isinstance(kind, str) else Kinds(kinds, factors)
+    return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, kind=known))
 
 
 def imtl_l() -> Scalarizer:
