@@ -2,16 +2,15 @@
 
 import itertools
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch.func import vmap
 
 import torchjd_func as jd
 from tests.helpers import assert_same_layout, assert_trees_close, compiled, double
 from tests.matrices import matrix
+from tests.short import ROWS, SHORT
 from torchjd_func import _tree, measures
 
 M = 4
@@ -26,36 +25,6 @@ JACS = [
 LOSSES = double(0.5, 3.0, 1.2, 2.0)
 
 
-class ShortState(NamedTuple):
-    """State of the rule below."""
-
-    lengths: Tensor  # (m,), running mean of the squared lengths
-    step: Tensor  # ()
-
-
-def _init(statistic, key):
-    """Start from zeros."""
-    zero = statistic.new_zeros(statistic.shape[0], dtype=torch.float64)
-    return ShortState(zero, statistic.new_zeros((), dtype=torch.int64))
-
-
-def _update(statistic, state, losses, *, present=None):
-    """Weigh by the inverse of the running length, and by the losses, with sum 1."""
-    here = torch.ones_like(state.lengths, dtype=torch.bool) if present is None else present
-    lengths = 0.5 * state.lengths + statistic.diagonal() + (statistic.sum(-1) / here.sum()).abs()
-    weights = torch.where(here, losses / (1 + lengths), 0)
-    kept = torch.where(here, lengths, state.lengths)
-    return weights / weights.sum(), ShortState(kept, state.step + 1)
-
-
-def _rows(jac, state, losses, *, present=None):
-    """Take the signs of a mean that counts the present rows."""
-    weights, state = _update(_tree.gramian(jac), state, losses, present=present)
-    return _tree.map(torch.sign, _tree.weighted_sum(jac, weights)), state
-
-
-SHORT = jd.weighted(jd.Weighting("short", _init, _update))
-ROWS = jd.Aggregator("rows", lambda jac, key: _init(_tree.leaves(jac)[0].flatten(1), key), _rows)
 SEEN = {name: getattr(measures, name) for name in measures.__all__}
 SEEN |= {"losses": lambda seen: seen.losses}
 BY_ROWS = {
