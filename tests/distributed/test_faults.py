@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_trees_that_agree():
     workers.run(2, same)
 
 
+def outside():
+    """Start a rule in a group that this process is not in, if it is the last."""
+    group: Any = dist.new_group([0])
+    jac = torch.eye(2)
+    jd.distributed.data_parallel(jd.upgrad(), group)(jac)
+    jd.distributed.check_same({"jac": jac}, group)
+
+
+def test_a_process_outside_the_group():
+    inside, failure = workers.outcomes(2, outside)
+    assert inside is None
+    assert failure.kind == "RuntimeError"
+    assert "`group`" in failure.message
+
+
 def step_for_ever(name):
     """Aggregate until something fails; return what did, and after how long a step."""
     rule = jd.distributed.data_parallel({"upgrad": jd.upgrad(), "graddrop": jd.graddrop()}[name])
@@ -115,7 +131,7 @@ def test_a_rank_that_hangs_stops_the_others_after_the_time_out():
 
 def assert_names(message, rank, world):
     """Check that a message names the rank and the collective."""
-    collectives = ("all_gather_object", "all_reduce", "reduce_scatter", "all_gather")
+    collectives = ("all_reduce", "reduce_scatter", "all_gather")
     assert message.startswith(
         tuple(f"`{name}` must reach all {world} ranks" for name in collectives)
     )

@@ -225,15 +225,21 @@ def _by_rows(rule: Aggregator, places: list[Place]) -> Callable[..., tuple[PyTre
 
 
 def _aggregate(
-    jac: PyTree, state: State, *, losses: Tensor, rule: Aggregator, places: list[Place]
+    jac: PyTree,
+    state: State,
+    *,
+    losses: Tensor,
+    rule: Aggregator,
+    places: list[Place],
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Aggregate the columns of this rank, if the rule takes columns; else whole rows."""
     flat, rebuild = _tree.flatten(jac)
     rows = [_local(leaf) for leaf in flat]
     if rule.columnwise:
-        grads, state = rule(rows, state, losses=losses)
+        grads, state = rule(rows, state, losses=losses, present=present)
     else:
         whole = _each(_gather, rows, places)
-        grads, state = rule(rebuild(whole), state, losses=losses)
+        grads, state = rule(rebuild(whole), state, losses=losses, present=present)
         grads = _each(_cut, _tree.leaves(grads), places)
     return rebuild(_wrap(grads, places, [_is_sharded(leaf) for leaf in flat])), state
