@@ -59,7 +59,7 @@ def entries(name: str, value: Vector | None, losses: Tensor, default: float) -> 
     return _names.entries(name, value, losses)
 
 
-def weights_or_uniform(weights: Tensor | None, losses: Tensor, present: Tensor | None) -> Tensor:
+def weights_or_uniform(weights: Vector | None, losses: Tensor, present: Tensor | None) -> Tensor:
     """Return the weights `(m,)`; one over the number of objectives by default."""
     if weights is None:
         return (1 / count(losses, present)).expand(losses.shape)
