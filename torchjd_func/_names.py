@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func._tree import Named
 
 Vector = Tensor | Named  # what is left of an option once it is checked
@@ -19,6 +19,15 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     values = value.values if isinstance(value, Named) else value
     _check.length(name, values, like.shape[0])
     return values.to(like)
+
+
+def vector(rule: Any, losses: Any) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        check_names(rule, paths)
+    return _tree.ravel(leaves)
 
 
 def check_names(rule: Any, loss_paths: Sequence[str]) -> None:
