@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -25,6 +25,22 @@ class Block(NamedTuple):
 
     places: list[int]  # k, in leaf order
     matrices: Tensor  # (k, m, n), real, in the precision of the leaves
+
+
+# A number for each objective, in leaf order of the losses, or by their names.
+Numbers = Tensor | Sequence[float] | Mapping[str, Any]
+
+
+class Named(NamedTuple):
+    """Numbers by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
+
+    names: tuple[str, ...]  # in leaf order
+    values: Tensor  # (m,)
+
+    def __repr__(self) -> str:
+        """Return the numbers as the dict that they came in."""
+        pairs = zip(self.names, self.values, strict=True)
+        return f"{{{', '.join(f'{name!r}: {value:g}' for name, value in pairs)}}}"
 
 
 def hollow(node: PyTree) -> bool:
@@ -95,7 +111,12 @@ def names(tree: PyTree) -> list[str]:
     ]
 
 
-def entries(tree: PyTree) -> list[str]:
+def named(tree: PyTree) -> Named:
+    """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
+    return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+
+
+def names_of_numbers(tree: PyTree) -> list[str]:
     """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
 
     A tree of strings holds the names themselves.

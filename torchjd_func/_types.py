@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
 
@@ -64,7 +64,7 @@ class Weighting:
             The state, a pytree of tensors.
         """
         _check.square(self.name, statistic)
-        return self.init_fn(statistic, key)
+        return self.init_fn(statistic, _placed(key, statistic))
 
     def __call__(
         self,
@@ -156,8 +156,9 @@ class Aggregator:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
-        return self.init_fn(jac, key)
+        leaves = _tree.leaves(jac)
+        _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
+        return self.init_fn(jac, _placed(key, leaves[0]))
 
     def __call__(
         self,
@@ -238,8 +239,8 @@ class Scalarizer:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        return self.init_fn(_tree.wide(_tree.ravel(losses)), key)
+        wide = _tree.wide(_vector(self, losses))
+        return self.init_fn(wide, _placed(key, wide))
 
     def __call__(
         self, losses: PyTree, state: State = None, *, present: Present = None
@@ -255,8 +256,7 @@ class Scalarizer:
         Returns:
             `loss`, a 0-d tensor, and `state`.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        vector = _tree.ravel(losses)
+        vector = _vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
@@ -272,6 +272,23 @@ class Scalarizer:
         return loss, _present.kept(mask, after, state)
 
     __repr__ = in_one_line
+
+
+def _vector(scalarizer: Scalarizer, losses: PyTree) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        _names.check_names(scalarizer, paths)
+    return _tree.ravel(leaves)
+
+
+def _placed(key: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a key where what is drawn from it is used."""
+    if key is None:
+        return None
+    _check.key(key)
+    return key.to(like.device)
 
 
 class Observation(NamedTuple):

@@ -157,7 +157,7 @@ def hypervolume(
             "Pass a point above all losses, such as 1.1 times the first of them."
         )
     options = {"reference": corner, "variant": variant, "transform": transform}
-    fixed = optional("direction", direction)
+    fixed = optional("direction", direction, low=0)
     if fixed is None:
         return Scalarizer("hypervolume", _init, partial(_update, **options))
     return pure("hypervolume", partial(_in_direction, direction=fixed, **options))
