@@ -19,6 +19,7 @@ from torchjd_func._host import Array
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Weighting
+from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
 from torchjd_func.linalg._nnqp import nearest

@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from torchjd_func import _check
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, Vector, entries, number, pure
+from torchjd_func.scalarization._common import Entries, Number, Vector, entries, number, pure
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _cosmos(
-    losses: Tensor, *, weights: Tensor, lambda_: Number, present: Tensor | None = None
+    losses: Tensor, *, weights: Entries, lambda_: Number, present: Tensor | None = None
 ) -> Tensor:
     """Subtract the rewarded cosine from the weighted sum."""
     r, losses = only(present, entries("weights", weights, losses, 1.0)), only(present, losses)

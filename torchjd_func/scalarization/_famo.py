@@ -16,6 +16,7 @@ from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     entries,
@@ -49,7 +50,7 @@ def _init(losses: Tensor, key: Tensor | None) -> FAMOState:
     return FAMOState(zero, zero.clone(), zero.clone(), step, zero.clone(), pending)
 
 
-def _log_gap(losses: Tensor, min_losses: Tensor | None, present: Tensor | None) -> Tensor:
+def _log_gap(losses: Tensor, min_losses: Entries | None, present: Tensor | None) -> Tensor:
     """Return `log D`, with the gap `D = L - b + eps`."""
     gap = losses - entries("min_losses", min_losses, losses, 0.0) + _EPS
     return only(present, gap, 1.0).log()
@@ -59,7 +60,7 @@ def _update(
     losses: Tensor,
     state: FAMOState,
     *,
-    min_losses: Tensor | None,
+    min_losses: Entries | None,
     present: Tensor | None = None,
 ) -> tuple[Tensor, FAMOState]:
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
@@ -76,7 +77,7 @@ def _observe(
     losses: PyTree,
     state: FAMOState,
     *,
-    min_losses: Tensor | None,
+    min_losses: Entries | None,
     beta: Number,
     gamma: Number,
     optimizer: str,

@@ -19,6 +19,7 @@ from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     count,
@@ -38,7 +39,7 @@ class HypervolumeState(NamedTuple):
 
 
 def _log(
-    losses: Tensor, *, reference: Tensor | None, slack: Number, present: Tensor | None = None
+    losses: Tensor, *, reference: Entries | None, slack: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take minus the logarithm of the volume between the losses and the reference."""
     nadir = number(slack, losses) * only(present, losses.detach(), -torch.inf).amax()
@@ -55,7 +56,7 @@ def _update(
     losses: Tensor,
     state: HypervolumeState,
     *,
-    reference: Tensor,
+    reference: Entries,
     variant: str,
     transform: str,
     present: Tensor | None = None,
@@ -72,9 +73,9 @@ def _update(
 def _in_direction(
     losses: Tensor,
     *,
-    reference: Tensor,
+    reference: Entries,
     variant: str,
-    direction: Tensor,
+    direction: Entries,
     transform: str,
     present: Tensor | None = None,
 ) -> Tensor:

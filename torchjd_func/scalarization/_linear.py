@@ -9,7 +9,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Vector, count, entries, pure
+from torchjd_func.scalarization._common import Entries, Vector, count, entries, pure
 
 
 def _mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def _sum(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     return only(present, losses).sum()
 
 
-def _constant(losses: Tensor, *, weights: Tensor, present: Tensor | None = None) -> Tensor:
+def _constant(losses: Tensor, *, weights: Entries, present: Tensor | None = None) -> Tensor:
     """Add the weighted losses."""
     return only(present, entries("weights", weights, losses, 1.0) * losses).sum()
 

@@ -14,6 +14,7 @@ from torchjd_func import _check
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     entries,
@@ -29,8 +30,8 @@ def _p_norm(
     losses: Tensor,
     *,
     p: Number,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Entries | None,
+    reference: Entries | None,
     present: Tensor | None = None,
 ) -> Tensor:
     """Take the norm of the weighted gaps relative to the largest of them."""
@@ -44,7 +45,7 @@ def _p_norm(
 
 
 def _power_mean(
-    losses: Tensor, *, p: Number, weights: Tensor | None, present: Tensor | None = None
+    losses: Tensor, *, p: Number, weights: Entries | None, present: Tensor | None = None
 ) -> Tensor:
     """Take the generalised mean in the logarithms of the losses."""
     w = weights_or_uniform(weights, losses, present)

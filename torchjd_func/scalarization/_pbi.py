@@ -16,6 +16,7 @@ from torchjd_func import _check
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     entries,
@@ -29,8 +30,8 @@ from torchjd_func.scalarization._common import (
 def _pbi(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Entries | None,
+    reference: Entries | None,
     theta: Number,
     present: Tensor | None = None,
 ) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     count,
@@ -37,8 +38,8 @@ def _soft_maximum(values: Tensor, mu: Number, present: Tensor | None) -> Tensor:
 def _stch(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Entries | None,
+    reference: Entries | None,
     mu: Number,
     present: Tensor | None = None,
 ) -> Tensor:
@@ -48,7 +49,7 @@ def _stch(
 
 
 def _stch_nadir(
-    losses: Tensor, *, nadir: Tensor, mu: Number, present: Tensor | None = None
+    losses: Tensor, *, nadir: Entries, mu: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take the soft maximum of the logarithms of the losses relative to the nadir."""
     ratio = losses / entries("nadir", nadir, losses, 1.0)

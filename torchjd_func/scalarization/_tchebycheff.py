@@ -17,6 +17,7 @@ from torchjd_func import _check
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
+    Entries,
     Number,
     Vector,
     entries,
@@ -27,13 +28,15 @@ from torchjd_func.scalarization._common import (
 )
 
 
-def _gaps(losses: Tensor, reference: Tensor | None, absolute: bool) -> Tensor:
+def _gaps(losses: Tensor, reference: Entries | None, absolute: bool) -> Tensor:
     """Return the distance of each loss from the reference."""
     gaps = losses - entries("reference", reference, losses, 0.0)
     return gaps.abs() if absolute else gaps
 
 
-def _weigh(gaps: Tensor, weights: Tensor | None, convention: str, present: Tensor | None) -> Tensor:
+def _weigh(
+    gaps: Tensor, weights: Entries | None, convention: str, present: Tensor | None
+) -> Tensor:
     """Multiply or divide by the weights."""
     w = weights_or_uniform(weights, gaps, present)
     return gaps * w if convention == "multiply" else gaps / w
@@ -42,8 +45,8 @@ def _weigh(gaps: Tensor, weights: Tensor | None, convention: str, present: Tenso
 def _tchebycheff(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Entries | None,
+    reference: Entries | None,
     convention: str,
     absolute: bool,
     present: Tensor | None = None,
@@ -56,8 +59,8 @@ def _tchebycheff(
 def _augmented(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Entries | None,
+    reference: Entries | None,
     convention: str,
     absolute: bool,
     rho: Number,
