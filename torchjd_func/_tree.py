@@ -38,9 +38,13 @@ class Named(NamedTuple):
     values: Tensor  # (m,)
 
     def __repr__(self) -> str:
-        """Return the numbers as the dict that they came in."""
-        pairs = zip(self.names, self.values, strict=True)
-        return f"{{{', '.join(f'{name!r}: {value:g}' for name, value in pairs)}}}"
+        """Return the dict that they came in; only its keys where numbers cannot be read."""
+        try:
+            numbers = self.values.tolist()
+        except RuntimeError:  # mapped by torch.func.vmap, or of a shape alone
+            return f"dict of {', '.join(self.names)}"
+        shown = [f"{name!r}: {x:.4g}" for name, x in zip(self.names, numbers, strict=True)]
+        return f"{{{', '.join(shown)}}}"
 
 
 def hollow(node: PyTree) -> bool:

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
 from torchjd_func.scalarization._common import (
-    Entries,
     Number,
-    Vector,
+    Numbers,
     count,
     entries,
     number,
@@ -39,7 +39,7 @@ class HypervolumeState(NamedTuple):
 
 
 def _log(
-    losses: Tensor, *, reference: Entries | None, slack: Number, present: Tensor | None = None
+    losses: Tensor, *, reference: Vector | None, slack: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take minus the logarithm of the volume between the losses and the reference."""
     nadir = number(slack, losses) * only(present, losses.detach(), -torch.inf).amax()
@@ -56,7 +56,7 @@ def _update(
     losses: Tensor,
     state: HypervolumeState,
     *,
-    reference: Entries,
+    reference: Vector,
     variant: str,
     transform: str,
     present: Tensor | None = None,
@@ -73,9 +73,9 @@ def _update(
 def _in_direction(
     losses: Tensor,
     *,
-    reference: Entries,
+    reference: Vector,
     variant: str,
-    direction: Entries,
+    direction: Vector,
     transform: str,
     present: Tensor | None = None,
 ) -> Tensor:
@@ -91,11 +91,11 @@ def _in_direction(
 
 
 def hypervolume(
-    reference: Vector | None = None,
+    reference: Numbers | None = None,
     *,
     variant: str = "log",
     slack: Number = 1.1,
-    direction: Vector | None = None,
+    direction: Numbers | None = None,
     transform: str = "power",
 ) -> Scalarizer:
     r"""Enlarge the volume that the losses dominate below a reference point.
