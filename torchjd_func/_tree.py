@@ -120,7 +120,7 @@ def named(tree: PyTree) -> Named:
     return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
 
 
-def entries(tree: PyTree) -> list[str]:
+def names_of_numbers(tree: PyTree) -> list[str]:
     """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
 
     A tree of strings holds the names themselves.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import torchjd_func as jd
 from tests import workers
@@ -106,10 +107,31 @@ def step_for_ever(name):
             return str(error), time.monotonic() - start
 
 
-@pytest.mark.parametrize("name", ["upgrad", "graddrop"])
-def test_a_rank_that_is_killed_stops_the_others(name):
+def sharded_step_for_ever(name):
+    """Differentiate by sharded parameters until something fails."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    w = distribute_tensor(torch.ones(30), mesh, [Shard(0)])
+    objective = jd.distributed.sharded(lambda w: (w.sum(), w[0] - 2 * w[1]))
+    start = time.monotonic()
+    while True:
+        try:
+            start = time.monotonic()
+            jd.grad(objective, jd.upgrad())(None, w)
+        except RuntimeError as error:
+            return str(error), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        (step_for_ever, "upgrad"),
+        (step_for_ever, "graddrop"),
+        (sharded_step_for_ever, "sharded"),
+    ],
+)
+def test_a_rank_that_is_killed_stops_the_others(steps, name):
     with workers.crew(3, TIMEOUT) as crew:
-        crew.send(step_for_ever, name)
+        crew.send(steps, name)
         time.sleep(1.0)
         crew.kill(1)
         first, gone, last = crew.receive()
@@ -131,7 +153,7 @@ def test_a_rank_that_hangs_stops_the_others_after_the_time_out():
 
 def assert_names(message, rank, world):
     """Check that a message names the rank and the collective."""
-    collectives = ("all_reduce", "reduce_scatter", "all_gather")
+    collectives = ("all_reduce", "reduce_scatter", "all_gather", "full_tensor", "redistribute")
     assert message.startswith(
         tuple(f"`{name}` must reach all {world} ranks" for name in collectives)
     )

@@ -116,7 +116,7 @@ def read_measures(state: State, *, names: PyTree = None) -> dict[str, Any]:
         >>> jd.read_measures(state, names=["speed", "safety"])["weights"]["safety"]
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    labels = None if names is None else _tree.entries(names)
+    labels = None if names is None else _tree.names_of_numbers(names)
     _check.distinct("names", labels or [])
     values = _read(state, labels)
     _check.measured(list(values))

@@ -58,8 +58,7 @@ def _update(
     weights = alpha * state.weights + (1 - alpha) * fresh
     if initial_weights is None:
         weights = torch.where(state.step == 0, fresh, weights)
-    if present is not None:
-        weights = torch.where(present, weights, state.weights)
+    weights = _present.renewed(present, weights, state.weights)
     step = state.step + (1 if present is None else present)
     return weights, SmoothedState(weights, step, inner_state)
 

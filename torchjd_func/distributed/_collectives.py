@@ -9,6 +9,7 @@ constants of derivatives, of which these collectives have none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -95,12 +96,16 @@ def _by_rank(rows: Tensor, world: int) -> Tensor:
 
 
 def _run(name: str, fn: Callable[..., Any], group: Group, found: Any, *sent: Any) -> Any:
-    """Return what a collective fills, once it has; say what failed, and where."""
+    """Return what a collective fills, once it has."""
+    named(name, partial(fn, found, *sent, group=group), group)
+    return found
+
+
+def named(name: str, fn: Callable[[], Any], group: Group) -> Any:
+    """Return what `fn`, which communicates, returns; say what failed, and where."""
     if torch.compiler.is_compiling():  # errors come when the graph runs, in torch's words
-        fn(found, *sent, group=group)
-        return found
+        return fn()
     try:
-        fn(found, *sent, group=group)
+        return fn()
     except RuntimeError as error:
         _check.collective(name, rank(group), size(group), error)
-    return found

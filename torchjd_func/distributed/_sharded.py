@@ -158,7 +158,7 @@ def _shifted(place: Place, lead: int) -> list[Any]:
 
 def _gather(part: Tensor, place: Place) -> Tensor:
     """Return the whole leaf."""
-    return _placed(part, place).full_tensor()
+    return _named("full_tensor", _placed(part, place).full_tensor, place.mesh)
 
 
 def _scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
@@ -181,7 +181,13 @@ def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
 
     mesh, lead = place.mesh, whole.ndim - len(place.shape)
     known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
-    return known.redistribute(placements=_shifted(place, lead)).to_local()
+    move = partial(known.redistribute, placements=_shifted(place, lead))
+    return _named("redistribute", move, mesh).to_local()
+
+
+def _named(name: str, fn: Callable[[], Any], mesh: Any) -> Any:
+    """Return what `fn`, which communicates, returns; say what failed, and where."""
+    return _collectives.named(name, fn, mesh.get_group() if mesh.ndim == 1 else None)
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
