@@ -174,14 +174,6 @@ def test_methods_that_need_losses_say_so(method):
         aggregator(jac, state)
 
 
-@every_method
-def test_repr_is_one_line(method):
-    aggregator = method.make(max(3, method.min_m))
-    for rule in (aggregator, aggregator.weighting or aggregator):
-        assert repr(rule).startswith(f"{type(rule).__name__}({rule.name}")
-        assert "\n" not in repr(rule)
-
-
 def test_rows_are_counted_in_leaf_order():
     losses = {"b": lambda x: x.sum(), "a": lambda x: x.prod()}
     x = torch.tensor([2.0, 3.0])

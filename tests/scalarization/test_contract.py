@@ -228,10 +228,3 @@ def test_observations_of_another_size_are_an_error(method):
     if scalarizer.observe is not None:
         with pytest.raises(ValueError, match="losses"):
             scalarizer.observe(torch.cat([L, L]), state)
-
-
-@every_method
-def test_repr_is_one_line(method):
-    scalarizer = method.make(4)
-    assert repr(scalarizer).startswith(f"Scalarizer({scalarizer.name}")
-    assert "\n" not in repr(scalarizer)

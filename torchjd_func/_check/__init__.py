@@ -2,6 +2,7 @@
 
 from torchjd_func._check._distributed import (
     collective,
+    member,
     not_a_weighting,
     not_gathered,
     one_mesh,
@@ -142,6 +143,7 @@ __all__ = [
     "losses_vector",
     "matrix",
     "measured",
+    "member",
     "multitask_params",
     "names",
     "not_a_weighting",
