@@ -12,6 +12,7 @@ from torchjd_func import (
     random,
     scalarizers,
     sets,
+    testing,
 )
 from torchjd_func._functionalize import functionalize
 from torchjd_func._lift import stateless, weighted
@@ -142,6 +143,7 @@ __all__ = [
     "smoothed",
     "stateless",
     "sum",
+    "testing",
     "together",
     "trimmed_mean",
     "upgrad",

@@ -16,6 +16,7 @@ from torchjd_func._check._messages import (
     describe,
     differentiable,
     fail,
+    message,
 )
 from torchjd_func._check._methods import (
     combinable,
@@ -139,6 +140,7 @@ __all__ = [
     "losses_vector",
     "matrix",
     "measured",
+    "message",
     "multitask_params",
     "names",
     "not_a_weighting",

@@ -8,9 +8,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 
+def message(name: str, rule: str, got: Any, remedy: str) -> str:
+    """Return the one kind of message: `name` must <rule>, got <value>. <what to do>."""
+    return f"{name} must {rule}, got {got}. {remedy}"
+
+
 def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    """Raise the one kind of message: `name` must <rule>, got <value>. <what to do>."""
-    raise kind(f"{name} must {rule}, got {got}. {remedy}")
+    """Raise an error with the one kind of message."""
+    raise kind(message(name, rule, got, remedy))
 
 
 def describe(value: Any) -> str:

@@ -44,6 +44,7 @@ def _update(
     losses: Tensor, state: HypervolumeState, *, reference: Tensor, transform: str
 ) -> tuple[Tensor, HypervolumeState]:
     """Draw a direction from the positive part of the unit sphere."""
+    _check.state_type("hypervolume", state, HypervolumeState)
     next_key, draw = split(state.key)
     size = normal(draw, losses.shape, dtype=losses.dtype).abs()
     loss = _in_direction(

@@ -29,6 +29,7 @@ def _init(losses: Tensor, key: Tensor | None) -> RandomState:
 
 def _update(losses: Tensor, state: RandomState) -> tuple[Tensor, RandomState]:
     """Draw weights on the simplex."""
+    _check.state_type("random", state, RandomState)
     next_key, draw = split(state.key)
     weights = torch.softmax(normal(draw, losses.shape, dtype=losses.dtype), 0)
     return (weights * losses).sum(), RandomState(next_key)
