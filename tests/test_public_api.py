@@ -24,6 +24,7 @@ NAMESPACES = (
     jd.ensemble,
     jd.distributed,
     jd.plot,
+    jd.testing,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 import torchjd_func as jd
-from torchjd_func.testing import CHECKS
+from torchjd_func import _tree
+from torchjd_func.testing import CHECKS, Case
 
 
-def weighting(update, init=lambda statistic, key: (), name="mine", **options):
+def no_state(like, key):
+    return ()
+
+
+def weighting(update, init=no_state, name="mine", **options):
     return jd.weighted(jd.Weighting(name, init, update, **options))
 
 
@@ -85,7 +90,7 @@ GOOD = {
         {"m": 4, "present": False},
     ),
     "scalarizer": (
-        jd.Scalarizer("mine", lambda losses, key: (), power),
+        jd.Scalarizer("mine", no_state, power),
         {"equivariant": True, "degree": 1},
     ),
     "of the library": (jd.upgrad(), {"present": False, "non_conflicting": True, "weighted": True}),
@@ -95,6 +100,10 @@ GOOD = {
 @pytest.mark.parametrize(("rule", "claims"), GOOD.values(), ids=GOOD.keys())
 def test_a_good_rule_passes(rule, claims, device):
     jd.testing.check(rule, device=device, **claims)
+
+
+def halved(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.div_(2).sum(0), jac), state
 
 
 def scaled_in_place(gramian):
@@ -121,7 +130,11 @@ def python_counter(gramian, state, losses):
     return torch.ones_like(gramian[0]), (state[0] + 1,)
 
 
-def curious(statistic, key):
+def curious(jac, key):
+    return (jac[:, 0].double(),)
+
+
+def curious_weighting(statistic, key):
     return Memory(statistic.diagonal().double(), torch.tensor(0))
 
 
@@ -133,14 +146,14 @@ def narrow(jac, state, losses):
     return jac.mean(0) if isinstance(jac, torch.Tensor) else jac["z"][0].mean(0), state
 
 
-def low_precision(gramian):
-    return gramian.bfloat16().diagonal().double()
+def widened(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.double().mean(0), jac), state
 
 
 def first_leaf(jac, state, losses):
-    first = jd.testing._case._tree.leaves(jac)[0].flatten(1).norm(dim=1)
+    first = _tree.leaves(jac)[0].flatten(1).norm(dim=1)
     weights = (first / first.sum()).to(first.dtype)
-    return jd.testing._case._tree.weighted_sum(jac, weights), state
+    return _tree.weighted_sum(jac, weights), state
 
 
 def silent_losses(gramian, state, losses):
@@ -182,7 +195,7 @@ def cleaned(gramian):
 
 
 def hides_nan(jac, state, losses):
-    return jd.testing._case._tree.map(lambda leaf: leaf.nan_to_num(0, 0, 0).mean(0), jac), state
+    return _tree.map(lambda leaf: leaf.nan_to_num(0, 0, 0).mean(0), jac), state
 
 
 def ignores_present(gramian, present=None):
@@ -202,43 +215,51 @@ def normalized(gramian):
 
 
 def shifted(jac, state, losses):
-    return jd.testing._case._tree.map(lambda leaf: leaf.sum(0) + leaf.norm(), jac), state
+    return _tree.map(lambda leaf: leaf.sum(0) + leaf.norm(), jac), state
 
 
-def aggregator(update, name="mine"):
-    return jd.Aggregator(name, lambda jac, key: (), update)
+def aggregator(update, init=no_state):
+    return jd.Aggregator("mine", init, update)
 
 
 def two_routes(statistic, state, losses):
     return torch.ones_like(statistic[0]), state
 
 
-def disagreeing(jac, state, losses):
-    return jd.testing._case._tree.map(lambda leaf: leaf.mean(0), jac), state
+def mean_of_rows(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.mean(0), jac), state
 
 
 FAULTS = {
     "call": (aggregator(narrow), {}, "structure"),
-    "purity": (stateless(scaled_in_place, widen=False), {}, "first argument|state"),
+    "purity": (aggregator(halved), {}, "numbers in the first argument"),
+    "purity (Gramian)": (stateless(scaled_in_place, widen=False), {}, "numbers in the Gramian"),
     "repeatable": (stateless(counted), {}, "same call"),
     "repeatable (generator)": (stateless(global_draw), {}, "global generator"),
     "state": (weighting(growing), {}, "structure"),
     "state (a number)": (weighting(python_counter, lambda s, key: (0,)), {}, r"holds \[0\]"),
-    "fresh state": (weighting(remember, curious), {}, "states of other numbers"),
+    "fresh state": (aggregator(mean_of_rows, curious), {}, "states of other numbers"),
+    "fresh state (Gramian)": (weighting(remember, curious_weighting), {}, "another Gramian"),
     "fresh state (key)": (jd.rlw(), {"random": False}, "random=True"),
-    "state size": (weighting(any_state), {}, "no error for a state of another size"),
-    "dtypes": (stateless(low_precision), {}, "bfloat16"),
+    "state size": (weighting(any_state, start), {}, "no error for a state of another size"),
+    "dtypes": (aggregator(widened), {}, "float64.* for torch.float32"),
     "pytree": (aggregator(first_leaf), {}, "pytree"),
     "losses": (weighting(silent_losses), {"needs_losses": True}, "no error for missing losses"),
     "zero": (stateless(unguarded), {}, "torch.where"),
     "one objective": (stateless(uphill), {}, "cosine -1"),
     "one objective (too few)": (jd.mean(), {"min_m": 2}, "no error for one objective"),
-    "repr": (stateless(averaged), {}, "one line"),
-    "compile": (stateless(read_out), {}, r"\.item\(\)"),
-    "vmap": (stateless(unbatched), {}, "in place"),
+    "repr": (jd.weighted(jd.stateless("two\nlines", averaged)), {}, "one line"),
+    "compile": (stateless(branching), {}, "`if` on a tensor"),
+    "vmap": (stateless(read_out), {}, r"\.item\(\)"),
+    "vmap (in place)": (stateless(unbatched), {}, "in place"),
     "vmap (a branch)": (stateless(branching), {}, "torch.where for `if`"),
     "routes": (
-        jd.Aggregator("mine", lambda jac, key: (), disagreeing, jd.Weighting("mine", lambda s, key: (), two_routes)),
+        jd.Aggregator(
+            "mine",
+            no_state,
+            mean_of_rows,
+            jd.Weighting("mine", lambda s, key: (), two_routes),
+        ),
         {},
         "route",
     ),
@@ -262,12 +283,14 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named(name):
     rule, claims, message = FAULTS[name]
+    case = Case(lambda m: rule, **({"present": False} | claims))
+    check = CHECKS[name.split(" (")[0]]
+    assert check.applies(case)
     with pytest.raises(AssertionError, match=message) as caught:
-        jd.testing.check(rule, **({"present": False} | claims))
-    failed = [line[2:].split(":")[0] for line in str(caught.value).splitlines() if line[:2] == "- "]
-    assert name.split(" (")[0] in failed
-    assert all(" must " in line and line.endswith(".") for line in str(caught.value).splitlines()[1:])
-    print(name, failed)
+        check(case)
+    text = str(caught.value)
+    assert text.startswith(f"`{rule.name}` must {check.must}, got ")
+    assert text.endswith(f". {check.remedy}")
 
 
 def test_every_check_has_a_faulty_rule():
@@ -276,7 +299,7 @@ def test_every_check_has_a_faulty_rule():
 
 def test_all_failures_are_listed():
     with pytest.raises(AssertionError, match=r"^\d+ of \d+ checks failed") as caught:
-        jd.testing.check(stateless(read_out), present=False, degree=7)
+        jd.testing.check(stateless(branching), present=False, degree=7)
     for name in ("compile", "vmap", "scale"):
         assert f"\n- {name}: `mine` must" in str(caught.value)
 

@@ -47,7 +47,7 @@ class Case:
         device: Where the problems are.
     """
 
-    make: Callable[[int], Any]
+    make: Callable[..., Any]
     m: int | None = None
     subset: Callable[[Sequence[int]], Any] | None = None
     min_m: int = 1

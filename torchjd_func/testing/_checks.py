@@ -34,14 +34,14 @@ class Check(NamedTuple):
         try:
             self.test(case)
         except Exception as error:
-            text = str(error) if isinstance(error, AssertionError) else _short(error)
+            text = (str(error) if isinstance(error, AssertionError) else _short(error)).rstrip(".")
             message = _check.message(f"`{case.name}`", self.must, text, self.remedy)
             raise AssertionError(message) from error
 
 
 def _short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}".rstrip(".")
+    """Return the first sentence of an error."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0].partition('. ')[0]}"
 
 
 CHECKS: dict[str, Check] = {
@@ -110,12 +110,12 @@ CHECKS: dict[str, Check] = {
     "compile": Check(
         _transforms.compiles,
         "be captured by torch.compile(fullgraph=True), once for three steps",
-        "Use no .item(), no `if` on a tensor, no numpy; keep counters as tensors in the state.",
+        "Use no `if` on a tensor, and no numpy; keep counters as tensors in the state.",
     ),
     "vmap": Check(
         _transforms.maps,
         "give under torch.func.vmap what a loop gives",
-        "Use torch.where for `if`, index with tensors, and write nothing in place.",
+        "Use torch.where for `if`, no .item(), and write nothing in place.",
     ),
     "routes": Check(
         _transforms.routes,

@@ -43,6 +43,11 @@ def purity(case: Case) -> None:
     case.observe(rule, x, later)
     for name, tree in seen.items():
         assert_trees_close(tree, before[name], rtol=0, atol=0, what=f"numbers in {name}")
+    weigh, jac = getattr(rule, "weighting", None), case.objective()[0]
+    if weigh is not None:
+        gramian = jac @ jac.mT
+        weigh(gramian, case.after(rule, jac, case.init(rule, jac)), losses=losses)
+        assert_trees_close(gramian, jac @ jac.mT, rtol=0, atol=0, what="numbers in the Gramian")
 
 
 def repeatable(case: Case) -> None:
@@ -84,6 +89,9 @@ def fresh_state(case: Case) -> None:
     blank = case.init(rule, torch.full_like(x, torch.nan))
     assert_trees_close(blank, state, rtol=0, atol=0, what="states of other numbers")
     jac, offset = case.objective()
+    if (weigh := getattr(rule, "weighting", None)) is not None:
+        blank = weigh.init(torch.full_like(jac @ jac.mT, torch.nan), key=case.key())
+        assert_trees_close(blank, state, rtol=0, atol=0, what="states of another Gramian")
     point = torch.zeros_like(jac[0])
     derived = init_state(rule, lambda x: jac @ x + offset, point, key=case.key())
     assert_trees_close(derived, state, rtol=0, atol=0, what="states of jd.init_state and init")
@@ -112,7 +120,9 @@ def _longer(leaf: Tensor) -> Tensor:
 
 
 def state_size(case: Case) -> None:
-    """A state of another size is an error."""
+    """A state of another size is an error, where there is a state."""
+    if not _tree.leaves(case.start(case.sample())[1]):
+        return
     refuses(other_state(case), "", "a state of another size or rule")
 
 
