@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import qpsolvers
 import torch
 from torch import Tensor
 
@@ -60,6 +59,8 @@ def floating_dtype(name: str, value: Any) -> None:
 def solver(name: str) -> str:
     """Return the name of a solver that is installed."""
     if name != "auto":
+        import qpsolvers  # takes as long to import as all of this package
+
         choice("solver", name, ("auto", *qpsolvers.available_solvers))
     return name
 
