@@ -199,7 +199,7 @@ CASES = {
     "microbatches layer by layer": (
         lambda: jd.gramian(jd.accumulate(losses, 2), route="layerwise")(PARAMS, X),
         ValueError,
-        "`method`.*not accumulated",
+        "`route`.*not accumulated",
     ),
     "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
     "microbatches with other aux": (

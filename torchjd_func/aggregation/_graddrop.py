@@ -113,5 +113,6 @@ def graddrop(
         >>> rule(jac, rule.init(jac, key=jd.random.key(0)))[0]
         tensor([-4.,  2.,  2.])
     """
+    _check.function("f", f)
     leak = None if leak is None else _check.vector("leak", leak)
     return Aggregator("graddrop", _init, partial(_update, leak=leak, f=f))

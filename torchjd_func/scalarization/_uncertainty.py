@@ -7,6 +7,7 @@ Learning, ICLR 2021.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -97,9 +98,8 @@ def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scal
         >>> torch.func.grad(loss)((params, state), torch.tensor([1.0, 2.0]))
         (tensor([-1., -2.]), UWState(log_variance=tensor([ 0.0000, -1.5000])))
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    for one in kinds:
-        _check.choice("kind", one, tuple(_FACTORS))
+    _check.interval("start", start, -math.inf, open_low=True)
+    kinds = _check.choices("kind", kind, _FACTORS)
     factors = torch.tensor([_FACTORS[one] for one in kinds], dtype=torch.float64)
     factor = _FACTORS[kind] if isinstance(kind, str) else factors
     return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, factor=factor))
