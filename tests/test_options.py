@@ -1,5 +1,8 @@
 """Each option of each factory, given values of all types: taken so that it works, or refused."""
 
+# Wrong types are the point here.
+# pyright: reportArgumentType=false
+
 import pytest
 
 import torchjd_func as jd

@@ -141,3 +141,50 @@ def option_complaint(name: str, option: str, value: Any) -> str | None:
 
         return complaint(again, option, name.split(".")[-1])
     return None if option in CALLED and callable(value) else complaint(lambda: use(rule))
+
+
+RULES = (
+    "mean",
+    "upgrad",
+    "mgda[loss]",
+    "gradvac",
+    "graddrop",
+    "moco",
+    "db_mtl",
+    "gradnorm",
+    "config_momentum[all]",
+    "krum",
+    "sdmgrad",
+    "grouped[gradvac]",
+    "every[gradnorm]",
+    "monitored[every[rlw]]",
+    "smoothed[upgrad]",
+)
+SCALARIZERS = ("mean", "uw", "famo", "dwa", "random", "stch", "hypervolume[random]")
+ARGUMENTS = ("jac", "gramian", "losses", "present", "state", "key")
+
+
+def called(rule: Any, argument: str, value: Any) -> Any:
+    """Call a rule, or its `init`, with one wrong argument."""
+    key = jd.random.key(0)
+    if isinstance(rule, jd.Scalarizer):
+        if argument == "key":
+            return rule.init(LOSSES, key=value)
+        if argument in ("jac", "losses"):
+            return rule(value, rule.init(LOSSES, key=key))[0]
+        state = rule.init(LOSSES, key=key)
+        return rule(LOSSES, value if argument == "state" else state, **_if(argument, value))[0]
+    if argument == "key":
+        return rule.init(JAC, key=value)
+    state = rule.init(JAC, key=key)
+    if argument == "gramian" and rule.weighting is not None:
+        return rule.weighting(value, state, losses=LOSSES)[0]
+    if argument in ("jac", "gramian"):
+        return rule(value, state, losses=LOSSES)[0]
+    return rule(
+        JAC, value if argument == "state" else state, **{"losses": LOSSES} | _if(argument, value)
+    )[0]
+
+
+def _if(argument: str, value: Any) -> dict[str, Any]:
+    return {argument: value} if argument in ("losses", "present") else {}

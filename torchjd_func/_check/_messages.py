@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 
@@ -21,7 +22,9 @@ def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> 
 def describe(value: Any) -> str:
     """Describe a value that is not what it should be."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+        kind = "meta tensor" if value.is_meta else "tensor"
+        kind = kind if value.layout == torch.strided else "sparse tensor"
+        return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
     return type(value).__name__
 
 

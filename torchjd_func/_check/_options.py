@@ -59,7 +59,7 @@ def interval(
         return _real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
     if value is None and optional:
         return None
-    if not _is_number(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         rule = "be a number" if plain else "be a number, or a 0-d tensor"
         fail(TypeError, f"`{name}`", rule, _shown(value), "Make it one, e.g. with float().")
     open_high = open_high or high == math.inf
@@ -71,10 +71,6 @@ def interval(
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _shown(value: Any) -> str:
     """Return a plain value as it is written, any other by its type."""
     plain = value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype)
@@ -83,18 +79,13 @@ def _shown(value: Any) -> str:
 
 def _real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
     """Return a dense real tensor of some number of dimensions, unread."""
-    real = not value.is_complex() and value.dtype != torch.bool
-    if not real or value.ndim not in ndims or value.is_meta or value.layout != torch.strided:
-        where = " on the device meta" * value.is_meta + " that is sparse" * (
-            value.layout != torch.strided
-        )
+    usable = value.layout == torch.strided and not value.is_meta
+    if value.is_complex() or value.dtype == torch.bool or not usable:
+        fail(TypeError, f"`{name}`", rule, describe(value), "Make it dense and real.")
+    if value.ndim not in ndims:
         remedy = "To sweep several, use torch.func.vmap over them."
-        fail(_kind(value, ndims), f"`{name}`", rule, describe(value) + where, remedy)
+        fail(ValueError, f"`{name}`", rule, describe(value), remedy)
     return value
-
-
-def _kind(value: Tensor, ndims: tuple[int, ...]) -> type[Exception]:
-    return TypeError if value.ndim in ndims else ValueError
 
 
 def integer(name: str, value: Any, low: int = 1) -> int:
