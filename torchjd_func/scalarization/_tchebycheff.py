@@ -73,7 +73,7 @@ def _options(
     _check.flag("absolute", absolute)
     _check.choice("convention", convention, ("multiply", "divide"))
     return {
-        "weights": optional("weights", weights),
+        "weights": optional("weights", weights, low=0),
         "reference": optional("reference", reference),
         "convention": convention,
         "absolute": absolute,
