@@ -28,9 +28,22 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def holds_numbers(value: Tensor) -> bool:
+    """Say whether a tensor has numbers, all of them: it is neither meta nor sparse."""
+    return value.layout == torch.strided and not value.is_meta
+
+
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
-    """Check that all leaves are floating or complex tensors."""
+    """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
+        got = f"{describe(leaf)} at {path!r}"
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
+        if not holds_numbers(leaf):
+            fail(
+                TypeError,
+                name,
+                "hold dense tensors with numbers",
+                got,
+                "Use .to_dense(), or .to().",
+            )

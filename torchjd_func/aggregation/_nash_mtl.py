@@ -41,6 +41,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, NashMTLState]:
     """Solve `G a = 1 / a` if it is time to, and clip the length of the direction."""
+    _check.state_type("nash_mtl", state, NashMTLState)
     _check.state("nash_mtl", "weights", state.weights, gramian.shape[:1])
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
     solved = orthant_root(wide, eps=eps).value

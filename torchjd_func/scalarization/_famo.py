@@ -48,6 +48,7 @@ def _update(
     losses: Tensor, state: FAMOState, *, min_losses: Tensor | None
 ) -> tuple[Tensor, FAMOState]:
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
+    _check.state_type("famo", state, FAMOState)
     _check.state("famo", "logits", state.logits, losses.shape)
     log_gap = _log_gap(losses, min_losses)
     z, before = torch.softmax(state.logits.detach(), 0), log_gap.detach()

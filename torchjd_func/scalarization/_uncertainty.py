@@ -41,6 +41,7 @@ def _uw_init(losses: Tensor, key: Tensor | None, *, start: Number) -> UWState:
 
 def _uw_update(losses: Tensor, state: UWState, *, factor: Tensor | float) -> tuple[Tensor, UWState]:
     """Add the negative log-likelihoods, up to constants."""
+    _check.state_type("uw", state, UWState)
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
     wanted = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
     scaled = entries("kind", wanted, losses, 1.0) * torch.exp(-state.log_variance) * losses
@@ -54,6 +55,7 @@ def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
 
 def _imtl_l_update(losses: Tensor, state: IMTLLState) -> tuple[Tensor, IMTLLState]:
     """Add the scaled losses, less the logarithms of the scales."""
+    _check.state_type("imtl_l", state, IMTLLState)
     _check.state("imtl_l", "log_scale", state.log_scale, losses.shape)
     return (torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
 

@@ -51,6 +51,7 @@ def _init(losses: Tensor, key: Tensor | None) -> GroupDROState:
 
 def _update(losses: Tensor, state: GroupDROState, *, eta: Number) -> tuple[Tensor, GroupDROState]:
     """Step the weights up the losses, and use them."""
+    _check.state_type("group_dro", state, GroupDROState)
     _check.state("group_dro", "log_weights", state.log_weights, losses.shape)
     logits = state.log_weights.detach() + number(eta, losses) * losses.detach()
     log_weights = torch.log_softmax(logits, 0)
