@@ -77,6 +77,7 @@ def _options(
     weights: Vector | None, reference: Vector | None, convention: str, absolute: bool
 ) -> dict[str, Any]:
     """Check what the sharp forms have in common."""
+    _check.flag("absolute", absolute)
     _check.choice("convention", convention, ("multiply", "divide"))
     return {
         "weights": optional("weights", weights, low=0),
