@@ -1,0 +1,263 @@
+"""The way in for loops of `loss.backward()`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._lift import statistic_like
+from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func.interop import _heads, _targets
+from torchjd_func.interop._autograd import combined, depends, rows
+from torchjd_func.interop._heads import Grads, Split
+from torchjd_func.interop._losses import Batch, batch_of
+from torchjd_func.interop._optimizers import like_parameter
+
+PyTree = Any
+State = Any
+
+
+def backward_(
+    losses: PyTree,
+    target: PyTree,
+    rule: Aggregator | Scalarizer,
+    state: State = None,
+    *,
+    features: PyTree = None,
+    key: Tensor | None = None,
+    present: Any = None,
+    retain_graph: bool = False,
+    chunk_size: int | None = 1,
+    scaler: torch.amp.GradScaler | None = None,
+) -> State:
+    r"""Add the update direction of a rule to `.grad`, in the place of `loss.backward()`.
+
+    For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing,
+    hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN, custom functions, kernels
+    and operations, `torch.autograd.grad` inside of a loss. The rules, the states and the numbers
+    are those of `jd.grad`.
+
+        losses = [criterion_a(model(x), y_a), criterion_b(model(x), y_b)]
+        state = jd.interop.backward_(losses, model, jd.upgrad(), state)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    It costs `m` backward passes, one after the other, and holds `m` gradients at once: the Gramian
+    is summed parameter by parameter, and nothing is concatenated. A Scalarizer, and an Aggregator
+    that looks at no gradient (`jd.mean`, `jd.sum`, `jd.constant`, `jd.rlw`), cost one pass. The
+    functional way compiles the whole step, takes losses of single examples (`jd.instancewise`) at
+    about the price of one pass, never holds `m` gradients of a network layer by layer, and can be
+    vmapped and differentiated.
+
+    As `loss.backward()` does, it accumulates into `.grad`, and leaves alone what no loss depends
+    on, what does not require a gradient, and all that is not in `target`. Differing from it, hooks
+    on tensors and modules run once for each pass, and those that run after accumulation
+    (`register_post_accumulate_grad_hook`, and with them DistributedDataParallel) not at all. Sparse
+    gradients are made dense. A model that was compiled by itself needs
+    `torch._functorch.config.donated_buffer = False`, as for any graph that is retained.
+
+    Args:
+        losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
+        target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or a
+            tree of parameters. Names of parameters (`jd.grouped`) are as in `jd.functionalize`.
+        rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
+            (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
+        state: What the previous call returned; `None` at the first.
+        features: Tensor or tree of tensors through which losses depend on shared parameters, for
+            multi-task learning: the rule is given the gradients of the parameters that features
+            depend on, by their names in the part of `target` that holds these alone, and the heads
+            get the plain gradients of their own losses, as in `jd.multitask`. Heads are traversed
+            once. A Scalarizer has one loss and ignores it.
+        key: `(2,)`, from `jd.random.key`, for the first state of a random method.
+        present: Which losses this batch has, a tree of bools like the losses, or `(m,)` bool; the
+            others are not differentiated, and may be anything. With Python bools, parameters that
+            no present loss depends on are left alone, so that their `.grad` stays `None` and
+            optimizers skip them; with a tensor, which is read and so waited for, they get zeros.
+        retain_graph: Whether the graph of the losses is kept for another pass.
+        chunk_size: How many rows to compute in one pass; `None` for all. More than 1 needs torch to
+            have batching rules for all operations: it fails with checkpointing, custom functions
+            and hooks on saved tensors. Measure: on CPUs the loop is as fast.
+        scaler: Of `torch.amp`, with losses that are NOT scaled: their gradients are scaled in the
+            passes, unscaled for the rule, and those in `.grad` are as `scaler.unscale_` and
+            `scaler.step` expect. Where some gradient is not finite, all in `.grad` are not, so that
+            the step is skipped, and the state stays. With losses scaled by hand, the rule sees
+            scaled gradients: right for methods that are homogeneous of degree 1 and look neither at
+            losses nor back at past gradients, such as `jd.upgrad`.
+
+    Returns:
+        The next state, detached.
+
+    Raises:
+        TypeError: If `rule` or a leaf of `losses` or of `target` is of another type.
+        ValueError: If a present loss depends on nothing in `target`; if `target` has no parameter
+            that requires a gradient, is wrapped for several processes, or is no leaf; if with
+            `features` a loss reaches shared parameters by another way; if a random method gets no
+            key, or the state is of another rule.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> losses = [w[0] + w[1], w[0] - 2 * w[1]]
+        >>> state = jd.interop.backward_(losses, w, jd.upgrad())
+        >>> w.grad
+        tensor([ 1.3500, -0.4500])
+    """
+    _check.rule(rule, (Aggregator, Scalarizer))
+    _check.chunk_size(chunk_size)
+    _check.unscaled(rule.name, scaler is not None and rule.average is not None)
+    target = _targets.listed(target)
+    tree = _targets.trainable(target)
+    batch = batch_of(losses, rule.name, present, scaler)
+    with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
+        if features is None or isinstance(rule, Scalarizer):
+            parts = _heads.no_heads(batch, tree)
+        else:
+            parts = _heads.split(features, batch, target, tree)
+        step = _Step(batch, parts, chunk_size, retain_graph)
+        before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
+        grads, after = _way(rule)(step, rule, before)
+        grads, after = _kept_if_finite(batch, grads, after, before)
+        everywhere = batch.zeros or rule.average is not None
+        for param, grad in grads:
+            _add(param, param.new_zeros(()) if grad is None and everywhere else grad)
+    return after
+
+
+class _Step(NamedTuple):
+    """What one call differentiates, and how."""
+
+    batch: Batch
+    parts: Split
+    chunk_size: int | None
+    retain: bool
+
+    def params(self) -> list[Tensor]:
+        """Return the shared parameters."""
+        return _tree.leaves(self.parts.shared)
+
+    def jac(self) -> PyTree:
+        """Return a placeholder for the Jacobian."""
+        m = len(self.batch.vector)
+        return _tree.map(lambda p: _tree.placeholder(p, (m, *p.shape)), self.parts.shared)
+
+
+def _detached(leaf: Tensor) -> Tensor:
+    """Return a tensor of the state without its past."""
+    return leaf.detach()
+
+
+def _first(step: _Step, rule: Aggregator | Scalarizer, key: Tensor | None) -> State:
+    """Return the first state."""
+    like = step.batch.vector if isinstance(rule, Scalarizer) else step.jac()
+    return rule.init(like, key=key)
+
+
+def _way(rule: Aggregator | Scalarizer) -> Any:
+    """Return how a rule gets its gradients: in one pass, if it looks at none to weigh them."""
+    if isinstance(rule, Scalarizer):
+        return _scalarized
+    if rule.partition is None and rule.weighting is not None and rule.weighting.needs == "size":
+        return _weighted
+    return _aggregated
+
+
+def _scalarized(step: _Step, rule: Scalarizer, state: State) -> tuple[Grads, State]:
+    """Differentiate the one loss: first by the losses, then those."""
+    with torch.enable_grad():
+        vector = step.batch.vector.clone().requires_grad_()
+        loss, state = rule(vector, state, present=step.batch.present)
+        (weights,) = torch.autograd.grad(loss, vector)
+    grads = _in_one_pass(step, weights)
+    return _averaged(rule, grads), _tree.map(_detached, state)
+
+
+def _weighted(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
+    """Differentiate the sum of the losses, weighted."""
+    weighting, batch = rule.weighting, step.batch
+    assert weighting is not None
+    options = {"losses": batch.vector, "present": batch.present}
+    weights, state = weighting(statistic_like(step.jac()), state, **options)
+    return _in_one_pass(step, weights) + step.parts.heads, state
+
+
+def _in_one_pass(step: _Step, weights: Tensor) -> Grads:
+    """Pull weights of the losses back."""
+    params, parts = step.params(), step.parts
+    grads = combined(parts.pulls, weights, params, step.retain)
+    if not parts.heads:
+        outputs = {id(pull.outputs[0]): pull for pull in parts.pulls}
+        for pull in outputs.values():
+            reached = depends(pull.outputs, params)
+            _check.dependent("losses", step.batch.paths[pull.place], reached)
+    return list(zip(params, grads, strict=True))
+
+
+def _aggregated(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
+    """Differentiate the losses one by one, and aggregate their gradients."""
+    batch, parts, params = step.batch, step.parts, step.params()
+    leaves, factor = _rows(step), None
+    flat, rebuild = _tree.flatten(step.jac())
+    full = [zeros if leaf is None else leaf for zeros, leaf in zip(flat, leaves, strict=True)]
+    if batch.scale is not None:
+        full, factor = _unscaled(full, batch.scale)
+    options = {"losses": batch.vector, "present": batch.present}
+    direction, state = rule(rebuild(full), state, **options)
+    found = _tree.leaves(direction)
+    if factor is not None:
+        found = [grad * factor for grad in found]
+    reached = [leaf is not None or rule.average is not None for leaf in leaves]
+    grads = [grad if kept else None for grad, kept in zip(found, reached, strict=True)]
+    return [*zip(params, grads, strict=True), *_averaged(rule, parts.heads)], state
+
+
+def _rows(step: _Step) -> list[Tensor | None]:
+    """Return the leaves of the Jacobian; `None` for a parameter that no loss depends on."""
+    pulls, m = step.parts.pulls, len(step.batch.vector)
+    leaves, dependent = rows(pulls, step.params(), m, step.chunk_size, step.retain)
+    if not step.parts.heads:
+        for place, reached in dependent.items():
+            _check.dependent("losses", step.batch.paths[place], reached)
+    return leaves
+
+
+def _unscaled(leaves: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return rows, 0 if some of them overflowed, and what scales again, not a number then."""
+    finite = _all_finite(leaves)
+    rows = [torch.where(finite, leaf / scale, 0) for leaf in leaves]
+    return rows, torch.where(finite, scale, torch.nan)
+
+
+def _averaged(rule: Aggregator | Scalarizer, grads: Grads) -> Grads:
+    """Return the mean over processes, all of which have to come to it, if the rule spans some."""
+    if rule.average is None:
+        return grads
+    full = [torch.zeros_like(param) if grad is None else grad for param, grad in grads]
+    return [(param, mean) for (param, _), mean in zip(grads, rule.average(full), strict=True)]
+
+
+def _all_finite(leaves: list[Tensor]) -> Tensor:
+    """Return whether all numbers are finite, as a tensor, so that nothing waits for it."""
+    return torch.stack([leaf.isfinite().all() for leaf in leaves]).all()
+
+
+def _kept_if_finite(batch: Batch, grads: Grads, after: State, before: State) -> tuple[Grads, State]:
+    """Keep the state, and have the scaler skip the step, where a scaled gradient overflowed."""
+    seen = [grad for _, grad in grads if grad is not None]
+    if batch.scale is None or not seen:
+        return grads, after
+    finite = _all_finite(seen)
+    bad = [(p, g if g is None else torch.where(finite, g, torch.nan)) for p, g in grads]
+    return bad, _tree.map(lambda new, old: torch.where(finite, new, old), after, before)
+
+
+def _add(param: Tensor, grad: Tensor | None) -> None:
+    """Add to `.grad`, as `backward` does, what no one else holds."""
+    if grad is None:
+        return
+    if param.grad is None:
+        param.grad = like_parameter(param, grad)
+    else:
+        param.grad.add_(grad)
