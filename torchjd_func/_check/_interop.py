@@ -24,14 +24,19 @@ def local(path: str, modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for kind in type(module).__mro__:
             if kind.__name__ in REDUCERS:
-                where = f"`target` at {path!r}" if path else "`target`"
                 rule = "not be wrapped for several processes"
-                fail(ValueError, where, rule, kind.__name__, REDUCERS[kind.__name__])
+                remedy = REDUCERS[kind.__name__]
+                fail(ValueError, _at("target", path), rule, kind.__name__, remedy)
+
+
+def _at(name: str, path: str) -> str:
+    """Name a part of an argument."""
+    return f"`{name}` at {path!r}" if path else f"`{name}`"
 
 
 def leaf_parameter(name: str, path: str, value: Any) -> None:
     """Check that a target has a `.grad` that optimisers read."""
-    where = f"`{name}` at {path!r}" if path else f"`{name}`"
+    where = _at(name, path)
     if not isinstance(value, Tensor):
         remedy = "Pass modules, or the parameters of modules."
         fail(TypeError, where, "be a parameter or a module", describe(value), remedy)
@@ -57,7 +62,7 @@ def assignable(path: str, param: Tensor, grad: Any) -> None:
     """Check that a gradient fits its parameter."""
     if not isinstance(grad, Tensor):
         remedy = "Pass the pytree that jd.grad returned for these parameters."
-        fail(ValueError, f"`grads` at {path!r}", "be a tensor or None", describe(grad), remedy)
+        fail(ValueError, _at("grads", path), "be a tensor or None", describe(grad), remedy)
     if not param.requires_grad:
         rule, remedy = (
             f"require a gradient at {path!r}",
@@ -81,13 +86,13 @@ def owned(path: str, is_owned: bool) -> None:
             "add_param_group."
         )
         got = "one that it does not have"
-        fail(ValueError, f"`target` at {path!r}", "be a parameter of `optimizer`", got, remedy)
+        fail(ValueError, _at("target", path), "be a parameter of `optimizer`", got, remedy)
 
 
 def dependent(name: str, path: str, depends: bool) -> None:
     """Check that a loss can be differentiated with respect to what is trained."""
     if not depends:
-        where = f"`{name}` at {path!r}" if path else f"`{name}`"
+        where = _at(name, path)
         remedy = (
             "Compute it by the modules of `target`, outside torch.no_grad() and without detach(); "
             "say by `present` that a batch does not have it."
@@ -101,7 +106,7 @@ def apart(path: str, other_ways: bool) -> None:
     if other_ways:
         rule = "reach the parameters that `features` depend on through `features` alone"
         remedy = "Pass all tensors that the heads take from the trunk as `features`."
-        fail(ValueError, f"`losses` at {path!r}", rule, "another way", remedy)
+        fail(ValueError, _at("losses", path), rule, "another way", remedy)
 
 
 def independent_feature(path: str, independent: bool) -> None:
@@ -109,7 +114,7 @@ def independent_feature(path: str, independent: bool) -> None:
     if not independent:
         rule, got = "not be computed from another feature", "one that is"
         remedy = "Hand the heads a copy of the other, feature.clone(), and pass that."
-        fail(ValueError, f"`features` at {path!r}", rule, got, remedy)
+        fail(ValueError, _at("features", path), rule, got, remedy)
 
 
 def unscaled(name: str, spans: bool) -> None:

@@ -19,7 +19,7 @@ def state_of(name: str, init_fn: Callable[..., Any], value: Any) -> None:
         fn, bound = fn.func, fn.keywords
     kind = state_class(fn)
     if kind is not None and type(value) is not kind:
-        rule = f"be a {kind.__name__}"
+        rule = "be ()" if kind is tuple else f"be a {kind.__name__}"
         remedy = "Pass the state that this method's init returned."
         fail(ValueError, f"`state` of `{name}`", rule, describe(value), remedy)
     for field, inner in bound.items():
@@ -28,8 +28,10 @@ def state_of(name: str, init_fn: Callable[..., Any], value: Any) -> None:
 
 
 def state_class(fn: Callable[..., Any]) -> type | None:
-    """Return the named tuple that `fn` is annotated to return, if it is."""
+    """Return the named tuple, or the empty tuple, that `fn` is annotated to return, if it is."""
     kind = getattr(fn, "__annotations__", {}).get("return")
+    if kind in (tuple[()], "tuple[()]"):
+        return tuple
     if isinstance(kind, str):
         kind = fn.__globals__.get(kind)
     return kind if hasattr(kind, "_fields") else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._types import Weighting
 from torchjd_func.interop import _layout
 
 Rule = Any  # an Aggregator, a Weighting, a Scalarizer, or one of jd.sets
@@ -30,7 +31,8 @@ def state_dict(rule: Rule, state: State) -> dict[str, Tensor]:
         state = jd.interop.load_state_dict(rule, read)
 
     Args:
-        rule: The rule that the state belongs to.
+        rule: The rule that the state belongs to; of one made by `jd.distributed`, the rule inside,
+            so that the state can be loaded for another number of processes.
         state: What its `init` or its last call returned.
 
     Returns:
@@ -50,7 +52,7 @@ def state_dict(rule: Rule, state: State) -> dict[str, Tensor]:
         {'weights': (2,), 'step': ()}
     """
     _check.has_state(rule)
-    _check.state_of(rule.name, rule.init_fn, state)
+    _check_state(rule, state)
     tensors: dict[str, Tensor] = {}
     structure = _layout.describe(state, tensors)
     _check.unique_names("state", [*tensors, HEADER])
@@ -90,8 +92,15 @@ def load_state_dict(rule: Rule, saved: Mapping[str, Tensor]) -> State:
     _check.saved_rule(header.get("rule"), rule.name)
     _check.names("saved", saved, {HEADER, *_layout.names(header["state"])})
     state = _layout.rebuild(header["state"], saved, _layout.state_classes(rule))
-    _check.state_of(rule.name, rule.init_fn, state)
+    _check_state(rule, state)
     return state
+
+
+def _check_state(rule: Rule, state: State) -> None:
+    """Check that a state is of the type of the rule's, or of that of its weighting."""
+    weighting = getattr(rule, "weighting", None)
+    owner = weighting if isinstance(weighting, Weighting) else rule
+    _check.state_of(owner.name, owner.init_fn, state)
 
 
 def _header(saved: Mapping[str, Tensor]) -> dict[str, Any]:

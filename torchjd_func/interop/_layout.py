@@ -83,7 +83,7 @@ def state_classes(rule: Any) -> dict[str, type]:
             if isinstance(value, type) and hasattr(value, "_fields"):
                 found.setdefault(value.__name__, value)
         kind = _check.state_class(fn)
-        if kind is not None:
+        if kind is not None:  # of two classes of one name, the rule's own
             found[kind.__name__] = kind
     return found
 
