@@ -74,7 +74,7 @@ def test_no_rule_loads_the_state_of_another_method():
             loaded = jd.interop.load_state_dict(rule, saved[other])
             assert type(loaded) is type(state), (name, other)
             continue
-        with pytest.raises(ValueError, match="`saved` must be a state of|`state` of") as caught:
+        with pytest.raises(ValueError, match=r"`saved` must be a state of|`state` of") as caught:
             jd.interop.load_state_dict(rule, saved[other])
         if theirs.name != rule.name:
             assert f"`{rule.name}`, got one of `{theirs.name}`" in str(caught.value)
@@ -186,7 +186,7 @@ def test_what_cannot_be_saved_is_refused():
     with pytest.raises(ValueError, match=r"one leaf of each name, got \['[a-z_.]*a.b'\] twice"):
         jd.interop.state_dict(jd.moco(), state)
     own = jd.Aggregator("own", lambda jac, key: 3, lambda jac, state, losses: (jac, state))
-    with pytest.raises(TypeError, match="tensors only, in named tuples.* got int"):
+    with pytest.raises(TypeError, match=r"tensors only, in named tuples.* got int"):
         jd.interop.state_dict(own, 3)
 
 

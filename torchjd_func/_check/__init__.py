@@ -22,6 +22,7 @@ from torchjd_func._check._interop import (
     owned,
     trainable,
     unscaled,
+    visible,
 )
 from torchjd_func._check._messages import (
     describe,
@@ -229,5 +230,6 @@ __all__ = [
     "unique_names",
     "unscaled",
     "vector",
+    "visible",
     "weighting_present",
 ]

@@ -101,6 +101,14 @@ def dependent(name: str, path: str, depends: bool) -> None:
         fail(ValueError, where, rule, "none of them", remedy)
 
 
+def visible(node: str) -> None:
+    """Check that a node of the graph does not hide parameters from it."""
+    if node == "CheckpointFunctionBackward":
+        rule = "not be computed by reentrant checkpoints, which hide their parameters"
+        remedy = "Call torch.utils.checkpoint.checkpoint with use_reentrant=False."
+        fail(ValueError, "`losses`", rule, node, remedy)
+
+
 def apart(path: str, other_ways: bool) -> None:
     """Check that a loss reaches shared parameters through the features alone."""
     if other_ways:

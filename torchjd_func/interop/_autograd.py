@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchjd_func import _check
+
 
 class Pull(NamedTuple):
     """One row of a Jacobian: what is differentiated, and by which cotangents."""
@@ -15,13 +17,6 @@ class Pull(NamedTuple):
     place: int
     outputs: list[Tensor]
     cotangents: list[Tensor]
-
-
-class Rows(NamedTuple):
-    """The rows of a Jacobian by parameter."""
-
-    leaves: list[Tensor | None]  # (m, *shape) each; None for a parameter that nothing depends on
-    dependent: dict[int, bool]  # whether each row that was asked for depends on some parameter
 
 
 class Ancestry(NamedTuple):
@@ -33,17 +28,18 @@ class Ancestry(NamedTuple):
 
 def rows(
     pulls: Sequence[Pull], params: Sequence[Tensor], m: int, chunk_size: int | None, retain: bool
-) -> Rows:
-    """Differentiate into `(m, ...)` leaves, with zeros in the rows that are not asked for."""
+) -> list[Tensor | None]:
+    """Return a Jacobian by parameter, `(m, *shape)`, with zeros in the rows of no pull.
+
+    `None` for a parameter that nothing depends on.
+    """
     leaves: list[Tensor | None] = [None] * len(params)
-    dependent: dict[int, bool] = {}
     step = chunk_size or max(1, len(pulls))
     for start in range(0, len(pulls), step):
         chunk = pulls[start : start + step]
         grads = _pull_back(chunk, params, retain or start + step < len(pulls))
-        dependent |= _dependence(chunk, params, grads)
         _fill(leaves, params, m, [pull.place for pull in chunk], grads)
-    return Rows(leaves, dependent)
+    return leaves
 
 
 def combined(
@@ -81,6 +77,7 @@ def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry
         if edge[0] is None or edge in ends or edge in edges:
             continue
         edges.add(edge)
+        _check.visible(edge[0].name())
         if hasattr(edge[0], "variable"):
             leaves.add(id(edge[0].variable))
         waiting += edge[0].next_functions
@@ -92,11 +89,6 @@ def _edge(tensor: Tensor) -> Any:
     if tensor.requires_grad and tensor.grad_fn is None:
         return torch.autograd.graph.get_gradient_edge(tensor)
     return tensor.grad_fn, tensor.output_nr
-
-
-def depends(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Say whether some tensor depends on some parameter."""
-    return bool(ancestry(tensors).leaves & {id(param) for param in params})
 
 
 def _pull_back(
@@ -119,17 +111,6 @@ def _cotangent(pull: Pull, output: Tensor) -> Tensor:
         if own is output:
             return cotangent
     return output.new_zeros(output.shape)
-
-
-def _dependence(
-    chunk: Sequence[Pull], params: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> dict[int, bool]:
-    """Say of each row of a chunk whether it depends on some parameter."""
-    if len(chunk) == 1:
-        return {chunk[0].place: any(grad is not None for grad in grads)}
-    outputs = {id(out): out for pull in chunk for out in pull.outputs}
-    reached = {name: depends([out], params) for name, out in outputs.items()}
-    return {pull.place: any(reached[id(out)] for out in pull.outputs) for pull in chunk}
 
 
 def _fill(

@@ -11,7 +11,7 @@ from torchjd_func import _check, _tree
 from torchjd_func._lift import statistic_like
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.interop import _heads, _targets
-from torchjd_func.interop._autograd import combined, depends, rows
+from torchjd_func.interop._autograd import combined, rows
 from torchjd_func.interop._heads import Grads, Split
 from torchjd_func.interop._losses import Batch, batch_of
 from torchjd_func.interop._optimizers import like_parameter
@@ -144,9 +144,9 @@ class _Step(NamedTuple):
         return _tree.map(lambda p: _tree.placeholder(p, (m, *p.shape)), self.parts.shared)
 
 
-def _detached(leaf: Tensor) -> Tensor:
+def _detached(leaf: Any) -> Any:
     """Return a tensor of the state without its past."""
-    return leaf.detach()
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _first(step: _Step, rule: Aggregator | Scalarizer, key: Tensor | None) -> State:
@@ -187,22 +187,16 @@ def _in_one_pass(step: _Step, weights: Tensor) -> Grads:
     """Pull weights of the losses back."""
     params, parts = step.params(), step.parts
     grads = combined(parts.pulls, weights, params, step.retain)
-    if not parts.heads:
-        outputs = {id(pull.outputs[0]): pull for pull in parts.pulls}
-        for pull in outputs.values():
-            reached = depends(pull.outputs, params)
-            _check.dependent("losses", step.batch.paths[pull.place], reached)
     return list(zip(params, grads, strict=True))
 
 
 def _aggregated(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
     """Differentiate the losses one by one, and aggregate their gradients."""
     batch, parts, params = step.batch, step.parts, step.params()
-    leaves, factor = _rows(step), None
+    leaves = rows(parts.pulls, params, len(batch.vector), step.chunk_size, step.retain)
     flat, rebuild = _tree.flatten(step.jac())
     full = [zeros if leaf is None else leaf for zeros, leaf in zip(flat, leaves, strict=True)]
-    if batch.scale is not None:
-        full, factor = _unscaled(full, batch.scale)
+    full, factor = (full, None) if batch.scale is None else _unscaled(full, batch.scale)
     options = {"losses": batch.vector, "present": batch.present}
     direction, state = rule(rebuild(full), state, **options)
     found = _tree.leaves(direction)
@@ -211,16 +205,6 @@ def _aggregated(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, Sta
     reached = [leaf is not None or rule.average is not None for leaf in leaves]
     grads = [grad if kept else None for grad, kept in zip(found, reached, strict=True)]
     return [*zip(params, grads, strict=True), *_averaged(rule, parts.heads)], state
-
-
-def _rows(step: _Step) -> list[Tensor | None]:
-    """Return the leaves of the Jacobian; `None` for a parameter that no loss depends on."""
-    pulls, m = step.parts.pulls, len(step.batch.vector)
-    leaves, dependent = rows(pulls, step.params(), m, step.chunk_size, step.retain)
-    if not step.parts.heads:
-        for place, reached in dependent.items():
-            _check.dependent("losses", step.batch.paths[place], reached)
-    return leaves
 
 
 def _unscaled(leaves: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -25,6 +25,10 @@ class Split(NamedTuple):
 
 def no_heads(batch: Batch, tree: PyTree) -> Split:
     """Return a problem all of whose parameters are shared."""
+    params = {id(param) for param in _tree.leaves(tree)}
+    for pull in {id(pull.outputs[0]): pull for pull in batch.pulls}.values():
+        reached = bool(params & ancestry(pull.outputs).leaves)
+        _check.dependent("losses", batch.paths[pull.place], reached)
     return Split(batch.pulls, [], tree)
 
 

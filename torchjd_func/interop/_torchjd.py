@@ -118,7 +118,7 @@ def _classes() -> tuple[type, type]:
 
         @property
         def state(self) -> Any:
-            """Return the state of the rule."""
+            """The state of the rule."""
             return self.gramian_weighting.state
 
         @state.setter
