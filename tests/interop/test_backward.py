@@ -129,3 +129,23 @@ def test_a_past_graph_is_not_kept_by_the_state():
     state = state._replace(weights=state.weights.clone().requires_grad_() * 2)
     state = jd.interop.backward_(losses_of(model(X)), model, rule, state)
     assert not state.weights.requires_grad
+
+
+@pytest.mark.parametrize("make", [jd.upgrad, lambda: jd.smoothed(jd.mgda()), jd.mean])
+def test_weights_may_come_from_some_parameters(make):
+    model, rule = network(), make()
+    apply, params, buffers = jd.functionalize(copy.deepcopy(model))
+
+    def objective(params):
+        return losses_of(apply(params, buffers, X)[0])
+
+    def last(path):
+        return path.startswith("2.")
+
+    want, state = jd.init_state(rule, objective, params), None
+    for _ in range(2):
+        grads, want = jd.grad(objective, rule, where=last)(want, params)
+        state = jd.interop.backward_(losses_of(model(X)), model, rule, state, where=last)
+        assert_trees_close(grads_of(model), grads, rtol=1e-12)
+        assert_trees_close(state, want, rtol=1e-12)
+        model.zero_grad()

@@ -73,6 +73,18 @@ BAD = {
     ),
     "chunk size": (lambda: backward(OUT.mean(0), MODEL, chunk_size=0), "`chunk_size` must be"),
     "present": (lambda: backward(OUT.mean(0), MODEL, present=[True]), "must hold 5 bools"),
+    "where without weights": (
+        lambda: backward(OUT.mean(0), MODEL, jd.trimmed_mean(1), where=bool),
+        "`where` must be given a rule with a weighting",
+    ),
+    "where of a scalarizer": (
+        lambda: backward(OUT.mean(0), MODEL, jd.scalarizers.mean(), where=bool),
+        "`where` must be given a jd.Aggregator",
+    ),
+    "where of nothing": (
+        lambda: backward(MODEL(X).mean(0), MODEL, where=lambda path: False),
+        "`where` must be true of the path of some parameter",
+    ),
     "wrapped": (wrapped, r"`target` must not be wrapped.*jd\.distributed\.data_parallel"),
     "detached features": (
         lambda: backward(OUT.mean(0), MODEL, features=X),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torchjd_func.interop._autograd import combined, rows
 from torchjd_func.interop._heads import Grads, Split
 from torchjd_func.interop._losses import Batch, batch_of
 from torchjd_func.interop._optimizers import like_parameter
+from torchjd_func.interop._scaler import kept_if_finite, unscaled
 
 PyTree = Any
 State = Any
@@ -31,6 +33,7 @@ def backward_(
     present: Any = None,
     retain_graph: bool = False,
     chunk_size: int | None = 1,
+    where: Callable[[str], bool] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> State:
     r"""Add the update direction of a rule to `.grad`, in the place of `loss.backward()`.
@@ -80,6 +83,8 @@ def backward_(
         chunk_size: How many rows to compute in one pass; `None` for all. More than 1 needs torch to
             have batching rules for all operations: it fails with checkpointing, custom functions
             and hooks on saved tensors. Measure: on CPUs the loop is as fast.
+        where: As for `jd.grad`: predicate of a parameter's path; the weights come from these alone,
+            and are applied to all in one more pass.
         scaler: Of `torch.amp`, with losses that are NOT scaled: their gradients are scaled in the
             passes, unscaled for the rule, and those in `.grad` are as `scaler.unscale_` and
             `scaler.step` expect. Where some gradient is not finite, all in `.grad` are not, so that
@@ -107,6 +112,9 @@ def backward_(
     """
     _check.rule(rule, (Aggregator, Scalarizer))
     _check.chunk_size(chunk_size)
+    if where is not None:
+        _check.combinable("where", rule, (Aggregator,))
+        _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
     _check.unscaled(rule.name, scaler is not None and rule.average is not None)
     target = _targets.listed(target)
     tree = _targets.trainable(target)
@@ -116,10 +124,11 @@ def backward_(
             parts = _heads.no_heads(batch, tree)
         else:
             parts = _heads.split(features, batch, target, tree)
-        step = _Step(batch, parts, chunk_size, retain_graph)
+        step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
-        grads, after = _way(rule)(step, rule, before)
-        grads, after = _kept_if_finite(batch, grads, after, before)
+        grads, after = _way(rule, where)(step, rule, before)
+        if batch.scale is not None:
+            grads, after = kept_if_finite(grads, after, before)
         everywhere = batch.zeros or rule.average is not None
         for param, grad in grads:
             _add(param, param.new_zeros(()) if grad is None and everywhere else grad)
@@ -131,6 +140,7 @@ class _Step(NamedTuple):
 
     batch: Batch
     parts: Split
+    where: Callable[[str], bool] | None
     chunk_size: int | None
     retain: bool
 
@@ -155,13 +165,13 @@ def _first(step: _Step, rule: Aggregator | Scalarizer, key: Tensor | None) -> St
     return rule.init(like, key=key)
 
 
-def _way(rule: Aggregator | Scalarizer) -> Any:
+def _way(rule: Aggregator | Scalarizer, where: Any) -> Any:
     """Return how a rule gets its gradients: in one pass, if it looks at none to weigh them."""
     if isinstance(rule, Scalarizer):
         return _scalarized
     if rule.partition is None and rule.weighting is not None and rule.weighting.needs == "size":
         return _weighted
-    return _aggregated
+    return _aggregated if where is None else _partial
 
 
 def _scalarized(step: _Step, rule: Scalarizer, state: State) -> tuple[Grads, State]:
@@ -193,25 +203,49 @@ def _in_one_pass(step: _Step, weights: Tensor) -> Grads:
 def _aggregated(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
     """Differentiate the losses one by one, and aggregate their gradients."""
     batch, parts, params = step.batch, step.parts, step.params()
-    leaves = rows(parts.pulls, params, len(batch.vector), step.chunk_size, step.retain)
-    flat, rebuild = _tree.flatten(step.jac())
-    full = [zeros if leaf is None else leaf for zeros, leaf in zip(flat, leaves, strict=True)]
-    full, factor = (full, None) if batch.scale is None else _unscaled(full, batch.scale)
+    found, full, factor = _rows(step, params, step.retain)
+    _, rebuild = _tree.flatten(parts.shared)
     options = {"losses": batch.vector, "present": batch.present}
     direction, state = rule(rebuild(full), state, **options)
-    found = _tree.leaves(direction)
-    if factor is not None:
-        found = [grad * factor for grad in found]
-    reached = [leaf is not None or rule.average is not None for leaf in leaves]
-    grads = [grad if kept else None for grad, kept in zip(found, reached, strict=True)]
+    reached = [leaf is not None or rule.average is not None for leaf in found]
+    pairs = zip(_tree.leaves(direction), reached, strict=True)
+    grads = _times([grad if kept else None for grad, kept in pairs], factor)
     return [*zip(params, grads, strict=True), *_averaged(rule, parts.heads)], state
 
 
-def _unscaled(leaves: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return rows, 0 if some of them overflowed, and what scales again, not a number then."""
-    finite = _all_finite(leaves)
-    rows = [torch.where(finite, leaf / scale, 0) for leaf in leaves]
-    return rows, torch.where(finite, scale, torch.nan)
+def _partial(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
+    """Weigh losses by their gradients for some parameters, and differentiate that for all."""
+    batch, where, weighting = step.batch, step.where, rule.weighting
+    assert where is not None
+    assert weighting is not None
+    paths, params = _tree.paths(step.parts.shared), step.params()
+    chosen = [i for i, path in enumerate(paths) if where(path)]
+    _check.some_named("where", chosen, paths)
+    _, full, factor = _rows(step, [params[i] for i in chosen], True)
+    options = {"losses": batch.vector, "present": batch.present}
+    weights, state = weighting(_tree.gramian(full), state, **options)
+    grads = [grad for _, grad in _in_one_pass(step, weights)]
+    if factor is not None and batch.scale is not None:
+        grads = _times(grads, factor / batch.scale)  # 1, or not a number
+    return [*zip(params, grads, strict=True), *step.parts.heads], state
+
+
+def _rows(
+    step: _Step, params: list[Tensor], retain: bool
+) -> tuple[list[Tensor | None], list[Tensor], Tensor | None]:
+    """Return the Jacobian by parameter, then with zeros for `None`, and what scales it again."""
+    m, scale = len(step.batch.vector), step.batch.scale
+    found = rows(step.parts.pulls, params, m, step.chunk_size, retain)
+    pairs = zip(params, found, strict=True)
+    full = [_tree.placeholder(p, (m, *p.shape)) if leaf is None else leaf for p, leaf in pairs]
+    return (found, full, None) if scale is None else (found, *unscaled(full, scale))
+
+
+def _times(grads: list[Tensor | None], factor: Tensor | None) -> list[Tensor | None]:
+    """Return gradients times a number, if there is one."""
+    if factor is None:
+        return grads
+    return [None if grad is None else grad * factor for grad in grads]
 
 
 def _averaged(rule: Aggregator | Scalarizer, grads: Grads) -> Grads:
@@ -220,21 +254,6 @@ def _averaged(rule: Aggregator | Scalarizer, grads: Grads) -> Grads:
         return grads
     full = [torch.zeros_like(param) if grad is None else grad for param, grad in grads]
     return [(param, mean) for (param, _), mean in zip(grads, rule.average(full), strict=True)]
-
-
-def _all_finite(leaves: list[Tensor]) -> Tensor:
-    """Return whether all numbers are finite, as a tensor, so that nothing waits for it."""
-    return torch.stack([leaf.isfinite().all() for leaf in leaves]).all()
-
-
-def _kept_if_finite(batch: Batch, grads: Grads, after: State, before: State) -> tuple[Grads, State]:
-    """Keep the state, and have the scaler skip the step, where a scaled gradient overflowed."""
-    seen = [grad for _, grad in grads if grad is not None]
-    if batch.scale is None or not seen:
-        return grads, after
-    finite = _all_finite(seen)
-    bad = [(p, g if g is None else torch.where(finite, g, torch.nan)) for p, g in grads]
-    return bad, _tree.map(lambda new, old: torch.where(finite, new, old), after, before)
 
 
 def _add(param: Tensor, grad: Tensor | None) -> None:
