@@ -1,5 +1,7 @@
 """Models that the tests of loops share."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -8,7 +10,7 @@ LR = 0.1
 X = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def network(seed=0):
+def network(seed=0) -> Any:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, M)).double()
 
@@ -27,7 +29,7 @@ def descend(params):
                 param.grad = None
 
 
-def grads_of(target):
+def grads_of(target) -> Any:
     """Return `.grad` by name."""
     return {name: param.grad for name, param in target.named_parameters()}
 
@@ -46,6 +48,6 @@ class Tasks(nn.Module):
         return z, {name: self.heads[name](z).sub(i).square().mean() for i, name in enumerate(names)}
 
 
-def tasks():
+def tasks() -> Any:
     torch.manual_seed(1)
     return Tasks().double()

@@ -1,6 +1,7 @@
 """`backward_` gives what `jd.grad` gives, for every rule, and touches nothing else."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from tests.registry import METHODS, key_for
 from torchjd_func import _tree
 
 
-def make_rules():
+def make_rules() -> Any:
     """Return each rule's factory, and its key."""
-    found = {name: (method.make, key_for(method)) for name, method in METHODS.items()}
+    found: Any = {name: (method.make, key_for(method)) for name, method in METHODS.items()}
     for name, method in scalarizer_registry.METHODS.items():
         found["scalarizers." + name] = method.make, scalarizer_registry.key_for(method)
     return found
@@ -115,7 +116,7 @@ def test_the_graph_is_kept_where_it_is_asked_for():
 
 
 def test_gradients_share_no_memory_with_the_state_or_with_each_other():
-    w = torch.zeros(3, requires_grad=True)
+    w: Any = torch.zeros(3, requires_grad=True)
     rule = jd.moco()
     state = jd.interop.backward_([w.sum(), 2 * w.sum()], w, rule)
     saved = _tree.map(torch.clone, state)

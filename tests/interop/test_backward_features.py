@@ -64,12 +64,12 @@ def test_heads_may_be_shared_and_features_many():
     trunk, head = nn.Linear(4, 6).double(), nn.Linear(3, 1).double()
     left, right = trunk(X).chunk(2, dim=1)
     losses = [head(left).square().mean(), head(right).sub(1).square().mean()]
-    want = torch.autograd.grad(sum(losses), [head.weight], retain_graph=True)
+    want = torch.autograd.grad(losses[0] + losses[1], [head.weight], retain_graph=True)
     jd.interop.backward_(losses, [trunk, head], jd.mean(), features=[left, right])
     torch.testing.assert_close(head.weight.grad, want[0])
     left, right = trunk(X).chunk(2, dim=1)
     losses = [head(left).square().mean(), head(right).sub(1).square().mean()]
-    want = torch.autograd.grad(sum(losses) / 2, [trunk.weight])
+    want = torch.autograd.grad((losses[0] + losses[1]) / 2, [trunk.weight])
     torch.testing.assert_close(trunk.weight.grad, want[0])
 
 

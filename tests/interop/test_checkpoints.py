@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def scalarize(rule, state):
 
 def rules():
     """Return every rule by name, a state of it, and how it is called."""
-    found = {name: (*fresh(method, ROWS, M), aggregate) for name, method in METHODS.items()}
+    found: Any = {name: (*fresh(method, ROWS, M), aggregate) for name, method in METHODS.items()}
     for name, method in scalarizer_registry.METHODS.items():
         found["scalarizers." + name] = (*scalarizer_registry.fresh(method, LOSSES, M), scalarize)
     return found
@@ -200,14 +201,14 @@ def test_structures_of_parameters_come_back():
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_says_what_to_read(tmp_path):
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
     from torch.distributed.checkpoint.state_dict_saver import save
 
     rule = jd.grouped(jd.smoothed(jd.gradvac()), jd.by_tensor)
     _, state = rule({"a": ROWS, "b": ROWS}, rule.init({"a": ROWS, "b": ROWS}, key=jd.random.key(0)))
     save(jd.interop.state_dict(rule, state), checkpoint_id=tmp_path, no_dist=True)
-    known = FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    known: Any = FileSystemReader(tmp_path).read_metadata().state_dict_metadata
     read = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known.items()}
     load(read, checkpoint_id=tmp_path, no_dist=True)
     assert_trees_close(jd.interop.load_state_dict(rule, read), state, rtol=0, atol=0)

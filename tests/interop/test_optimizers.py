@@ -1,5 +1,7 @@
 """Gradients in the hands of torch's optimisers, and schedules of hyper-parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def test_a_parameter_that_stands_in_two_places_gets_the_sum():
     assert grads["a"].item() == 10
     jd.interop.assign_grads_({"a": w, "b": w}, {"a": None, "b": grads["b"]})
     assert w.grad.item() == 1
-    tied = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
+    tied: Any = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
     tied["b"].weight = tied["a"].weight
     one = torch.ones(1, 1)
     jd.interop.assign_grads_(tied, {"a.weight": one, "b.weight": 2 * one})

@@ -10,7 +10,7 @@ default regularisation, to 1e-3. Two batches for one step (`jd.double_sampling`)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +99,9 @@ def same(ours: Any, theirs: Any, tol: float) -> None:
     assert (a - b).norm() <= tol * b.norm(), float((a - b).norm() / b.norm())
 
 
-def fit(modules: dict[str, nn.Module], batches: Any, update: Callable[..., Any]) -> Any:
+def fit(modules: Mapping[str, nn.Module], batches: Any, update: Callable[..., Any]) -> Any:
     """Train copies of modules by a loop of torch; return their parameters."""
-    copies = copy.deepcopy(modules)
+    copies = dict(copy.deepcopy(modules))
     optimizer = SGD(all_parameters(copies), lr=LR)
     for batch in zip(*batches, strict=True):
         update(copies, *batch)
@@ -110,7 +110,7 @@ def fit(modules: dict[str, nn.Module], batches: Any, update: Callable[..., Any])
     return final(copies)
 
 
-def stateful(rule: jd.Aggregator, key: Any = None) -> Callable[..., Any]:
+def stateful(rule: jd.Aggregator, key: Any = None) -> Any:
     """Return `backward_` with the state of a rule in it."""
     memory: list[Any] = [None]
 
@@ -308,7 +308,7 @@ def test_multi_task_learning(pair):
     same(by_parts(ours), fit(modules, data, task_loop(pair.ours())), 1e-9)
 
 
-def task_loop(rule: jd.Aggregator, key: Any = None) -> Callable[..., Any]:
+def task_loop(rule: jd.Aggregator, key: Any = None) -> Any:
     """Return an update of several tasks by `backward_`."""
     backward_ = stateful(rule, key)
 

@@ -1,6 +1,7 @@
 """What `torch.func` cannot see, and `backward_` can, against loops of `torch.autograd.grad`."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torchjd_func import _tree
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def network(n_outputs=3):
+def network(n_outputs=3) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, n_outputs)).double()
 
@@ -139,9 +140,9 @@ class Cube(torch.autograd.Function):
         return x**3
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
+        return 3 * x**2 * grad_outputs[0]
 
 
 def test_custom_functions_without_setup_context():
@@ -169,7 +170,7 @@ def test_gradients_inside_of_a_physics_loss():
 
 def test_sparse_gradients_are_made_dense():
     torch.manual_seed(0)
-    table = nn.Embedding(7, 3, sparse=True).double()
+    table: Any = nn.Embedding(7, 3, sparse=True).double()
     batch = torch.tensor([1, 2, 2, 5])
     for rule in (jd.upgrad(), jd.mean()):
         table.zero_grad()
@@ -258,10 +259,10 @@ def test_losses_scaled_by_hand_suit_homogeneous_rules():
     assert_trees_close([param.grad for param in model.parameters()], want)
 
 
-def test_a_module_that_torch_wraps_is_refused_with_the_remedy(tmp_path):
-    import torch.distributed as dist
+def test_a_module_that_torch_wraps_is_refused_with_the_remedy():
     from torch.nn.parallel import DistributedDataParallel
 
+    dist: Any = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         inner = network()
@@ -277,9 +278,11 @@ def test_a_module_that_torch_wraps_is_refused_with_the_remedy(tmp_path):
 
 
 def test_a_model_that_was_compiled_by_itself():
+    from torch._functorch import config
+
     model = network()
-    fast = torch.compile(model, backend="aot_eager")
-    with torch._functorch.config.patch(donated_buffer=False):
+    fast: Any = torch.compile(model, backend="aot_eager")
+    with config.patch(donated_buffer=False):
         jd.interop.backward_(model_losses(fast), fast, jd.upgrad())
     want = by_hand(model_losses(model), model.parameters(), jd.upgrad())
     assert_trees_close([param.grad for param in model.parameters()], want, rtol=1e-10)
