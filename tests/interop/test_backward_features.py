@@ -73,41 +73,20 @@ def test_heads_may_be_shared_and_features_many():
     torch.testing.assert_close(trunk.weight.grad, want[0])
 
 
-def counted(present, m):
-    """Return 1 for each objective that there is."""
-    return torch.ones(m).double() if present is None else present.double()
-
-
-def shortest(gramian, *, present=None):
-    """Weigh by the inverse of the length."""
-    weights = counted(present, len(gramian)) / gramian.diagonal().clamp(min=1e-30).sqrt()
-    return torch.where(counted(present, len(gramian)) > 0, weights, 0)
-
-
-def uniform(statistic, *, present=None):
-    """Weigh all alike."""
-    there = counted(present, len(statistic))
-    return there / there.sum().clamp(min=1)
-
-
-def count_up(jac, state, losses, *, present=None):
-    """Sum the rows, and count the calls."""
-    return _tree.map(lambda leaf: leaf.sum(0), jac), state + 1
-
-
 def sum_of_present(losses, state, present=None):
-    """Sum what there is."""
-    return (losses * counted(present, len(losses))).sum(), state + 1
+    """Sum what there is, and count the calls."""
+    there = torch.ones_like(losses) if present is None else present.to(losses)
+    return (losses * there).sum(), state + 1
 
 
-def zero(like, key):
+def zero(losses, key):
     return torch.zeros((), dtype=torch.int64)
 
 
 TAKES_PRESENT = {
-    "gramian": jd.weighted(jd.stateless("shortest", shortest)),
-    "size": jd.weighted(jd.stateless("uniform", uniform, needs="size")),
-    "rows": jd.Aggregator("count_up", zero, count_up),
+    "gramian": jd.upgrad(),
+    "size": jd.mean(),
+    "rows": jd.excess_mtl(),
     "scalarizer": jd.Scalarizer("sum_of_present", zero, sum_of_present),
 }
 every_way = pytest.mark.parametrize("rule", TAKES_PRESENT.values(), ids=TAKES_PRESENT)

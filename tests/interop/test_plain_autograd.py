@@ -259,22 +259,37 @@ def test_losses_scaled_by_hand_suit_homogeneous_rules():
     assert_trees_close([param.grad for param in model.parameters()], want)
 
 
-def test_a_module_that_torch_wraps_is_refused_with_the_remedy():
-    from torch.nn.parallel import DistributedDataParallel
-
+@pytest.fixture
+def group():
+    """Be the one process of a group."""
     dist: Any = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        inner = network()
-        model = DistributedDataParallel(copy.deepcopy(inner))
-        with pytest.raises(ValueError, match=r"DistributedDataParallel.*model\.module"):
-            jd.interop.backward_(model_losses(model), model, jd.upgrad())
-        rule = jd.distributed.data_parallel(jd.upgrad())
-        jd.interop.backward_(model_losses(model.module), model.module, rule)
-        want = by_hand(model_losses(inner), inner.parameters(), jd.upgrad())
-        assert_trees_close([param.grad for param in model.parameters()], want, rtol=1e-12)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_module_that_torch_wraps_is_refused_with_the_remedy(group):
+    from torch.nn.parallel import DistributedDataParallel
+
+    inner = network()
+    model = DistributedDataParallel(copy.deepcopy(inner))
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.*model\.module"):
+        jd.interop.backward_(model_losses(model), model, jd.upgrad())
+    rule = jd.distributed.data_parallel(jd.upgrad())
+    jd.interop.backward_(model_losses(model.module), model.module, rule)
+    want = by_hand(model_losses(inner), inner.parameters(), jd.upgrad())
+    assert_trees_close([param.grad for param in model.parameters()], want, rtol=1e-12)
+
+
+def test_sharded_parameters_are_refused_with_the_remedy(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(network(), mesh=init_device_mesh("cpu", (1,)))
+    loss = torch.ones((), requires_grad=True)
+    for target in (model, list(model.parameters())):
+        with pytest.raises(ValueError, match=r"`target`.* Use jd\.distributed\.sharded"):
+            jd.interop.backward_(loss, target, jd.upgrad())
 
 
 def test_a_model_that_was_compiled_by_itself():

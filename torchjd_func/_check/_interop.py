@@ -45,13 +45,13 @@ def leaf_parameter(name: str, path: str, value: Any) -> None:
         fail(
             ValueError, where, "be a leaf, such as a parameter", "the result of a function", remedy
         )
-    if hasattr(value, "placements"):
-        remedy = "Use jd.distributed.sharded."
-        fail(ValueError, where, "be a parameter of one process", "a DTensor", remedy)
 
 
 def trainable(params: Sequence[Any]) -> None:
-    """Check that there is something to train."""
+    """Check that there is something to train, and that it is whole."""
+    if any(hasattr(param, "placements") for param in params):
+        remedy = "Use jd.distributed.sharded."
+        fail(ValueError, "`target`", "hold parameters of one process", "a DTensor", remedy)
     if not params:
         remedy = "Pass the model itself: the parameters of jd.functionalize are detached from it."
         rule = "hold parameters that require a gradient"

@@ -36,89 +36,69 @@ def backward_(
     where: Callable[[str], bool] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> State:
-    r"""Add the update direction of a rule to `.grad`, in the place of `loss.backward()`.
-
-    For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing,
-    hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN, custom functions, kernels
-    and operations, `torch.autograd.grad` inside of a loss. The rules, the states and the numbers
-    are those of `jd.grad`.
+    """Add the update direction of a rule to `.grad`, in the place of `loss.backward()`.
 
         losses = [criterion_a(model(x), y_a), criterion_b(model(x), y_b)]
         state = jd.interop.backward_(losses, model, jd.upgrad(), state)
         optimizer.step()
-        optimizer.zero_grad()
 
-    It costs `m` backward passes, one after the other, and holds `m` gradients at once: the Gramian
-    is summed parameter by parameter, and nothing is concatenated. A Scalarizer, and an Aggregator
-    that looks at no gradient (`jd.mean`, `jd.sum`, `jd.constant`, `jd.rlw`), cost one pass. The
-    functional way compiles the whole step, takes losses of single examples (`jd.instancewise`) at
-    about the price of one pass, never holds `m` gradients of a network layer by layer, and can be
-    vmapped and differentiated.
+    For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing
+    (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN,
+    custom functions and kernels, `torch.autograd.grad` inside of a loss. Rules, states and numbers
+    are those of `jd.grad`.
 
-    As `loss.backward()` does, it accumulates into `.grad`, and leaves alone what no loss depends
-    on, what does not require a gradient, and all that is not in `target`. Differing from it, hooks
-    on tensors and modules run once for each pass, and those that run after accumulation
-    (`register_post_accumulate_grad_hook`, and with them DistributedDataParallel) not at all. Sparse
-    gradients are made dense. A model that was compiled by itself needs
-    `torch._functorch.config.donated_buffer = False`, as for any graph that is retained.
+    It costs `m` backward passes, one after the other, and holds `m` gradients at once; the Gramian
+    is summed parameter by parameter. A Scalarizer, and an Aggregator that looks at no gradient
+    (`jd.mean`, `jd.rlw`), cost one pass. The functional way compiles the whole step, takes losses
+    of single examples at about the price of one pass and without their gradients
+    (`jd.instancewise`), and can be vmapped and differentiated.
+
+    Like `loss.backward()` it accumulates, and leaves alone what no loss depends on. Unlike it, it
+    runs hooks of tensors and modules once for each pass, and those after accumulation, such as
+    DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
+    compiled by itself needs `torch._functorch.config.donated_buffer = False`.
 
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
-        target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or a
-            tree of parameters. Names of parameters (`jd.grouped`) are as in `jd.functionalize`.
+        target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or of
+            parameters; what does not require a gradient is skipped.
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
             (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
         state: What the previous call returned; `None` at the first.
-        features: Tensor or tree of tensors through which losses depend on shared parameters, for
-            multi-task learning: the rule is given the gradients of the parameters that features
-            depend on, by their names in the part of `target` that holds these alone, and the heads
-            get the plain gradients of their own losses, as in `jd.multitask`. Heads are traversed
-            once. A Scalarizer has one loss and ignores it.
+        features: Tensor or tree of tensors through which losses depend on shared parameters: the
+            rule sees the gradients of these alone, and heads get the plain gradients of their own
+            losses, as in `jd.multitask`. A Scalarizer, which has one loss, ignores it.
         key: `(2,)`, from `jd.random.key`, for the first state of a random method.
-        present: Which losses this batch has, a tree of bools like the losses, or `(m,)` bool; the
-            others are not differentiated, and may be anything. With Python bools, parameters that
-            no present loss depends on are left alone, so that their `.grad` stays `None` and
-            optimizers skip them; with a tensor, which is read and so waited for, they get zeros.
+        present: Which losses this batch has, a tree of bools like the losses, or `(m,)`; others are
+            not differentiated. Parameters of these alone keep their `.grad`, `None` mostly, for
+            optimizers to skip; they get zeros if it is a tensor, which is read, and so waited for.
         retain_graph: Whether the graph of the losses is kept for another pass.
-        chunk_size: How many rows to compute in one pass; `None` for all. More than 1 needs torch to
-            have batching rules for all operations: it fails with checkpointing, custom functions
-            and hooks on saved tensors. Measure: on CPUs the loop is as fast.
-        where: As for `jd.grad`: predicate of a parameter's path; the weights come from these alone,
-            and are applied to all in one more pass.
-        scaler: Of `torch.amp`, with losses that are NOT scaled: their gradients are scaled in the
-            passes, unscaled for the rule, and those in `.grad` are as `scaler.unscale_` and
-            `scaler.step` expect. Where some gradient is not finite, all in `.grad` are not, so that
-            the step is skipped, and the state stays. With losses scaled by hand, the rule sees
-            scaled gradients: right for methods that are homogeneous of degree 1 and look neither at
-            losses nor back at past gradients, such as `jd.upgrad`.
+        chunk_size: How many rows to compute in a pass, `None` for all. More than 1 fails with
+            checkpointing, custom functions and hooks on saved tensors, and is no faster on CPUs.
+        where: As for `jd.grad`: the weights come from these parameters, in one more pass.
+        scaler: Of `torch.amp`, with losses that are NOT scaled. The rule sees true gradients,
+            `.grad` is what `scaler.unscale_` and `scaler.step` expect; where some gradient is not
+            finite, the step is skipped and the state stays. With losses scaled by hand, rules see
+            scaled ones: right where they are homogeneous of degree 1 and use no losses nor past.
 
     Returns:
         The next state, detached.
 
     Raises:
-        TypeError: If `rule` or a leaf of `losses` or of `target` is of another type.
-        ValueError: If a present loss depends on nothing in `target`; if `target` has no parameter
-            that requires a gradient, is wrapped for several processes, or is no leaf; if with
-            `features` a loss reaches shared parameters by another way; if a random method gets no
-            key, or the state is of another rule.
+        TypeError: If `rule`, or a leaf of `losses` or `target`, is of another type.
+        ValueError: If a present loss depends on nothing in `target`, or goes around `features`; if
+            `target` holds nothing to train, or is wrapped for several processes.
 
     Example:
         >>> import torch, torchjd_func as jd
         >>> w = torch.zeros(2, requires_grad=True)
-        >>> losses = [w[0] + w[1], w[0] - 2 * w[1]]
-        >>> state = jd.interop.backward_(losses, w, jd.upgrad())
+        >>> state = jd.interop.backward_([w[0] + w[1], w[0] - 2 * w[1]], w, jd.upgrad())
         >>> w.grad
         tensor([ 1.3500, -0.4500])
     """
-    _check.rule(rule, (Aggregator, Scalarizer))
-    _check.chunk_size(chunk_size)
-    if where is not None:
-        _check.combinable("where", rule, (Aggregator,))
-        _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
-    _check.unscaled(rule.name, scaler is not None and rule.average is not None)
+    _check_options(rule, chunk_size, where, scaler)
     target = _targets.listed(target)
-    tree = _targets.trainable(target)
-    batch = batch_of(losses, rule.name, present, scaler)
+    tree, batch = _targets.trainable(target), batch_of(losses, rule.name, present, scaler)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
         if features is None or isinstance(rule, Scalarizer):
             parts = _heads.no_heads(batch, tree)
@@ -129,10 +109,18 @@ def backward_(
         grads, after = _way(rule, where)(step, rule, before)
         if batch.scale is not None:
             grads, after = kept_if_finite(grads, after, before)
-        everywhere = batch.zeros or rule.average is not None
-        for param, grad in grads:
-            _add(param, param.new_zeros(()) if grad is None and everywhere else grad)
+        _accumulate(grads, batch.zeros or rule.average is not None)
     return after
+
+
+def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any) -> None:
+    """Check the rule, and what goes with it."""
+    _check.rule(rule, (Aggregator, Scalarizer))
+    _check.chunk_size(chunk_size)
+    if where is not None:
+        _check.combinable("where", rule, (Aggregator,))
+        _check.weighting_present("where", rule.name, rule.weighting)
+    _check.unscaled(rule.name, scaler is not None and rule.average is not None)
 
 
 class _Step(NamedTuple):
@@ -256,11 +244,13 @@ def _averaged(rule: Aggregator | Scalarizer, grads: Grads) -> Grads:
     return [(param, mean) for (param, _), mean in zip(grads, rule.average(full), strict=True)]
 
 
-def _add(param: Tensor, grad: Tensor | None) -> None:
+def _accumulate(grads: Grads, zeros: bool) -> None:
     """Add to `.grad`, as `backward` does, what no one else holds."""
-    if grad is None:
-        return
-    if param.grad is None:
-        param.grad = like_parameter(param, grad)
-    else:
-        param.grad.add_(grad)
+    for param, grad in grads:
+        if grad is None and not zeros:
+            continue
+        grad = param.new_zeros(()) if grad is None else grad
+        if param.grad is None:
+            param.grad = like_parameter(param, grad)
+        else:
+            param.grad.add_(grad)
