@@ -48,8 +48,8 @@ def state_dict(rule: Rule, state: State) -> dict[str, Tensor]:
         >>> import torch, torchjd_func as jd
         >>> rule = jd.smoothed(jd.mgda())
         >>> saved = jd.interop.state_dict(rule, rule.init(torch.ones(2, 3)))
-        >>> {name: tuple(saved[name].shape) for name in ("weights", "step")}
-        {'weights': (2,), 'step': ()}
+        >>> {name: tuple(saved[name].shape) for name in ["weights"]}
+        {'weights': (2,)}
     """
     _check.has_state(rule)
     _check_state(rule, state)
@@ -83,8 +83,8 @@ def load_state_dict(rule: Rule, saved: Mapping[str, Tensor]) -> State:
         >>> rule = jd.smoothed(jd.mgda())
         >>> _, state = rule(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
         >>> saved = jd.interop.state_dict(rule, state)
-        >>> jd.interop.load_state_dict(rule, saved).step
-        tensor(1)
+        >>> jd.interop.load_state_dict(rule, saved).weights
+        tensor([0.6400, 0.3600], dtype=torch.float64)
     """
     _check.has_state(rule)
     header = _header(saved)
