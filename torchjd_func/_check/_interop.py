@@ -89,7 +89,7 @@ def owned(path: str, is_owned: bool) -> None:
         fail(ValueError, _at("target", path), "be a parameter of `optimizer`", got, remedy)
 
 
-def dependent(name: str, path: str, depends: bool) -> None:
+def reaches(name: str, path: str, depends: bool) -> None:
     """Check that a loss can be differentiated with respect to what is trained."""
     if not depends:
         where = _at(name, path)

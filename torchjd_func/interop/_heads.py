@@ -28,7 +28,7 @@ def no_heads(batch: Batch, tree: PyTree) -> Split:
     params = {id(param) for param in _tree.leaves(tree)}
     for pull in {id(pull.outputs[0]): pull for pull in batch.pulls}.values():
         reached = bool(params & ancestry(pull.outputs).leaves)
-        _check.dependent("losses", batch.paths[pull.place], reached)
+        _check.reaches("losses", batch.paths[pull.place], reached)
     return Split(batch.pulls, [], tree)
 
 
@@ -37,7 +37,7 @@ def split(features: PyTree, batch: Batch, target: PyTree, tree: PyTree) -> Split
     flat = _features(features)
     params, below = _tree.leaves(tree), ancestry(flat).leaves
     shared = [param for param in params if id(param) in below]
-    _check.dependent("features", "", bool(shared))
+    _check.reaches("features", "", bool(shared))
     totals: dict[int, Tensor] = {}
     pulls = []
     for pull in batch.pulls:
@@ -46,7 +46,7 @@ def split(features: PyTree, batch: Batch, target: PyTree, tree: PyTree) -> Split
         own = [param for param in params if id(param) in above]
         found = gradient(pull.outputs, pull.cotangents, [*flat, *own], True)
         reached = any(grad is not None for grad in found)
-        _check.dependent("losses", batch.paths[pull.place], reached)
+        _check.reaches("losses", batch.paths[pull.place], reached)
         for param, grad in zip(own, found[len(flat) :], strict=True):
             if grad is not None:
                 totals[id(param)] = totals[id(param)] + grad if id(param) in totals else grad
@@ -62,7 +62,7 @@ def _features(features: PyTree) -> list[Tensor]:
     paths, flat = _tree.paths(features), _tree.leaves(features)
     _check.features(paths, flat)
     for path, leaf in zip(paths, flat, strict=True):
-        _check.dependent("features", path, leaf.requires_grad)
+        _check.reaches("features", path, leaf.requires_grad)
         before = ancestry([leaf]).edges
         ways = [(other.grad_fn, other.output_nr) for other in flat if other is not leaf]
         _check.independent_feature(path, not any(way in before for way in ways))

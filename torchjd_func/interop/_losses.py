@@ -36,7 +36,7 @@ def batch_of(losses: PyTree, name: str, present: Any, scaler: Any) -> Batch:
     for path, leaf in zip(paths, leaves, strict=True):
         for index in range(leaf.numel()):
             if here[len(names)]:
-                _check.dependent("losses", path, leaf.requires_grad)
+                _check.reaches("losses", path, leaf.requires_grad)
                 pulls.append(Pull(len(names), [leaf], [_basis(leaf, index, scale)]))
             names.append(path)
     by_bools = all(isinstance(flag, bool) for flag in _tree.leaves(present))
