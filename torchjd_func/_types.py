@@ -89,6 +89,7 @@ class Weighting:
         m = statistic.shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
         mask = _present.as_mask(self.name, present, m, statistic.device)
@@ -184,6 +185,7 @@ class Aggregator:
         m = leaves[0].shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
         if mask is None:
             return self.update_fn(jac, state, losses)
@@ -259,6 +261,7 @@ class Scalarizer:
         vector = _names.vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
         if mask is None:
             loss, state = self.update_fn(wide, state)

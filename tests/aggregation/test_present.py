@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import torchjd_func as jd
-from tests import registry
 from tests.helpers import assert_trees_close, compiled, weighting
 from tests.matrices import KINDS, matrix
 from tests.registry import METHODS, Method, fresh, key_for
@@ -56,21 +55,18 @@ def without(mask: Tensor, values: Tensor) -> Tensor:
     return torch.where(mask.reshape(1, -1, *[1] * (values.ndim - 2)), values, torch.nan)
 
 
-def alone(monkeypatch, method: Method, mask: Tensor):
+def alone(method: Method, mask: Tensor):
     """The rule for the present objectives, with the preference restricted to them."""
-    whole = registry._preference(len(mask))
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "_preference", lambda m: whole[mask])
-        return method.make(int(mask.sum()))
+    return method.among([place for place, here in enumerate(mask.tolist()) if here])
 
 
 @pytest.mark.parametrize("which", ["first absent", "last absent", "fewest", "some"])
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.random])
-def test_equals_the_rule_on_the_present_rows(name, which, monkeypatch):
+def test_equals_the_rule_on_the_present_rows(name, which):
     method = METHODS[name]
     mask = masks(method)[which]
     jacs, losses = batches(size(method))
-    want, _ = sequence(method, alone(monkeypatch, method, mask), jacs[:, mask], losses[:, mask])
+    want, _ = sequence(method, alone(method, mask), jacs[:, mask], losses[:, mask])
     rule = method.make(size(method))
     got, _ = sequence(method, rule, without(mask, jacs), without(mask, losses), present=mask)
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
@@ -78,11 +74,11 @@ def test_equals_the_rule_on_the_present_rows(name, which, monkeypatch):
 
 @pytest.mark.parametrize("which", ["first absent", "fewest"])
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.random])
-def test_random_rules_have_the_distribution_of_the_present_rows(name, which, monkeypatch):
+def test_random_rules_have_the_distribution_of_the_present_rows(name, which):
     method, n_draws = METHODS[name], 2000
     mask = masks(method)[which]
     jacs, losses = batches(size(method))
-    one, rule = alone(monkeypatch, method, mask), method.make(size(method))
+    one, rule = alone(method, mask), method.make(size(method))
     keys = jd.random.split(jd.random.key(3), n_draws)
     want = vmap(lambda key: sequence(method, one, jacs[:, mask], losses[:, mask], key=key)[0])(keys)
     seen, known = without(mask, jacs), without(mask, losses)
@@ -317,11 +313,11 @@ def test_rules_can_be_mapped_with_a_mask(name):
 @pytest.mark.parametrize(
     "name", [n for n, method in METHODS.items() if method.unique and not method.random]
 )
-def test_equals_the_rule_on_present_rows_of_any_kind(name, kind, monkeypatch):
+def test_equals_the_rule_on_present_rows_of_any_kind(name, kind):
     method = METHODS[name]
     mask, jac = masks(method)["some"], matrix(kind, size(method), 4, seed=1)
     losses = batches(size(method))[1]
-    one, rule = alone(monkeypatch, method, mask), method.make(size(method))
+    one, rule = alone(method, mask), method.make(size(method))
     want, _ = sequence(method, one, jac[mask].unsqueeze(0), losses[:1, mask])
     seen = without(mask, jac.unsqueeze(0))
     got, _ = sequence(method, rule, seen, without(mask, losses[:1]), present=mask)
