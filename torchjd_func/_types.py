@@ -95,21 +95,11 @@ class Weighting:
         if mask is None:
             weights, state = self.update_fn(seen, state, wide)
         else:
-            weights, state = _masked_weights(self, seen, state, wide, mask)
+            weights, state = _present.masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
         return (weights if same else weights.to(statistic.dtype)), state
 
     __repr__ = in_one_line
-
-
-def _masked_weights(
-    weighting: Weighting, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor
-) -> tuple[Tensor, State]:
-    """Weigh what is there: all else is taken out before, and gets the weight 0."""
-    seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
-    known, counted = _present.losses(losses, present), _present.usable(present)
-    weights, after = _present.update(weighting, seen, state, known, present=counted)
-    return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
 class Partition(NamedTuple):
@@ -185,24 +175,11 @@ class Aggregator:
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
-        if mask is None:
-            return self.update_fn(jac, state, losses)
-        if self.average is not None:  # what any process has counts: masked there
-            return self.update_fn(jac, state, losses, present=mask)
-        return _masked_grads(self, jac, state, losses, mask)
+        if mask is None or self.average is not None:  # what any process has counts: masked there
+            return _present.update(self, jac, state, losses, present=mask)
+        return _present.masked_grads(self, jac, state, losses, mask)
 
     __repr__ = in_one_line
-
-
-def _masked_grads(
-    aggregator: Aggregator, jac: PyTree, state: State, losses: Tensor | None, present: Tensor
-) -> tuple[PyTree, State]:
-    """Aggregate what is there: all else is taken out before."""
-    seen, known = _present.rows(jac, present), _present.losses(losses, present)
-    counted = _present.usable(present)
-    grads, after = _present.update(aggregator, seen, state, known, present=counted)
-    grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
-    return grads, _present.kept(present, after, state)
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -260,11 +237,8 @@ class Scalarizer:
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
-        if mask is None:
-            loss, state = self.update_fn(wide, state)
-            return loss.to(vector.dtype), state
-        if self.average is not None:  # what any process has counts: masked there
-            loss, state = self.update_fn(wide, state, present=mask)
+        if mask is None or self.average is not None:  # what any process has counts: masked there
+            loss, state = _present.update(self, wide, state, present=mask)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
         loss, after = _present.update(self, known, state, present=_present.usable(mask))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._lift import statistic_like, weighted
 from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Observation, PyTree, Scalarizer, State, Weighting
@@ -116,7 +116,7 @@ def read_measures(state: State, *, names: PyTree = None) -> dict[str, Any]:
         >>> jd.read_measures(state, names=["speed", "safety"])["weights"]["safety"]
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    labels = None if names is None else _tree.names_of_numbers(names)
+    labels = None if names is None else _names.of_each(names)
     _check.distinct("names", labels or [])
     values = _read(state, labels)
     _check.measured(list(values))
