@@ -89,6 +89,7 @@ class Weighting:
         m = statistic.shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
         mask = _present.as_mask(self.name, present, m, statistic.device)
@@ -174,6 +175,7 @@ class Aggregator:
         m = leaves[0].shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
         if mask is None or self.average is not None:  # what any process has counts: masked there
             return _present.update(self, jac, state, losses, present=mask)
@@ -236,6 +238,7 @@ class Scalarizer:
         vector = _vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
         if mask is None or self.average is not None:  # what any process has counts: masked there
             loss, state = _present.update(self, wide, state, present=mask)

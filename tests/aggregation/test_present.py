@@ -9,7 +9,7 @@ from torch.func import grad, vmap
 
 import torchjd_func as jd
 from tests import registry
-from tests.helpers import assert_trees_close, compiled, weighting
+from tests.helpers import assert_trees_close, compiled
 from tests.matrices import matrix
 from tests.registry import METHODS, Method, fresh, key_for
 from torchjd_func import _tree
@@ -116,11 +116,6 @@ def test_all_absent_is_zero_and_keeps_the_state(name):
     assert_trees_close((grads, after), (torch.zeros_like(grads), state), rtol=0, atol=0)
 
 
-def memory(state):
-    """A state without what is only shown: measures of absent objectives are not-a-number."""
-    return state.inner if hasattr(state, "measures") else state
-
-
 def of_objectives(state, m: int) -> list[Tensor]:
     """The parts of a state that belong to the objectives one by one."""
     return [leaf for leaf in _tree.leaves(state) if leaf.ndim and leaf.shape[0] == m]
@@ -135,7 +130,7 @@ def test_absent_objectives_keep_their_part_of_the_state(name):
     rule = method.make(m)
     _, state = sequence(method, rule, jacs, losses, key=key_for(method))
     jac, values = without(mask, jacs)[0], without(mask, losses)[0]
-    state, after = memory(state), memory(rule(jac, state, losses=values, present=mask)[1])
+    _, after = rule(jac, state, losses=values, present=mask)
     for old, new in zip(of_objectives(state, m), of_objectives(after, m), strict=True):
         torch.testing.assert_close(new[~mask], old[~mask], rtol=0, atol=0)
     assert all(leaf.isfinite().all() for leaf in _tree.leaves(after))
@@ -254,7 +249,8 @@ def test_an_objective_that_comes_late_starts_as_one_that_was_there():
     first = rule(jac)[1]
     torch.testing.assert_close(state.baseline[2], first.baseline[2])
 
-    rule = weighting(jd.nash_mtl(update_every=3))
+    rule = jd.nash_mtl(update_every=3).weighting
+    assert rule is not None
     gramian = jac @ jac.mT
     _, state = rule(gramian, present=late)
     torch.testing.assert_close(rule(gramian, state)[0], rule(gramian)[0])
@@ -272,8 +268,9 @@ def test_weights_that_are_all_zero_become_equal():
 
 def test_a_point_at_the_origin_is_no_median_if_it_is_absent():
     jac = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
-    present = torch.tensor([False, True, True])
-    weights, _ = weighting(jd.geometric_median())(jac @ jac.mT, present=present)
+    rule = jd.geometric_median().weighting
+    assert rule is not None
+    weights, _ = rule(jac @ jac.mT, present=torch.tensor([False, True, True]))
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64))
 
 

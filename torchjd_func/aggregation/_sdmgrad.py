@@ -51,6 +51,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, SDMGradState]:
     """Find the weights, and mix the target into them."""
+    _check.state_type("sdmgrad", state, SDMGradState)
     _check.state("sdmgrad", "weights", state.weights, cross_gramian.shape[:1])
     pull = lambda_ * resolve(preference, cross_gramian, present)
     weights = solver(cross_gramian, pull, _present.alone(present, state.weights), present)

@@ -157,6 +157,8 @@ def _inner(name: str, state: GroupedState, shares: list[_Share]) -> tuple[State,
     _check.state_type(name, state, GroupedState)
     _check.state_groups(name, len(state.inner), len(shares))
     for (method, groups), own in zip(shares, state.inner, strict=True):
+        if method.weighting is None:
+            _check.state_type(name, own, EachState)
         parts = _tree.leaves(own) if method.weighting is not None else [own.states]
         for part in parts:
             _check.state_groups(name, len(part), len(groups))

@@ -44,6 +44,7 @@ def _update(
     losses: Tensor, state: DWAState, *, temperature: Number, present: Tensor | None = None
 ) -> tuple[Tensor, DWAState]:
     """Weigh by the rate of the last two epochs, and count this batch."""
+    _check.state_type("dwa", state, DWAState)
     _check.state("dwa", "total", state.total, losses.shape)
     known = state.older != 0
     rate = torch.where(known, state.newer / torch.where(known, state.older, 1.0), 1.0)

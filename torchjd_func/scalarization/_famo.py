@@ -64,6 +64,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, FAMOState]:
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
+    _check.state_type("famo", state, FAMOState)
     _check.state("famo", "logits", state.logits, losses.shape)
     log_gap = _log_gap(losses, min_losses, present)
     z, before = present_softmax(state.logits.detach(), present), log_gap.detach()

@@ -62,6 +62,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, HypervolumeState]:
     """Draw a direction from the positive part of the unit sphere."""
+    _check.state_type("hypervolume", state, HypervolumeState)
     next_key, draw = split(state.key)
     size = normal(draw, losses.shape, dtype=losses.dtype).abs()
     direction = size / vector_norm(only(present, size))

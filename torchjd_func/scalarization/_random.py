@@ -31,6 +31,7 @@ def _update(
     losses: Tensor, state: RandomState, *, present: Tensor | None = None
 ) -> tuple[Tensor, RandomState]:
     """Draw weights on the simplex."""
+    _check.state_type("random", state, RandomState)
     next_key, draw = split(state.key)
     weights = present_softmax(normal(draw, losses.shape, dtype=losses.dtype), present)
     return (weights * losses).sum(), RandomState(next_key)

@@ -76,6 +76,7 @@ def _options(
     weights: Numbers | None, reference: Numbers | None, convention: str, absolute: bool
 ) -> dict[str, Any]:
     """Check what the sharp forms have in common."""
+    _check.flag("absolute", absolute)
     _check.choice("convention", convention, ("multiply", "divide"))
     return {
         "weights": optional("weights", weights, low=0),

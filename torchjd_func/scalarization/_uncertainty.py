@@ -7,6 +7,7 @@ Learning, ICLR 2021.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -54,6 +55,7 @@ def _uw_update(
     losses: Tensor, state: UWState, *, kind: Kinds, present: Tensor | None = None
 ) -> tuple[Tensor, UWState]:
     """Add the negative log-likelihoods, up to constants."""
+    _check.state_type("uw", state, UWState)
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
     factor = kind.factor
     if isinstance(factor, Tensor):
@@ -71,6 +73,7 @@ def _imtl_l_update(
     losses: Tensor, state: IMTLLState, *, present: Tensor | None = None
 ) -> tuple[Tensor, IMTLLState]:
     """Add the scaled losses, less the logarithms of the scales."""
+    _check.state_type("imtl_l", state, IMTLLState)
     _check.state("imtl_l", "log_scale", state.log_scale, losses.shape)
     return only(present, torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
 
@@ -115,9 +118,8 @@ def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scal
         >>> torch.func.grad(loss)((params, state), torch.tensor([1.0, 2.0]))
         (tensor([-1., -2.]), UWState(log_variance=tensor([ 0.0000, -1.5000])))
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    for one in kinds:
-        _check.choice("kind", one, tuple(_FACTORS))
+    _check.interval("start", start, -math.inf, open_low=True)
+    kinds = _check.choices("kind", kind, _FACTORS)
     factors = torch.tensor([_FACTORS[one] for one in kinds], dtype=torch.float64)
     known = Kinds(kind, _FACTORS[kind]) if isinstance(kind, str) else Kinds(kinds, factors)
     return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, kind=known))

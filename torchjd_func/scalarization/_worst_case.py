@@ -54,6 +54,7 @@ def _update(
     losses: Tensor, state: GroupDROState, *, eta: Number, present: Tensor | None = None
 ) -> tuple[Tensor, GroupDROState]:
     """Step the weights up the losses, and use them; what is absent keeps its weight."""
+    _check.state_type("group_dro", state, GroupDROState)
     _check.state("group_dro", "log_weights", state.log_weights, losses.shape)
     logits = state.log_weights.detach() + number(eta, losses) * losses.detach()
     log_shares = torch.log_softmax(only(present, logits, -torch.inf), 0)
