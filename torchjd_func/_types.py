@@ -64,7 +64,7 @@ class Weighting:
             The state, a pytree of tensors.
         """
         _check.square(self.name, statistic)
-        return self.init_fn(statistic, _placed(key, statistic))
+        return self.init_fn(statistic, _check.key_at(key, statistic.device))
 
     def __call__(
         self,
@@ -149,7 +149,7 @@ class Aggregator:
         """
         leaves = _tree.leaves(jac)
         _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
-        return self.init_fn(jac, _placed(key, leaves[0]))
+        return self.init_fn(jac, _check.key_at(key, leaves[0].device))
 
     def __call__(
         self,
@@ -218,8 +218,8 @@ class Scalarizer:
         Returns:
             The state, a pytree of tensors.
         """
-        wide = _tree.wide(_vector(self, losses))
-        return self.init_fn(wide, _placed(key, wide))
+        wide = _tree.wide(_names.vector(self, losses))
+        return self.init_fn(wide, _check.key_at(key, wide.device))
 
     def __call__(
         self, losses: PyTree, state: State = None, *, present: Present = None
@@ -235,7 +235,7 @@ class Scalarizer:
         Returns:
             `loss`, a 0-d tensor, and `state`.
         """
-        vector = _vector(self, losses)
+        vector = _names.vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
@@ -249,23 +249,6 @@ class Scalarizer:
         return loss, _present.kept(mask, after, state)
 
     __repr__ = in_one_line
-
-
-def _vector(scalarizer: Scalarizer, losses: PyTree) -> Tensor:
-    """Return losses as a vector; if they have names, options by name have to be theirs."""
-    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
-    _check.losses(paths, leaves)
-    if not isinstance(losses, Tensor):
-        _names.check_names(scalarizer, paths)
-    return _tree.ravel(leaves)
-
-
-def _placed(key: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return a key where what is drawn from it is used."""
-    if key is None:
-        return None
-    _check.key(key)
-    return key.to(like.device)
 
 
 class Observation(NamedTuple):

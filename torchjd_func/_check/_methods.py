@@ -136,6 +136,14 @@ def key(value: Any) -> None:
         fail(ValueError, "`key`", "be an int64 tensor of shape (2,)", describe(value), remedy)
 
 
+def key_at(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a key, if there is one, where what is drawn from it is used."""
+    if value is None:
+        return None
+    key(value)
+    return value.to(device)
+
+
 def key_present(method: str, value: Tensor | None) -> Tensor:
     """Return the key that the random `method` cannot do without."""
     if value is None:
