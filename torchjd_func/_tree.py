@@ -7,6 +7,7 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,28 @@ def names(tree: PyTree) -> list[str]:
 def named(tree: PyTree) -> Named:
     """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
     return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+
+
+def entries(tree: PyTree) -> list[str]:
+    """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
+
+    A tree of strings holds the names themselves.
+    """
+    return [
+        name
+        for path, leaf in zip(paths(tree), leaves(tree), strict=True)
+        for name in _each(path, leaf)
+    ]
+
+
+def _each(path: str, leaf: Any) -> list[str]:
+    """Return the name of each number of a leaf."""
+    if isinstance(leaf, str):
+        return [leaf]
+    if leaf.numel() == 1:
+        return [path]
+    places = itertools.product(*(range(size) for size in leaf.shape))
+    return [".".join(map(str, (path, *place) if path else place)) for place in places]
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:

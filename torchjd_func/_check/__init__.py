@@ -2,6 +2,7 @@
 
 from torchjd_func._check._distributed import (
     collective,
+    member,
     not_a_weighting,
     not_gathered,
     one_mesh,
@@ -28,6 +29,7 @@ from torchjd_func._check._messages import (
     describe,
     differentiable,
     fail,
+    message,
 )
 from torchjd_func._check._methods import (
     combinable,
@@ -85,9 +87,12 @@ from torchjd_func._check._objectives import (
 from torchjd_func._check._options import (
     argnums,
     choice,
+    choices,
     chunk_size,
     enough_objectives,
+    flag,
     floating_dtype,
+    function,
     in_the_plane,
     installed,
     integer,
@@ -133,6 +138,7 @@ __all__ = [
     "batches",
     "capturable",
     "choice",
+    "choices",
     "chunk_size",
     "collective",
     "combinable",
@@ -144,8 +150,10 @@ __all__ = [
     "enough_objectives",
     "fail",
     "features",
+    "flag",
     "floating",
     "floating_dtype",
+    "function",
     "functions",
     "grouping",
     "has_state",
@@ -171,6 +179,8 @@ __all__ = [
     "losses_vector",
     "matrix",
     "measured",
+    "member",
+    "message",
     "multitask_params",
     "names",
     "not_a_weighting",
