@@ -274,16 +274,3 @@ def leading_size(tree: PyTree) -> int:
 def placeholder(leaf: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of `shape` with the dtype and device of `leaf`, without its memory."""
     return leaf.new_zeros(()).expand(shape)
-
-
-def is_leaf(node: Any) -> bool:
-    """Say whether a node is a leaf; `None` is none."""
-    return optree.tree_is_leaf(node)
-
-
-def children(node: PyTree) -> list[tuple[Any, PyTree]]:
-    """Return the name and the subtree of each child of a node; none of a leaf."""
-    if is_leaf(node):
-        return []
-    level = optree.tree_flatten_one_level(node)
-    return list(zip(level.entries, level.children, strict=True))
