@@ -47,6 +47,15 @@ from torchjd_func._check._methods import (
     weighting_present,
 )
 from torchjd_func._check._modules import capturable, recurrent, supported
+from torchjd_func._check._numbers import (
+    flags,
+    in_the_plane,
+    metric,
+    points,
+    same_size,
+    shape,
+    whole,
+)
 from torchjd_func._check._objectives import (
     aux_pair,
     batches,
@@ -80,7 +89,6 @@ from torchjd_func._check._options import (
     flag,
     floating_dtype,
     function,
-    in_the_plane,
     installed,
     integer,
     interval,
@@ -88,9 +96,7 @@ from torchjd_func._check._options import (
     loss_names,
     numbers,
     per_loss,
-    points,
     preference,
-    same_size,
     secondary,
     solver,
     vector,
@@ -125,6 +131,7 @@ __all__ = [
     "fail",
     "features",
     "flag",
+    "flags",
     "floating",
     "floating_dtype",
     "function",
@@ -150,6 +157,7 @@ __all__ = [
     "matrix",
     "measured",
     "message",
+    "metric",
     "multitask_params",
     "names",
     "not_a_weighting",
@@ -183,6 +191,7 @@ __all__ = [
     "set_gramians",
     "set_jacobians",
     "set_losses",
+    "shape",
     "shards_route",
     "shared",
     "solver",
@@ -202,4 +211,5 @@ __all__ = [
     "unique_names",
     "vector",
     "weighting_present",
+    "whole",
 ]
