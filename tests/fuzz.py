@@ -122,8 +122,8 @@ class Draw:
         jac = jac.to(self.source.choice(DTYPES)) * self.source.choice([0.0, 1.0, 1e-6])
         weights = torch.full_like(jac[:, 0], 1 / len(jac))
         parts = [jac @ jac.mT, weights, jac[:, 0].abs()]
-        kept = [part if self.source.random() < 0.9 else None for part in parts]
-        return jd.Observation(*kept, jac, jac.mean(0))
+        gramian, weights, losses = (x if self.source.random() < 0.9 else None for x in parts)
+        return jd.Observation(gramian, weights, losses, jac, jac.mean(0))
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, str]]] = {
@@ -293,7 +293,7 @@ def faults(n: int, seed: int) -> list[tuple[int, str, str]]:
 
 def main() -> None:
     """Print the faults, and how many there are of each kind."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
