@@ -11,7 +11,6 @@ from tests.registry import METHODS, exported
 from torchjd_func.testing import CHECKS
 from torchjd_func.testing._contract import other_state
 
-LATER = {"absent rows"}
 # Decompositions and indexing raise for all problems of a batch; one method returns zeros.
 RAISES = pytest.mark.xfail(strict=True, reason="a row that is not finite raises, or is not seen")
 RAISING = ("imtl_g", "aligned_mtl", "config", "config_momentum", "modo", "sdmgrad", "moco")
@@ -26,7 +25,7 @@ PAIRS = [
     pytest.param(method, CHECKS[check], id=f"{check}-{name}", marks=marks(check, name))
     for name, method in METHODS.items()
     for check in CHECKS
-    if CHECKS[check].applies(method) and check not in LATER
+    if CHECKS[check].applies(method)
 ]
 
 
