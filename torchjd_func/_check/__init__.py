@@ -61,6 +61,15 @@ from torchjd_func._check._methods import (
     weighting_present,
 )
 from torchjd_func._check._modules import capturable, recurrent, supported
+from torchjd_func._check._numbers import (
+    flags,
+    in_the_plane,
+    metric,
+    points,
+    same_size,
+    shape,
+    whole,
+)
 from torchjd_func._check._objectives import (
     aux_pair,
     batches,
@@ -94,7 +103,6 @@ from torchjd_func._check._options import (
     flag,
     floating_dtype,
     function,
-    in_the_plane,
     installed,
     integer,
     interval,
@@ -102,9 +110,7 @@ from torchjd_func._check._options import (
     loss_names,
     numbers,
     per_loss,
-    points,
     preference,
-    same_size,
     secondary,
     solver,
     vector,
@@ -152,6 +158,7 @@ __all__ = [
     "fail",
     "features",
     "flag",
+    "flags",
     "floating",
     "floating_dtype",
     "function",
@@ -183,6 +190,7 @@ __all__ = [
     "measured",
     "member",
     "message",
+    "metric",
     "multitask_params",
     "names",
     "not_a_weighting",
@@ -223,6 +231,7 @@ __all__ = [
     "set_gramians",
     "set_jacobians",
     "set_losses",
+    "shape",
     "shards_route",
     "shared",
     "solver",
@@ -248,4 +257,5 @@ __all__ = [
     "vector",
     "visible",
     "weighting_present",
+    "whole",
 ]

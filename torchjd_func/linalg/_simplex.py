@@ -31,7 +31,7 @@ def project_simplex(y: Tensor) -> Tensor:
         >>> jd.linalg.project_simplex(torch.tensor([1.0, 0.5, -2.0]))
         tensor([0.7500, 0.2500, 0.0000])
     """
-    _check.floating("`y`", y)
+    _check.metric("y", y)
     y = y - y.amax(dim=-1, keepdim=True)  # changes nothing but the rounding
     ordered = y.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
