@@ -57,6 +57,13 @@ def as_matrix(tree: dict) -> Tensor:
     return torch.cat([first.reshape(*second.shape[:-1], -1), second], dim=-1)
 
 
+def assert_differentiable(fn: Callable[[Tensor], Tensor], x: Tensor, eps: float = 1e-6) -> None:
+    """Compare the gradient that torch.func takes of `fn`, a number, with differences."""
+    unit = eps * torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
+    want = torch.stack([(fn(x + step) - fn(x - step)) / (2 * eps) for step in unit])
+    torch.testing.assert_close(torch.func.grad(fn)(x).reshape(-1), want, rtol=1e-5, atol=1e-7)
+
+
 def clone(tree):
     """Copy every tensor of a pytree."""
     return _tree.map(lambda leaf: leaf.clone(), tree)

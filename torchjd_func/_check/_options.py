@@ -93,6 +93,12 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     return found
 
 
+def normalised(value: Any, n_args: int) -> Any:
+    """Return `argnums` as it is, an int or a tuple, of non-negative positions."""
+    found = argnums(value, n_args)
+    return found if isinstance(value, tuple) else found[0]
+
+
 def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:
     """Return `preference` as a 1-D tensor (or `None`)."""
     return None if value is None else vector("preference", value)
