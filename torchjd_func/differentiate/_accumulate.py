@@ -59,7 +59,8 @@ class Accumulated:
     def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Part]:
         """Return the arguments of each microbatch."""
         dims = (None, *[0] * (len(args) - 1)) if self.in_dims is None else self.in_dims
-        _check.in_dims(dims, len(args))
+        if self.in_dims is not None or not kwargs:
+            _check.in_dims(dims, len(args))
         dims = [None if i == self.carry_aux else dim for i, dim in enumerate(dims)]
         parts = [_chunks(arg, dim, self.n) for arg, dim in zip(args, dims, strict=True)]
         named = {

@@ -32,11 +32,9 @@ def detach_plain(x: Tensor) -> Tensor:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients.
-
-    Inside `torch.func.grad`, `vjp` and `jvp` a wrapper has as many dimensions as what it wraps; it
-    is left alone, since detaching it would cut what they track.
-    """
+    """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients."""
+    # The wrappers of grad, vjp and jvp have as many dimensions as what they wrap: these are left
+    # alone, since detaching them would cut what is tracked.
     inner = debug_unwrap(x, recurse=False)
     while inner is not x and inner.ndim == x.ndim + 1:
         x, inner = inner, debug_unwrap(inner, recurse=False)

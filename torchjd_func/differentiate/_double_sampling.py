@@ -42,10 +42,11 @@ def double_sampling(
 
     Returns:
         `f(state, params, batch_1, batch_2, batch_3=None, present=None, size=None, **kwargs) ->
-        (grads, losses, state)`, keyword arguments as for `jd.jac`; each batch is a tuple of arguments of `fn`, `state` comes from `jd.init_state(weighting, fn, params,
-        *batch)`, or is `None` at the first call. `losses` are those that `grads` belong to: the
-        mean of two batches, or of the third. With aux, `(grads, (losses, aux), state)` with one
-        `aux` for each batch, as a tuple.
+        (grads, losses, state)`; each batch is a tuple of arguments of `fn`, keyword arguments are
+        as for `jd.jac`. `state` comes from `jd.init_state(weighting, fn, params, *batch)`, or is
+        `None` at the first call. `losses` are those that `grads` belong to: the mean of two
+        batches, or of the third. With aux, `(grads, (losses, aux), state)` with one `aux` for each
+        batch, as a tuple.
 
     Raises:
         TypeError: If `weighting` is not a Weighting.

@@ -58,8 +58,9 @@ def gramian(
         where: As for `jd.jac`: the Gramian of these leaves alone.
 
     Returns:
-        `f(*args, present=None, size=None, **kwargs) -> G`, `(m, m)`, in float32 or better; `(G, aux)` with aux. Keyword
-        arguments are as for `jd.jac`; rows and columns of absent losses are zero.
+        `f(*args, present=None, size=None, **kwargs) -> G`, `(m, m)`, in float32 or better;
+        `(G, aux)` with aux. Keyword arguments are as for `jd.jac`; rows and columns of absent
+        losses are zero.
 
     Raises:
         ValueError: If `route`, `argnums` or `chunk_size` is not allowed.
@@ -195,8 +196,9 @@ def cross_gramian(
         where: As for `jd.gramian`.
 
     Returns:
-        `f(params, batch_1, batch_2, present=None, size=None, **kwargs) -> G`, `(m_1, m_2)`, not symmetric in general; each batch is a
-        tuple of arguments of `fn`. `(G, (aux_1, aux_2))` with aux.
+        `f(params, batch_1, batch_2, present=None, size=None, **kwargs) -> G`, `(m_1, m_2)`, not
+        symmetric in general; each batch is a tuple of arguments of `fn`. `(G, (aux_1, aux_2))` with
+        aux.
 
     Example:
         >>> import torch, torchjd_func as jd

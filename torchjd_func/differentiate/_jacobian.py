@@ -36,9 +36,9 @@ def jac(
             differentiated, and `None` is in the place of others.
 
     Returns:
-        `f(*args, present=None, size=None, **kwargs) -> jac`, a pytree like the argument with leaves `(m, *leaf.shape)`; `(jac, aux)`
-        with aux. Rows are in leaf order of the losses (sorted keys, row-major). With
-        `jd.multitask`, the Jacobian of the shared parameters.
+        `f(*args, present=None, size=None, **kwargs) -> jac`, a pytree like the argument with leaves
+        `(m, *leaf.shape)`; `(jac, aux)` with aux. Rows are in leaf order of the losses (sorted
+        keys, row-major). With `jd.multitask`, the Jacobian of the shared parameters.
 
         Keyword arguments go to the objective, but these. `present`: which losses there are, `(m,)`
         bool, or a pytree of bools like the losses; absent ones have rows of zeros, and may be NaN.
@@ -92,8 +92,8 @@ def jac_and_value(
         where: As for `jd.jac`.
 
     Returns:
-        `f(*args, present=None, size=None, **kwargs) -> (jac, losses)`, losses in the objective's own structure;
-        `(jac, (losses, aux))` with aux.
+        `f(*args, present=None, size=None, **kwargs) -> (jac, losses)`, losses in the objective's
+        own structure; `(jac, (losses, aux))` with aux.
 
     Example:
         >>> import torch, torchjd_func as jd

@@ -136,20 +136,17 @@ def observe(fn: Objective, request: Request) -> Observed:
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)
-        return as_vector(fn, losses) if batch is None else losses, tensors
+        if batch is not None:
+            return losses, tensors
+        if isinstance(fn, InstanceWise):
+            _check.one_for_each_example(losses)
+        return masked(losses, request.present)[0], tensors
 
     plans = fn.plans if isinstance(fn, InstanceWise) else {}
     inputs = _tree.tensors((args, dict(request.kwargs)))
     recorded = run(call, bound.leaves, layout, examples, inputs, batch, plans)
     losses, aux = unpackers[-1](recorded.aux)
-    return Observed(recorded, as_vector(fn, losses), losses, aux, bound)
-
-
-def as_vector(fn: Objective, losses: PyTree) -> Tensor:
-    """Return all losses as one vector; those of an instance-wise objective already are."""
-    if isinstance(fn, InstanceWise):
-        _check.one_for_each_example(losses)
-    return _tree.ravel(losses)
+    return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
 
 
 def _structure(
