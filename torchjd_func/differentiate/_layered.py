@@ -146,6 +146,8 @@ def observe(fn: Objective, request: Request) -> Observed:
     inputs = _tree.tensors((args, dict(request.kwargs)))
     recorded = run(call, bound.leaves, layout, examples, inputs, batch, plans)
     losses, aux = unpackers[-1](recorded.aux)
+    if isinstance(fn, InstanceWise):
+        _check.one_for_each_example(losses)
     return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
 
 
