@@ -20,7 +20,11 @@ def outputs(params, x):
 
 def tree_losses(params, x):
     out = outputs(params, x)
-    return {"b": out[:, 0].square().mean(), "a": out[:, 1].mean(), "c": (out[:, 0] - 1).exp().mean()}
+    return {
+        "b": out[:, 0].square().mean(),
+        "a": out[:, 1].mean(),
+        "c": (out[:, 0] - 1).exp().mean(),
+    }
 
 
 def vector_losses(params, x):

@@ -269,7 +269,10 @@ class TestPresent:
         weight = head.weight.detach().clone()
         objective = jd.multitask(
             lambda shared, x: outputs(shared, x.double()),
-            {"a": lambda p, z, x: z.mean(), "b": lambda p, z, x: (z.float() @ p["weight"].mT).mean()},
+            {
+                "a": lambda p, z, x: z.mean(),
+                "b": lambda p, z, x: (z.float() @ p["weight"].mT).mean(),
+            },
         )
         params = (PARAMS, {"a": {}, "b": {"weight": head.weight}})
         (_, grads), _ = jd.grad(objective, RULE)(None, params, X, present={"a": True, "b": False})
@@ -307,7 +310,9 @@ def _inverse_update(statistic, state, losses, present=None):
 
 
 class TestKeywords:
-    @pytest.mark.parametrize("name", ["tree", "instancewise", "per_example", "accumulate", "scaled"])
+    @pytest.mark.parametrize(
+        "name", ["tree", "instancewise", "per_example", "accumulate", "scaled"]
+    )
     def test_go_to_the_objective(self, name):
         fn = OBJECTIVES[name]
         want = jd.grad_and_value(fn, RULE)(None, PARAMS, X)
