@@ -151,7 +151,6 @@ def attempts():
     """Return what is said of mistakes."""
     objective = jd.distributed.gathered(jd.instancewise(squares))
     params, (x, y) = setting(2)
-    scaled = jd.loss_scale.scaled(objective, jd.loss_scale.init(2.0))
     tries = {
         "sizes": lambda: jd.gramian(objective)(params, x[dist.get_rank() :], y[dist.get_rank() :]),
         "jac": lambda: jd.jac(objective)(params, x, y),

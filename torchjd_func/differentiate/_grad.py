@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _names, _tree
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
@@ -119,7 +119,7 @@ def grad_and_value(
         _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
     validate(route, chunk_size)
 
-    scalar = isinstance(rule, Scalarizer)
+    scalar, by_name = isinstance(rule, Scalarizer), _names.named_options(rule)
     options = Options(
         argnums,
         has_aux,
@@ -133,6 +133,7 @@ def grad_and_value(
     def grad_and_value_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         linear, state = linearize(fn, args, kwargs, options), detached(state)
+        check_names(by_name, linear.losses)
         if isinstance(rule, Scalarizer):
             grads, weights, state = _scalarized(linear, rule, state)
             assembled = assemble(linear, grads, weights)
@@ -143,6 +144,13 @@ def grad_and_value(
         return detached((grads, value(linear, has_aux), state))
 
     return grad_and_value_fn
+
+
+def check_names(by_name: list[tuple[str, tuple[str, ...]]], losses: PyTree) -> None:
+    """Check that options by name name the losses, where these have names."""
+    if by_name and not isinstance(losses, Tensor):
+        for option, names in by_name:
+            _check.loss_names(option, names, _tree.paths(losses))
 
 
 def _aggregated(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _names, _tree
 from torchjd_func._types import Aggregator, Scalarizer, Weighting
 from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._request import Request
@@ -63,6 +64,7 @@ def init_state(
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
     losses = _losses_like(objective, args, has_aux)
+    check_names(_names.named_options(rule), losses)
     objective.plan(Request(args, argnums, has_aux, route))
     if isinstance(rule, Scalarizer):
         return rule.init(losses, key=key)

@@ -105,7 +105,10 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
 
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
         """Return features and auxiliary output."""
-        return fn.features(bound.fill(leaves)[0], batch, kwargs)
+        z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
+        if request.route != "layerwise":  # which runs it for its shapes, too
+            _check.dependent(any(leaf.requires_grad for leaf in _tree.leaves(z)))
+        return z, aux
 
     def heads(z: PyTree) -> _Pulled:
         """Pull back through all heads."""
@@ -283,6 +286,7 @@ def _run_trunk(
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
     recorded = run(packed, flat, Layout("shared", 0), [], [*flat, *inputs], None, {})
+    _check.dependent(bool(recorded.uses or recorded.traced))
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
