@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._norms import NormsInOnePrecision
 from torchjd_func.differentiate._objective import Function, as_objective
 
 PyTree = Any
@@ -79,7 +79,7 @@ def _call(
 
     given = [cast_argument(arg) for arg in args]
     named = {name: cast_argument(arg) for name, arg in kwargs.items()}
-    with _NormsInPrecisionOfStatistics():
+    with NormsInOnePrecision():
         out = fn(*given, **named)
     return _tree.map(partial(_cast_back, dtype=dtype, known=known), out)
 
@@ -98,39 +98,3 @@ def _cast_back(leaf: Any, *, dtype: torch.dtype, known: dict[Tensor, Tensor]) ->
     if not isinstance(leaf, Tensor):
         return leaf
     return known[leaf] if leaf in known else leaf.float() if leaf.dtype == dtype else leaf
-
-
-class _NormsInPrecisionOfStatistics(TorchFunctionMode):
-    """Runs BatchNorm in the precision of its running statistics; torch takes no mixture of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _batch_norm(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Normalise in the precision of the running statistics, if there are such."""
-    batch_norm = torch.nn.functional.batch_norm
-    if mean is None or mean.dtype == x.dtype:
-        return batch_norm(x, mean, var, *args, **kwargs)
-    wide = [_tree.map(lambda leaf: _wide(leaf, mean.dtype), part) for part in (list(args), kwargs)]
-    return batch_norm(x.to(mean.dtype), mean, var, *wide[0], **wide[1]).to(x.dtype)
-
-
-def _wide(leaf: Any, dtype: torch.dtype) -> Any:
-    """Return a tensor in another precision, and anything else as it is."""
-    return leaf.to(dtype) if isinstance(leaf, Tensor) else leaf

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Weighting
+from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, assemble
 from torchjd_func.differentiate._routes import contract_cross, pullback_of, validate, whole
@@ -88,11 +89,11 @@ def double_sampling(
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
         seen = (linears[0].vector + linears[1].vector) / 2
-        statistic = contract_cross(linears[0], linears[1], route, chunk_size)
-        present = linears[0].present
-        weights, state = weighting(statistic, detached(state), losses=seen, present=present)
-        followed = linears if batch_3 is None else linears[2:]
-        grads = _tree.mean([_direction(linear, weights) for linear in followed])
+        present, followed = linears[0].present, linears if batch_3 is None else linears[2:]
+        with full_precision():
+            statistic = contract_cross(linears[0], linears[1], route, chunk_size)
+            weights, state = weighting(statistic, detached(state), losses=seen, present=present)
+            grads = _tree.mean([_direction(linear, weights) for linear in followed])
         losses = _tree.mean([linear.losses for linear in followed])
         out = (losses, tuple(linear.aux for linear in linears)) if has_aux else losses
         return detached((grads, out, state))

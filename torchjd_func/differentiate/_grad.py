@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _names, _tree
 from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
@@ -134,13 +135,14 @@ def grad_and_value(
         """Return the update direction, the losses (and aux) and the next state."""
         linear, state = linearize(fn, args, kwargs, options), detached(state)
         check_names(by_name, linear.losses)
-        if isinstance(rule, Scalarizer):
-            grads, weights, state = _scalarized(linear, rule, state)
-            assembled = assemble(linear, grads, weights)
-            grads = assembled if rule.average is None else rule.average(assembled)
-        else:
-            grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
-            grads = assemble(linear, grads, weights, rule.average)
+        with full_precision():
+            if isinstance(rule, Scalarizer):
+                grads, weights, state = _scalarized(linear, rule, state)
+                assembled = assemble(linear, grads, weights)
+                grads = assembled if rule.average is None else rule.average(assembled)
+            else:
+                grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
+                grads = assemble(linear, grads, weights, rule.average)
         return detached((grads, value(linear, has_aux), state))
 
     return grad_and_value_fn

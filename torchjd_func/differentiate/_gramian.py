@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import assemble, value
 from torchjd_func.differentiate._request import Where
@@ -119,7 +120,8 @@ def gramian_and_value(
     def gramian_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
         linear = linearize(fn, args, kwargs, options)
-        matrix, _ = contract_whole(linear, route, chunk_size)
+        with full_precision():
+            matrix, _ = contract_whole(linear, route, chunk_size)
         return detached((matrix, value(linear, has_aux)))
 
     return gramian_and_value_fn
@@ -164,13 +166,15 @@ def gramian_vjp(
     _check.not_features(where is features)
     options = Options(argnums, has_aux, route, chunk_size, where)
     linear = linearize(fn, primals, {"present": present}, options)
-    matrix, pullback = contract_whole(linear, route, chunk_size)
+    with full_precision():
+        matrix, pullback = contract_whole(linear, route, chunk_size)
 
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
         vector = detached(_check.vector("weights", weights))
         _check.length("weights", vector, linear.vector.shape[0])
-        return detached(assemble(linear, pullback(vector), vector))
+        with full_precision():
+            return detached(assemble(linear, pullback(vector), vector))
 
     result = (*detached((linear.losses, matrix)), vjp_fn)
     return (*result, detached(linear.aux)) if has_aux else result
@@ -216,7 +220,8 @@ def cross_gramian(
         leading, batch_1, batch_2 = _check.two_batches(args)
         first = linearize(fn, (*leading, *batch_1), kwargs, options)
         second = linearize(fn, (*leading, *batch_2), kwargs, options)
-        matrix = contract_cross(first, second, route, chunk_size)
+        with full_precision():
+            matrix = contract_cross(first, second, route, chunk_size)
         return detached((matrix, (first.aux, second.aux)) if has_aux else matrix)
 
     return cross_gramian_fn

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchjd_func import _check
+from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, rows_of, value
 from torchjd_func.differentiate._request import Where
@@ -108,7 +109,8 @@ def jac_and_value(
     def jac_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian and the losses (and aux)."""
         linear = linearize(fn, args, kwargs, options)
-        return detached((rows(linear), value(linear, has_aux)))
+        with full_precision():
+            return detached((rows(linear), value(linear, has_aux)))
 
     return jac_and_value_fn
 

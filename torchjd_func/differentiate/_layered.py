@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
+from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
@@ -30,6 +32,7 @@ from torchjd_func.differentiate._pullback import basis, times, unscaled
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
+Use = Any  # a recognised operation, of `_layerwise._watch`
 Call = Callable[..., tuple[Any, list[Tensor]]]
 
 
@@ -59,6 +62,7 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     found = layers(
         recorded, cotangents, lambda: _rows_cotangents(vector, request), len(vector), ranks
     )
+    found = in_one_precision(found)
     if present is not None and not shared:
         found = _only(found, present)
     places = tuple(range(len(bound.paths)))
@@ -97,6 +101,23 @@ def _flat_flags(losses: PyTree, present: Any) -> Any:
     return None if present is None else masked(losses, present)[1]
 
 
+def in_one_precision(found: Layers) -> Layers:
+    """Bring what a use was applied to and its cotangent to one precision, as under autocast."""
+    pairs = [_widest(*pair) for pair in zip(found.uses, found.cotangents, strict=True)]
+    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
+    return found._replace(uses=uses, cotangents=cotangents)
+
+
+def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
+    """Return a use and its cotangent in the widest of their precisions."""
+    floating = [x.dtype for x in (cotangent, *use.arrays) if x.is_floating_point()]
+    if all(dtype == cotangent.dtype for dtype in floating):
+        return use, cotangent
+    wide = reduce(torch.promote_types, floating)
+    arrays = [x.to(wide) if x.is_floating_point() else x for x in use.arrays]
+    return use._replace(arrays=arrays), cotangent.to(wide)
+
+
 def _only(found: Layers, present: Tensor) -> Layers:
     """Take what absent examples give, which may not be a number, out of all rows."""
     cotangents = _present.rows(found.cotangents, present)
@@ -105,7 +126,7 @@ def _only(found: Layers, present: Tensor) -> Layers:
     return found._replace(cotangents=cotangents, uses=uses, rows=rows)
 
 
-def _only_use(use: Any, layout: Layout, present: Tensor) -> Any:
+def _only_use(use: Use, layout: Layout, present: Tensor) -> Use:
     """Take the examples that are absent out of the arguments of one use."""
     axes = (0,) * len(use.arrays) if layout.kind == "vmapped" else use.step.axes
     pairs = zip(use.arrays, axes, strict=True)
@@ -132,7 +153,8 @@ def observe(fn: Objective, request: Request) -> Observed:
     def call(leaves: Sequence[Tensor], *example: Any) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = args if batch is None else batch.fill(args, example)
-        out = inner(*bound.fill(leaves, given), **request.kwargs)
+        with as_called(request.autocast):
+            out = inner(*bound.fill(leaves, given), **request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)

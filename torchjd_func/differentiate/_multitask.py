@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func.differentiate._layered import run
+from torchjd_func.differentiate._autocast import Autocast, as_called
+from torchjd_func.differentiate._layered import in_one_precision, run
 from torchjd_func.differentiate._layerwise import Layers, Layout, combine, layers
 from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
 from torchjd_func.differentiate._mask import all_absent, masked
@@ -105,7 +106,8 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
 
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
         """Return features and auxiliary output."""
-        z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
+        with as_called(request.autocast):
+            z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
         if request.route != "layerwise":  # which runs it for its shapes, too
             _check.dependent(any(leaf.requires_grad for leaf in _tree.leaves(z)))
         return z, aux
@@ -166,7 +168,7 @@ def _pull_heads(
     found: dict[str, _Head] = {}
     for name in sorted(fn.heads):
         flags = request.present[name] if by_name else None
-        head = partial(_call_head, fn.heads[name], batch, kwargs, flags)
+        head = partial(_call_head, fn.heads[name], batch, kwargs, flags, request.autocast)
         found[name] = (
             _skip_head(params[name], z, flags)
             if all_absent(flags)
@@ -203,11 +205,17 @@ class _Head(NamedTuple):
 
 
 def _call_head(
-    head: Callable[..., Any], batch: Any, kwargs: Mapping[str, Any], flags: Any, given: Any
+    head: Callable[..., Any],
+    batch: Any,
+    kwargs: Mapping[str, Any],
+    flags: Any,
+    autocast: Autocast,
+    given: Any,
 ) -> tuple[Tensor, Any]:
     """Return the losses of a head, as one vector, and what else is to be known of them."""
     params, z = given
-    losses = head(params, z, batch, **kwargs)
+    with as_called(autocast):
+        losses = head(params, z, batch, **kwargs)
     _check.losses(_tree.paths(losses), _tree.leaves(losses))
     vector, present = masked(losses, flags)
     present = torch.ones_like(vector, dtype=torch.bool) if present is None else present
@@ -290,7 +298,7 @@ def _run_trunk(
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
-        found = layers(recorded, _tree.stack([cotangent]), None, 1)
+        found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
         return combine(found, flat[0].new_ones(1, 1), (tuple(range(len(flat))),))
 
     return recorded.outputs, pull_back, unpack(recorded.aux), partial(_layers, recorded)
@@ -298,7 +306,7 @@ def _run_trunk(
 
 def _layers(recorded: Any, cotangents: PyTree, vector: Tensor) -> Layers:
     """Pull the gradients by the features back, layer by layer."""
-    return layers(recorded, cotangents, None, len(vector))
+    return in_one_precision(layers(recorded, cotangents, None, len(vector)))
 
 
 def multitask(

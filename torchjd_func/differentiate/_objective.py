@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import masked
 from torchjd_func.differentiate._pullback import basis, pull_rows, scaled, vjp_aux
@@ -150,7 +151,8 @@ def _evaluate(
     check: Callable[[PyTree], None] | None,
 ) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
     """Return the losses as one vector; losses, aux and which there are."""
-    losses, aux = split_aux(fn(*args, **request.kwargs), request.has_aux)
+    with as_called(request.autocast):
+        losses, aux = split_aux(fn(*args, **request.kwargs), request.has_aux)
     if check is not None:
         check(losses)
     vector, present = masked(losses, request.present)

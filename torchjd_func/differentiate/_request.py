@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import Autocast
 
 PyTree = Any
 Where = Callable[[str], bool]
@@ -27,6 +28,7 @@ class Request(NamedTuple):
     present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all
     size: Any = None  # how many examples this process has, for means over processes
     scale: Tensor | None = None  # a factor of the losses in the backward pass alone
+    autocast: Autocast = ()  # where the transformed function was called
     rows: bool = True  # whether anybody looks at rows, or one combination of them is all
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchjd_func import _check
+from torchjd_func.differentiate._autocast import around, full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized
 from torchjd_func.differentiate._objective import as_objective
@@ -44,6 +45,8 @@ def linearize(
         alone=options.alone,
         present=present,
         size=size,
+        autocast=around(),
         rows=options.rows,
     )
-    return objective.linearize(request)
+    with full_precision():
+        return objective.linearize(request)
