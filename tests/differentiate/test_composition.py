@@ -303,7 +303,6 @@ class TestAccumulate:
         assert_trees_close(mapped, _tree.stack([step(None, PARAMS, x)[0] for x in (X1, X2)]))
         assert jd.init_state(jd.upgrad(), jd.accumulate(losses_of, 3), PARAMS, X1) == ()
 
-
     def test_buffers_are_handed_from_one_part_to_the_next(self):
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
         apply, params, buffers = jd.functionalize(model)

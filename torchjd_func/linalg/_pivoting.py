@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import qpsolvers
 
 from torchjd_func._host import Array
 from torchjd_func.linalg._active_set import active_set
@@ -159,6 +158,8 @@ def _guess(matrices: Array, which: Array, vectors: Array) -> Array:
 
 def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
     """Ask a solver of qpsolvers, one problem at a time, which unknowns are positive."""
+    import qpsolvers  # takes as long to import as all of this package
+
     ridge, zero = RANK_TOL * np.eye(vectors.shape[1]), np.zeros(vectors.shape[1])
     support = np.zeros(vectors.shape, dtype=bool)
     for index, (matrix, vector) in enumerate(zip(matrices[which], vectors, strict=True)):
