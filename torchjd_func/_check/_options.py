@@ -142,6 +142,12 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     return found
 
 
+def normalised(value: Any, n_args: int) -> Any:
+    """Return `argnums` as it is, an int or a tuple, of non-negative positions."""
+    found = argnums(value, n_args)
+    return found if isinstance(value, tuple) else found[0]
+
+
 def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
     """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
     return None if value is None else per_loss("preference", value, low=0)
