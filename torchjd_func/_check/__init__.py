@@ -60,15 +60,6 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
-from torchjd_func._check._modules import capturable, recurrent, supported
-from torchjd_func._check._numbers import (
-    flags,
-    in_the_plane,
-    metric,
-    points,
-    same_size,
-    shape,
-    whole,
 from torchjd_func._check._modules import (
     capturable,
     kept_once,
@@ -77,6 +68,15 @@ from torchjd_func._check._modules import (
     recurrent,
     supported,
     whole_parameters,
+)
+from torchjd_func._check._numbers import (
+    flags,
+    in_the_plane,
+    metric,
+    points,
+    same_size,
+    shape,
+    whole,
 )
 from torchjd_func._check._objectives import (
     aux_pair,
