@@ -54,6 +54,12 @@ def tensor(x: Array) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
 
 
+def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
+    """Apply a function of tensors to what `xp` holds."""
+    result = fn(*map(tensor, values))
+    return result.numpy() if xp is np else result
+
+
 def constant(x: Array) -> Array:
     """Return `x` as a constant of derivatives."""
     return x.detach() if isinstance(x, Tensor) else x

@@ -23,7 +23,9 @@ from torchjd_func.linalg._gramian import (
     rows_of,
     squared_length,
 )
-from torchjd_func.linalg._nnqp import align, minimize, nearest
+from torchjd_func.linalg._nnqp import nearest
+from torchjd_func.linalg._search import align
+minimize = None
 
 RESCALES = (None, "1+c^2", "1+c")
 # Steps of the search for the worst improvement; 3 to 6 do as a rule.

@@ -18,7 +18,8 @@ from torchjd_func.linalg import dual_cone_projection
 
 def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
     """Project the preferred combination on the dual cone."""
-    return dual_cone_projection(gramian, resolve(preference, gramian), solver=solver).value
+    shares = resolve(preference, gramian.double())
+    return dual_cone_projection(gramian, shares, solver=solver).value
 
 
 def dualproj(
@@ -57,4 +58,4 @@ def dualproj(
         tensor([0.5556, 1.1111, 1.1111])
     """
     options = {"preference": _check.preference(preference), "solver": _check.solver(solver)}
-    return weighted(stateless("dualproj", partial(_weights, **options)))
+    return weighted(stateless("dualproj", partial(_weights, **options), widen=False))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
-from torchjd_func.linalg import min_norm_point
+from torchjd_func.aggregation._rows import safe_sqrt
+from torchjd_func.linalg._nnqp import nearest, ridge_of
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
@@ -29,18 +30,19 @@ def _update(
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
+    wide, ridge = gramian.double(), ridge_of(gramian.dtype)
     if normalization is None:
-        return min_norm_point(gramian, solver=solver).value, state
-    scale = _row_scale(gramian, losses, normalization)
+        return nearest(wide, ridge, solver).value, state
+    scale = _row_scale(wide, losses, normalization)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 1.0)
-    normalized = gramian * inverse.unsqueeze(-1) * inverse
-    weights = min_norm_point(normalized, solver=solver).value
+    normalized = wide * inverse.unsqueeze(-1) * inverse
+    weights = nearest(normalized, ridge, solver).value
     return (weights * inverse if apply_to == "normalized" else weights), state
 
 
 def _row_scale(gramian: Tensor, losses: Tensor | None, normalization: str) -> Tensor:
     """Return what each row is divided by before the min-norm point is sought."""
-    norms = gramian.diagonal().sqrt()
+    norms = safe_sqrt(gramian.diagonal())
     if normalization == "l2":
         return norms
     values = _check.losses_present(f"mgda(normalization={normalization!r})", losses)
@@ -93,4 +95,4 @@ def mgda(
     update = partial(
         _update, normalization=normalization, apply_to=apply_to, solver=_check.solver(solver)
     )
-    return weighted(Weighting("mgda", no_state, update))
+    return weighted(Weighting("mgda", no_state, update, widen=False))

@@ -19,7 +19,7 @@ from torchjd_func._host import Array
 from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import project_simplex
-from torchjd_func.linalg._nnqp import nearest
+from torchjd_func.linalg._nnqp import RIDGES, nearest
 
 # Eigenvalues below this part of the largest are rounding.
 NEGATIVE = 1e-12
@@ -62,7 +62,13 @@ def _shifted(xp: Any, matrix: Array, pull: Array) -> Array:
     """Shift the rows."""
     gramian = _positive_part(xp, matrix)
     along = gramian @ pull
-    return nearest(xp, gramian + along[:, None] + along + pull @ along).value
+    shifted = gramian + along[:, None] + along + pull @ along
+    return _host.lift(xp, _nearest, shifted)
+
+
+def _nearest(gramian: Tensor) -> Tensor:
+    """Return the weights of the min-norm point."""
+    return nearest(gramian, RIDGES[torch.float64]).value
 
 
 def _positive_part(xp: Any, matrix: Array) -> Array:

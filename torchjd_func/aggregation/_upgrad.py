@@ -7,25 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
-from torchjd_func._host import Array
+from torchjd_func import _check
 from torchjd_func._types import Aggregator, stateless, weighted
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg._nnqp import solve
+from torchjd_func.linalg._nnqp import ridge_of, solve
 
 
 def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
-    """Project each row on the dual cone, and average the projections."""
-    return _host.call(partial(_average, solver=solver), gramian, resolve(preference, gramian))
-
-
-def _average(xp: Any, gramian: Array, weights: Array, *, solver: str) -> Array:
     """Average `v = e_i + z`; row `i` of the multipliers is `z`, for `q = G e_i`."""
-    return weights + weights @ solve(xp, gramian, gramian, solver=solver).value
+    wide = gramian.double()
+    shares = resolve(preference, wide)
+    multipliers = solve(wide, wide, ridge_of(gramian.dtype), solver).value
+    return torch.addmv(shares, multipliers.mT, shares)
 
 
 def upgrad(
@@ -66,4 +63,4 @@ def upgrad(
         tensor([0.2924, 1.9006, 1.9006])
     """
     options = {"preference": _check.preference(preference), "solver": _check.solver(solver)}
-    return weighted(stateless("upgrad", partial(_weights, **options)))
+    return weighted(stateless("upgrad", partial(_weights, **options), widen=False))
