@@ -162,6 +162,11 @@ def matrix(leaf: Tensor) -> Tensor:
     return pairs.reshape(leaf.shape[0], -1)
 
 
+def per_row(values: Tensor, leaf: Tensor) -> Tensor:
+    """Append dimensions to `(m,)`, so that it is one value for each row of a leaf."""
+    return values.reshape((*values.shape, *[1] * (leaf.ndim - values.ndim)))
+
+
 def row_like(row: Tensor, leaf: Tensor) -> Tensor:
     """Return a row of real numbers in the shape and dtype of a row of `leaf`; undoes `rows`."""
     shaped = row.reshape(real_shape(leaf)[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,25 @@ def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
     if losses is not None and tuple(losses.shape) != (m,):
         rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
         fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+
+
+def present(method: str, flags: Sequence[Tensor], m: int) -> None:
+    """Check that there is a bool for each objective."""
+    kinds = {str(flag.dtype) for flag in flags} - {"torch.bool"}
+    size = sum(flag.numel() for flag in flags)
+    if kinds or size != m:
+        got = f"{size} of dtype {', '.join(kinds) or 'torch.bool'}"
+        remedy = "Pass a bool tensor, or a tree of bools like the losses."
+        fail(ValueError, f"`present` given to `{method}`", f"hold {m} bools", got, remedy)
+
+
+def takes_present(method: str, fn: Callable[..., Any]) -> None:
+    """Check that the function of a rule can be told which objectives there are."""
+    parameters = inspect.signature(fn).parameters.values()
+    if not any(p.name == "present" or p.kind is p.VAR_KEYWORD for p in parameters):
+        rule = "be left out: the rule has no keyword `present`"
+        remedy = "Add `present=None`, (m,) bool, to its function, and leave out what is absent."
+        fail(ValueError, f"`present` given to `{method}`", rule, "a mask", remedy)
 
 
 def losses_present(method: str, losses: Tensor | None) -> Tensor:

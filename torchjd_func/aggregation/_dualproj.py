@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import dual_cone_projection
 

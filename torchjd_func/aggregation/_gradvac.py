@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host, random
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
 from torchjd_func.linalg._gramian import rank_tol
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 from torchjd_func.linalg._gramian import (
     full_rank,
     pseudo_inverse,

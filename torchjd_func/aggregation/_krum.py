@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 
 
 def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: bool) -> Tensor:

@@ -8,7 +8,8 @@ from functools import partial
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 
 
 def _mean(statistic: Tensor) -> Tensor:

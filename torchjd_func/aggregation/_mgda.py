@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
+from torchjd_func._lift import no_state, weighted
+from torchjd_func._types import Aggregator, State, Weighting
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg._nnqp import nearest, ridge_of
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.linalg._nnqp import RIDGES, solve
 
 # Squared length, relative to that of its parts, below which a direction is rounding.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, random
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 
 
 class RLWState(NamedTuple):

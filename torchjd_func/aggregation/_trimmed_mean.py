@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import Aggregator, PyTree, State, no_state
+from torchjd_func._lift import no_state
+from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._rows import by_columns
 
 # Rows are streamed instead of sorted if few are left out, and there are columns enough for each of

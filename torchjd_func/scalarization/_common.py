@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import PyTree, Scalarizer, State, no_state
+from torchjd_func._lift import no_state
+from torchjd_func._types import PyTree, Scalarizer, State
 
 Vector = Tensor | Sequence[float]
 Number = Tensor | float
