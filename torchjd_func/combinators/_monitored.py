@@ -234,9 +234,13 @@ def _measured(
     name: str, measures: Measures, seen: Observation, state: MonitoredState, inner: State
 ) -> MonitoredState:
     """Return the state with new values, after a check that they replace those of a like state."""
-    # Copies: a state in which one tensor stands in two places would be compiled twice.
-    values = {key: measure(seen).clone() for key, measure in measures.items()}
-    _check.names("state.measures", state.measures, values)
+    _check.names("state.measures", state.measures, measures)
+    # Copies: a state in which one tensor stands in two places would be compiled twice. Gramians of
+    # rows are in float64, whatever the state began with.
+    values = {
+        key: measure(seen).to(state.measures[key].dtype, copy=True)
+        for key, measure in measures.items()
+    }
     for key, value in values.items():
         _check.state(name, f"measures[{key!r}]", state.measures[key], value.shape)
     return MonitoredState(values, inner)

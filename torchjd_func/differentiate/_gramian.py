@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func.differentiate._jacobian import value
 from torchjd_func.differentiate._linearize import linearize
+from torchjd_func.differentiate._pullback import Linearized
 from torchjd_func.differentiate._routes import contract_cross, contract_whole, validate
 
 PyTree = Any
@@ -69,7 +70,7 @@ def gramian(
     def gramian_fn(*args: Any) -> Any:
         """Return the Gramian (and aux)."""
         linear = linearize(fn, args, argnums, has_aux, route)
-        matrix, _ = contract_whole(linear, route, chunk_size)
+        matrix = _like(linear, contract_whole(linear, route, chunk_size)[0])
         return (matrix, linear.aux) if has_aux else matrix
 
     return gramian_fn
@@ -106,7 +107,7 @@ def gramian_and_value(
     def gramian_and_value_fn(*args: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
         linear = linearize(fn, args, argnums, has_aux, route)
-        matrix, _ = contract_whole(linear, route, chunk_size)
+        matrix = _like(linear, contract_whole(linear, route, chunk_size)[0])
         return matrix, value(linear, has_aux)
 
     return gramian_and_value_fn
@@ -152,7 +153,7 @@ def gramian_vjp(
         _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
         return linear.assemble(pullback(weights), linear.heads, weights)
 
-    result = (linear.losses, matrix, vjp_fn)
+    result = (linear.losses, _like(linear, matrix), vjp_fn)
     return (*result, linear.aux) if has_aux else result
 
 
@@ -191,7 +192,12 @@ def cross_gramian(
         leading, batch_1, batch_2 = _check.two_batches(args)
         first = linearize(fn, (*leading, *batch_1), argnums, has_aux, route)
         second = linearize(fn, (*leading, *batch_2), argnums, has_aux, route)
-        matrix = contract_cross(first, second, route, chunk_size)
+        matrix = _like(first, contract_cross(first, second, route, chunk_size))
         return (matrix, (first.aux, second.aux)) if has_aux else matrix
 
     return cross_gramian_fn
+
+
+def _like(linear: Linearized, matrix: Tensor) -> Tensor:
+    """Return a Gramian of rows, which is in float64, in the precision of the losses."""
+    return matrix.to(_tree.accumulation_dtype(linear.vector.dtype))

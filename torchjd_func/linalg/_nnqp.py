@@ -39,11 +39,12 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 
     Exact up to rounding: the support of the solution is found by block principal pivoting, in
     float64, on the problem scaled to a unit diagonal, and one linear solve gives the value.
-    Where that fails, as it may on dependent rows, the proximal point method takes over, and, of
-    many solutions, finds the one of least norm; then an active-set method. `fallback` says so.
-    A matrix that rounding has given negative eigenvalues is solved to within these.
-    Scaling `matrix`, `vector`, or single unknowns does not change the accuracy. The support is
-    locally constant, so the value is differentiable wherever the solution is.
+    Where rows are dependent, or nearly, a ridge of the size of the rounding of `matrix` (1e-11 of
+    the diagonal; 1e-6 if its dtype is float32 or less) makes the solution unique and bounds it: of
+    many solutions the one of least norm, for unknowns scaled by the roots of the diagonal, is
+    found. `fallback` says so. Scaling `matrix`, `vector`, or single unknowns does not change the
+    accuracy. The support is locally constant, so the value is differentiable wherever the solution
+    is.
 
     Args:
         matrix: `Q`, `(..., m, m)`, symmetric positive semi-definite.
@@ -53,8 +54,8 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
             which then finds the support, one problem at a time, on the CPU.
 
     Returns:
-        A `Solution`. `converged` is false for a problem that is unbounded below or not finite; the
-        value of the latter is not finite either.
+        A `Solution`. `converged` is false for a problem that is unbounded below or not finite; its
+        value is not-a-number.
 
     Raises:
         TypeError: If an argument is not floating-point.

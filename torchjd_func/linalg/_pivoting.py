@@ -35,12 +35,15 @@ from torchjd_func.linalg._systems import SMALL, complementary, cut_out, largest,
 SIGN_TOL = 1e-12
 # Exchanges without improvement before block exchange gives up.
 PATIENCE = 3
-# Ridges (of a unit diagonal) whose supports lead to that for the last.
-LEADING = (0.1, 1e-2, 1e-3)
+# Ridges (of a unit diagonal) whose supports lead to that for the last; the least for which products
+# converge.
+LEADING, LOOSE = (0.1, 0.03, 0.01, 3e-3, 1e-3), 0.01
 # Pivots for each unknown before the driving-variable method gives up.
 PIVOTS = 40
 # Steps of refinement, and the sign that they may change.
 REFINEMENTS, CHANGED = 3, 1e-13
+# An unknown this small, of the largest, may be zero; a residual this small is rounding.
+TIED, EXACT = 1e-9, 1e-14
 
 
 def regular(
@@ -73,19 +76,35 @@ def ridged(
     Returns:
         `(z, support, iterations)`.
     """
-    free, iterations, identity = vectors < -SIGN_TOL, 0, np.eye(vectors.shape[1])
-    for amount in (*LEADING, ridge):
-        definite = matrices + amount * identity
-        if amount >= LEADING[1] and pays(matrices, vectors):
-            _, free, extra, _ = exchange_by_products(definite, which, vectors, free, 1.0)
-            iterations = iterations + extra
-        z, free, extra, done = exchange(definite, which, vectors, free, np.inf, np.inf)
-        iterations = iterations + extra
+    free, iterations = vectors < -SIGN_TOL, np.zeros(len(vectors), dtype=np.int64)
+    for amount in LEADING:
+        _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
+        iterations += rounds
+    z, free, rounds, done = _with(ridge, matrices, which, vectors, free)
+    iterations += rounds
+    definite = matrices + ridge * np.eye(vectors.shape[1])
     for i in np.flatnonzero(~done):
         z[i], free[i], pivots = drive(definite[which[i]], vectors[i])
         iterations[i] += pivots
-    z = z.clip(min=0)
-    return _refined(matrices, definite, which, vectors, z, free), free, iterations
+    z, gap = _refined(matrices, definite, which, vectors, z.clip(min=0), free)
+    # What rounding left of unknowns that are zero, goes if the conditions hold as well without.
+    tied = free & (z <= TIED * largest(z)[:, None])
+    if tied.any():
+        kept = free & ~tied
+        pinned, left = _refined(matrices, definite, which, vectors, np.where(kept, z, 0.0), kept)
+        as_well = (left <= np.maximum(gap, EXACT))[:, None]
+        z, free = np.where(as_well, pinned, z), np.where(as_well, kept, free)
+    return z, free, iterations
+
+
+def _with(
+    ridge: float, matrices: Array, which: Array, vectors: Array, free: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Exchange with a ridge."""
+    definite = matrices + ridge * np.eye(vectors.shape[1])
+    if ridge >= LOOSE and pays(matrices, vectors):
+        free = exchange_by_products(definite, which, vectors, free, 1.0)[1]
+    return exchange(definite, which, vectors, free, np.inf, np.inf)
 
 
 def exchange(
@@ -182,8 +201,12 @@ def _pivot(tableau: Array, value: Array, free: Array, k: int) -> None:
 
 def _refined(
     matrices: Array, definite: Array, which: Array, vectors: Array, z: Array, free: Array
-) -> Array:
-    """Step on the support towards the solution without a ridge."""
+) -> tuple[Array, Array]:
+    """Step on the support towards the solution without a ridge.
+
+    Returns:
+        `z`, and the residual of the conditions.
+    """
     gap = residual(matrices, which, vectors, z)
     for _ in range(REFINEMENTS):
         slope = push(matrices, which, z) + vectors
@@ -195,4 +218,4 @@ def _refined(
         if not better.any():
             break
         z, gap = np.where(better[:, None], moved, z), np.where(better, left, gap)
-    return z
+    return z, gap

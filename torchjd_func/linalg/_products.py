@@ -44,19 +44,19 @@ def exchange_by_products(
         tol: The residual to which the conditions of optimality are to be met; at least `POLISHED`.
 
     Returns:
-        `(z, support, products, done)`.
+        `(z, support, iterations, done)`.
     """
     n, m = vectors.shape
     z, support = np.zeros_like(vectors), free.copy()
-    products, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
+    rounds, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
     levels = np.array([*LOOSE, max(tol, POLISHED)][: 4 if m > LARGE else 3])
     for index, matrix in enumerate(matrices):
         own = np.flatnonzero(which == index)
         for start in range(0, len(own), BATCH):
             part = own[start : start + BATCH]
-            found = _batch(matrix, vectors[part], free[part], levels)
-            z[part], support[part], products[part], done[part] = found
-    return z, support, products, done & (m > LARGE)
+            answer = _batch(matrix, vectors[part], free[part], levels)
+            z[part], support[part], rounds[part], done[part] = answer
+    return z, support, rounds, done & (m > LARGE)
 
 
 def _batch(
@@ -65,11 +65,11 @@ def _batch(
     """Exchange wrong signs, tightening the systems while there are none; what is done leaves."""
     n = len(vectors)
     out, support, done = np.zeros_like(vectors), free.copy(), np.zeros(n, dtype=bool)
-    products, place = np.zeros(n, dtype=np.int64), np.arange(n)
+    rounds, place = np.zeros(n, dtype=np.int64), np.arange(n)
     z, slope, level = out.copy(), vectors.copy(), np.zeros(n, dtype=np.int64)
     for _ in range(ROUNDS):
-        count, solved = _conjugate_gradients(matrix, z, slope, free, levels[level])
-        products[place] += count
+        solved = _conjugate_gradients(matrix, z, slope, free, levels[level])
+        rounds[place] += 1
         wrong = np.where(free, z, slope) < -levels[level][:, None]
         right = ~wrong.any(axis=1)
         final = solved & right & (level == len(levels) - 1)
@@ -84,22 +84,17 @@ def _batch(
         if gone.any():
             z -= gone
             slope -= gone @ matrix
-            products[place] += 1
-    return np.where(done[:, None] & support, out, 0.0), support, products, done
+    return np.where(done[:, None] & support, out, 0.0), support, rounds, done
 
 
-def _conjugate_gradients(
-    matrix: Array, z: Array, slope: Array, free: Array, tol: Array
-) -> tuple[int, Array]:
-    """Solve `Qz + q = slope = 0` on the supports, in place.
-
-    Returns:
-        The number of products, and which systems are solved.
-    """
+def _conjugate_gradients(matrix: Array, z: Array, slope: Array, free: Array, tol: Array) -> Array:
+    """Solve `Qz + q = slope = 0` on the supports, in place; return which systems are solved."""
     left = np.where(free, slope, 0.0)
-    square, limit, count = _dot(left, left), tol * tol, 0
+    square, limit = _dot(left, left), tol * tol
     step = -left
-    while count < PRODUCTS and not (square <= limit).all():
+    for _ in range(PRODUCTS):
+        if (square <= limit).all():
+            break
         pushed = step @ matrix
         rate = (square / (_dot(step, pushed) + TINY))[:, None]
         z += rate * step
@@ -109,8 +104,7 @@ def _conjugate_gradients(
         before, square = square, _dot(left, left)
         step *= (square / (before + TINY))[:, None]
         step -= left
-        count += 1
-    return count, square <= limit
+    return square <= limit
 
 
 def _dot(a: Array, b: Array) -> Array:

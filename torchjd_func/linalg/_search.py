@@ -54,7 +54,8 @@ def search(
 
 def dispatch(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
     """Solve on the host, in numpy; what is on another device goes there and back."""
-    answer = on_host(*(x.detach().cpu().numpy() for x in (matrix, vector)), ridge, solver)
+    matrices, vectors = (x.detach().cpu().numpy() for x in (matrix, vector))
+    answer = on_host(matrices, vectors, ridge, solver)
     return tuple(torch.from_numpy(np.asarray(part)).to(matrix.device) for part in answer)
 
 
@@ -126,10 +127,9 @@ def _solve(matrices: Array, which: Array, vectors: Array, ridge: float, solver: 
     size = np.maximum(largest(linear), TINY)[:, None]
     linear /= size
     z, support, iterations, fallback = _search(unit, which, linear, ridge, solver)
-    # A solution with a ridge is as long as the root of one over it; an infinite one, as one over it.
-    sound = (residual(unit, which, linear, z) <= max(KKT_TOL, 2 * ridge)) & (
-        largest(z) < ridge**-0.75
-    )
+    met = residual(unit, which, linear, z) <= max(KKT_TOL, 2 * ridge)
+    # With a ridge a solution may be as long as the root of one over it; an infinite one is longer.
+    sound = met & (largest(z) < ridge**-0.75)
     value = z * (scale * size)
     if not sound.all():
         value[~sound] = np.nan
@@ -154,7 +154,9 @@ def _search(
         return z.clip(min=0), support, ones, ones > 0
     z, support, iterations, done = regular(matrices, which, vectors, ridge)
     left = np.flatnonzero(~done)
-    left = left[np.isfinite(vectors[left]).all(axis=1) & np.isfinite(matrices).all(axis=(1, 2))[which[left]]]
+    if len(left):
+        finite = np.isfinite(matrices).all(axis=(1, 2))[which[left]]
+        left = left[finite & np.isfinite(vectors[left]).all(axis=1)]
     if len(left):
         used, own = np.unique(which[left], return_inverse=True)
         z[left], support[left], extra = ridged(matrices[used], own, vectors[left], ridge)
