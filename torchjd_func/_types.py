@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _present, _sound, _tree
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
 
@@ -43,7 +43,10 @@ class Weighting:
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
             `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, of its shape alone.
         widen: Whether `update_fn` is given a float64 statistic; if not, or if only the shape is
-            read, the statistic as it is, for methods that know its rounding or hand it on.
+            read, the statistic as it is, for methods that know its rounding or hand it on: its
+            dtype is that in which it was computed.
+        robust: Whether rows that are not finite are outvoted. If not, weights of a statistic that
+            is not finite are not-a-number, and leave the state as it was.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Weighting:
     update_fn: Callable[..., tuple[Tensor, State]]
     needs: Needs = "gramian"
     widen: bool = True
+    robust: bool = False
 
     def init(self, statistic: Tensor, *, key: Tensor | None = None) -> State:
         """Return the initial state for statistics like this one.
@@ -92,7 +96,7 @@ class Weighting:
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
         mask = _present.as_mask(self.name, present, m, statistic.device)
         if mask is None:
-            weights, state = self.update_fn(seen, state, wide)
+            weights, state = _sound.weigh(self, seen, state, wide, None)
         else:
             weights, state = _masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
@@ -107,7 +111,7 @@ def _masked_weights(
     """Weigh what is there: all else is taken out before, and gets the weight 0."""
     seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
     known = _present.losses(losses, present)
-    weights, after = _present.update(weighting, seen, state, known, present=present)
+    weights, after = _sound.weigh(weighting, seen, state, known, present)
     return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
@@ -182,9 +186,11 @@ class Aggregator:
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
-        if mask is None:
-            return self.update_fn(jac, state, losses)
-        return _masked_grads(self, jac, state, losses, mask)
+        with _tree.full_precision(leaves[0].device):
+            if mask is not None:
+                return _masked_grads(self, jac, state, losses, mask)
+            grads, after = self.update_fn(jac, state, losses)
+            return grads, _sound.keep(grads, after, state)
 
     __repr__ = in_one_line
 
@@ -195,6 +201,7 @@ def _masked_grads(
     """Aggregate what is there: all else is taken out before."""
     seen, known = _present.rows(jac, present), _present.losses(losses, present)
     grads, after = _present.update(aggregator, seen, state, known, present=present)
+    after = _sound.keep(grads, after, state)
     grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
     return grads, _present.kept(present, after, state)
 

@@ -83,7 +83,8 @@ def monitored(rule: Rule, measures: Measures) -> Rule:
             return weighted(monitored(rule.weighting, measures))
         return Aggregator(name, partial(_init_rows, **bound), partial(_update_rows, **bound))
     needs = "gramian" if rule.needs == "size" else rule.needs
-    return Weighting(name, partial(_init, **bound), partial(_update, **bound), needs, widen=False)
+    init, update = partial(_init, **bound), partial(_update, **bound)
+    return Weighting(name, init, update, needs, widen=False, robust=rule.robust)
 
 
 def read_measures(state: State) -> dict[str, Tensor]:
