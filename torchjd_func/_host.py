@@ -45,7 +45,7 @@ def numbers(x: Array) -> Array | None:
         return None
     try:
         return x.numpy()
-    except RuntimeError:  # mapped by torch.func, or a subclass
+    except (RuntimeError, TypeError):  # mapped by torch.func, a subclass, or bfloat16
         return None
 
 

@@ -22,10 +22,8 @@ State = Any
 def weigh(
     rule: Any, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, State]:
-    """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in.
-
-    Decompositions raise, or worse, on what is not finite, for all members of a batch.
-    """
+    """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
+    # Decompositions raise on what is not finite, for all members of a batch.
     sound = True if rule.robust or rule.needs == "size" else finite(statistic, losses)
     if sound is not True:
         identity = torch.eye(len(statistic), dtype=statistic.dtype, device=statistic.device)

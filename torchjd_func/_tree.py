@@ -162,7 +162,7 @@ def rows(leaf: Tensor) -> Tensor:
 def matrix(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
     pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    return pairs.reshape(leaf.shape[0], -1)
+    return pairs.flatten(1) if pairs.ndim > 1 else pairs.unsqueeze(1)
 
 
 def per_row(values: Tensor, leaf: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
     def combine(leaf: Tensor) -> Tensor:
         if leaf.is_complex():
             return row_like(_sums(weights.unsqueeze(0), matrix(leaf)).squeeze(0), leaf)
-        row = _sums(weights.unsqueeze(0), leaf.reshape(leaf.shape[0], -1))
+        row = _sums(weights.unsqueeze(0), matrix(leaf))
         return row.reshape(leaf.shape[1:]).to(leaf.dtype)
 
     return map(combine, jac)
