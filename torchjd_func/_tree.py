@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -27,6 +27,22 @@ class Block(NamedTuple):
 
     places: list[int]  # k, in leaf order
     matrices: Tensor  # (k, m, n), real, in the precision of the leaves
+
+
+# A number for each objective, in leaf order of the losses, or by their names.
+Numbers = Tensor | Sequence[float] | Mapping[str, Any]
+
+
+class Named(NamedTuple):
+    """Numbers by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
+
+    names: tuple[str, ...]  # in leaf order
+    values: Tensor  # (m,)
+
+    def __repr__(self) -> str:
+        """Return the numbers as the dict that they came in."""
+        pairs = zip(self.names, self.values, strict=True)
+        return f"{{{', '.join(f'{name!r}: {value:g}' for name, value in pairs)}}}"
 
 
 def hollow(node: PyTree) -> bool:
@@ -95,6 +111,11 @@ def names(tree: PyTree) -> list[str]:
         ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
         for accessor in optree.tree_accessors(tree)
     ]
+
+
+def named(tree: PyTree) -> Named:
+    """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
+    return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:

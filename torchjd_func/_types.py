@@ -9,7 +9,8 @@ structure, shapes and dtypes from call to call. Nothing else is remembered and n
 
 `present`, `(m,)` bool, says which objectives a batch has. The others count as if they were not
 there: a rule does with `present` what it does with the present rows alone. Their weights are 0,
-their part of the state stays; where all are absent, the result is 0 and the state is unchanged.
+their part of the state stays; where all are absent, the result is 0 and the state is unchanged,
+whatever the rule says: it is then told that all zeros are present, so that it never counts none.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _sound, _tree
+from torchjd_func import _check, _names, _present, _sound, _tree
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
 
@@ -67,7 +68,7 @@ class Weighting:
             The state, a pytree of tensors.
         """
         _check.square(self.name, statistic)
-        return self.init_fn(statistic, key)
+        return self.init_fn(statistic, _placed(key, statistic))
 
     def __call__(
         self,
@@ -110,8 +111,8 @@ def _masked_weights(
 ) -> tuple[Tensor, State]:
     """Weigh what is there: all else is taken out before, and gets the weight 0."""
     seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
-    known = _present.losses(losses, present)
-    weights, after = _sound.weigh(weighting, seen, state, known, present)
+    known, counted = _present.losses(losses, present), _present.usable(present)
+    weights, after = _sound.weigh(weighting, seen, state, known, counted)
     return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
@@ -158,8 +159,9 @@ class Aggregator:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
-        return self.init_fn(jac, key)
+        leaves = _tree.leaves(jac)
+        _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
+        return self.init_fn(jac, _placed(key, leaves[0]))
 
     def __call__(
         self,
@@ -200,7 +202,8 @@ def _masked_grads(
 ) -> tuple[PyTree, State]:
     """Aggregate what is there: all else is taken out before."""
     seen, known = _present.rows(jac, present), _present.losses(losses, present)
-    grads, after = _present.update(aggregator, seen, state, known, present=present)
+    counted = _present.usable(present)
+    grads, after = _present.update(aggregator, seen, state, known, present=counted)
     after = _sound.keep(grads, after, state)
     grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
     return grads, _present.kept(present, after, state)
@@ -238,8 +241,8 @@ class Scalarizer:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        return self.init_fn(_tree.wide(_tree.ravel(losses)), key)
+        wide = _tree.wide(_vector(self, losses))
+        return self.init_fn(wide, _placed(key, wide))
 
     def __call__(
         self, losses: PyTree, state: State = None, *, present: Present = None
@@ -255,8 +258,7 @@ class Scalarizer:
         Returns:
             `loss`, a 0-d tensor, and `state`.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        vector = _tree.ravel(losses)
+        vector = _vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
@@ -264,11 +266,28 @@ class Scalarizer:
             loss, state = self.update_fn(wide, state)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
-        loss, after = _present.update(self, known, state, present=mask)
+        loss, after = _present.update(self, known, state, present=_present.usable(mask))
         loss = torch.where(mask.any(), loss, 0).to(vector.dtype)
         return loss, _present.kept(mask, after, state)
 
     __repr__ = in_one_line
+
+
+def _vector(scalarizer: Scalarizer, losses: PyTree) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        _names.check_names(scalarizer, paths)
+    return _tree.ravel(leaves)
+
+
+def _placed(key: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a key where what is drawn from it is used."""
+    if key is None:
+        return None
+    _check.key(key)
+    return key.to(like.device)
 
 
 class Observation(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,11 +89,23 @@ def present(method: str, flags: Sequence[Tensor], m: int) -> None:
 
 def takes_present(method: str, fn: Callable[..., Any]) -> None:
     """Check that the function of a rule can be told which objectives there are."""
-    parameters = inspect.signature(fn).parameters.values()
-    if not any(p.name == "present" or p.kind is p.VAR_KEYWORD for p in parameters):
+    inner = fn
+    while isinstance(inner, partial):
+        inner = inner.func
+    if not _has_keyword(inner, "present"):
         rule = "be left out: the rule has no keyword `present`"
         remedy = "Add `present=None`, (m,) bool, to its function, and leave out what is absent."
         fail(ValueError, f"`present` given to `{method}`", rule, "a mask", remedy)
+
+
+def _has_keyword(fn: Callable[..., Any], name: str) -> bool:
+    """Say whether a function can be given a keyword; asking for its signature takes long."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        parameters = inspect.signature(fn).parameters.values()
+        return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return name in named or bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
 
 def losses_present(method: str, losses: Tensor | None) -> Tensor:

@@ -7,13 +7,13 @@ arXiv:2110.14048.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host, _tree
+from torchjd_func import _check, _host, _present, _tree
 from torchjd_func._host import Array
 from torchjd_func._lift import no_state, stateless
 from torchjd_func._types import Aggregator, PyTree, State
@@ -31,30 +31,56 @@ STEPS, SHORTEST, LENGTH_TOL = 60, 0.3, 1e-9
 TIED = 1e-12
 # Logarithms are not taken of less.
 TINY = np.finfo(np.float64).tiny
+# Squared length of what stands for an absent row, where that of the longest is 1.
+FAR = 1e40
+
+
+class Rows(NamedTuple):
+    """What the search knows of the rows; the longest has length 1."""
+
+    gramian: Array  # (..., m, m)
+    far: Array  # (..., m, m), keeps absent rows from being near
+    pushed: Array  # (..., m), improvements under the mean gradient
+    square: Array  # (...,), its squared length
 
 
 def _update(
-    jac: PyTree, state: State, losses: Tensor | None, *, c: float | Tensor, rescale: str | None
+    jac: PyTree,
+    state: State,
+    losses: Tensor | None,
+    *,
+    c: float | Tensor,
+    rescale: str | None,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Measure what may be added on the rows: squares of short vectors are rounding."""
     _check.stateless("cagrad", state)
     gramian = _tree.gramian(jac)
-    additions = _additions(gramian, c)
+    shares = _present.uniform(present, gramian)
+    additions = _additions(gramian, shares, c)
     vectors = _tree.row_sums(jac, additions)
     products = _tree.cross_gramian(vectors, jac)
     lengths = safe_sqrt(_tree.gramian(vectors).diagonal())
-    weights = _total(gramian, c, additions, products, lengths)
+    weights = _total(gramian, shares, c, additions, products, lengths)
     return _tree.weighted_sum(jac, _rescaled(weights, c, rescale)), state
 
 
-def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tensor:
+def _weights(
+    gramian: Tensor,
+    *,
+    c: float | Tensor,
+    rescale: str | None,
+    present: Tensor | None = None,
+) -> Tensor:
     """Find what may be added to the mean gradient, and add the better."""
-    wide, additions = gramian.double(), _additions(gramian, c)
+    wide = gramian.double()
+    shares = _present.uniform(present, wide)
+    additions = _additions(gramian, shares, c)
     products = additions @ wide.detach()
     # Rounding may only make an addition seem longer, so that it stays in the ball.
     longest = (additions @ safe_sqrt(wide.detach().diagonal())).square()
     squares = torch.maximum((products * additions).sum(-1), rank_tol(gramian) * longest)
-    weights = _total(gramian, c, additions, products, safe_sqrt(squares))
+    weights = _total(gramian, shares, c, additions, products, safe_sqrt(squares))
     return _rescaled(weights, c, rescale)
 
 
@@ -65,20 +91,26 @@ def _rescaled(weights: Tensor, c: float | Tensor, rescale: str | None) -> Tensor
     return weights / (1 + c * c if rescale == "1+c^2" else 1 + c)
 
 
-def _additions(gramian: Tensor, c: float | Tensor) -> Tensor:
+def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     """Return two candidates `(2, m)` as constants, see `_search`."""
     wide = gramian.detach().double()
     radius = torch.as_tensor(c, dtype=torch.float64, device=wide.device).detach()
-    return search(wide, radius, ridge_of(gramian.dtype))
+    return search(wide, shares, radius, ridge_of(gramian.dtype))
 
 
 def _total(
-    gramian: Tensor, c: float | Tensor, additions: Tensor, products: Tensor, lengths: Tensor
+    gramian: Tensor,
+    shares: Tensor,
+    c: float | Tensor,
+    additions: Tensor,
+    products: Tensor,
+    lengths: Tensor,
 ) -> Tensor:
     """Add the candidate of the better worst improvement, as far as the ball allows.
 
     Args:
         gramian: `(m, m)`.
+        shares: `(m,)`, the weights of the mean gradient; 0 where a row is absent.
         c: The radius, relative to the length of the mean gradient.
         additions: `(2, m)`, the candidates.
         products: `(2, m)`, their inner products with the rows.
@@ -88,53 +120,55 @@ def _total(
         The weights `(m,)` of mean gradient and addition.
     """
     wide = gramian.double()
-    pushed = wide.mean(-1)  # improvements under the mean gradient
-    radius = c * safe_sqrt(pushed.mean())
+    pushed = wide @ shares  # improvements under the mean gradient
+    radius = c * safe_sqrt(pushed @ shares)
     reach = torch.where(lengths > 0, radius / torch.where(lengths > 0, lengths, 1.0), 0.0).detach()
     steep, close = reach[0], reach[1].clamp(max=1)
     norms = safe_sqrt(wide.diagonal()).detach()
-    equal = TIED * norms * norms.mean()
+    equal = TIED * norms * (norms @ shares)
     steepest, closest = additions[0] * steep, additions[1] * close
-    gain = (pushed + products[0] * steep - equal).amin()
-    better = ~((pushed + products[1] * close).amin() >= gain).detach()
+    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close]
+    gain, other = (torch.where(shares > 0, x.detach(), torch.inf).amin() for x in gains)
+    better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
     if _host.numbers(wide) is None or not isinstance(c, float | int):
         slack = ~better & (reach[1] >= 1)
         added = added + _derivative(wide, pushed, radius, added > 0, slack, rank_tol(gramian))
-    return 1 / max(len(wide), 1) + added
+    return shares + added
 
 
 @torch.library.custom_op("torchjd_func::cagrad", mutates_args=())
-def search(gramian: Tensor, c: Tensor, ridge: float) -> Tensor:
+def search(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find the candidates for each problem of a batch; opaque to the compiler, as it ends early.
 
     Args:
         gramian: `(..., m, m)` float64.
+        shares: `(..., m)` float64, of the mean gradient; 0 where a row is absent.
         c: `(...,)` float64; leading dimensions broadcast.
         ridge: The rounding of the entries of `gramian`, relative to the diagonal.
 
     Returns:
         `(..., 2, m)`.
     """
-    matrices, radii = (x.detach().cpu().numpy() for x in (gramian, c))
-    return torch.from_numpy(_search(matrices, radii, ridge)).to(gramian.device)
+    arrays = [x.detach().cpu().numpy() for x in (gramian, shares, c)]
+    return torch.from_numpy(_search(arrays[0], arrays[1], arrays[2], ridge)).to(gramian.device)
 
 
 @search.register_fake
-def _fake(gramian: Tensor, c: Tensor, ridge: float) -> Tensor:
+def _fake(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Tell the compiler the shape."""
-    shape = torch.broadcast_shapes(gramian.shape[:-2], c.shape)
+    shape = torch.broadcast_shapes(gramian.shape[:-2], shares.shape[:-1], c.shape)
     return gramian.new_empty((*shape, 2, gramian.shape[-1]))
 
 
 @search.register_vmap
-def _vmap(info: Any, in_dims: Any, gramian: Tensor, c: Tensor, ridge: float) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """Search in one larger batch."""
-    return search(*align(in_dims, gramian, c), ridge), 0
+    return search(*align(in_dims, *args[:3]), args[3]), 0
 
 
 @np.errstate(all="ignore")  # what is not finite is seen in the result
-def _search(gramian: Array, c: Array, ridge: float) -> Array:
+def _search(gramian: Array, shares: Array, c: Array, ridge: float) -> Array:
     """Return two additions to the mean gradient, one of which is optimal, to some length.
 
     The first points where the worst improvement rises most at the border of the ball, as weights of
@@ -143,13 +177,15 @@ def _search(gramian: Array, c: Array, ridge: float) -> Array:
     """
     diagonal = gramian.diagonal(0, -2, -1).max(axis=-1, initial=0.0)
     unit = gramian / np.where(diagonal > 0, diagonal, 1.0)[..., None, None]
-    pushed = unit.mean(axis=-1)
-    steepest = _steepest(unit, pushed, c * np.sqrt(pushed.mean(axis=-1).clip(min=0)), ridge)
+    pushed = (unit @ shares[..., None])[..., 0]
+    square = (pushed * shares).sum(axis=-1).clip(min=0)
+    far = np.where(shares > 0, 0.0, FAR)[..., None] * np.eye(shares.shape[-1])
+    steepest = _steepest(Rows(unit, far, pushed, square), c * np.sqrt(square), ridge)
     closest = on_host(unit, pushed, ridge, "auto").value
     return np.stack(np.broadcast_arrays(steepest, closest), axis=-2)
 
 
-def _steepest(gramian: Array, pushed: Array, radius: Array, ridge: float) -> Array:
+def _steepest(rows: Rows, radius: Array, ridge: float) -> Array:
     """Minimise the dual `w'Gb + radius |J'w|` over the simplex.
 
     For the length `s` that `|J'w|` has at the minimum, `w` is the min-norm point of the rows
@@ -160,11 +196,11 @@ def _steepest(gramian: Array, pushed: Array, radius: Array, ridge: float) -> Arr
     Returns:
         `w`, `(..., m)`.
     """
-    nearest = nearest_on_host(gramian, ridge).value
-    norms = np.sqrt(gramian.diagonal(0, -2, -1).clip(min=0))
+    nearest = nearest_on_host(rows.gramian + rows.far, ridge).value
+    norms = np.sqrt(rows.gramian.diagonal(0, -2, -1).clip(min=0))
     shortest = SHORTEST * ridge**0.5 * (norms * nearest).sum(axis=-1)
-    at = partial(_excess, gramian, pushed, np.where(radius > 0, radius, 1.0), ridge)
-    x = low = _log_length(gramian, nearest, shortest) + 0 * radius
+    at = partial(_excess, rows, np.where(radius > 0, radius, 1.0), ridge)
+    x = low = _log_length(rows.gramian, nearest, shortest) + 0 * radius
     high = 0 * low
     f, best = at(x)
     step = f
@@ -183,21 +219,20 @@ def _steepest(gramian: Array, pushed: Array, radius: Array, ridge: float) -> Arr
     return best
 
 
-def _excess(
-    gramian: Array, pushed: Array, radius: Array, ridge: float, log_length: Array
-) -> tuple[Array, Array]:
+def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple[Array, Array]:
     """Return by what factor (its logarithm) a length is exceeded by that of its `w`, and `w`."""
     shift = (np.exp(log_length) / radius)[..., None, None]
-    along = pushed[..., None] + pushed[..., None, :]
-    square = pushed.mean(axis=-1)[..., None, None]
-    w = nearest_on_host(gramian + shift * (along + shift * square), ridge).value
-    return _log_length(gramian, w, 0 * log_length) - log_length, w
+    along = rows.pushed[..., None] + rows.pushed[..., None, :]
+    shifted = rows.gramian + shift * (along + shift * rows.square[..., None, None])
+    w = nearest_on_host(shifted + rows.far, ridge).value
+    return _log_length(rows.gramian, w, 0 * log_length) - log_length, w
 
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
     pushed = (gramian @ weights[..., None])[..., 0]
-    return 0.5 * np.log((pushed * weights).sum(axis=-1).clip(min=np.maximum(shortest**2, TINY)))
+    square = (pushed * weights).sum(axis=-1)
+    return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))
 
 
 def _derivative(

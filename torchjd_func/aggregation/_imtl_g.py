@@ -25,8 +25,10 @@ from torchjd_func.linalg._gramian import (
 )
 
 
-def _weights(gramian: Tensor, *, safe: bool, rtol: float | None) -> Tensor:
-    """Normalise `G^+ delta` to the sum 1."""
+def _weights(
+    gramian: Tensor, *, safe: bool, rtol: float | None, present: Tensor | None = None
+) -> Tensor:
+    """Normalise `G^+ delta` to the sum 1; a row of zeros adds nothing to either."""
     tol = rank_tol(gramian, rtol)
     return _host.call(partial(_normalize, safe=safe, tol=tol), gramian.double())
 

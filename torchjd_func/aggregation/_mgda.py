@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _present
 from torchjd_func._lift import no_state, weighted
 from torchjd_func._types import Aggregator, State, Weighting
 from torchjd_func.aggregation._rows import safe_sqrt
@@ -28,15 +28,16 @@ def _update(
     normalization: str | None,
     apply_to: str,
     solver: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
     wide, ridge = gramian.double(), ridge_of(gramian.dtype)
     if normalization is None:
-        return nearest(wide, ridge, solver).value, state
+        return nearest(_present.apart(wide, present), ridge, solver).value, state
     scale = _row_scale(wide, losses, normalization)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 1.0)
-    normalized = wide * inverse.unsqueeze(-1) * inverse
+    normalized = _present.apart(wide * inverse.unsqueeze(-1) * inverse, present)
     weights = nearest(normalized, ridge, solver).value
     return (weights * inverse if apply_to == "normalized" else weights), state
 
