@@ -1,14 +1,15 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from torchjd_func import (
-    distributed,
     ensemble,
     interop,
     linalg,
     loss_scale,
     measures,
     metrics,
-    plot,
     random,
     scalarizers,
     sets,
@@ -69,6 +70,9 @@ from torchjd_func.differentiate import (
     multitask,
     per_example,
 )
+
+if TYPE_CHECKING:
+    from torchjd_func import distributed, plot, testing
 
 __version__ = "0.1.0"
 
@@ -142,8 +146,16 @@ __all__ = [
     "smoothed",
     "stateless",
     "sum",
+    "testing",
     "together",
     "trimmed_mean",
     "upgrad",
     "weighted",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import at their first use the parts that most programs do without."""
+    if name in ("distributed", "plot", "testing"):
+        return import_module(f"torchjd_func.{name}")
+    raise AttributeError(f"module 'torchjd_func' has no attribute {name!r}")

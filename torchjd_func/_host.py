@@ -39,12 +39,13 @@ def numbers(x: Array) -> Array | None:
     """Return the numbers of `x` as an array, to be read only; `None` unless they are plain."""
     if not isinstance(x, Tensor):
         return x
-    if torch.compiler.is_compiling() or not x.is_cpu or unpack_dual(x).tangent is not None:
+    if torch.compiler.is_compiling() or not x.is_cpu:
         return None
     if x.requires_grad and torch.is_grad_enabled():
         return None
-    try:
-        return x.numpy()
+    try:  # in this order: mapped and pushed forward, it has no rule for unpack_dual (torch 2.13)
+        array = x.numpy()
+        return array if unpack_dual(x).tangent is None else None
     except (RuntimeError, TypeError):  # mapped by torch.func, a subclass, or bfloat16
         return None
 

@@ -24,13 +24,13 @@ def weigh(
 ) -> tuple[Tensor, State]:
     """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
     # Decompositions raise on what is not finite, for all members of a batch.
-    sound = True if rule.robust or rule.needs == "size" else finite(statistic, losses)
-    if sound is not True:
+    sound = None if rule.robust or rule.needs == "size" else finite(statistic, losses)
+    if sound is not None:
         identity = torch.eye(len(statistic), dtype=statistic.dtype, device=statistic.device)
         statistic = torch.where(sound, statistic, identity)
         losses = None if losses is None else torch.where(sound, losses, 1)
     weights, after = _present.update(rule, statistic, state, losses, present=present)
-    if sound is not True:
+    if sound is not None:
         weights = torch.where(sound, weights, torch.nan)
     return weights, keep(weights, after, state)
 
@@ -40,11 +40,11 @@ def keep(result: PyTree, after: State, before: State) -> State:
     if isinstance(after, tuple) and not after:
         return after
     sound = finite(*_tree.leaves(result))
-    return after if sound is True else _tree.map(partial(torch.where, sound), after, before)
+    return after if sound is None else _tree.map(partial(torch.where, sound), after, before)
 
 
-def finite(*tensors: Tensor | None) -> bool | Tensor:
-    """Say whether all numbers are: `True` if that is known without waiting, else `()` bool."""
+def finite(*tensors: Tensor | None) -> Tensor | None:
+    """Say `()` whether all numbers are finite; `None` if that is known without waiting."""
     flags = []
     for x in tensors:
         if x is None:
@@ -52,4 +52,4 @@ def finite(*tensors: Tensor | None) -> bool | Tensor:
         numbers = _host.numbers(x)
         if numbers is None or not np.isfinite(numbers).all():
             flags.append(x.isfinite().all())
-    return torch.stack(flags).all() if flags else True
+    return torch.stack(flags).all() if flags else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -116,6 +117,28 @@ def names(tree: PyTree) -> list[str]:
 def named(tree: PyTree) -> Named:
     """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
     return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+
+
+def entries(tree: PyTree) -> list[str]:
+    """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
+
+    A tree of strings holds the names themselves.
+    """
+    return [
+        name
+        for path, leaf in zip(paths(tree), leaves(tree), strict=True)
+        for name in _each(path, leaf)
+    ]
+
+
+def _each(path: str, leaf: Any) -> list[str]:
+    """Return the name of each number of a leaf."""
+    if isinstance(leaf, str):
+        return [leaf]
+    if leaf.numel() == 1:
+        return [path]
+    places = itertools.product(*(range(size) for size in leaf.shape))
+    return [".".join(map(str, (path, *place) if path else place)) for place in places]
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
@@ -327,3 +350,16 @@ def leading_size(tree: PyTree) -> int:
 def placeholder(leaf: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of `shape` with the dtype and device of `leaf`, without its memory."""
     return leaf.new_zeros(()).expand(shape)
+
+
+def is_leaf(node: Any) -> bool:
+    """Say whether a node is a leaf; `None` is none."""
+    return optree.tree_is_leaf(node)
+
+
+def children(node: PyTree) -> list[tuple[Any, PyTree]]:
+    """Return the name and the subtree of each child of a node; none of a leaf."""
+    if is_leaf(node):
+        return []
+    level = optree.tree_flatten_one_level(node)
+    return list(zip(level.entries, level.children, strict=True))

@@ -93,6 +93,9 @@ class Weighting:
         m = statistic.shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
+        if m == 0:
+            return statistic.new_zeros((0,)), state
+        _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
         mask = _present.as_mask(self.name, present, m, statistic.device)
@@ -138,7 +141,8 @@ class Aggregator:
         weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
         columnwise: Whether columns count one by one, so that any part of them may be aggregated.
-        average: Brings gradients of heads together over processes (`jd.distributed`).
+        average: `(grads, present=None) -> grads`: the mean gradients of heads over the processes
+            that have them (`jd.distributed`); then `update_fn` is given rows as they are.
     """
 
     name: str
@@ -147,7 +151,7 @@ class Aggregator:
     weighting: Weighting | None = None
     partition: Callable[[Sequence[str]], Partition] | None = None
     columnwise: bool = False
-    average: Callable[[PyTree], PyTree] | None = None
+    average: Callable[..., PyTree] | None = None
 
     def init(self, jac: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for Jacobians like this one.
@@ -187,8 +191,14 @@ class Aggregator:
         m = leaves[0].shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
+        if m == 0:
+            return _tree.map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), jac), state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
         with _tree.full_precision(leaves[0].device):
+            if self.average is not None:  # what any process has counts: masked there
+                masked = {} if mask is None else {"present": mask}
+                return self.update_fn(jac, state, losses, **masked)
             if mask is not None:
                 return _masked_grads(self, jac, state, losses, mask)
             grads, after = self.update_fn(jac, state, losses)
@@ -220,15 +230,17 @@ class Scalarizer:
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state, present=None) -> (loss, state)`, given a vector in float32 or
             better, with 1 in the place of absent losses.
-        observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, with losses of the same batch; DWA: after an epoch, with `None`), or `None`.
-        average: Brings gradients of the loss together over processes (`jd.distributed`).
+        observe: `(losses, state, present=None) -> state`, to be called when the method's paper says
+            (FAMO: after the step, with losses of the same batch; DWA: after an epoch, with `None`),
+            or `None`.
+        average: Brings gradients of the loss together over processes (`jd.distributed`); then
+            `update_fn` is given losses as they are.
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[..., tuple[Tensor, State]]
-    observe: Callable[[PyTree, State], State] | None = None
+    observe: Callable[..., State] | None = None
     average: Callable[[PyTree], PyTree] | None = None
 
     def init(self, losses: PyTree, *, key: Tensor | None = None) -> State:
@@ -261,9 +273,13 @@ class Scalarizer:
         vector = _vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
         if mask is None:
             loss, state = self.update_fn(wide, state)
+            return loss.to(vector.dtype), state
+        if self.average is not None:  # what any process has counts: masked there
+            loss, state = self.update_fn(wide, state, present=mask)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
         loss, after = _present.update(self, known, state, present=_present.usable(mask))

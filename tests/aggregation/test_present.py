@@ -250,6 +250,7 @@ def test_an_objective_that_comes_late_starts_as_one_that_was_there():
     torch.testing.assert_close(state.baseline[2], first.baseline[2])
 
     rule = jd.nash_mtl(update_every=3).weighting
+    assert rule is not None
     gramian = jac @ jac.mT
     _, state = rule(gramian, present=late)
     torch.testing.assert_close(rule(gramian, state)[0], rule(gramian)[0])
@@ -267,9 +268,9 @@ def test_weights_that_are_all_zero_become_equal():
 
 def test_a_point_at_the_origin_is_no_median_if_it_is_absent():
     jac = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
-    weights, _ = jd.weighted(jd.geometric_median().weighting).weighting(
-        jac @ jac.mT, present=torch.tensor([False, True, True])
-    )
+    rule = jd.geometric_median().weighting
+    assert rule is not None
+    weights, _ = rule(jac @ jac.mT, present=torch.tensor([False, True, True]))
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64))
 
 

@@ -101,7 +101,8 @@ def test_assigned_gradients_step_an_optimiser():
 
 
 def test_assigned_gradients_of_a_pytree():
-    params = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.ones(3)]}
+    wide = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    params = {"a": wide, "b": [torch.ones(3, requires_grad=True)]}
     grads = {"a": torch.tensor([1.0, 2.0]), "b": [torch.full((3,), 4.0)]}
     jd.interop.assign_grads_(params, grads)
     assert params["a"].grad is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -31,7 +31,7 @@ def square(method: str, statistic: Tensor) -> None:
     """Check that a weighting is given one `(m, m)` floating matrix."""
     if isinstance(statistic, Tensor) and statistic.is_floating_point() and statistic.ndim == 2:
         rows, columns = statistic.shape
-        if rows == columns:
+        if rows == columns and holds_numbers(statistic):
             return  # before any text is made: a call takes microseconds
     name = f"the Gramian given to `{method}`"
     if not isinstance(statistic, Tensor):
@@ -41,6 +41,7 @@ def square(method: str, statistic: Tensor) -> None:
         remedy = "For a Jacobian call the aggregator; for several Gramians use torch.func.vmap."
         fail(ValueError, name, "have shape (m, m)", describe(statistic), remedy)
     floating(name, statistic)
+    differentiable(name, [""], [statistic], "Pass a dense matrix.")
 
 
 def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[Any]) -> None:
@@ -66,25 +67,37 @@ def _is_rows(leaf: Any) -> bool:
     return (
         isinstance(leaf, Tensor)
         and leaf.ndim > 0
+        and holds_numbers(leaf)
         and (leaf.is_floating_point() or leaf.is_complex())
     )
 
 
 def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
     """Check the `losses` handed to a method beside its statistic."""
-    if losses is not None and tuple(losses.shape) != (m,):
-        rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
-        fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+    if losses is None:
+        return
+    name, remedy = f"the losses given to `{method}`", "Flatten them in leaf order."
+    if not isinstance(losses, Tensor):
+        fail(TypeError, name, "be a tensor", describe(losses), remedy)
+    if tuple(losses.shape) != (m,):
+        fail(ValueError, name, f"have shape ({m},)", describe(losses), remedy)
+    if losses.is_complex() or not holds_numbers(losses):
+        fail(TypeError, name, "be dense and real", describe(losses), "Pass what is minimised.")
 
 
-def present(method: str, flags: Sequence[Tensor], m: int) -> None:
-    """Check that there is a bool for each objective."""
+def present(method: str, leaves: Sequence[Any], m: int, device: torch.device) -> list[Tensor]:
+    """Return the leaves of a mask as tensors, with a bool for each objective."""
+    name, remedy = f"`present` given to `{method}`", "Use a bool tensor, or bools like the losses."
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | bool) or (isinstance(leaf, Tensor) and leaf.is_meta):
+            fail(TypeError, name, f"hold {m} bools", describe(leaf), remedy)
+    flags = [torch.as_tensor(leaf, device=device) for leaf in leaves]
     kinds = {str(flag.dtype) for flag in flags} - {"torch.bool"}
     size = sum(flag.numel() for flag in flags)
     if kinds or size != m:
         got = f"{size} of dtype {', '.join(kinds) or 'torch.bool'}"
-        remedy = "Pass a bool tensor, or a tree of bools like the losses."
-        fail(ValueError, f"`present` given to `{method}`", f"hold {m} bools", got, remedy)
+        fail(ValueError, name, f"hold {m} bools", got, remedy)
+    return flags
 
 
 def takes_present(method: str, fn: Callable[..., Any]) -> None:
@@ -164,7 +177,7 @@ def state_groups(method: str, got: int, want: int) -> None:
 
 def stateless(method: str, value: Any) -> None:
     """Check that a method without state is handed none."""
-    if value != ():
+    if not isinstance(value, tuple) or len(value):
         remedy = "Pass the state that this method's init returned."
         fail(ValueError, f"`state` of `{method}`", "be ()", describe(value), remedy)
 

@@ -31,6 +31,7 @@ def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, "`losses`", "be tensors", got, remedy)
         floating(f"`losses` at {path!r}", leaf)
+        differentiable("`losses`", [path], [leaf], "Return dense tensors.")
 
 
 def aux_pair(out: Any) -> tuple[Any, Any]:

@@ -116,5 +116,6 @@ def graddrop(
         >>> rule(jac, rule.init(jac, key=jd.random.key(0)))[0]
         tensor([-4.,  2.,  2.])
     """
+    _check.function("f", f)
     shares = None if leak is None else _check.per_loss("leak", leak, low=0, high=1)
     return Aggregator("graddrop", _init, partial(_update, leak=shares, f=f))

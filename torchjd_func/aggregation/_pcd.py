@@ -50,6 +50,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, PCDState]:
     """Normalise, solve, and give the result the length of the primary gradient."""
+    _check.state_type("pcd", state, PCDState)
     _check.state("pcd", "ema", state.ema, gramian.shape[:1])
     _check.state("pcd", "visits", state.visits, gramian.shape[:1])
     if gramian.shape[0] > 1:

@@ -47,13 +47,14 @@ def _update(
     *,
     lambda_: float | Tensor,
     preference: Vector | None,
-    solve: Callable[..., Tensor],
+    solver: Callable[..., Tensor],
     present: Tensor | None = None,
 ) -> tuple[Tensor, SDMGradState]:
     """Find the weights, and mix the target into them."""
+    _check.state_type("sdmgrad", state, SDMGradState)
     _check.state("sdmgrad", "weights", state.weights, cross_gramian.shape[:1])
     pull = lambda_ * resolve(preference, cross_gramian, present)
-    weights = solve(cross_gramian, pull, _present.alone(present, state.weights), present)
+    weights = solver(cross_gramian, pull, _present.alone(present, state.weights), present)
     after = SDMGradState(_present.together(present, weights, state.weights))
     return (weights + pull) / (1 + lambda_), after
 
@@ -196,6 +197,6 @@ def sdmgrad(
         _update,
         lambda_=lambda_,
         preference=_check.preference(preference),
-        solve=solvers[solver],
+        solver=solvers[solver],
     )
     return Weighting("sdmgrad", _init, update, needs="cross_gramian")

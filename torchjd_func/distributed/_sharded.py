@@ -158,7 +158,7 @@ def _shifted(place: Place, lead: int) -> list[Any]:
 
 def _gather(part: Tensor, place: Place) -> Tensor:
     """Return the whole leaf."""
-    return _placed(part, place).full_tensor()
+    return _named("full_tensor", _placed(part, place).full_tensor, place.mesh)
 
 
 def _scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
@@ -181,7 +181,13 @@ def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
 
     mesh, lead = place.mesh, whole.ndim - len(place.shape)
     known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
-    return known.redistribute(placements=_shifted(place, lead)).to_local()
+    move = partial(known.redistribute, placements=_shifted(place, lead))
+    return _named("redistribute", move, mesh).to_local()
+
+
+def _named(name: str, fn: Callable[[], Any], mesh: Any) -> Any:
+    """Return what `fn`, which communicates, returns; say what failed, and where."""
+    return _collectives.named(name, fn, mesh.get_group() if mesh.ndim == 1 else None)
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
@@ -225,15 +231,21 @@ def _by_rows(rule: Aggregator, places: list[Place]) -> Callable[..., tuple[PyTre
 
 
 def _aggregate(
-    jac: PyTree, state: State, *, losses: Tensor, rule: Aggregator, places: list[Place]
+    jac: PyTree,
+    state: State,
+    *,
+    losses: Tensor,
+    rule: Aggregator,
+    places: list[Place],
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Aggregate the columns of this rank, if the rule takes columns; else whole rows."""
     flat, rebuild = _tree.flatten(jac)
     rows = [_local(leaf) for leaf in flat]
     if rule.columnwise:
-        grads, state = rule(rows, state, losses=losses)
+        grads, state = rule(rows, state, losses=losses, present=present)
     else:
         whole = _each(_gather, rows, places)
-        grads, state = rule(rebuild(whole), state, losses=losses)
+        grads, state = rule(rebuild(whole), state, losses=losses, present=present)
         grads = _each(_cut, _tree.leaves(grads), places)
     return rebuild(_wrap(grads, places, [_is_sharded(leaf) for leaf in flat])), state

@@ -94,7 +94,11 @@ def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answe
     if vectors.shape[:-1] != shape:
         vectors = np.broadcast_to(vectors, (*shape, m))
     answer = _solve(
-        matrices.reshape(-1, m, m), which.reshape(-1), vectors.reshape(-1, m), ridge, solver
+        matrices.reshape(math.prod(matrices.shape[:-2]), m, m),
+        which.reshape(-1),
+        vectors.reshape(math.prod(shape), m),
+        ridge,
+        solver,
     )
     if len(shape) == 1:
         return answer

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchjd_func import _check
+from torchjd_func import _check, _names
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import Number, Vector, entries, number, pure
 
@@ -30,9 +31,11 @@ def _unit(vector: Tensor) -> Tensor:
     return scaled / torch.where(defined, vector_norm(scaled), 1.0)
 
 
-def _cosmos(losses: Tensor, *, weights: Tensor, lambda_: Number) -> Tensor:
+def _cosmos(
+    losses: Tensor, *, weights: _names.Vector, lambda_: Number, present: Tensor | None = None
+) -> Tensor:
     """Subtract the rewarded cosine from the weighted sum."""
-    r = entries("weights", weights, losses, 1.0)
+    r, losses = only(present, entries("weights", weights, losses, 1.0)), only(present, losses)
     return (r * losses).sum() - number(lambda_, losses) * _cosine(r, losses)
 
 

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _names
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
@@ -25,11 +26,16 @@ from torchjd_func.scalarization._common import (
 
 
 def _p_norm(
-    losses: Tensor, *, p: Number, weights: Tensor | None, reference: Tensor | None
+    losses: Tensor,
+    *,
+    p: Number,
+    weights: _names.Vector | None,
+    reference: _names.Vector | None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Take the norm of the weighted gaps relative to the largest of them."""
     gaps = losses - entries("reference", reference, losses, 0.0)
-    sizes = weights_or_uniform(weights, losses) * gaps.abs()
+    sizes = only(present, weights_or_uniform(weights, losses, present) * gaps.abs())
     largest, power = sizes.detach().amax(), number(p, losses)
     defined = largest > 0
     relative = sizes / torch.where(defined, largest, 1.0)
@@ -37,10 +43,13 @@ def _p_norm(
     return largest * total ** (1 / power)
 
 
-def _power_mean(losses: Tensor, *, p: Number, weights: Tensor | None) -> Tensor:
+def _power_mean(
+    losses: Tensor, *, p: Number, weights: _names.Vector | None, present: Tensor | None = None
+) -> Tensor:
     """Take the generalised mean in the logarithms of the losses."""
-    w = weights_or_uniform(weights, losses)
-    return log_mean_exp(losses.log(), w / w.sum(), number(p, losses)).exp()
+    w = weights_or_uniform(weights, losses, present)
+    shares = w / only(present, w).sum()
+    return log_mean_exp(losses.log(), shares, number(p, losses), present).exp()
 
 
 def p_norm(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchjd_func import _check
+from torchjd_func import _check, _names
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
@@ -26,11 +27,16 @@ from torchjd_func.scalarization._common import (
 
 
 def _pbi(
-    losses: Tensor, *, weights: Tensor | None, reference: Tensor | None, theta: Number
+    losses: Tensor,
+    *,
+    weights: _names.Vector | None,
+    reference: _names.Vector | None,
+    theta: Number,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Add the penalised distance from the ray to the distance along it."""
-    gaps = losses - entries("reference", reference, losses, 0.0)
-    w = weights_or_uniform(weights, losses)
+    gaps = only(present, losses - entries("reference", reference, losses, 0.0))
+    w = only(present, weights_or_uniform(weights, losses, present))
     direction = w / vector_norm(w)
     along = (gaps * direction).sum()
     across = gaps - along * direction
