@@ -249,7 +249,7 @@ def launch(
     """Write the results; when driving, of problems whose pivots are negative only."""
     p, m = vectors.shape
     size = max(2, triton.next_power_of_2(m))
-    warps = 1 if size <= 16 else 4 if size <= 64 else 16
+    warps = 1 if size <= 16 else 4 if size <= 32 else 8  # measured on an H100
     problems = matrices.contiguous(), which, vectors.contiguous()
     kernel: Any = _solve
     kernel[p,](*problems, *results, m, 40 * m + 40, ridge, size, drive, num_warps=warps)
