@@ -23,7 +23,9 @@ SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again
 def _rotation(A, i, same, partner, threshold):
     """Return cosine and signed sine, for each column, of the rotations that clear a round."""
     meets = i[:, None] == partner[None, :]
-    off = tl.sum(tl.where(meets, A, 0.0), axis=0)
+    # Of both triangles, which rounding sets apart: else two of a pair would turn by two angles.
+    mirrored = tl.sum(tl.where(meets, A, 0.0), axis=1)
+    off = 0.5 * tl.sum(tl.where(meets, A, 0.0) + tl.where(same, mirrored[:, None], 0.0), axis=0)
     own = tl.sum(tl.where(same, A, 0.0), axis=0)
     rows = tl.sum(tl.where(same, A, 0.0), axis=1)
     other = tl.sum(tl.where(meets, rows[:, None], 0.0), axis=0)
@@ -55,10 +57,11 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
     same = i[:, None] == i[None, :]
     V = tl.where(same, 1.0, 0.0).to(tl.float64)
     size = tl.max(tl.max(tl.abs(A), axis=1), axis=0)
-    threshold = 1e-17 * size
+    nothing = 0.0 * tl.sum(tl.sum(A, axis=1), axis=0)  # or not-a-number, which `max` passes over
+    threshold = 5e-17 * size
     left = size
     sweep = 0
-    while (sweep < SWEEPS) & (left > threshold):
+    while (sweep < SWEEPS) & (left > 8.0 * threshold):
         for r in range(1, M):
             partner = i ^ r
             cosine, sine = _rotation(A, i, same, partner, threshold)
@@ -67,9 +70,9 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
             A = _rotate(A, cosine, sine, partner, M)
         left = tl.max(tl.max(tl.where(same, 0.0, tl.abs(A)), axis=1), axis=0)
         sweep += 1
-    values = tl.sum(tl.where(same, A, 0.0), axis=0) + 0.0 * size  # not-a-number everywhere
+    values = tl.sum(tl.where(same, A, 0.0), axis=0) + nothing
     tl.store(VALUES + pid * m + i, values, mask=i < m)
-    tl.store(VECTORS + place, V + 0.0 * size, mask=inside)
+    tl.store(VECTORS + place, V + nothing, mask=inside)
 
 
 def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
