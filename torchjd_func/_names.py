@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,28 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     values = value.values if isinstance(value, Named) else value
     _check.length(name, values, like.shape[0])
     return values.to(like)
+
+
+def of_each(tree: Any) -> list[str]:
+    """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
+
+    A tree of strings holds the names themselves.
+    """
+    return [
+        name
+        for path, leaf in zip(_tree.paths(tree), _tree.leaves(tree), strict=True)
+        for name in _each(path, leaf)
+    ]
+
+
+def _each(path: str, leaf: Any) -> list[str]:
+    """Return the name of each number of a leaf."""
+    if isinstance(leaf, str):
+        return [leaf]
+    if leaf.numel() == 1:
+        return [path]
+    places = itertools.product(*(range(size) for size in leaf.shape))
+    return [".".join(map(str, (path, *place) if path else place)) for place in places]
 
 
 def vector(rule: Any, losses: Any) -> Tensor:
