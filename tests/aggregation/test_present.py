@@ -112,6 +112,11 @@ def test_all_absent_is_zero_and_keeps_the_state(name):
     assert_trees_close((grads, after), (torch.zeros_like(grads), state), rtol=0, atol=0)
 
 
+def memory(state):
+    """A state without what is only shown: measures of absent objectives are not-a-number."""
+    return state.inner if hasattr(state, "measures") else state
+
+
 def of_objectives(state, m: int) -> list[Tensor]:
     """The parts of a state that belong to the objectives one by one."""
     return [leaf for leaf in _tree.leaves(state) if leaf.ndim and leaf.shape[0] == m]
@@ -126,7 +131,7 @@ def test_absent_objectives_keep_their_part_of_the_state(name):
     rule = method.make(m)
     _, state = sequence(method, rule, jacs, losses, key=key_for(method))
     jac, values = without(mask, jacs)[0], without(mask, losses)[0]
-    _, after = rule(jac, state, losses=values, present=mask)
+    state, after = memory(state), memory(rule(jac, state, losses=values, present=mask)[1])
     for old, new in zip(of_objectives(state, m), of_objectives(after, m), strict=True):
         torch.testing.assert_close(new[~mask], old[~mask], rtol=0, atol=0)
     assert all(leaf.isfinite().all() for leaf in _tree.leaves(after))
