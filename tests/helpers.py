@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,19 @@ __all__ = [
     "GraphCounter",
     "as_matrix",
     "as_tree",
+    "assert_differentiable",
     "assert_same_layout",
     "assert_trees_close",
     "clone",
     "compiled",
 ]
+
+
+def assert_differentiable(fn: Callable[[Tensor], Tensor], x: Tensor, eps: float = 1e-6) -> None:
+    """Compare the gradient that torch.func takes of `fn`, a number, with differences."""
+    unit = eps * torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
+    want = torch.stack([(fn(x + step) - fn(x - step)) / (2 * eps) for step in unit])
+    torch.testing.assert_close(torch.func.grad(fn)(x).reshape(-1), want, rtol=1e-5, atol=1e-7)
 
 
 def weights_of(rule: jd.Aggregator, gramian: Tensor) -> Tensor:

@@ -44,6 +44,15 @@ def _each(path: str, leaf: Any) -> list[str]:
     return [".".join(map(str, (path, *place) if path else place)) for place in places]
 
 
+def vector(rule: Any, losses: Any) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        check_names(rule, paths)
+    return _tree.ravel(leaves)
+
+
 def check_names(rule: Any, loss_paths: Sequence[str]) -> None:
     """Check that the options of a rule that are given by name name the losses.
 

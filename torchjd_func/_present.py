@@ -64,26 +64,6 @@ def update(rule: Any, *args: Any, present: Tensor | None) -> Any:
     return rule.update_fn(*args, present=present)
 
 
-def masked_weights(
-    weighting: Any, matrix: Tensor, state: State, vector: Tensor | None, present: Tensor
-) -> tuple[Tensor, State]:
-    """Weigh what is there: all else is taken out before, and gets the weight 0."""
-    seen = matrix if weighting.needs == "size" else statistic(matrix, present)
-    known, counted = losses(vector, present), usable(present)
-    weights, after = update(weighting, seen, state, known, present=counted)
-    return torch.where(present, weights, 0), kept(present, after, state)
-
-
-def masked_grads(
-    aggregator: Any, jac: PyTree, state: State, vector: Tensor | None, present: Tensor
-) -> tuple[PyTree, State]:
-    """Aggregate what is there: all else is taken out before."""
-    seen, known = rows(jac, present), losses(vector, present)
-    grads, after = update(aggregator, seen, state, known, present=usable(present))
-    grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
-    return grads, kept(present, after, state)
-
-
 def uniform(present: Tensor | None, like: Tensor) -> Tensor:
     """Return equal weights of sum 1 for the rows of `like` that there are."""
     m = like.shape[0]

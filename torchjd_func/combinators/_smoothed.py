@@ -72,7 +72,7 @@ def _wrap(inner: Weighting, *, alpha: float | Tensor, initial_weights: Vector | 
     """Return the averaging Weighting."""
     init = partial(_init, inner=inner, initial_weights=initial_weights)
     update = partial(_update, inner=inner, alpha=alpha, initial_weights=initial_weights)
-    return Weighting(_name(inner), init, update, inner.needs, inner.widen)
+    return Weighting(_name(inner), init, update, inner.needs, inner.widen, inner.robust)
 
 
 def smoothed(

@@ -1,0 +1,173 @@
+"""Objectives with one loss for each example, which depends on this example alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._layerwise import Ranks
+from torchjd_func.differentiate._linearized import Linearized
+from torchjd_func.differentiate._objective import (
+    Function,
+    linearize_by_layers,
+    linearize_whole,
+    name_of,
+    rows_like,
+)
+from torchjd_func.differentiate._request import Request
+
+PyTree = Any
+
+
+class Example(NamedTuple):
+    """The loss of one example, `fn(params, *example) -> ()`, and how to map it over a batch."""
+
+    fn: Callable[..., Any]
+    in_dims: tuple[Any, ...] | None
+    randomness: str
+
+    def dims(self, count: int) -> tuple[Any, ...]:
+        """Return the batched dimension of each of `count` arguments."""
+        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class InstanceWise:
+    """An objective `fn(params, *batch) -> (b,)` whose loss i depends on example i alone.
+
+    Attributes:
+        fn: The objective over a batch.
+        example: The loss of one example that `fn` maps over a batch; `None` if there is none.
+        plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
+            saves time, and changes no result.
+        ranks: Who has the other examples of the batch (`jd.distributed.gathered`).
+    """
+
+    fn: Callable[..., Any]
+    example: Example | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
+    ranks: Ranks | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the losses, one for each example (and `aux`, if `fn` has one)."""
+        objective, given = self.by_position(args, kwargs)
+        return objective.fn(*given)
+
+    def linearize(self, request: Request) -> Linearized:
+        """Go layer by layer, or through the whole function."""
+        objective, args = self.by_position(request.args, request.kwargs)
+        argnums = _check.normalised(request.argnums, len(request.args))
+        request = request._replace(args=args, kwargs={}, argnums=argnums)
+        if objective.ranks is not None or request.route in ("auto", "layerwise"):
+            return linearize_by_layers(objective, request)
+        return linearize_whole(objective.fn, request, _check.one_for_each_example)
+
+    def wrap(self, change: Callable[[Function], Function]) -> InstanceWise:
+        """Return the objective of the changed function, with the same structure."""
+        if self.example is None:
+            return InstanceWise(change(self.fn), ranks=self.ranks)
+        fn, in_dims, randomness = self.example
+        return replace(per_example(change(fn), in_dims, randomness), ranks=self.ranks)
+
+    def by_position(
+        self, args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[InstanceWise, tuple[Any, ...]]:
+        """Return the objective that takes keyword arguments by position, and all arguments."""
+        if not kwargs:
+            return self, args
+        names, given = tuple(sorted(kwargs)), (*args, *(kwargs[name] for name in sorted(kwargs)))
+        plans = {} if torch.compiler.is_compiling() else self.plans.setdefault(names, {})
+        change = partial(partial, _call_by_name, names)
+        if self.example is None:
+            return replace(self, fn=change(self.fn), plans=plans), given
+        fn, _, randomness = self.example
+        dims = (*self.example.dims(len(args)), *(_batched(x) for x in given[len(args) :]))
+        mapped = per_example(change(fn), dims, randomness)
+        return replace(mapped, ranks=self.ranks, plans=plans), given
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows of all examples, those of other processes included."""
+        return rows_like(primals, m if self.ranks is None else m * self.ranks.size())
+
+    def plan(self, request: Request) -> None:
+        """Nothing yet: the first call plans."""
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether other processes have examples."""
+        return self.ranks is not None
+
+    def __repr__(self) -> str:
+        """Return the name of the function in one line."""
+        return f"InstanceWise({name_of(self.fn)})"
+
+
+def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:
+    """Hand the last arguments over by name."""
+    count = len(args) - len(names)
+    return fn(*args[:count], **dict(zip(names, args[count:], strict=True)))
+
+
+def _batched(value: Any) -> int | None:
+    """Return the dimension of a keyword argument that counts the examples, if it has any."""
+    leaves = _tree.leaves(value)
+    return 0 if leaves and all(isinstance(x, Tensor) and x.ndim for x in leaves) else None
+
+
+def instancewise(fn: Callable[..., Any]) -> InstanceWise:
+    """Declare that loss i of `fn` depends on example i alone.
+
+    Args:
+        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`; dimension 0 of each argument in `batch`
+            counts the examples. Nothing may mix examples: no batch normalisation in training mode.
+
+    Returns:
+        The same function, as an objective that transforms know the structure of.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.instancewise(lambda w, x: (x @ w).square())
+        >>> jd.gramian(objective)(torch.ones(2), torch.eye(2))
+        tensor([[4., 0.],
+                [0., 4.]])
+    """
+    return InstanceWise(fn)
+
+
+def per_example(
+    fn: Callable[..., Any], in_dims: tuple[Any, ...] | None = None, randomness: str = "error"
+) -> InstanceWise:
+    """Make an objective over a batch from the loss of ONE example.
+
+    Args:
+        fn: `fn(params, *example) -> ()`, or `((), aux)`.
+        in_dims: As for `torch.func.vmap`, for all arguments, `params` included. By default `params`
+            is not batched, and all other arguments are over dimension 0. So are keyword arguments
+            that are tensors, but 0-d ones, which all examples share, as they do other values.
+        randomness: As for `torch.func.vmap`: `"error"`, `"different"` or `"same"`.
+
+    Returns:
+        The instance-wise objective `(params, *batch) -> (b,)`.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> objective = jd.per_example(lambda w, x: (x @ w).square())
+        >>> objective(torch.ones(2), torch.eye(2))
+        tensor([1., 1.])
+    """
+    _check.choice("randomness", randomness, ("error", "different", "same"))
+
+    example = Example(fn, in_dims, randomness)
+
+    def batched(*args: Any) -> Any:
+        """Map the loss of one example over the batch."""
+        return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
+
+    return InstanceWise(batched, example)
