@@ -37,8 +37,9 @@ def state_class(fn: Callable[..., Any]) -> type | None:
         if kind == "tuple[()]":
             return tuple
         kind = fn.__globals__.get(kind)
-    elif kind == EMPTY:
-        return tuple
+    elif getattr(kind, "__origin__", None) is tuple:
+        # Aliases themselves are not compared under torch.compile (torch 2.13).
+        return tuple if kind.__args__ == EMPTY.__args__ else None
     return kind if hasattr(kind, "_fields") else None
 
 
