@@ -59,6 +59,7 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
+from torchjd_func._check._mistakes import explain
 from torchjd_func._check._modules import (
     capturable,
     kept_once,
@@ -164,6 +165,7 @@ __all__ = [
     "distinct",
     "divisible",
     "enough_objectives",
+    "explain",
     "fail",
     "features",
     "flag",
