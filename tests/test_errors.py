@@ -14,7 +14,8 @@ from tests.matrices import A
 
 PARAMS = {"w": torch.ones(3)}
 X = torch.ones(4, 3)
-BUFFERS = jd.functionalize(nn.BatchNorm1d(3))[2]
+BATCH_NORM = nn.BatchNorm1d(3)
+BUFFERS = jd.functionalize(BATCH_NORM)[2]
 G = A @ A.mT
 
 
@@ -378,7 +379,7 @@ CASES = {
         r"not overwrite.*w = w \+ 1",
     ),
     "buffers overwritten": (
-        lambda: jd.jac(lambda p, x: nn.BatchNorm1d(3)(x) @ p["w"])(PARAMS, X),
+        lambda: jd.jac(lambda p, x: BATCH_NORM(x) @ p["w"])(PARAMS, X),
         ValueError,
         r"overwriting statistics.*jd\.functionalize",
     ),
@@ -432,7 +433,7 @@ CASES = {
     "a parameter of two modules": (
         lambda: jd.functionalize(shared_weight()),
         ValueError,
-        "share no parameters.*'weight' of '1'.*Make one module",
+        "share no parameters.*'weight' of '1.a' in '0'.*Make one module",
     ),
     "a parameter in a list too": (
         lambda: jd.functionalize(kept_in_a_list()),
