@@ -6,12 +6,37 @@
 import pytest
 
 import torchjd_func as jd
-from tests.wrong import OPTIONS, VALUES, option_complaint
+from tests import registry, scalarizer_registry
+from tests.wrong import (
+    ARGUMENTS,
+    OPTIONS,
+    RULES,
+    SCALARIZERS,
+    VALUES,
+    M,
+    called,
+    complaint,
+    option_complaint,
+)
+
+GIVEN = [registry.METHODS[name] for name in RULES]
+GIVEN += [scalarizer_registry.METHODS[name] for name in SCALARIZERS]
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[".".join(pair) for pair in OPTIONS])
 def test_an_option_works_or_is_refused(name, option):
     complaints = {label: option_complaint(name, option, value) for label, value in VALUES.items()}
+    assert {label: text for label, text in complaints.items() if text} == {}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("method", GIVEN, ids=[*RULES, *(f"scalarizers.{s}" for s in SCALARIZERS)])
+def test_an_argument_works_or_is_refused(method, argument):
+    rule = method.make(M)
+    complaints = {
+        label: complaint(lambda value=value: called(rule, argument, value))
+        for label, value in VALUES.items()
+    }
     assert {label: text for label, text in complaints.items() if text} == {}
 
 

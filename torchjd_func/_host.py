@@ -46,13 +46,19 @@ def numbers(x: Array) -> Array | None:
     try:  # in this order: mapped and pushed forward, it has no rule for unpack_dual (torch 2.13)
         array = x.numpy()
         return array if unpack_dual(x).tangent is None else None
-    except RuntimeError:  # mapped by torch.func, or a subclass
+    except (RuntimeError, TypeError):  # mapped by torch.func, a subclass, or bfloat16
         return None
 
 
 def tensor(x: Array) -> Tensor:
     """Return an array as a tensor."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
+    """Apply a function of tensors to what `xp` holds."""
+    result = fn(*map(tensor, values))
+    return result.numpy() if xp is np else result
 
 
 def constant(x: Array) -> Array:

@@ -19,6 +19,7 @@ def stateless(
     *,
     needs: Needs = "gramian",
     widen: bool = True,
+    robust: bool = False,
 ) -> Weighting:
     """Lift a pure function from Gramian to weights to a Weighting with the empty state `()`.
 
@@ -28,6 +29,7 @@ def stateless(
             `present`, `(m,)` bool or `None`, if it can do without absent objectives.
         needs: What the statistic has to be, see `jd.Weighting`.
         widen: Whether `weights_fn` is given the statistic in float64, see `jd.Weighting`.
+        robust: Whether rows that are not finite are outvoted, see `jd.Weighting`.
 
     Returns:
         The Weighting.
@@ -38,7 +40,8 @@ def stateless(
         >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
         tensor([-1.])
     """
-    return Weighting(name, no_state, partial(_stateless_update, name, weights_fn), needs, widen)
+    update = partial(_stateless_update, name, weights_fn)
+    return Weighting(name, no_state, update, needs, widen, robust)
 
 
 def weighted(weighting: Weighting) -> Aggregator:

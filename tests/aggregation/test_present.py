@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 import torchjd_func as jd
 from tests import registry
 from tests.helpers import assert_trees_close, compiled
-from tests.matrices import matrix
+from tests.matrices import KINDS, matrix
 from tests.registry import METHODS, Method, fresh, key_for
 from torchjd_func import _tree
 
@@ -308,3 +308,18 @@ def test_rules_can_be_mapped_with_a_mask(name):
     fixed = _tree.stack([call(option, masks[0]) for option in options])
     got = vmap(call, in_dims=(0, None))(options, masks[0])
     assert_trees_close(got, fixed, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", [n for n, method in METHODS.items() if method.unique and not method.random]
+)
+def test_equals_the_rule_on_present_rows_of_any_kind(name, kind, monkeypatch):
+    method = METHODS[name]
+    mask, jac = masks(method)["some"], matrix(kind, size(method), 4, seed=1)
+    losses = batches(size(method))[1]
+    one, rule = alone(monkeypatch, method, mask), method.make(size(method))
+    want, _ = sequence(method, one, jac[mask].unsqueeze(0), losses[:1, mask])
+    seen = without(mask, jac.unsqueeze(0))
+    got, _ = sequence(method, rule, seen, without(mask, losses[:1]), present=mask)
+    assert float((got - want).norm()) <= 1e-6 * float(want.norm()) + 1e-9 * float(jac[mask].norm())

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -189,6 +189,39 @@ def test_what_cannot_be_saved_is_refused():
     own = jd.Aggregator("own", lambda jac, key: 3, lambda jac, state, losses: (jac, state))
     with pytest.raises(TypeError, match=r"tensors only, in named tuples.* got int"):
         jd.interop.state_dict(own, 3)
+
+
+class Seen(NamedTuple):
+    """The state of a rule of a user."""
+
+    total: torch.Tensor
+
+
+def start(statistic, key):
+    return Seen(statistic.new_zeros(()))
+
+
+def add_up(statistic, state, losses):
+    return torch.ones_like(statistic[0]), Seen(state.total + statistic.trace())
+
+
+def test_states_of_users_rules_and_of_sets_are_saved_too():
+    def local(statistic, key):
+        return start(statistic, key)
+
+    mine = jd.Weighting("mine", local, add_up)
+    for rule in (
+        jd.weighted(mine),
+        jd.smoothed(jd.weighted(mine)),
+        jd.grouped(jd.weighted(mine), jd.together),
+    ):
+        _, state = rule(ROWS)
+        loaded = jd.interop.load_state_dict(rule, jd.interop.state_dict(rule, state))
+        assert_trees_close(rule(ROWS, loaded), rule(ROWS, state), rtol=0, atol=0)
+    rule = jd.sets.pareto_mtl(torch.eye(2, dtype=torch.float64))
+    state = rule.init(torch.ones(2, 2, 3))
+    loaded = jd.interop.load_state_dict(rule, jd.interop.state_dict(rule, state))
+    assert_trees_close(loaded, state)
 
 
 def test_structures_of_parameters_come_back():

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
 
 
-def floating(name: str, value: Tensor) -> None:
-    """Check that `value` has a real floating-point dtype."""
+def floating(name: str, value: Any) -> None:
+    """Check that `value` is a dense tensor of a real floating-point dtype."""
+    if not isinstance(value, Tensor) or not holds_numbers(value):
+        fail(TypeError, name, "be a dense tensor", describe(value), "Use torch.as_tensor on it.")
     if not value.is_floating_point():
         fail(TypeError, name, "be floating-point", value.dtype, "Convert it with .float().")
 
@@ -22,24 +24,24 @@ def floating(name: str, value: Tensor) -> None:
 def matrix(name: str, value: Tensor) -> None:
     """Check that `value` is a floating square matrix, or a batch of them."""
     floating(f"`{name}`", value)
-    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
-        remedy = "Pass a square matrix, e.g. a Gramian."
-        fail(ValueError, f"`{name}`", "have shape (..., m, m)", describe(value), remedy)
+    if value.ndim < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
+        rule, remedy = "have shape (..., m, m) with m > 0", "Pass a square matrix, e.g. a Gramian."
+        fail(ValueError, f"`{name}`", rule, describe(value), remedy)
 
 
 def square(method: str, statistic: Tensor) -> None:
     """Check that a weighting is given one `(m, m)` floating matrix."""
     if isinstance(statistic, Tensor) and statistic.is_floating_point() and statistic.ndim == 2:
         rows, columns = statistic.shape
-        if rows == columns and holds_numbers(statistic):
+        if rows == columns > 0 and holds_numbers(statistic):
             return  # before any text is made: a call takes microseconds
     name = f"the Gramian given to `{method}`"
     if not isinstance(statistic, Tensor):
         remedy = "For a Jacobian pytree call the aggregator, not its weighting."
         fail(TypeError, name, "be a tensor", describe(statistic), remedy)
-    if statistic.ndim != 2 or statistic.shape[0] != statistic.shape[1]:
+    if statistic.ndim != 2 or not statistic.shape[0] == statistic.shape[1] > 0:
         remedy = "For a Jacobian call the aggregator; for several Gramians use torch.func.vmap."
-        fail(ValueError, name, "have shape (m, m)", describe(statistic), remedy)
+        fail(ValueError, name, "have shape (m, m) with m > 0", describe(statistic), remedy)
     floating(name, statistic)
     differentiable(name, [""], [statistic], "Pass a dense matrix.")
 
@@ -60,6 +62,8 @@ def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[A
                 f"{describe(leaf)} at {path!r}",
             )
             fail(ValueError, name, rule, got, "The first dimension counts the objectives.")
+    remedy = "Leave the step out where a batch has no losses."
+    fail(ValueError, name, "have a row", f"{describe(leaves[0])} at {paths()[0]!r}", remedy)
 
 
 def _is_rows(leaf: Any) -> bool:
@@ -67,6 +71,7 @@ def _is_rows(leaf: Any) -> bool:
     return (
         isinstance(leaf, Tensor)
         and leaf.ndim > 0
+        and leaf.shape[0] > 0
         and holds_numbers(leaf)
         and (leaf.is_floating_point() or leaf.is_complex())
     )
@@ -134,6 +139,14 @@ def key(value: Any) -> None:
     if not isinstance(value, Tensor) or value.shape != (2,) or value.dtype != torch.int64:
         remedy = "Make one with jd.random.key(seed); for several use torch.func.vmap."
         fail(ValueError, "`key`", "be an int64 tensor of shape (2,)", describe(value), remedy)
+
+
+def key_at(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a key, if there is one, where what is drawn from it is used."""
+    if value is None:
+        return None
+    key(value)
+    return value.to(device)
 
 
 def key_present(method: str, value: Tensor | None) -> Tensor:

@@ -212,10 +212,11 @@ def secondary(name: str, value: float | Tensor, n: int) -> None:
 
 def length(name: str, value: Tensor, m: int) -> None:
     """Check that `value` has one entry for each of the `m` objectives."""
-    if value.shape[-1] != m:
+    if value.ndim == 0 or value.shape[-1] != m:
         rule = f"have one entry for each of the {m} objectives"
+        got = value.shape[-1] if value.ndim else "one number"
         remedy = "Objectives are counted in leaf order of the losses."
-        fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+        fail(ValueError, f"`{name}`", rule, got, remedy)
 
 
 def loss_names(option: str, names: Sequence[str], paths: Sequence[str]) -> None:
@@ -233,31 +234,6 @@ def enough_objectives(method: str, m: int, least: int, rule: str) -> None:
     if m < least:
         wanted = f"be given at least {least} objectives ({rule})"
         fail(ValueError, f"`{method}`", wanted, m, "Set fewer aside, or use jd.mean().")
-
-
-def same_size(name: str, got: int, want: int) -> None:
-    """Check that there is one entry for each metric."""
-    if got != want:
-        rule, remedy = (
-            f"have one entry for each of the {want} metrics",
-            "Metrics are the last axis.",
-        )
-        fail(ValueError, f"`{name}`", rule, got, remedy)
-
-
-def points(value: Tensor, reference: Tensor) -> None:
-    """Check that `value` is a set of points of the dimension of `reference`."""
-    if value.ndim != 2 or reference.ndim != 1 or value.shape[1] != reference.shape[0]:
-        got = f"shapes {tuple(value.shape)} and {tuple(reference.shape)}"
-        remedy = "For several sets use torch.func.vmap."
-        fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
-
-
-def in_the_plane(name: str, value: Tensor, ndims: tuple[int, ...]) -> None:
-    """Check for points or vectors with two coordinates, which can be drawn."""
-    if value.ndim not in ndims or value.shape[-1] != 2:
-        got, remedy = describe(value), "Pass two coordinates of each."
-        fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
 
 
 def installed(package: str, extra: str, purpose: str) -> Any:

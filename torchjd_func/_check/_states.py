@@ -8,6 +8,8 @@ from typing import Any
 
 from torchjd_func._check._messages import describe, fail
 
+EMPTY = tuple[()]
+
 
 def state_of(name: str, init_fn: Callable[..., Any], value: Any) -> None:
     """Check that a state is of the type that `init_fn` is annotated to return.
@@ -22,18 +24,21 @@ def state_of(name: str, init_fn: Callable[..., Any], value: Any) -> None:
         rule = "be ()" if kind is tuple else f"be a {kind.__name__}"
         remedy = "Pass the state that this method's init returned."
         fail(ValueError, f"`state` of `{name}`", rule, describe(value), remedy)
+    fields = getattr(kind, "_fields", ())
     for field, inner in bound.items():
-        if hasattr(inner, "init_fn") and hasattr(value, field):
+        if field in fields and hasattr(inner, "init_fn"):
             state_of(inner.name, inner.init_fn, getattr(value, field))
 
 
 def state_class(fn: Callable[..., Any]) -> type | None:
     """Return the named tuple, or the empty tuple, that `fn` is annotated to return, if it is."""
     kind = getattr(fn, "__annotations__", {}).get("return")
-    if kind in (tuple[()], "tuple[()]"):
-        return tuple
     if isinstance(kind, str):
+        if kind == "tuple[()]":
+            return tuple
         kind = fn.__globals__.get(kind)
+    elif kind == EMPTY:
+        return tuple
     return kind if hasattr(kind, "_fields") else None
 
 

@@ -114,4 +114,5 @@ def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggr
         "n_byzantine": _check.integer("n_byzantine", n_byzantine, 0),
         "n_selected": _check.integer("n_selected", n_selected, 1),
     }
-    return weighted(stateless("krum", partial(_weights, squared=squared, **options)))
+    weights_fn = partial(_weights, squared=squared, **options)
+    return weighted(stateless("krum", weights_fn, robust=True))

@@ -22,7 +22,7 @@ from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
-from torchjd_func.linalg._nnqp import nearest
+from torchjd_func.linalg._nnqp import RIDGES, nearest
 
 # Eigenvalues below this part of the largest are rounding.
 NEGATIVE = 1e-12
@@ -71,7 +71,12 @@ def _shifted(xp: Any, matrix: Array, pull: Array, present: Array | None = None) 
     shifted = gramian + along[:, None] + along + pull @ along
     if present is not None:
         shifted = _present.apart(xp.where(present & present[:, None], shifted, 0.0), present)
-    return nearest(xp, shifted).value
+    return _host.lift(xp, _nearest, shifted)
+
+
+def _nearest(gramian: Tensor) -> Tensor:
+    """Return the weights of the min-norm point."""
+    return nearest(gramian, RIDGES[torch.float64]).value
 
 
 def _positive_part(xp: Any, matrix: Array) -> Array:

@@ -62,7 +62,7 @@ def _name(inner: Weighting) -> str:
 def _wrap(inner: Weighting, *, k: int | Tensor) -> Weighting:
     """Return the Weighting that keeps its weights for `k` calls."""
     init, update = partial(_init, inner=inner), partial(_update, inner=inner, k=k)
-    return Weighting(_name(inner), init, update, inner.needs, inner.widen)
+    return Weighting(_name(inner), init, update, inner.needs, inner.widen, inner.robust)
 
 
 def every(rule: Rule, k: int | Tensor) -> Rule:

@@ -17,7 +17,7 @@ from torch.func import vmap
 from torchjd_func import _check, _tree, random
 from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
-from torchjd_func.combinators._labels import labeller
+from torchjd_func.combinators._labels import Labels, by_path, label_all
 
 
 class GroupedState(NamedTuple):
@@ -170,10 +170,10 @@ def _part(flat: list[Tensor], paths: Sequence[str], group: tuple[int, ...]) -> d
     return {paths[place]: flat[place] for place in group}
 
 
-def _plan(paths: Sequence[str], *, aggregator: Methods, labels: PyTree) -> list[_Share]:
+def _plan(paths: Sequence[str], *, aggregator: Methods, labels: Labels) -> list[_Share]:
     """Return the groups of each method, in the order of their first leaves."""
     _check.distinct("params", paths)
-    label_of = labeller(labels)(paths)
+    label_of = label_all(labels, paths)
     if isinstance(aggregator, Mapping):
         _check.grouping(label_of, aggregator)
     groups: dict[Hashable, list[int]] = {}
@@ -255,11 +255,8 @@ def grouped(
         >>> jd.grouped(jd.upgrad(), jd.by_tensor)(jac)[0]
         {'a': tensor([0.]), 'b': tensor([1., 1.])}
     """
-    labels = labels if callable(labels) else _tree.map(lambda label: label, labels)  # a copy
-    plan, methods = (
-        partial(_plan, aggregator=_checked(aggregator), labels=labels),
-        _methods(aggregator),
-    )
+    own = _checked(aggregator)
+    methods, plan = _methods(own), partial(_plan, aggregator=own, labels=by_path(labels))
     name = f"grouped({', '.join(method.name for method in methods)})"
     apart = all(method.weighting is not None for method in methods)
     return Aggregator(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._lift import statistic_like, weighted
 from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Observation, PyTree, Scalarizer, State, Weighting
@@ -85,7 +85,8 @@ def monitored(rule: Rule, measures: Measures) -> Rule:
             return weighted(monitored(rule.weighting, measures))
         return Aggregator(name, partial(_init_rows, **bound), partial(_update_rows, **bound))
     needs = "gramian" if rule.needs == "size" else rule.needs
-    return Weighting(name, partial(_init, **bound), partial(_update, **bound), needs, widen=False)
+    init, update = partial(_init, **bound), partial(_update, **bound)
+    return Weighting(name, init, update, needs, widen=False, robust=rule.robust)
 
 
 def read_measures(state: State, *, names: PyTree = None) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def read_measures(state: State, *, names: PyTree = None) -> dict[str, Any]:
         >>> jd.read_measures(state, names=["speed", "safety"])["weights"]["safety"]
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    labels = None if names is None else _tree.entries(names)
+    labels = None if names is None else _names.of_each(names)
     _check.distinct("names", labels or [])
     values = _read(state, labels)
     _check.measured(list(values))
@@ -275,8 +276,12 @@ def _measured(
     name: str, measures: Measures, seen: Observation, state: MonitoredState, inner: State
 ) -> MonitoredState:
     """Return the state with new values, after a check that they replace those of a like state."""
-    values = {key: _visible(measure(seen), seen.present) for key, measure in measures.items()}
-    _check.names("state.measures", state.measures, values)
+    _check.names("state.measures", state.measures, measures)
+    # Gramians of rows are in float64, whatever the state began with.
+    values = {
+        key: _visible(measure(seen).to(state.measures[key].dtype), seen.present)
+        for key, measure in measures.items()
+    }
     for key, value in values.items():
         _check.state(name, f"measures[{key!r}]", state.measures[key], value.shape)
     return MonitoredState(values, inner)

@@ -58,8 +58,7 @@ def _update(
     weights = alpha * state.weights + (1 - alpha) * fresh
     if initial_weights is None:
         weights = torch.where(state.step == 0, fresh, weights)
-    if present is not None:
-        weights = torch.where(present, weights, state.weights)
+    weights = _present.renewed(present, weights, state.weights)
     step = state.step + (1 if present is None else present)
     return weights, SmoothedState(weights, step, inner_state)
 
@@ -73,7 +72,7 @@ def _wrap(inner: Weighting, *, alpha: float | Tensor, initial_weights: Vector | 
     """Return the averaging Weighting."""
     init = partial(_init, inner=inner, initial_weights=initial_weights)
     update = partial(_update, inner=inner, alpha=alpha, initial_weights=initial_weights)
-    return Weighting(_name(inner), init, update, inner.needs, inner.widen)
+    return Weighting(_name(inner), init, update, inner.needs, inner.widen, inner.robust)
 
 
 def smoothed(

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
-from torchjd_func.differentiate._linearized import assemble, value
+from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._request import Where
 from torchjd_func.differentiate._routes import contract_cross, contract_whole, validate
 from torchjd_func.differentiate._verb import Options, linearize
@@ -121,7 +121,7 @@ def gramian_and_value(
         """Return the Gramian and the losses (and aux)."""
         linear = linearize(fn, args, kwargs, options)
         with full_precision():
-            matrix, _ = contract_whole(linear, route, chunk_size)
+            matrix = _like(linear, contract_whole(linear, route, chunk_size)[0])
         return detached((matrix, value(linear, has_aux)))
 
     return gramian_and_value_fn
@@ -176,7 +176,7 @@ def gramian_vjp(
         with full_precision():
             return detached(assemble(linear, pullback(vector), vector))
 
-    result = (*detached((linear.losses, matrix)), vjp_fn)
+    result = (*detached((linear.losses, _like(linear, matrix))), vjp_fn)
     return (*result, detached(linear.aux)) if has_aux else result
 
 
@@ -221,7 +221,12 @@ def cross_gramian(
         first = linearize(fn, (*leading, *batch_1), kwargs, options)
         second = linearize(fn, (*leading, *batch_2), kwargs, options)
         with full_precision():
-            matrix = contract_cross(first, second, route, chunk_size)
+            matrix = _like(first, contract_cross(first, second, route, chunk_size))
         return detached((matrix, (first.aux, second.aux)) if has_aux else matrix)
 
     return cross_gramian_fn
+
+
+def _like(linear: Linearized, matrix: Tensor) -> Tensor:
+    """Return a Gramian of rows, which is in float64, in the precision of the losses."""
+    return matrix.to(_tree.accumulation_dtype(linear.vector.dtype))

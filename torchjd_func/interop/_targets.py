@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,29 +50,33 @@ def _named(path: str, node: Any, kept: Any) -> Any:
 
 def shared_part(target: PyTree, tree: PyTree) -> PyTree:
     """Return the part that holds them all: of `(trunk, heads)` without heads, that of `trunk`."""
-    if isinstance(target, nn.Module | Tensor):
+    below, parts = _children(target), _children(tree)
+    full = [name for name, part in (parts or {}).items() if _tree.leaves(part)]
+    if below is None or parts is None or len(full) != 1 or isinstance(below[full[0]], Tensor):
         return tree
-    parts = zip(_tree.children(target), _tree.children(tree), strict=True)
-    full = [(below, part) for (_, below), (_, part) in parts if _tree.leaves(part)]
-    if len(full) != 1 or isinstance(full[0][0], Tensor):
-        return tree
-    return shared_part(*full[0])
+    return shared_part(below[full[0]], parts[full[0]])
 
 
 def pairs(target: PyTree, grads: PyTree, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield path, parameter and gradient (`None` also where all of a part have none)."""
+    """Yield path, parameter and gradient; `None` for all of a part that has none."""
     start = f"{path}." if path else ""
+    below = _children(target)
     if isinstance(target, nn.Module):
         params = dict(target.named_parameters(remove_duplicate=False))
         chosen = dict.fromkeys(params) if grads is None else grads
         _check.names("grads", chosen, set(params) & set(chosen))
         yield from ((start + name, params[name], grad) for name, grad in chosen.items())
-    elif _tree.is_leaf(target):
+    elif below is not None:
+        parts = dict.fromkeys(below) if grads is None else _children(grads)
+        _check.same_structure("grads", parts is not None and parts.keys() == below.keys())
+        for name, part in below.items():
+            yield from pairs(part, (parts or {})[name], f"{start}{name}")
+    elif target is not None:
         yield path, target, grads
-    else:
-        below = _tree.children(target)
-        others = [(name, None) for name, _ in below] if grads is None else _tree.children(grads)
-        same = [name for name, _ in below] == [name for name, _ in others]
-        _check.same_structure("grads", same)
-        for (name, part), (_, grad) in zip(below, others, strict=True):
-            yield from pairs(part, grad, f"{start}{name}")
+
+
+def _children(node: PyTree) -> dict[Any, PyTree] | None:
+    """Return the parts of a container by name; `None` of a leaf."""
+    if isinstance(node, Mapping):
+        return dict(node)
+    return dict(enumerate(node)) if isinstance(node, tuple | list) else None

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._lift import no_state
+from torchjd_func._names import Vector
 from torchjd_func._present import Present, only
+from torchjd_func._tree import Numbers
 from torchjd_func._types import PyTree, Scalarizer, State
 
-Vector = _tree.Numbers
 Number = Tensor | float
 
 
@@ -46,21 +47,19 @@ def present_softmax(values: Tensor, present: Tensor | None) -> Tensor:
     return torch.softmax(only(present, values, -torch.inf), 0)
 
 
-def optional(name: str, value: Vector | None, *, low: float = -inf) -> _names.Vector | None:
+def optional(name: str, value: Numbers | None, *, low: float = -inf) -> Vector | None:
     """Return a hyper-parameter with one number for each objective as a vector, or `None`."""
     return None if value is None else _check.per_loss(name, value, low=low)
 
 
-def entries(name: str, value: _names.Vector | None, losses: Tensor, default: float) -> Tensor:
+def entries(name: str, value: Vector | None, losses: Tensor, default: float) -> Tensor:
     """Return `value` `(m,)` in the dtype and on the device of the losses."""
     if value is None:
         return torch.full_like(losses, default)
     return _names.entries(name, value, losses)
 
 
-def weights_or_uniform(
-    weights: _names.Vector | None, losses: Tensor, present: Tensor | None
-) -> Tensor:
+def weights_or_uniform(weights: Vector | None, losses: Tensor, present: Tensor | None) -> Tensor:
     """Return the weights `(m,)`; one over the number of objectives by default."""
     if weights is None:
         return (1 / count(losses, present)).expand(losses.shape)

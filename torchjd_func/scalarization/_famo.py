@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names, _present, _tree
+from torchjd_func import _check, _present, _tree
+from torchjd_func._names import Vector
 from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     number,
     observable,
@@ -49,7 +50,7 @@ def _init(losses: Tensor, key: Tensor | None) -> FAMOState:
     return FAMOState(zero, zero.clone(), zero.clone(), step, zero.clone(), pending)
 
 
-def _log_gap(losses: Tensor, min_losses: _names.Vector | None, present: Tensor | None) -> Tensor:
+def _log_gap(losses: Tensor, min_losses: Vector | None, present: Tensor | None) -> Tensor:
     """Return `log D`, with the gap `D = L - b + eps`."""
     gap = losses - entries("min_losses", min_losses, losses, 0.0) + _EPS
     return only(present, gap, 1.0).log()
@@ -59,7 +60,7 @@ def _update(
     losses: Tensor,
     state: FAMOState,
     *,
-    min_losses: _names.Vector | None,
+    min_losses: Vector | None,
     present: Tensor | None = None,
 ) -> tuple[Tensor, FAMOState]:
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
@@ -77,7 +78,7 @@ def _observe(
     losses: PyTree,
     state: FAMOState,
     *,
-    min_losses: _names.Vector | None,
+    min_losses: Vector | None,
     beta: Number,
     gamma: Number,
     optimizer: str,
@@ -103,7 +104,7 @@ def famo(
     beta: Number = 0.025,
     gamma: Number = 1e-3,
     *,
-    min_losses: Vector | None = None,
+    min_losses: Numbers | None = None,
     optimizer: str = "adam",
 ) -> Scalarizer:
     r"""Decrease all losses at about the same relative rate, at the price of one backward pass.

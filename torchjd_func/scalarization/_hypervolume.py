@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     count,
     entries,
     number,
@@ -38,7 +39,7 @@ class HypervolumeState(NamedTuple):
 
 
 def _log(
-    losses: Tensor, *, reference: _names.Vector | None, slack: Number, present: Tensor | None = None
+    losses: Tensor, *, reference: Vector | None, slack: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take minus the logarithm of the volume between the losses and the reference."""
     nadir = number(slack, losses) * only(present, losses.detach(), -torch.inf).amax()
@@ -55,7 +56,7 @@ def _update(
     losses: Tensor,
     state: HypervolumeState,
     *,
-    reference: _names.Vector,
+    reference: Vector,
     variant: str,
     transform: str,
     present: Tensor | None = None,
@@ -73,9 +74,9 @@ def _update(
 def _in_direction(
     losses: Tensor,
     *,
-    reference: _names.Vector,
+    reference: Vector,
     variant: str,
-    direction: _names.Vector,
+    direction: Vector,
     transform: str,
     present: Tensor | None = None,
 ) -> Tensor:
@@ -91,11 +92,11 @@ def _in_direction(
 
 
 def hypervolume(
-    reference: Vector | None = None,
+    reference: Numbers | None = None,
     *,
     variant: str = "log",
     slack: Number = 1.1,
-    direction: Vector | None = None,
+    direction: Numbers | None = None,
     transform: str = "power",
 ) -> Scalarizer:
     r"""Enlarge the volume that the losses dominate below a reference point.

@@ -6,10 +6,11 @@ from functools import partial
 
 from torch import Tensor
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Vector, count, entries, pure
+from torchjd_func.scalarization._common import Numbers, count, entries, pure
 
 
 def _mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
@@ -22,7 +23,7 @@ def _sum(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     return only(present, losses).sum()
 
 
-def _constant(losses: Tensor, *, weights: _names.Vector, present: Tensor | None = None) -> Tensor:
+def _constant(losses: Tensor, *, weights: Vector, present: Tensor | None = None) -> Tensor:
     """Add the weighted losses."""
     return only(present, entries("weights", weights, losses, 1.0) * losses).sum()
 
@@ -73,7 +74,7 @@ def sum() -> Scalarizer:
     return pure("sum", _sum)
 
 
-def constant(weights: Vector) -> Scalarizer:
+def constant(weights: Numbers) -> Scalarizer:
     r"""Combine the losses with fixed weights.
 
     $$s = \sum_i w_i L_i, \qquad \frac{\partial s}{\partial L_i} = w_i.$$

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     log_mean_exp,
     number,
@@ -29,8 +30,8 @@ def _p_norm(
     losses: Tensor,
     *,
     p: Number,
-    weights: _names.Vector | None,
-    reference: _names.Vector | None,
+    weights: Vector | None,
+    reference: Vector | None,
     present: Tensor | None = None,
 ) -> Tensor:
     """Take the norm of the weighted gaps relative to the largest of them."""
@@ -44,7 +45,7 @@ def _p_norm(
 
 
 def _power_mean(
-    losses: Tensor, *, p: Number, weights: _names.Vector | None, present: Tensor | None = None
+    losses: Tensor, *, p: Number, weights: Vector | None, present: Tensor | None = None
 ) -> Tensor:
     """Take the generalised mean in the logarithms of the losses."""
     w = weights_or_uniform(weights, losses, present)
@@ -53,7 +54,7 @@ def _power_mean(
 
 
 def p_norm(
-    p: Number = 2.0, weights: Vector | None = None, reference: Vector | None = None
+    p: Number = 2.0, weights: Numbers | None = None, reference: Numbers | None = None
 ) -> Scalarizer:
     r"""Take a weighted norm of the distance from an ideal point.
 
@@ -94,7 +95,7 @@ def p_norm(
     return pure("p_norm", partial(_p_norm, **options))
 
 
-def power_mean(p: Number, weights: Vector | None = None) -> Scalarizer:
+def power_mean(p: Number, weights: Numbers | None = None) -> Scalarizer:
     r"""Take a generalised mean of the losses.
 
     $$s = \Big(\frac{\sum_i w_i L_i^p}{\sum_i w_i}\Big)^{1/p}, \qquad

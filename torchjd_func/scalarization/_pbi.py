@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     number,
     optional,
@@ -29,8 +30,8 @@ from torchjd_func.scalarization._common import (
 def _pbi(
     losses: Tensor,
     *,
-    weights: _names.Vector | None,
-    reference: _names.Vector | None,
+    weights: Vector | None,
+    reference: Vector | None,
     theta: Number,
     present: Tensor | None = None,
 ) -> Tensor:
@@ -47,7 +48,7 @@ def _pbi(
 
 
 def pbi(
-    weights: Vector | None = None, reference: Vector | None = None, *, theta: Number = 5.0
+    weights: Numbers | None = None, reference: Numbers | None = None, *, theta: Number = 5.0
 ) -> Scalarizer:
     r"""Go down along a preferred ray, and stay close to it.
 

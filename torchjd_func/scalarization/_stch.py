@@ -10,11 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     count,
     entries,
     log_mean_exp,
@@ -37,8 +38,8 @@ def _soft_maximum(values: Tensor, mu: Number, present: Tensor | None) -> Tensor:
 def _stch(
     losses: Tensor,
     *,
-    weights: _names.Vector | None,
-    reference: _names.Vector | None,
+    weights: Vector | None,
+    reference: Vector | None,
     mu: Number,
     present: Tensor | None = None,
 ) -> Tensor:
@@ -48,7 +49,7 @@ def _stch(
 
 
 def _stch_nadir(
-    losses: Tensor, *, nadir: _names.Vector, mu: Number, present: Tensor | None = None
+    losses: Tensor, *, nadir: Vector, mu: Number, present: Tensor | None = None
 ) -> Tensor:
     """Take the soft maximum of the logarithms of the losses relative to the nadir."""
     ratio = losses / entries("nadir", nadir, losses, 1.0)
@@ -57,10 +58,10 @@ def _stch_nadir(
 
 def stch(
     mu: Number = 0.1,
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
-    nadir: Vector | None = None,
+    nadir: Numbers | None = None,
 ) -> Scalarizer:
     r"""Take a smooth maximum of the weighted distances from an ideal point.
 

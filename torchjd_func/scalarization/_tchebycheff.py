@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names
+from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     number,
     optional,
@@ -27,15 +28,13 @@ from torchjd_func.scalarization._common import (
 )
 
 
-def _gaps(losses: Tensor, reference: _names.Vector | None, absolute: bool) -> Tensor:
+def _gaps(losses: Tensor, reference: Vector | None, absolute: bool) -> Tensor:
     """Return the distance of each loss from the reference."""
     gaps = losses - entries("reference", reference, losses, 0.0)
     return gaps.abs() if absolute else gaps
 
 
-def _weigh(
-    gaps: Tensor, weights: _names.Vector | None, convention: str, present: Tensor | None
-) -> Tensor:
+def _weigh(gaps: Tensor, weights: Vector | None, convention: str, present: Tensor | None) -> Tensor:
     """Multiply or divide by the weights."""
     w = weights_or_uniform(weights, gaps, present)
     return gaps * w if convention == "multiply" else gaps / w
@@ -44,8 +43,8 @@ def _weigh(
 def _tchebycheff(
     losses: Tensor,
     *,
-    weights: _names.Vector | None,
-    reference: _names.Vector | None,
+    weights: Vector | None,
+    reference: Vector | None,
     convention: str,
     absolute: bool,
     present: Tensor | None = None,
@@ -58,8 +57,8 @@ def _tchebycheff(
 def _augmented(
     losses: Tensor,
     *,
-    weights: _names.Vector | None,
-    reference: _names.Vector | None,
+    weights: Vector | None,
+    reference: Vector | None,
     convention: str,
     absolute: bool,
     rho: Number,
@@ -74,7 +73,7 @@ def _augmented(
 
 
 def _options(
-    weights: Vector | None, reference: Vector | None, convention: str, absolute: bool
+    weights: Numbers | None, reference: Numbers | None, convention: str, absolute: bool
 ) -> dict[str, Any]:
     """Check what the sharp forms have in common."""
     _check.flag("absolute", absolute)
@@ -88,8 +87,8 @@ def _options(
 
 
 def tchebycheff(
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
     convention: str = "multiply",
     absolute: bool = False,
@@ -132,8 +131,8 @@ def tchebycheff(
 
 
 def augmented_tchebycheff(
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
     rho: Number = 0.05,
     augmentation: str = "weighted",
