@@ -210,6 +210,7 @@ METHODS: dict[str, Method] = {
         random=True,
         cost="m n",
     ),
+    "clipped_mean": Method(lambda m: jd.clipped_mean(2.0), degree=None, cost="m"),
     "trimmed_mean": Method(
         lambda m: jd.trimmed_mean(1),
         weighted=False,

@@ -20,6 +20,7 @@ from torchjd_func._types import Aggregator, Observation, Scalarizer, Weighting
 from torchjd_func.aggregation import (
     aligned_mtl,
     cagrad,
+    clipped_mean,
     config,
     config_momentum,
     constant,
@@ -70,6 +71,7 @@ from torchjd_func.differentiate import (
     jac_and_value,
     multitask,
     per_example,
+    row_norms,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ __all__ = [
     "cagrad",
     "cast_floating",
     "check_instancewise",
+    "clipped_mean",
     "config",
     "config_momentum",
     "constant",
@@ -142,6 +145,7 @@ __all__ = [
     "random",
     "read_measures",
     "rlw",
+    "row_norms",
     "scalarizers",
     "sdmgrad",
     "sets",

@@ -98,9 +98,23 @@ def _weighted_update(
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Weigh the rows of `jac` by its Gramian."""
-    statistic = statistic_like(jac) if weighting.needs == "size" else _tree.gramian(jac)
+    statistic = _statistic(weighting.needs, jac)
     weights, state = weighting(statistic, state, losses=losses, present=present)
     return _tree.weighted_sum(jac, weights), state
+
+
+def _statistic(needs: Needs, jac: PyTree) -> Tensor:
+    """Return what a weighting looks at."""
+    if needs == "size":
+        return statistic_like(jac)
+    if needs == "norms":
+        return torch.diag(reduce(torch.add, [_squares(leaf) for leaf in _tree.leaves(jac)]))
+    return _tree.gramian(jac)
+
+
+def _squares(leaf: Tensor) -> Tensor:
+    """Return the squared norms of the rows of a leaf."""
+    return _tree.rows(leaf).square().sum(1)
 
 
 def statistic_like(jac: PyTree) -> Tensor:

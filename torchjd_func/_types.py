@@ -27,7 +27,7 @@ from torchjd_func._repr import in_one_line
 
 PyTree = Any
 State = Any
-Needs = Literal["size", "gramian", "cross_gramian"]
+Needs = Literal["size", "norms", "gramian", "cross_gramian"]
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -42,7 +42,8 @@ class Weighting:
         update_fn: `(statistic, state, losses, present=None) -> (weights, state)`; see `widen`.
             Absent objectives have zeros in the statistic, and 1 as their loss.
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
-            `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, of its shape alone.
+            `J_1 J_2^T` of two independent batches, not symmetric; `"norms"`, of the diagonal of
+            `J J^T` alone, beside which there may be zeros; `"size"`, of its shape alone.
         widen: Whether `update_fn` is given a float64 statistic; if not, or if only the shape is
             read, the statistic as it is, for methods that know its rounding or hand it on: its
             dtype is that in which it was computed.

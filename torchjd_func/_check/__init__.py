@@ -60,6 +60,7 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
+from torchjd_func._check._mistakes import explain
 from torchjd_func._check._modules import (
     capturable,
     kept_once,
@@ -171,6 +172,7 @@ __all__ = [
     "distinct",
     "divisible",
     "enough_objectives",
+    "explain",
     "fail",
     "features",
     "flag",

@@ -209,7 +209,7 @@ def two_batch_weighting(value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         remedy = "Pass e.g. jd.modo(); of an Aggregator, its `.weighting`."
         fail(TypeError, "`weighting`", f"be a jd.{kind.__name__}", repr(value), remedy)
-    if value.needs == "gramian":
+    if value.needs in ("gramian", "norms"):
         rule = "take a cross-Gramian, which is not symmetric"
         fail(ValueError, "`weighting`", rule, repr(value), "Pass jd.modo() or jd.sdmgrad().")
 

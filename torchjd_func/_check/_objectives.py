@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail
-from torchjd_func._check._methods import floating
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -30,7 +29,13 @@ def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             remedy = "With an auxiliary output, return (losses, aux) and pass has_aux=True."
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, "`losses`", "be tensors", got, remedy)
-        floating(f"`losses` at {path!r}", leaf)
+        if not leaf.is_floating_point():
+            name, got = f"`losses` at {path!r}", str(leaf.dtype)
+            remedy = (
+                "Pass has_aux=True if the objective returns (losses, aux), such as buffers; else "
+                "convert it with .float()."
+            )
+            fail(TypeError, name, "be floating-point", got, remedy)
         differentiable("`losses`", [path], [leaf], "Return dense tensors.")
 
 

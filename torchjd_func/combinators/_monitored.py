@@ -84,7 +84,7 @@ def monitored(rule: Rule, measures: Measures) -> Rule:
         if rule.weighting is not None:
             return weighted(monitored(rule.weighting, measures))
         return Aggregator(name, partial(_init_rows, **bound), partial(_update_rows, **bound))
-    needs = "gramian" if rule.needs == "size" else rule.needs
+    needs = "gramian" if rule.needs in ("size", "norms") else rule.needs
     init, update = partial(_init, **bound), partial(_update, **bound)
     return Weighting(name, init, update, needs, widen=False, robust=rule.robust)
 

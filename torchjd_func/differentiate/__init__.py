@@ -15,6 +15,7 @@ from torchjd_func.differentiate._init_state import init_state
 from torchjd_func.differentiate._instancewise import instancewise, per_example
 from torchjd_func.differentiate._jacobian import jac, jac_and_value
 from torchjd_func.differentiate._multitask import multitask
+from torchjd_func.differentiate._row_norms import row_norms
 from torchjd_func.differentiate._where import features
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "jac_and_value",
     "multitask",
     "per_example",
+    "row_norms",
 ]

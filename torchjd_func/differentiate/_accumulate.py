@@ -123,8 +123,9 @@ def _linearize(fn: Accumulated, request: Request) -> Linearized:
     if request.where is features:  # those of each microbatch are other numbers
         seen = Seen(rows=[leaf / fn.n for part in parts for leaf in part.seen.rows])
     else:
-        partly = by_leaves is not None and not request.alone
-        seen = Seen(chosen(by_leaves, first.leaves.paths)) if partly else None
+        seen = None
+        if by_leaves is not None and not request.alone:
+            seen = Seen(chosen(by_leaves, first.leaves.paths))
     return first._replace(
         losses=_tree.mean([part.losses for part in parts]),
         aux=fn.joined([part.aux for part in parts]) if fn.has_aux else (),

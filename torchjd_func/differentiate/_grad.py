@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _names, _tree
@@ -22,6 +23,7 @@ from torchjd_func.differentiate._routes import (
     validate,
     whole,
 )
+from torchjd_func.differentiate._row_norms import squared_norms
 from torchjd_func.differentiate._verb import Options, linearize
 
 PyTree = Any
@@ -182,6 +184,12 @@ def _statistic(
         m = linear.vector.shape[0]
         pullback = pullback_of(linear, whole(linear))
         return _tree.placeholder(linear.vector, (m, m)), lambda w: pullback(w.unsqueeze(0))
+    if needs == "norms" and linear.jacobian.layers is not None and route != "jacobian":
+        groups = whole(linear)
+        pullback = pullback_of(linear, groups)
+        places = groups[0] if linear.seen is None else linear.seen.places
+        squares = squared_norms(linear, route, chunk_size, places)
+        return torch.diag(squares), lambda w: pullback(w.unsqueeze(0))
     return contract_whole(linear, route, chunk_size)
 
 

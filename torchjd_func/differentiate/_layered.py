@@ -29,6 +29,7 @@ from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized,
 from torchjd_func.differentiate._mask import masked
 from torchjd_func.differentiate._objective import Objective
 from torchjd_func.differentiate._pullback import basis, times, unscaled
+from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
@@ -154,7 +155,7 @@ def observe(fn: Objective, request: Request) -> Observed:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = args if batch is None else batch.fill(args, example)
         with as_called(request.autocast):
-            out = inner(*bound.fill(leaves, given), **request.kwargs)
+            out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)

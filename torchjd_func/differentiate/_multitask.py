@@ -19,6 +19,7 @@ from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
 from torchjd_func.differentiate._pullback import (
     basis,
+    call,
     packing,
     pull_rows,
     times,
@@ -53,7 +54,7 @@ class MultiTask:
 
     def features(self, shared: PyTree, batch: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the features, and the auxiliary output, which is `()` if there is none."""
-        out = self.trunk(shared, batch, **kwargs)
+        out = call(self.trunk, (shared, batch), kwargs)
         z, aux = _check.aux_pair(out) if self.has_aux else (out, ())
         _check.features(_tree.paths(z), _tree.leaves(z))
         return z, aux
@@ -176,16 +177,14 @@ def _pull_heads(
         )
     _check.dependent(any(head.dependent for head in found.values()))
     losses = {name: head.losses for name, head in found.items()}
-    vector, present = torch.cat([head.vector for head in found.values()]), None
+    vector = torch.cat([head.vector for head in found.values()])
     cotangents = _tree.cat([head.cotangents for head in found.values()])
     rows = {name: head.rows for name, head in found.items()}
     counts = tuple(len(head.vector) for head in found.values())
-    if request.present is not None:
-        present = (
-            torch.cat([head.present for head in found.values()])
-            if by_name
-            else masked(losses, request.present)[1]
-        )
+    present = None if by_name else masked(losses, request.present)[1]
+    if by_name:
+        present = torch.cat([head.present for head in found.values()])
+    if present is not None:
         vector = torch.where(present, vector, 0)
         cotangents = _present.rows(cotangents, present)
         parts = zip(rows, present.split(counts), strict=True)
@@ -215,7 +214,7 @@ def _call_head(
     """Return the losses of a head, as one vector, and what else is to be known of them."""
     params, z = given
     with as_called(autocast):
-        losses = head(params, z, batch, **kwargs)
+        losses = call(head, (params, z, batch), kwargs)
     _check.losses(_tree.paths(losses), _tree.leaves(losses))
     vector, present = masked(losses, flags)
     present = torch.ones_like(vector, dtype=torch.bool) if present is None else present

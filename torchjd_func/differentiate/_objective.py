@@ -15,7 +15,7 @@ from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import masked
-from torchjd_func.differentiate._pullback import basis, pull_rows, scaled, vjp_aux
+from torchjd_func.differentiate._pullback import basis, call, pull_rows, scaled, vjp_aux
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
@@ -152,7 +152,7 @@ def _evaluate(
 ) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
     """Return the losses as one vector; losses, aux and which there are."""
     with as_called(request.autocast):
-        losses, aux = split_aux(fn(*args, **request.kwargs), request.has_aux)
+        losses, aux = split_aux(call(fn, args, request.kwargs), request.has_aux)
     if check is not None:
         check(losses)
     vector, present = masked(losses, request.present)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func import _tree
+from torchjd_func import _check, _tree
 
 PyTree = Any
+
+
+def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a function of the user; of known mistakes say what to do."""
+    if torch.compiler.is_compiling():
+        return fn(*args, **kwargs)
+    try:
+        return fn(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = (args, dict(kwargs))
+        _check.explain(error, _tree.paths(given), _tree.leaves(given))
 
 
 def as_it_is(x: Any) -> Any:

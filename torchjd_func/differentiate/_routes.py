@@ -92,12 +92,15 @@ def _over_shards(
 
 def _layerwise(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Multiply factors of rows, one layer at a time."""
+    assert linear.jacobian.layers is not None
     matrices = gramians(linear.jacobian.layers, groups)
     return Gramian(_unsquared(matrices, linear), pullback_of(linear, groups))
 
 
 def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Multiply factors of rows of both, one layer at a time."""
+    assert first.jacobian.layers is not None
+    assert second.jacobian.layers is not None
     products = cross_gramians(first.jacobian.layers, second.jacobian.layers, whole(first))
     return _unsquared(products, first)[0]
 

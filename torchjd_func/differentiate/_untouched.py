@@ -90,7 +90,8 @@ def _content(cell: types.CellType) -> Any:
 def _snapshots(thing: Any) -> list[Undo]:
     """Return what puts a module, or a generator, back."""
     if isinstance(thing, torch.Generator):
-        return [functools.partial(thing.set_state, thing.get_state())]
+        state = thing.get_state()
+        return [lambda: thing.set_state(state) and None]
     attributes = thing.__dict__
     held = [*attributes.values(), *attributes.get("_buffers", {}).values()]
     undo = [_refill(attributes)]
