@@ -27,7 +27,7 @@ def call(fn: Callable[..., Any], *values: Array) -> Any:
     plain = [numbers(x) for x in values]
     if any(x is None for x in plain):
         return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
-    with np.errstate(all="ignore"):  # what is not finite spreads without a word, as in torch
+    with np.errstate(all="ignore"):  # what is not finite propagates silently, as in torch
         found = fn(np, *plain)
     if not isinstance(found, tuple):
         return tensor(found)

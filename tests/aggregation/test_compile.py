@@ -20,3 +20,24 @@ def test_inductor_agrees_with_eager(device):
     torch.compiler.reset()
     fast = torch.compile(lambda jac: jd.upgrad()(jac)[0], fullgraph=True)
     torch.testing.assert_close(fast(jac), jd.upgrad()(jac)[0])
+
+
+def unannotated(statistic, key):
+    return ()
+
+
+def annotated(statistic, key) -> tuple[()]:
+    return ()
+
+
+def lengths(gramian, state, losses):
+    return gramian.diagonal(), state
+
+
+def test_rules_of_users_compile_with_and_without_annotations():
+    for init in (unannotated, annotated):
+        rule = jd.weighted(jd.Weighting("lengths", init, lengths))
+        fast, counter = compiled(lambda jac, rule=rule: rule(jac, ()))
+        jac = matrix("gaussian", 3, 5)
+        assert torch.equal(fast(jac)[0], rule(jac)[0])
+        assert counter.graphs == 1

@@ -1,6 +1,7 @@
 """`backward_` through features, on part of the losses, and over processes."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_features_give_the_numbers_of_multitask(make, chunk_size):
         descend(model.parameters())
 
 
+def test_parameters_may_be_losses_and_features():
+    w: Any = torch.tensor([3.0, 4.0], requires_grad=True)
+    jd.interop.backward_(w, w, jd.sum())
+    assert w.grad.tolist() == [1, 1]
+    w = w.detach().requires_grad_()
+    v: Any = torch.tensor(2.0, requires_grad=True)
+    jd.interop.backward_([w.sum() * v, w.prod() * v], {"w": w, "v": v}, jd.sum(), features=w)
+    assert w.grad.tolist() == [10, 8]
+    assert v.grad.item() == 19
+
+
 def test_heads_may_be_shared_and_features_many():
     torch.manual_seed(0)
     trunk, head = nn.Linear(4, 6).double(), nn.Linear(3, 1).double()
@@ -73,21 +85,11 @@ def test_heads_may_be_shared_and_features_many():
     torch.testing.assert_close(trunk.weight.grad, want[0])
 
 
-def sum_of_present(losses, state, present=None):
-    """Sum what there is, and count the calls."""
-    there = torch.ones_like(losses) if present is None else present.to(losses)
-    return (losses * there).sum(), state + 1
-
-
-def zero(losses, key):
-    return torch.zeros((), dtype=torch.int64)
-
-
 TAKES_PRESENT = {
     "gramian": jd.upgrad(),
     "size": jd.mean(),
     "rows": jd.excess_mtl(),
-    "scalarizer": jd.Scalarizer("sum_of_present", zero, sum_of_present),
+    "scalarizer": jd.scalarizers.famo(),
 }
 every_way = pytest.mark.parametrize("rule", TAKES_PRESENT.values(), ids=TAKES_PRESENT)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from torchjd_func._check._messages import describe, fail
 
@@ -37,8 +37,9 @@ def state_class(fn: Callable[..., Any]) -> type | None:
         if kind == "tuple[()]":
             return tuple
         kind = fn.__globals__.get(kind)
-    elif kind == EMPTY:
-        return tuple
+    elif get_origin(kind) is tuple:
+        # Their arguments: torch.compile does not trace comparisons of aliases (torch 2.13).
+        return tuple if get_args(kind) == get_args(EMPTY) else None
     return kind if hasattr(kind, "_fields") else None
 
 

@@ -46,7 +46,7 @@ def gramian(
     (i, j), or the product of the rows `sum_t s_it a_it^T`, whichever costs less. For e examples at
     t positions, with q outputs and p inputs, that is `(e t)^2 (q + p + 16)` against
     `2 e t q p + e^2 q p + 16 e q p` multiplications, counting 8 for a number written. A parameter
-    that is used in a way without a rule costs m backward passes for itself alone;
+    on which an unsupported operation is used costs m backward passes for itself alone;
     `jd.explain_gramian` shows which.
 
     Args:

@@ -68,8 +68,8 @@ def gradient(
 
 def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry:
     """Return what tensors were computed from, other than through `stop`."""
-    ends = {(tensor.grad_fn, tensor.output_nr) for tensor in stop}
-    waiting = [_edge(tensor) for tensor in tensors]
+    ends = {edge_of(tensor) for tensor in stop}
+    waiting = [edge_of(tensor) for tensor in tensors]
     leaves: set[int] = set()
     edges: set[Any] = set()
     while waiting:
@@ -84,10 +84,10 @@ def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry
     return Ancestry(leaves, edges)
 
 
-def _edge(tensor: Tensor) -> Any:
-    """Return where a tensor stands in the graph; a leaf, where it is accumulated."""
+def edge_of(tensor: Tensor) -> Any:
+    """Return where a tensor stands in the graph, node and output; a leaf, where it accumulates."""
     if tensor.requires_grad and tensor.grad_fn is None:
-        return torch.autograd.graph.get_gradient_edge(tensor)
+        return torch.autograd.graph.get_gradient_edge(tensor)[:2]
     return tensor.grad_fn, tensor.output_nr
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.interop._autograd import Pull, ancestry, gradient
+from torchjd_func.interop._autograd import Pull, ancestry, edge_of, gradient
 from torchjd_func.interop._losses import Batch
 from torchjd_func.interop._targets import shared_part
 
@@ -64,6 +64,6 @@ def _features(features: PyTree) -> list[Tensor]:
     for path, leaf in zip(paths, flat, strict=True):
         _check.reaches("features", path, leaf.requires_grad)
         before = ancestry([leaf]).edges
-        ways = [(other.grad_fn, other.output_nr) for other in flat if other is not leaf]
+        ways = [edge_of(other) for other in flat if other is not leaf]
         _check.independent_feature(path, not any(way in before for way in ways))
     return flat

@@ -115,7 +115,7 @@ CHECKS: dict[str, Check] = {
     "vmap": Check(
         _transforms.maps,
         "give under torch.func.vmap what a loop gives",
-        "Use torch.where for `if`, no .item(), and write nothing in place.",
+        "Use torch.where for `if`, read no value, and write nothing in place.",
     ),
     "routes": Check(
         _transforms.routes,

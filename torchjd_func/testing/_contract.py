@@ -207,9 +207,11 @@ def single(case: Case) -> None:
 
 
 def shown(case: Case) -> None:
-    """A rule and its weighting are shown in one line that starts with type and name."""
+    """A rule and its weighting are shown in one line: their type first, and no address."""
     rule = case.rule()
     for part in (rule, getattr(rule, "weighting", None) or rule):
         text = repr(part)
-        start = f"{type(part).__name__}({part.name}"
-        require(text.startswith(start) and "\n" not in text, repr(text))
+        sound = (
+            text.startswith(f"{type(part).__name__}(") and "\n" not in text and " at 0x" not in text
+        )
+        require(sound, repr(text))
