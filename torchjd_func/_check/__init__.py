@@ -67,6 +67,7 @@ from torchjd_func._check._objectives import (
     tensors,
     two_batches,
     unique_names,
+    unproven,
 )
 from torchjd_func._check._options import (
     argnums,
@@ -184,6 +185,7 @@ __all__ = [
     "two_batch_weighting",
     "two_batches",
     "unique_names",
+    "unproven",
     "vector",
     "weighting_present",
 ]

@@ -17,6 +17,7 @@ from torchjd_func.differentiate._layerwise import (
     Recorded,
     layers,
     leaf_costs,
+    name_of,
     rule_names,
     spread,
 )
@@ -139,15 +140,15 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         remedy = "Declare it with jd.instancewise or jd.per_example."
         _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
     _check.integer("n_examples", n_examples)
-    seen = observe(fn, args, argnums, has_aux)
+    seen = observe(fn, args, argnums, has_aux, check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
     found = _layers(seen)
-    pulled = [recorded.pullback(row)[0] for row in basis(seen.vector)[chosen]]
+    pulled = [recorded.pull(row, True, ())[0] for row in basis(seen.vector)[chosen]]
     by_uses = [torch.stack(grads) for grads in zip(*pulled, strict=True)]
     paths = _tree.paths(bind(fn, args, argnums)[0])
     guilty = [
-        f"{recorded.uses[use].step.func.__name__} (parameter {paths[leaf]!r})"
+        f"{name_of(recorded.uses[use].step.func)} (parameter {paths[leaf]!r})"
         for leaf, pieces in sorted(found.pieces.items())
         for use in {piece.use for piece in pieces}
         if _strays(recorded, use, by_uses[use], chosen)

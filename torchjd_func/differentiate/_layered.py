@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import (
     Batch,
-    Layout,
-    Plan,
-    PlanChanged,
+    Larger,
+    Problem,
     Recorded,
     combine,
     layers,
-    record,
-    scout,
+    run,
 )
 from torchjd_func.differentiate._objectives import InstanceWise
 from torchjd_func.differentiate._pullback import (
@@ -70,91 +68,96 @@ def linearize_layers(
 
 
 def observe(
-    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    *,
+    check: bool = True,
 ) -> Observed:
     """Run the objective once, watching its parameters."""
-    flat, rebuild = _tree.flatten(bind(fn, args, argnums)[0])
-    layout, examples, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
+    primals, _ = bind(fn, args, argnums)
+    flat, rebuild = _tree.flatten(primals)
+    kind, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
-    def call(leaves: Sequence[Tensor], *example: Any) -> tuple[Tensor, list[Tensor]]:
+    def call(
+        given: tuple[Any, ...], leaves: Sequence[Tensor], *example: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
-        given = args if batch is None else batch.fill(args, example)
+        given = given if batch is None else batch.fill(given, example)
         losses, aux = split_aux(bind(inner, given, argnums)[1](rebuild(list(leaves))), has_aux)
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)
         return as_vector(fn, losses) if batch is None else losses, tensors
 
-    plans = fn.plans if isinstance(fn, InstanceWise) else {}
-    recorded = run(call, flat, layout, examples, _tree.tensors(args), batch, plans)
+    size = 0 if batch is None else _batch_size(batch)
+    larger = partial(_larger, fn, args, _check.argnums(argnums, len(args)), call)
+    inputs = _tree.tensors(args)
+    check = check and isinstance(fn, InstanceWise) and fn.check
+    names = _tree.paths(primals)
+    problem = Problem(partial(call, args), flat, kind, size, inputs, batch, larger, check, names)
+    recorded = run(problem, fn.plans if check else {})
     losses, aux = unpackers[-1](recorded.aux)
     return Observed(recorded, as_vector(fn, losses), losses, aux)
 
 
 def _structure(
     fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
-) -> tuple[Layout, list[Tensor], Batch | None]:
-    """Return how the objective treats examples, the tensors that have them, and how to map."""
+) -> tuple[str, Batch | None]:
+    """Return how the objective treats examples, and how to map over them."""
+    if not isinstance(fn, InstanceWise):
+        return "shared", None
+    if fn.example is None:
+        return "batched", None
+    rest = tuple(place for place in range(len(args)) if place not in positions)
+    dims = fn.example.dims(len(args))
+    batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
+    if _batch_size(batch) and all(dims[position] is None for position in positions):
+        return "vmapped", batch
+    return "batched", None
+
+
+def _batch_size(batch: Batch) -> int:
+    """Return how many examples an objective of one example is mapped over."""
+    pairs = [(batch.dims[i], x) for i in batch.places for x in _tree.tensors(batch.args[i])]
+    sizes = [x.shape[dim] for dim, x in pairs if isinstance(dim, int)]
+    return sizes[0] if sizes else 0
+
+
+def _larger(
+    fn: InstanceWise, args: tuple[Any, ...], positions: tuple[int, ...], call: Call
+) -> Iterator[Larger]:
+    """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
-    found = [x for i in rest for x in _tree.leaves(args[i]) if isinstance(x, Tensor) and x.ndim]
-    example = fn.example if isinstance(fn, InstanceWise) else None
-    if example is not None:
-        dims = example.dims(len(args))
-        sizes = [x.shape[dims[i]] for i in rest for x in _tree.leaves(args[i]) if _maps(dims[i], x)]
-        if sizes and all(dims[position] is None for position in positions):
-            batch = Batch(example.fn, tuple(rest), args, dims, example.randomness)
-            return Layout("vmapped", sizes[0]), [], batch
-    if isinstance(fn, InstanceWise) and found:
-        return Layout("batched", found[0].shape[0]), found, None
-    return Layout("shared", 0), [], None
+    if fn.in_dims is not None:
+        dims = dict(enumerate(fn.in_dims))
+        choices = [[place for place in rest if dims[place] is not None]]
+    else:
+        dims = dict.fromkeys(rest, 0)
+        choices = [rest[skipped:] for skipped in range(len(rest))]
+    seen = []
+    for places in choices:
+        shapes = [_shape(x) for place in places for x in _tree.tensors(args[place])]
+        sizes = [dict.fromkeys(shape[dims[places[0]] or 0] for shape in shapes if shape)]
+        for size in reversed(sizes[0]):
+            if size and (tuple(places), size) not in seen:
+                seen.append((tuple(places), size))
+                grown = list(args)
+                for place in places:
+                    grown[place] = _tree.map(partial(_grow, dim=dims[place], size=size), args[place])
+                inputs = _tree.tensors(tuple(grown))
+                yield Larger(size, partial(call, tuple(grown)), inputs)
 
 
-def _maps(dim: Any, x: Any) -> bool:
-    """Say whether `x` is mapped over one dimension."""
-    return isinstance(dim, int) and isinstance(x, Tensor)
+def _shape(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor as numbers."""
+    return tuple(x.shape)
 
 
-def run(
-    call: Call,
-    leaves: Sequence[Tensor],
-    layout: Layout,
-    examples: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    batch: Batch | None,
-    plans: dict[Any, Plan],
-) -> Recorded:
-    """Run an objective as planned, or plan first.
-
-    Args:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        layout: How the objective treats examples.
-        examples: Tensors that may have one row for each example.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
-        plans: What is remembered of earlier runs, by shapes.
-
-    Returns:
-        The recorded run.
-    """
-    key = None if torch.compiler.is_compiling() else _signature(leaves, layout, inputs)
-    plan = plans.get(key)
-    if plan is None:
-        plan = scout(call, leaves, layout, examples, inputs, batch)
-    try:
-        recorded = record(call, leaves, plan, batch)
-    except PlanChanged:
-        plan = scout(call, leaves, layout, examples, inputs, batch)
-        recorded = record(call, leaves, plan, batch)
-    if layout.kind == "batched" and recorded.outputs.shape[0] != layout.size:
-        layout = Layout("batched", recorded.outputs.shape[0])  # the first array has no examples
-        return run(call, leaves, layout, examples, inputs, batch, plans)
-    if key is not None:
-        plans[key] = plan
-    return recorded
-
-
-def _signature(leaves: Sequence[Tensor], layout: Layout, inputs: Sequence[Tensor]) -> Any:
-    """Return what the plan of an objective depends on, besides its code."""
-    return layout, tuple((tuple(x.shape), x.dtype, x.device) for x in (*leaves, *inputs))
+def _grow(leaf: Any, *, dim: int, size: int) -> Any:
+    """Repeat the last example of a tensor that has as many."""
+    if not isinstance(leaf, Tensor) or leaf.ndim <= dim or leaf.shape[dim] != size:
+        return leaf
+    return torch.cat([leaf, leaf.narrow(dim, size - 1, 1)], dim)

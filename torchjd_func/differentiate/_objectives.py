@@ -35,12 +35,16 @@ class InstanceWise:
         plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
             saves time, and changes no result.
         ranks: Who has the other examples of the batch (`jd.distributed.gathered`).
+        in_dims: Where the examples of each argument lie; `None` if dimension 0 of all of a size.
+        check: Whether layer-by-layer routes prove what they found out, once.
     """
 
     fn: Callable[..., Any]
     example: Example | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
     ranks: Ranks | None = None
+    in_dims: tuple[Any, ...] | None = None
+    check: bool = True
 
     def __call__(self, *args: Any) -> Any:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
@@ -49,7 +53,8 @@ class InstanceWise:
     def wrap(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> InstanceWise:
         """Return the objective of the changed function, with the same structure."""
         if self.example is None:
-            return InstanceWise(change(self.fn), ranks=self.ranks)
+            options = {"ranks": self.ranks, "in_dims": self.in_dims, "check": self.check}
+            return InstanceWise(change(self.fn), **options)
         fn, in_dims, randomness = self.example
         return replace(per_example(change(fn), in_dims, randomness), ranks=self.ranks)
 

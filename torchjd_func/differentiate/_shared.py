@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layered import run
-from torchjd_func.differentiate._layerwise import Layers, Layout, combine, layers
+from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
 from torchjd_func.differentiate._objectives import MultiTask
 from torchjd_func.differentiate._pullback import Linearized, packing, vjp, vjp_aux
 
@@ -76,7 +75,7 @@ def _run_trunk(
         return features, aux, lambda cotangent: pull(cotangent)[0], None
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
-    recorded = run(packed, flat, Layout("shared", 0), [], [*flat, *inputs], None, {})
+    recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""

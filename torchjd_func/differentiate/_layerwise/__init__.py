@@ -19,17 +19,19 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
     spread,
 )
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._planner import Larger, Problem, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
-from torchjd_func.differentiate._layerwise._record import PlanChanged
-from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
-from torchjd_func.differentiate._layerwise._watch import Layout, Plan
+from torchjd_func.differentiate._layerwise._record import Batch, Recorded
+from torchjd_func.differentiate._layerwise._trace import name_of
 
 __all__ = [
     "Batch",
+    "Larger",
     "Layers",
     "Layout",
     "Plan",
-    "PlanChanged",
+    "Problem",
     "Ranks",
     "Recorded",
     "combine",
@@ -38,8 +40,8 @@ __all__ = [
     "jacobian",
     "layers",
     "leaf_costs",
-    "record",
+    "name_of",
     "rule_names",
-    "scout",
+    "run",
     "spread",
 ]

@@ -102,10 +102,17 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return out if bias is None else out + bias
 
 
+def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
+
+
 SPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: scores_and_values,
     F.bilinear: bilinear,
+    torch.cdist: distances,
 }
+MISTAKEN = frozenset({torch.cdist})  # spelled out always
 
 
 def _project(apply: Apply, given: Given) -> list[Tensor]:

@@ -17,9 +17,10 @@ from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
 from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
 from torchjd_func.differentiate._layerwise._ranks import Ranks
-from torchjd_func.differentiate._layerwise._run import Recorded
+from torchjd_func.differentiate._layerwise._record import Recorded
 from torchjd_func.differentiate._layerwise._sources import Place, Source
-from torchjd_func.differentiate._layerwise._watch import Layout, Use
+from torchjd_func.differentiate._layerwise._plan import Layout
+from torchjd_func.differentiate._layerwise._trace import Use, name_of
 
 Groups = Sequence[Sequence[int]]
 
@@ -47,29 +48,44 @@ class Layers(NamedTuple):
 
 
 def layers(
-    recorded: Recorded,
-    cotangents: Any,
-    basis: Callable[[], Any] | None,
-    m: int,
-    ranks: Ranks | None = None,
+    recorded: Recorded, cotangents: Any, basis: Any, m: int, ranks: Ranks | None = None
 ) -> Layers:
-    """Pull cotangents back to the uses; leaves without a rule need the whole `basis`."""
-    plan = recorded.plan
+    """Pull cotangents back to the uses; leaves whose rows autograd computes need a whole basis.
+
+    Args:
+        recorded: A run of the objective.
+        cotangents: Of all losses at once, or `(m, ...)` of an objective without examples.
+        basis: `() -> (m, ...)`, one cotangent for each loss; `None` if `cotangents` are such.
+        m: How many losses there are.
+        ranks: Who has the rows of other examples.
+
+    Returns:
+        What was pulled back.
+    """
+    plan, pull = recorded.plan, recorded.pull
     if plan.layout.kind == "shared":
-        by_uses, by_leaves = vmap(recorded.pullback)(cotangents)
+        by_uses, by_leaves = vmap(lambda row: pull(row, True, plan.opaque))(cotangents)
     else:
-        by_uses, by_leaves = recorded.pullback(cotangents)
-    rows = {}
-    if recorded.traced:
-        if plan.layout.kind != "shared" and basis is not None:
-            by_leaves = vmap(recorded.pullback)(basis())[1]
-        rows = dict(zip(recorded.traced, by_leaves, strict=True))
-    cotangents = list(by_uses)
+        by_uses, by_leaves = pull(cotangents, True, ())
+        if plan.opaque and basis is not None:
+            by_leaves = vmap(lambda row: pull(row, False, plan.opaque)[1])(basis())
+    rows = dict(zip(plan.opaque, by_leaves, strict=False))
+    by_uses = list(by_uses)
     if plan.layout.kind == "batched":
         pairs = zip(by_uses, recorded.uses, strict=True)
-        cotangents = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
-    pieces = _index(recorded.uses, plan.opaque)
-    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m, ranks)
+        by_uses = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
+    pieces = _index(recorded.uses, frozenset(plan.opaque))
+    return Layers(plan.layout, recorded.uses, by_uses, recorded.values, pieces, rows, m, ranks)
+
+
+def layers_of(recorded: Recorded) -> Layers:
+    """Pull back what is not left to autograd."""
+    vector = _tree.ravel(recorded.outputs)
+    m = vector.shape[0]
+    if recorded.plan.layout.kind != "shared":
+        return layers(recorded, torch.ones_like(vector), None, m)
+    eye = torch.eye(m, dtype=vector.dtype, device=vector.device)
+    return layers(recorded, vmap(lambda row: _tree.unravel(recorded.outputs, row))(eye), None, m)
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:
@@ -119,7 +135,7 @@ def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None
 
 def rule_names(found: Layers, leaf: int) -> str:
     """Return the operations that use a leaf."""
-    names = [found.uses[piece.use].step.func.__name__ for piece in found.pieces[leaf]]
+    names = [name_of(found.uses[piece.use].step.func) for piece in found.pieces.get(leaf, [])]
     unique = list(dict.fromkeys(names))
     return ", ".join(
         name if names.count(name) == 1 else f"{name} x{names.count(name)}" for name in unique
@@ -206,7 +222,8 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     for name, part in arguments.items():
         if isinstance(part, Place):
             batched = name in rule.batched
-            arguments[name] = arrays[part.number] if batched else _shared(found, use, part.number)
+            x = arrays[part.number] if batched else _shared(found, use, part.number)
+            arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
     shape = tuple(_sources.build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
 
@@ -226,9 +243,7 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
         return x
     if layout.kind == "shared" or axis is None:
         return x.unsqueeze(0)
-    if axis == 0:
-        return x.unflatten(0, (layout.size, -1))
-    return x.movedim(axis, 0).unsqueeze(axis + 1)
+    return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
 
 
 def _shared(found: Layers, use: Use, place: int) -> Tensor:

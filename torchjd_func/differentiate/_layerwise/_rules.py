@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
+from torchjd_func import _check
 from torchjd_func.differentiate._layerwise._convolutions import (
     channel_bias,
     conv_transpose_weight,
@@ -28,6 +30,13 @@ from torchjd_func.differentiate._layerwise._forms import (
     Lookup,
     Outer,
 )
+from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._sources import Place, Source
+
+
+Shapes = dict[str, tuple[int, ...]]  # of the tensors among the arguments, by name
+# (shapes, axis of the examples if any, names of parameters) -> whether the forms are for these
+Accepts = Callable[[Shapes, int | None, list[str]], bool]
 
 
 class Rule(NamedTuple):
@@ -37,7 +46,7 @@ class Rule(NamedTuple):
     arguments: tuple[str, ...]  # all arguments, in order
     batched: tuple[str, ...]  # those that carry examples
     forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
-    anywhere: bool = False  # whether examples may be on any axis but the last ones of the rule
+    accepts: Accepts
 
 
 def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -45,7 +54,49 @@ def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments
     return dict(zip(rule.arguments, args, strict=False)) | kwargs
 
 
-def supported(rule: Rule, given: Arguments) -> bool:
+def fits(
+    rule: Rule,
+    given: Arguments,
+    arrays: Sequence[Tensor],
+    axes: Sequence[int | None],
+    axis: int | None,
+    shapes: Shapes,
+) -> bool:
+    """Say whether an operation is used as its rule expects.
+
+    Args:
+        rule: The rule.
+        given: The arguments, with sources for parameters and places for `arrays`.
+        arrays: Tensors that are not made of parameters.
+        axes: Where the examples of each lie, `None` for what all share.
+        axis: Where those of the output lie; `None` where no examples are visible.
+        shapes: The shapes of the parameters, by name.
+    """
+    sources = [name for name, part in given.items() if isinstance(part, Source)]
+    if any(name not in rule.forms or given[name].expanded for name in sources):
+        return False
+    if any(name not in rule.arguments for name in given) or not _options(given):
+        return False
+    places = {name: part.number for name, part in given.items() if isinstance(part, Place)}
+    for name, number in places.items():
+        if axes[number] != (axis if name in rule.batched else None):
+            return False
+    shapes = shapes | {name: tuple(arrays[number].shape) for name, number in places.items()}
+    return any(name in places for name in rule.batched) and rule.accepts(shapes, axis, sources)
+
+
+def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
+    """Refuse normalisation over examples that are declared independent."""
+    given = bind(RULES[F.batch_norm], args, kwargs)
+    batch = given.get("training") or given.get("running_mean") is None
+    if layout == "batched" and batch:
+        rule = "treat each example by itself"
+        remedy = "Use `model.eval()`, GroupNorm, or leave `jd.instancewise` away."
+        got = "batch normalisation in training mode, which mixes examples"
+        _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
+
+
+def _options(given: Arguments) -> bool:
     """Say whether the options of an operation are those that its rule knows."""
     options = ("sparse", "scale_grad_by_freq", "max_norm", "offsets", "per_sample_weights")
     if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
@@ -69,13 +120,18 @@ def _right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -
     """`x @ W`: the row of W is the sum of `x_t s_t^T`."""
     x = given["input"]
     if len(shape) == 1:
-        return Dense((cotangent.unsqueeze(-1) * x).flatten(1, -2).sum(1))
+        rows = cotangent.unsqueeze(-1) * x
+        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
     return Outer(_positions(x, 1), _positions(cotangent, 1), shape)
 
 
 def _left_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """`W @ x`: the row of W is the sum of `s_t x_t^T`, over the columns t."""
     x = given["other"]
+    if len(shape) == 1:  # a vector for W
+        rows = x * (cotangent.unsqueeze(-1) if x.ndim == 2 else cotangent.unsqueeze(-2))
+        rows = rows if x.ndim == 2 else rows.sum(-1)
+        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
     if x.ndim == 2:  # one vector for each example
         return Outer(_positions(cotangent, 1), _positions(x, 1), shape)
     return Outer(_positions(cotangent.mT, 1), _positions(x.mT, 1), shape)
@@ -135,8 +191,10 @@ def _group_norm(given: Arguments) -> Tensor:
 
 def _batch_norm(given: Arguments) -> Tensor:
     x, training, eps = given["input"], given.get("training", False), given.get("eps", 1e-5)
-    mean, var = (None, None) if training else (given["running_mean"], given["running_var"])
-    return F.batch_norm(x.flatten(0, 1), mean, var, training=training, eps=eps).reshape(x.shape)
+    if training or given.get("running_mean") is None:  # over the entries of one example
+        return vmap(lambda part: F.batch_norm(part, None, None, training=True, eps=eps))(x)
+    mean, var = given["running_mean"], given["running_var"]
+    return F.batch_norm(x.flatten(0, 1), mean, var, eps=eps).reshape(x.shape)
 
 
 def _scale(normalize: Callable[[Arguments], Tensor], *, trailing: bool) -> FormOf:
@@ -165,7 +223,52 @@ def _norm(
 ) -> Rule:
     """Return the rule of a normalisation."""
     forms = {"weight": _scale(normalize, trailing=trailing), "bias": _shift(trailing=trailing)}
-    return Rule(name, tuple(arguments.split()), ("input",), forms, trailing)
+    accepts = _before_weight if trailing else _first
+    return Rule(name, tuple(arguments.split()), ("input",), forms, accepts)
+
+
+# Which shapes of arguments, and which axes of examples, the forms are for
+
+
+def _first(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return axis in (0, None)
+
+
+def _anywhere(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return True
+
+
+def _before_last(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    inputs = [shape for name, shape in shapes.items() if name.startswith("input")]
+    return axis is None or all(axis < len(shape) - 1 for shape in inputs)
+
+
+def _matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return len(shapes["weight"]) == 2 and _before_last(shapes, axis, sources)
+
+
+def _before_weight(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    trailing = max(len(shapes[name]) for name in sources)
+    return axis is None or axis < len(shapes["input"]) - trailing
+
+
+def _images_first(dims: int) -> Accepts:
+    """Return the condition of convolutions: a batch of images."""
+    return lambda shapes, axis, _: axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
+
+
+def _bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return len(shapes["input"]) == 2 and axis in (0, None)
+
+
+def _vector_or_matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    """Examples are not on the axis that is summed over."""
+    weight = sources[0]
+    other = shapes["other" if weight == "input" else "input"]
+    summed = len(other) - (2 if weight == "input" and len(other) > 1 else 1)
+    if len(sources) > 1 or len(shapes[weight]) not in (1, 2):
+        return False
+    return axis is None or (axis != summed and (axis < summed or len(shapes[weight]) == 2))
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -175,13 +278,14 @@ _LINEAR = Rule(
     ("input", "weight", "bias"),
     ("input",),
     {"weight": _linear_weight, "bias": _last},
-    anywhere=True,
+    _matrix,
 )
 _MATMUL = Rule(
     "matmul",
     ("input", "other"),
     ("input", "other"),
     {"other": _right_factor, "input": _left_factor},
+    _vector_or_matrix,
 )
 _EMBEDDING = (
     "input",
@@ -213,10 +317,10 @@ RULES: dict[Callable[..., Any], Rule] = {
         ("input1", "input2", "weight", "bias"),
         ("input1", "input2"),
         {"weight": _bilinear, "bias": _last},
-        anywhere=True,
+        _before_last,
     ),
-    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere=True),
-    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}),
+    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, _anywhere),
+    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}, _bags),
     F.layer_norm: _norm(
         "layer_norm", "input normalized_shape weight bias eps", _layer_norm, trailing=True
     ),
@@ -231,7 +335,13 @@ RULES: dict[Callable[..., Any], Rule] = {
         trailing=False,
     ),
     **{
-        func: Rule("conv", _CONV, ("input",), {"weight": conv_weight, "bias": channel_bias(dims)})
+        func: Rule(
+            "conv",
+            _CONV,
+            ("input",),
+            {"weight": conv_weight, "bias": channel_bias(dims)},
+            _images_first(dims),
+        )
         for dims, func in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)
     },
     **{
@@ -240,6 +350,7 @@ RULES: dict[Callable[..., Any], Rule] = {
             _CONV_TRANSPOSE,
             ("input",),
             {"weight": conv_transpose_weight, "bias": channel_bias(dims)},
+            _images_first(dims),
         )
         for dims, func in enumerate(
             (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
@@ -247,6 +358,6 @@ RULES: dict[Callable[..., Any], Rule] = {
     },
     **{
         func: _MATMUL
-        for func in (torch.matmul, torch.mm, torch.mv, torch.Tensor.matmul, torch.Tensor.mm)
+        for func in named("matmul mm mv __matmul__")
     },
 }

@@ -41,18 +41,18 @@ def of_constant(slot: int) -> Source:
 
 
 def derive(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], examples: int | None
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, expanded: bool
 ) -> Source:
     """Return the source of `func(*args, **kwargs)`, in whose arguments sources stand for tensors.
 
-    A source repeated once for each of `examples` is described by what is repeated.
+    A source that `expand` repeats once for each example is described by what is repeated.
     """
     parents = sources_in((args, kwargs))
     leaves = tuple(sorted({leaf for parent in parents for leaf in parent.leaves}))
-    if func is torch.Tensor.expand and examples is not None:
-        sizes = tuple(args[1]) if isinstance(args[1], (list, tuple)) else args[1:]
-        if sizes[0] == examples:
-            return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), kwargs, False, True)
+    if expanded:
+        given = args[1:] or tuple(kwargs.values())
+        sizes = tuple(given[0]) if isinstance(given[0], (list, tuple)) else given
+        return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), {}, False, True)
     entrywise = func in ENTRYWISE and len(parents) == 1 and parents[0].entrywise
     return Source(leaves, -1, func, args, kwargs, entrywise)
 
@@ -132,5 +132,5 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 _SPELLED = dict.fromkeys(named("_weight_norm"), _weight_norm)
 ENTRYWISE = named(
     "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "
-    "squeeze unsqueeze contiguous clone view_as reshape_as alias"
+    "squeeze unsqueeze contiguous clone view_as reshape_as alias to float double half bfloat16"
 ) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
