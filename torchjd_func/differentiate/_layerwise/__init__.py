@@ -8,6 +8,7 @@ Four steps, each in its place:
 4. assembly (`_layers`): Gramians, rows and weighted gradients of whole parameters.
 """
 
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
     combine,
@@ -23,7 +24,6 @@ from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
-from torchjd_func.differentiate._layerwise._trace import name_of
 
 __all__ = [
     "Batch",

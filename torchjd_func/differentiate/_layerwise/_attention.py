@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchjd_func.differentiate._layerwise._functions import name_of, named
+
 Apply = Callable[..., Any]
 Given = dict[str, Any]
 
@@ -107,12 +109,17 @@ def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = N
     return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
 
 
-SPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.scaled_dot_product_attention: scores_and_values,
-    F.bilinear: bilinear,
-    torch.cdist: distances,
+_SPELLED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": scores_and_values,
+    "bilinear": bilinear,
+    "cdist": distances,
 }
-MISTAKEN = frozenset({torch.cdist})  # spelled out always
+MISTAKEN = named("cdist")  # spelled out always
+
+
+def spelled(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch can map over."""
+    return _SPELLED.get(name_of(func), func)
 
 
 def _project(apply: Apply, given: Given) -> list[Tensor]:

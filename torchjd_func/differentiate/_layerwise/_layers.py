@@ -15,12 +15,13 @@ from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Recorded
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._plan import Layout
-from torchjd_func.differentiate._layerwise._trace import Use, name_of
+from torchjd_func.differentiate._layerwise._trace import Use
 
 Groups = Sequence[Sequence[int]]
 
@@ -217,7 +218,8 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
-    rule = _rules.RULES[use.step.func]
+    rule = _rules.rule_of(use.step.func)
+    assert rule is not None
     arguments = _rules.bind(rule, use.args, use.kwargs)
     for name, part in arguments.items():
         if isinstance(part, Place):
@@ -256,7 +258,7 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
     """Return the uses of each leaf that has rules."""
     found: dict[int, list[Piece]] = {}
     for place, use in enumerate(uses):
-        rule = _rules.RULES.get(use.step.func)
+        rule = _rules.rule_of(use.step.func)
         named = [("", source) for source in _sources.sources_in((use.args, use.kwargs))]
         if rule is not None:
             given = _rules.bind(rule, use.args, use.kwargs)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._forms import Dense
-from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._functions import name_of, named
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 
 
@@ -23,7 +23,7 @@ def is_deterministic(func: Callable[..., Any]) -> bool:
 
 def may_be_local(func: Callable[..., Any]) -> bool:
     """Say whether `func` treats examples one by one, if its arguments are such."""
-    return func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or func is torch.einsum
+    return func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == 'einsum'
 
 
 def is_local(
@@ -51,9 +51,9 @@ def is_local(
         return isinstance(dim, int) and dim % out.ndim != 0 and aligned and all(expanded)
     if any(expanded):
         return False
-    if func is torch.einsum:
+    if name_of(func) == 'einsum':
         return _einsum_is_local(args, [own for _, own in arrays])
-    if func is F.instance_norm:
+    if name_of(func) == 'instance_norm':
         return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
     return isinstance(args[1] if func in _ADDMM else args[0], Place)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
@@ -34,7 +35,7 @@ class Operations:
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes = [tuple(x.shape) for x in inputs]
         self.steps: list[Any] = []
-        self.token = object()
+        self.token: list[Any] = []  # marks the tensors of this run
         self.lost = False  # whether the other run went another way
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -42,17 +43,19 @@ class Operations:
         if self.other is not None:
             place = len(self.steps)
             there = self.other.steps
-            self.lost |= place >= len(there) or there[place][0] != func
+            self.lost |= place >= len(there) or there[place][0] != name_of(func)
         if torch.compiler.is_compiling():
-            self.steps.append((func,))
+            self.steps.append((name_of(func),))
             return
         loose = _loose if func in ELEMENTWISE else _index if func is Tensor.__getitem__ else None
         given = (self._describe(args, loose), self._describe(kwargs, loose))
-        self.steps.append((func, torch.is_grad_enabled(), *given))
+        self.steps.append((name_of(func), torch.is_grad_enabled(), *given))
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = tensors_in(out)
+        if torch.compiler.is_compiling() and any(self.number(x) is None for x in given):
+            return  # nothing is known of what a transform within the objective hands out
         for x in parts:
             if torch.compiler.is_compiling() or any(x is other for other in given):
                 self.known[x] = len(self.shapes)
@@ -73,7 +76,7 @@ class Operations:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
         if number is None:
-            return None
+            return LOST if self.size and torch.compiler.is_compiling() else None
         return self._compare(number, tuple(x.shape))
 
     def axis_next(self, out: Any) -> Axis:

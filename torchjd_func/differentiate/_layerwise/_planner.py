@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan, without
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, for_graphs, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 from torchjd_func.differentiate._layerwise._trace import depth
 
@@ -62,6 +62,8 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     Returns:
         The recorded run.
     """
+    if torch.compiler.is_compiling():
+        return _in_graph(problem, plans)
     key = _key(problem)
     draws = _draws(problem)
     known = plans.setdefault(key, [])
@@ -84,6 +86,17 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             return recorded
     draws.restore()
     return _run(problem, _by_autograd(problem))
+
+
+def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
+    """Run an objective that is compiled: as planned before, or plan on shapes, without a proof."""
+    known = plans.get(_key(problem))
+    if known:
+        recorded = _run(problem, for_graphs(known[0]))
+        if _fits(recorded):
+            return recorded
+    recorded = _run(problem, make(problem._replace(check=False), Draws([]), ()))
+    return recorded if _fits(recorded) else _run(problem, _by_autograd(problem))
 
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:

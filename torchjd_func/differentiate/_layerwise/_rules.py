@@ -30,7 +30,7 @@ from torchjd_func.differentiate._layerwise._forms import (
     Lookup,
     Outer,
 )
-from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 
 
@@ -47,6 +47,11 @@ class Rule(NamedTuple):
     batched: tuple[str, ...]  # those that carry examples
     forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
     accepts: Accepts
+
+
+def rule_of(func: Callable[..., Any]) -> Rule | None:
+    """Return the rule of an operation, if it has one."""
+    return _BY_NAME.get(name_of(func)) if torch.compiler.is_compiling() else RULES.get(func)
 
 
 def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -310,6 +315,7 @@ _BAG = (
     "padding_idx",
 )
 
+_METHODS = (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__)
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _LINEAR,
     F.bilinear: Rule(
@@ -324,7 +330,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.layer_norm: _norm(
         "layer_norm", "input normalized_shape weight bias eps", _layer_norm, trailing=True
     ),
-    F.rms_norm: _norm("rms_norm", "input normalized_shape weight eps", _rms_norm, trailing=True),
+    **dict.fromkeys(
+        (F.rms_norm, torch.rms_norm),
+        _norm("rms_norm", "input normalized_shape weight eps", _rms_norm, trailing=True),
+    ),
     F.group_norm: _norm(
         "group_norm", "input num_groups weight bias eps", _group_norm, trailing=False
     ),
@@ -358,6 +367,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     },
     **{
         func: _MATMUL
-        for func in named("matmul mm mv __matmul__")
+        for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)
     },
 }
+_BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

@@ -9,6 +9,7 @@ that autograd reaches on another way than through such aliases has rows by autog
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
@@ -67,12 +69,15 @@ class Trace(TorchFunctionMode):
         self.count = len(handles)
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
-        self.versions = {handle: handle._version for handle in handles}
-        self.depth = common_depth([*handles, *operations.known]) if plan is None else 0
+        self.versions = {handle: version_of(handle) for handle in handles}
+        self.depth = 0
+        if plan is None and not torch.compiler.is_compiling():
+            self.depth = common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
         self.kept: list[Kept] = []
+        self.fresh: dict[Tensor, None] = {}  # in graphs: tensors that are views of none
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
         self.changed = False  # whether the run is not as planned
@@ -85,7 +90,9 @@ class Trace(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
-        return self.apply(_SPELLED.get(func, func), *args, **(kwargs or {}))
+        if name_of(func) == "unflatten":  # the method cannot be traced (torch 2.13)
+            func = torch.unflatten
+        return self.apply(func, *args, **(kwargs or {}))
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation."""
@@ -97,17 +104,37 @@ class Trace(TorchFunctionMode):
                 return _attention.attention(self.apply, spelled)
         given = tensors_in((args, kwargs))
         self.operations.begin(func, args, kwargs)
+        if self.plan is None and torch.compiler.is_compiling():
+            self.deny_hidden(given)
+            self.deny_overwritten(func, args, kwargs)
         if any(self.source(x) is not None for x in given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
+        if func not in _VIEWS:
+            self.fresh.update(dict.fromkeys(tensors_in(out) if torch.compiler.is_compiling() else ()))
         return out
+
+    def deny_hidden(self, tensors: Sequence[Tensor]) -> None:
+        """Trust nothing if a compiler hid an operation, such as `.T`, that uses parameters."""
+        for x in tensors:
+            unknown = x not in self.sources and self.operations.number(x) is None
+            if unknown and (x.is_floating_point() or x.is_complex()) and self.traced(x):
+                self.denied |= set(range(self.count))
+
+    def deny_overwritten(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Trust no use whose arguments a graph overwrites later, through whatever view."""
+        in_place = kwargs.get("inplace") or _IN_PLACE.fullmatch(name_of(func))
+        if in_place and args and isinstance(args[0], Tensor):
+            for _, leaves, versions in self.kept:
+                if any(x is args[0] or args[0] not in self.fresh for x, _ in versions):
+                    self.deny(func, leaves)
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
         found = self.sources.get(x)
-        if found is not None and self.versions[x] != x._version:
+        if found is not None and self.versions[x] != version_of(x):
             del self.sources[x]
             return None
         return found
@@ -116,13 +143,15 @@ class Trace(TorchFunctionMode):
         """Say whether autograd traces a tensor back to parameters."""
         if x.requires_grad or self.layout.kind != "vmapped":
             return x.requires_grad
+        if torch.compiler.is_compiling():
+            return True
         inner = torch.func.debug_unwrap(x, recurse=False)
         return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation, spelled out if it will be mapped over and torch cannot."""
         mapped = self.layout.kind != "batched" or func in _attention.MISTAKEN
-        return (_attention.SPELLED.get(func, func) if mapped else func)(*args, **kwargs)
+        return (_attention.spelled(func) if mapped else func)(*args, **kwargs)
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
@@ -131,12 +160,16 @@ class Trace(TorchFunctionMode):
         if self.plan is None:
             return self.decide(func, args, kwargs, given)
         place = len(self.steps)
-        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(func)
-        self.changed |= step.func != func
-        self.steps.append(step)
-        if not step.use or self.changed:
+        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
+        if name_of(step.func) != name_of(func) or self.changed:
             out = self.run(func, *args, **kwargs)
-            if step.derives and not self.changed:
+            self.changed |= bool(tensors_in(out))
+            return out
+        step = step._replace(func=func)
+        self.steps.append(step)
+        if not step.use:
+            out = self.run(func, *args, **kwargs)
+            if step.derives:
                 self.derived(step, args, kwargs, out)
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
@@ -148,10 +181,13 @@ class Trace(TorchFunctionMode):
 
     def decide(self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """Run an operation, and decide what it becomes when it runs again."""
-        sources = [self.sources[x] for x in given if x in self.sources]
+        pairs = [(x, self.sources[x]) for x in given if x in self.sources]
+        sources = [source for _, source in pairs]
         leaves = {leaf for source in sources for leaf in source.leaves}
-        nested = any(depth(x) > self.depth for x in given)
-        step = Step(func)
+        hidden = [leaf for s in sources if _sources.has_getter(s) for leaf in s.leaves]
+        visible = not all(map(_sources.has_getter, sources))
+        step = Step(func, leaves=tuple(leaves), hidden=tuple(hidden), visible=visible)
+        nested = self.is_nested(given)
         if not nested and self.derives(func, given, sources):
             out = self.run(func, *args, **kwargs)
             axis = self.operations.axis_next(out)
@@ -160,29 +196,44 @@ class Trace(TorchFunctionMode):
                 self.derived(step, args, kwargs, out)
         elif not nested and self.may_be_use(func):
             out = self.run(func, *self.alias(args), **self.alias(kwargs))
-            fits = isinstance(out, Tensor) and self.traced(out) and not depth(out) > self.depth
+            fits = isinstance(out, Tensor) and self.traced(out) and not self.too_deep(out)
             if fits and self.recognises(func, args, kwargs, given, out):
-                step = self.use(func, given, out)
-                versions = [(x, x._version) for x in given]
+                step = self.use(step, given, out)
+                versions = [(x, version_of(x)) for x in given]
                 self.kept.append(Kept(len(self.steps), leaves, versions))
             else:
                 self.deny(func, leaves)
         else:
             out = self.run(func, *args, **kwargs)
-            self.reasons |= {leaf: name_of(func) for leaf in leaves if leaf not in self.reasons}
-        self.steps.append(step)
+            reads = func in _READERS or is_getter(func)
+            if torch.compiler.is_compiling() or not (tensors_in(out) or reads):
+                self.deny(func, leaves)
+        if tensors_in(out):
+            self.steps.append(step)
+            if not (step.use or step.derives):
+                self.reasons |= {leaf: name_of(func) for leaf in leaves - set(self.reasons)}
         return out
 
     def deny(self, func: Callable[..., Any], leaves: set[int]) -> None:
         """Let leaves have rows by autograd."""
         self.denied |= leaves
-        self.reasons |= {leaf: name_of(func) for leaf in leaves if leaf not in self.reasons}
+        self.reasons |= {leaf: name_of(func) for leaf in leaves - set(self.reasons)}
+
+    def is_nested(self, tensors: Sequence[Tensor]) -> bool:
+        """Say whether a transform within the objective, such as vmap, renames its tensors."""
+        if torch.compiler.is_compiling():
+            return any(x not in self.sources and self.operations.number(x) is None for x in tensors)
+        return any(depth(x) > self.depth for x in tensors)
+
+    def too_deep(self, out: Tensor) -> bool:
+        """Say whether an output belongs to a transform within the objective."""
+        return not torch.compiler.is_compiling() and depth(out) > self.depth
 
     def may_be_use(self, func: Callable[..., Any]) -> bool:
         """Say whether an operation has a known form, if its arguments fit."""
         if not torch.is_grad_enabled():
             return False
-        if func in _rules.RULES:
+        if _rules.rule_of(func) is not None:
             return True
         kinds = _local.is_deterministic if self.layout.kind != "batched" else _local.may_be_local
         return kinds(func)
@@ -209,8 +260,8 @@ class Trace(TorchFunctionMode):
         if self.layout.kind == "batched" and LOST in axes:
             return False
         pairs = [(x, self.sources[x]) for x in given if x in self.sources]
-        if func in _rules.RULES:
-            rule = _rules.RULES[func]
+        rule = _rules.rule_of(func)
+        if rule is not None:
             arguments = _rules.bind(rule, args, kwargs)
             shapes = {id(source): tuple(x.shape) for x, source in pairs}
             named = {n: shapes[id(s)] for n, s in arguments.items() if isinstance(s, Source)}
@@ -220,13 +271,16 @@ class Trace(TorchFunctionMode):
             return True
         return _local.is_local(func, (args, kwargs), pairs, list(zip(arrays, axes)), axis, out)
 
-    def use(self, func: Callable[..., Any], given: list[Tensor], out: Tensor) -> Step:
+    def use(self, step: Step, given: list[Tensor], out: Tensor) -> Step:
         """Return the step of a recognised operation."""
         batched = self.layout.kind == "batched"
         axis = self.operations.axis_next(out) if batched else 0
         arrays = [x for x in given if x not in self.sources]
         axes = tuple(self.operations.axis(x) for x in arrays) if batched else (None,) * len(arrays)
-        return Step(func, True, False, axis, axes, out.shape, out.dtype, out.device)
+        shape = tuple(out.shape)
+        return step._replace(
+            use=True, axis=axis, axes=axes, shape=shape, dtype=out.dtype, device=out.device
+        )
 
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
@@ -265,24 +319,33 @@ class Trace(TorchFunctionMode):
         source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part):
+            if self.traced(part) or (self.plan is not None and torch.compiler.is_compiling()):
                 self.sources[part] = source if part is out else _sources.pick(source, index)
-                self.versions[part] = part._version
+                self.versions[part] = version_of(part)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
+        if self.plan is None and torch.compiler.is_compiling():
+            self.deny_hidden(outputs)
+            for x in outputs:
+                self.deny(Tensor.add, set(self.sources[x].leaves if x in self.sources else ()))
         for place, leaves, versions in self.kept:
-            if any(x._version != version for x, version in versions):
+            if any(version_of(x) != version for x, version in versions):
                 self.deny(self.steps[place].func, leaves)
 
 
-_SPELLED = {Tensor.unflatten: torch.unflatten}  # the method cannot be traced (torch 2.13)
+_READERS = named(
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
+    "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ __repr__ "
+    "__hash__ is_same_size equal allclose"
+)
+_IN_PLACE = re.compile(r"[a-z0-9]\w*[^_]_|__setitem__|__i(add|sub|mul|div|truediv|pow)__")
+_VIEWS = _sources.ENTRYWISE | named("chunk split unbind narrow select __getitem__ expand diagonal")
 
 
-def name_of(func: Callable[..., Any]) -> str:
-    """Return the name of an operation."""
-    name = getattr(func, "__name__", repr(func))
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # such as `.T`
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; graphs are told by the names of operations."""
+    return 0 if torch.compiler.is_compiling() else x._version
 
 
 def common_depth(tensors: Sequence[Tensor]) -> int:
