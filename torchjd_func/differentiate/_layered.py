@@ -132,28 +132,25 @@ def _larger(
     """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
     if fn.in_dims is not None:
+        _check.in_dims(fn.in_dims, len(args))
         dims = dict(enumerate(fn.in_dims))
         choices = [[place for place in rest if dims[place] is not None]]
     else:
         dims = dict.fromkeys(rest, 0)
         choices = [rest[skipped:] for skipped in range(len(rest))]
-    seen = []
     for places in choices:
-        shapes = [_shape(x) for place in places for x in _tree.tensors(args[place])]
-        sizes = [dict.fromkeys(shape[dims[places[0]] or 0] for shape in shapes if shape)]
-        for size in reversed(sizes[0]):
-            if size and (tuple(places), size) not in seen:
-                seen.append((tuple(places), size))
-                grown = list(args)
-                for place in places:
-                    grown[place] = _tree.map(partial(_grow, dim=dims[place], size=size), args[place])
-                inputs = _tree.tensors(tuple(grown))
-                yield Larger(size, partial(call, tuple(grown)), inputs)
-
-
-def _shape(x: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor as numbers."""
-    return tuple(x.shape)
+        sizes = {
+            x.shape[dims[place]]: None
+            for place in places
+            for x in _tree.tensors(args[place])
+            if x.ndim > dims[place]
+        }
+        for size in reversed(list(sizes)):
+            grown = list(args)
+            for place in places:
+                grow = partial(_grow, dim=dims[place], size=size)
+                grown[place] = _tree.map(grow, args[place])
+            yield Larger(size, partial(call, tuple(grown)), _tree.tensors(tuple(grown)))
 
 
 def _grow(leaf: Any, *, dim: int, size: int) -> Any:

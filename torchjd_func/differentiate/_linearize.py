@@ -12,6 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._accumulate import Accumulated
 from torchjd_func.differentiate._layered import linearize_layers
+from torchjd_func.differentiate._layerwise import Spelled
 from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, is_gathered
 from torchjd_func.differentiate._pullback import (
     Linearized,
@@ -55,7 +56,8 @@ def linearize(
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree]]:
         """Return the losses as one vector, for torch.func to differentiate."""
-        losses, aux = split_aux(call(rebuild(leaves)), has_aux)
+        with Spelled():
+            losses, aux = split_aux(call(rebuild(leaves)), has_aux)
         return as_vector(fn, losses), (losses, aux)
 
     vector, pull, (losses, aux) = vjp_aux(from_leaves, flat)

@@ -92,12 +92,22 @@ def is_gathered(fn: Callable[..., Any]) -> bool:
     return isinstance(fn, InstanceWise) and fn.ranks is not None
 
 
-def instancewise(fn: Callable[..., Any]) -> InstanceWise:
+def instancewise(
+    fn: Callable[..., Any], in_dims: tuple[Any, ...] | None = None, *, check: bool = True
+) -> InstanceWise:
     """Declare that loss i of `fn` depends on example i alone.
 
+    Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
+    examples lie, and prove once for each new way that `fn` runs that what they found out is right.
+    What is not proven costs one backward pass for each loss, with a warning; it is never wrong.
+
     Args:
-        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`; dimension 0 of each argument in `batch`
-            counts the examples. Nothing may mix examples: no batch normalisation in training mode.
+        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
+            normalisation in training mode.
+        in_dims: Where the examples of each argument lie, as for `torch.func.vmap`; `None` for an
+            argument without. By default dimension 0 of each tensor with as many entries as there
+            are losses.
+        check: Whether to prove. Without it, where `fn` mixes examples, results are wrong.
 
     Returns:
         The same function, as an objective that transforms know the structure of.
@@ -109,7 +119,7 @@ def instancewise(fn: Callable[..., Any]) -> InstanceWise:
         tensor([[4., 0.],
                 [0., 4.]])
     """
-    return InstanceWise(fn)
+    return InstanceWise(fn, in_dims=in_dims, check=check)
 
 
 def per_example(

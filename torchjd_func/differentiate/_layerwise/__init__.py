@@ -8,6 +8,7 @@ Four steps, each in its place:
 4. assembly (`_layers`): Gramians, rows and weighted gradients of whole parameters.
 """
 
+from torchjd_func.differentiate._layerwise._attention import Spelled
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
@@ -34,6 +35,7 @@ __all__ = [
     "Problem",
     "Ranks",
     "Recorded",
+    "Spelled",
     "combine",
     "cross_gramians",
     "gramians",

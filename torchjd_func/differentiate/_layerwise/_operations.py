@@ -34,49 +34,60 @@ class Operations:
         self.other = other
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes = [tuple(x.shape) for x in inputs]
+        self.written: set[Tensor] = set()  # that operations in place returned
         self.steps: list[Any] = []
+        self.compiling = torch.compiler.is_compiling()
         self.token: list[Any] = []  # marks the tensors of this run
         self.lost = False  # whether the other run went another way
 
-    def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Note an operation and what it is applied to."""
+    def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+        """Note an operation and what it is applied to; return the tensors among that."""
+        name = name_of(func)
         if self.other is not None:
             place = len(self.steps)
             there = self.other.steps
-            self.lost |= place >= len(there) or there[place][0] != name_of(func)
-        if torch.compiler.is_compiling():
-            self.steps.append((name_of(func),))
-            return
-        loose = _loose if func in ELEMENTWISE else _index if func is Tensor.__getitem__ else None
-        given = (self._describe(args, loose), self._describe(kwargs, loose))
-        self.steps.append((name_of(func), torch.is_grad_enabled(), *given))
+            self.lost |= place >= len(there) or there[place][0] != name
+        if self.compiling:
+            self.steps.append((name,))
+            return tensors_in((args, kwargs))
+        given: list[Tensor] = []
+        loose = name in _ARITHMETIC and func in ELEMENTWISE
+        parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
+        if kwargs:
+            parts.append(self._describe(kwargs, loose, False, given))
+        self.steps.append((name, torch.is_grad_enabled(), *parts))
+        return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
-        parts = tensors_in(out)
-        if torch.compiler.is_compiling() and any(self.number(x) is None for x in given):
-            return  # nothing is known of what a transform within the objective hands out
+        parts = [out] if isinstance(out, Tensor) else tensors_in(out)
+        if self.compiling:
+            if all(self.number(x) is not None for x in given):  # else of a transform within, maybe
+                self.known.update({x: len(self.shapes) + i for i, x in enumerate(parts)})
+                self.shapes.extend(tuple(x.shape) for x in parts)
+            return
         for x in parts:
-            if torch.compiler.is_compiling() or any(x is other for other in given):
+            shape = tuple(x.shape)
+            if any(x is other for other in given):
                 self.known[x] = len(self.shapes)
+                self.written.add(x)
             else:
                 x._operation = (self.token, len(self.shapes))  # pyright: ignore
-            self.shapes.append(tuple(x.shape))
-        if not torch.compiler.is_compiling():
-            self.steps.append(tuple(x.shape for x in parts))
+            self.shapes.append(shape)
+            self.steps.append(shape)
 
     def number(self, x: Tensor) -> int | None:
         """Return the number of a tensor, or `None` if no operation that was seen made it."""
-        if x in self.known or torch.compiler.is_compiling():
-            return self.known.get(x)
-        token, number = getattr(x, "_operation", (None, None))
-        return number if token is self.token else None
+        marked = None if self.compiling else getattr(x, "_operation", None)
+        if marked is not None and marked[0] is self.token and x not in self.written:
+            return marked[1]
+        return self.known.get(x)
 
     def axis(self, x: Tensor) -> Axis:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
         if number is None:
-            return LOST if self.size and torch.compiler.is_compiling() else None
+            return LOST if self.size and self.compiling else None
         return self._compare(number, tuple(x.shape))
 
     def axis_next(self, out: Any) -> Axis:
@@ -101,26 +112,29 @@ class Operations:
         fits = shape[axis] % self.size == 0 and shape[axis] * more == there[axis] * self.size
         return axis if len(axes) == 1 and fits else LOST
 
-    def _describe(self, x: Any, loose: Callable[[Any], Any] | None) -> Any:
-        """Return what is the same of an argument whenever the run is the same."""
+    def _describe(self, x: Any, loose: bool, index: bool, given: list[Tensor]) -> Any:
+        """Return what is the same of an argument whenever the run is the same.
+
+        Numbers in arithmetic may change, and which entry an index takes.
+        """
         if isinstance(x, Tensor):
+            given.append(x)
             return self.number(x)
+        kind = type(x)
+        if kind is int:
+            return kind if loose or index else x
+        if kind in _PLAIN:
+            return kind if loose else x
         if isinstance(x, (list, tuple)):
-            return tuple(self._describe(part, loose) for part in x)
+            return tuple([self._describe(part, loose, index, given) for part in x])
         if isinstance(x, dict):
-            return tuple((key, self._describe(part, loose)) for key, part in x.items())
-        if isinstance(x, slice):
-            return (slice, *(self._describe(part, None) for part in (x.start, x.stop, x.step)))
-        if loose is not None:
-            return loose(x)
-        return x if isinstance(x, (bool, int, str, type(None), torch.dtype)) else type(x)
+            pairs = x.items()
+            return tuple([(key, self._describe(part, loose, index, given)) for key, part in pairs])
+        if kind is slice:
+            ends = (x.start, x.stop, x.step)
+            return (kind, *(self._describe(part, False, False, given) for part in ends))
+        return kind
 
 
-def _loose(x: Any) -> Any:
-    """Numbers in arithmetic do not matter."""
-    return type(x)
-
-
-def _index(x: Any) -> Any:
-    """Which entry an index takes does not matter."""
-    return type(x) if type(x) is int else x if isinstance(x, (bool, type(None))) else type(x)
+_PLAIN = frozenset({bool, str, type(None), torch.dtype})
+_ARITHMETIC = ELEMENTWISE.names

@@ -160,11 +160,12 @@ def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> se
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in number:
-            found.add(number[id(variable)])
-        ahead.extend(parent for parent, _ in node.next_functions)
-    return found
+        parents = node.next_functions
+        if parents:
+            ahead.extend([parent for parent, _ in parents])
+        else:
+            found.add(number.get(id(getattr(node, "variable", None)), -1))
+    return found - {-1}
 
 
 def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:

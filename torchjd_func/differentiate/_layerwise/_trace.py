@@ -70,8 +70,9 @@ class Trace(TorchFunctionMode):
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
         self.versions = {handle: version_of(handle) for handle in handles}
+        self.compiling = torch.compiler.is_compiling()
         self.depth = 0
-        if plan is None and not torch.compiler.is_compiling():
+        if plan is None and not self.compiling:
             self.depth = common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
@@ -102,18 +103,17 @@ class Trace(TorchFunctionMode):
             spelled = _attention.arguments(args, kwargs)
             if _attention.is_plain(spelled):
                 return _attention.attention(self.apply, spelled)
-        given = tensors_in((args, kwargs))
-        self.operations.begin(func, args, kwargs)
-        if self.plan is None and torch.compiler.is_compiling():
+        given = self.operations.begin(func, args, kwargs)
+        if self.plan is None and self.compiling:
             self.deny_hidden(given)
             self.deny_overwritten(func, args, kwargs)
-        if any(self.source(x) is not None for x in given):
+        if any([x in self.sources and self.source(x) is not None for x in given]):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
-        if func not in _VIEWS:
-            self.fresh.update(dict.fromkeys(tensors_in(out) if torch.compiler.is_compiling() else ()))
+        if self.compiling and func not in _VIEWS:
+            self.fresh.update(dict.fromkeys(tensors_in(out)))
         return out
 
     def deny_hidden(self, tensors: Sequence[Tensor]) -> None:
@@ -143,15 +143,14 @@ class Trace(TorchFunctionMode):
         """Say whether autograd traces a tensor back to parameters."""
         if x.requires_grad or self.layout.kind != "vmapped":
             return x.requires_grad
-        if torch.compiler.is_compiling():
+        if self.compiling:
             return True
         inner = torch.func.debug_unwrap(x, recurse=False)
         return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation, spelled out if it will be mapped over and torch cannot."""
-        mapped = self.layout.kind != "batched" or func in _attention.MISTAKEN
-        return (_attention.spelled(func) if mapped else func)(*args, **kwargs)
+        return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
@@ -206,7 +205,7 @@ class Trace(TorchFunctionMode):
         else:
             out = self.run(func, *args, **kwargs)
             reads = func in _READERS or is_getter(func)
-            if torch.compiler.is_compiling() or not (tensors_in(out) or reads):
+            if self.compiling or not (tensors_in(out) or reads):
                 self.deny(func, leaves)
         if tensors_in(out):
             self.steps.append(step)
@@ -221,13 +220,13 @@ class Trace(TorchFunctionMode):
 
     def is_nested(self, tensors: Sequence[Tensor]) -> bool:
         """Say whether a transform within the objective, such as vmap, renames its tensors."""
-        if torch.compiler.is_compiling():
+        if self.compiling:
             return any(x not in self.sources and self.operations.number(x) is None for x in tensors)
         return any(depth(x) > self.depth for x in tensors)
 
     def too_deep(self, out: Tensor) -> bool:
         """Say whether an output belongs to a transform within the objective."""
-        return not torch.compiler.is_compiling() and depth(out) > self.depth
+        return not self.compiling and depth(out) > self.depth
 
     def may_be_use(self, func: Callable[..., Any]) -> bool:
         """Say whether an operation has a known form, if its arguments fit."""
@@ -319,13 +318,13 @@ class Trace(TorchFunctionMode):
         source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part) or (self.plan is not None and torch.compiler.is_compiling()):
+            if self.traced(part) or (self.plan is not None and self.compiling):
                 self.sources[part] = source if part is out else _sources.pick(source, index)
                 self.versions[part] = version_of(part)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
-        if self.plan is None and torch.compiler.is_compiling():
+        if self.plan is None and self.compiling:
             self.deny_hidden(outputs)
             for x in outputs:
                 self.deny(Tensor.add, set(self.sources[x].leaves if x in self.sources else ()))
