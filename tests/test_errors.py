@@ -85,6 +85,19 @@ CASES = {
     "preference 2-D": (lambda: jd.upgrad(torch.eye(2)), ValueError, "preference.*vmap"),
     "preference 0-D": (lambda: jd.dualproj(torch.tensor(1.0)), ValueError, "preference.*1-D"),
     "preference of another length": (lambda: jd.upgrad([1.0])(A), ValueError, "preference"),
+    "preference negative": (lambda: jd.upgrad([1.0, -1.0]), ValueError, r"preference.*\[0, inf\)"),
+    "preference negative by name": (lambda: jd.epo({"a": -1.0}), ValueError, "preference.*-1"),
+    "preference of another length by name": (
+        lambda: jd.upgrad({"a": 1.0})(A),
+        ValueError,
+        "preference.*2 objectives",
+    ),
+    "preference of other names": (
+        lambda: jd.scalarizers.cosmos({"a": 1.0}, 1.0)({"b": torch.ones(())}),
+        ValueError,
+        r"weights.*name the losses \['b'\], got \['a'\]",
+    ),
+    "leak above 1": (lambda: jd.graddrop([2.0]), ValueError, r"leak.*\[0, 1\]"),
     "weights 2-D": (lambda: jd.constant([[1.0, 2.0]]), ValueError, "weights"),
     "weights of another length": (lambda: jd.constant([1.0])(A), ValueError, "weights"),
     # options
@@ -199,7 +212,7 @@ CASES = {
     "microbatches layer by layer": (
         lambda: jd.gramian(jd.accumulate(losses, 2), route="layerwise")(PARAMS, X),
         ValueError,
-        "`method`.*not accumulated",
+        "`route`.*not accumulated",
     ),
     "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
     "microbatches with other aux": (

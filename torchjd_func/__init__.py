@@ -14,14 +14,8 @@ from torchjd_func import (
     sets,
 )
 from torchjd_func._functionalize import functionalize
-from torchjd_func._types import (
-    Aggregator,
-    Observation,
-    Scalarizer,
-    Weighting,
-    stateless,
-    weighted,
-)
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator, Observation, Scalarizer, Weighting
 from torchjd_func.aggregation import (
     aligned_mtl,
     cagrad,

@@ -7,7 +7,7 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -24,6 +24,22 @@ class Block(NamedTuple):
 
     places: list[int]  # k, in leaf order
     matrices: Tensor  # (k, m, n), real, in the precision of the leaves
+
+
+# A number for each objective, in leaf order of the losses, or by their names.
+Numbers = Tensor | Sequence[float] | Mapping[str, Any]
+
+
+class Named(NamedTuple):
+    """Numbers by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
+
+    names: tuple[str, ...]  # in leaf order
+    values: Tensor  # (m,)
+
+    def __repr__(self) -> str:
+        """Return the numbers as the dict that they came in."""
+        pairs = zip(self.names, self.values, strict=True)
+        return f"{{{', '.join(f'{name!r}: {value:g}' for name, value in pairs)}}}"
 
 
 def hollow(node: PyTree) -> bool:
@@ -94,6 +110,11 @@ def names(tree: PyTree) -> list[str]:
     ]
 
 
+def named(tree: PyTree) -> Named:
+    """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
+    return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+
+
 def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
     holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]
@@ -160,6 +181,11 @@ def matrix(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
     pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     return pairs.reshape(leaf.shape[0], -1)
+
+
+def per_row(values: Tensor, leaf: Tensor) -> Tensor:
+    """Append dimensions to `(m,)`, so that it is one value for each row of a leaf."""
+    return values.reshape((*values.shape, *[1] * (leaf.ndim - values.ndim)))
 
 
 def row_like(row: Tensor, leaf: Tensor) -> Tensor:

@@ -6,26 +6,28 @@
 
 The state is a pytree of tensors (a NamedTuple, or `()` for a rule without memory); it keeps its
 structure, shapes and dtypes from call to call. Nothing else is remembered and nothing is mutated.
+
+`present`, `(m,)` bool, says which objectives a batch has. The others count as if they were not
+there: a rule does with `present` what it does with the present rows alone. Their weights are 0,
+their part of the state stays; where all are absent, the result is 0 and the state is unchanged,
+whatever the rule says: it is then told that all zeros are present, so that it never counts none.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _names, _present, _tree
+from torchjd_func._present import Present
+from torchjd_func._repr import in_one_line
 
 PyTree = Any
 State = Any
 Needs = Literal["size", "gramian", "cross_gramian"]
-
-
-def _in_one_line(self: Any) -> str:
-    """Return the kind of a rule, and its name."""
-    return f"{type(self).__name__}({self.name})"
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -37,7 +39,8 @@ class Weighting:
     Attributes:
         name: The method, for messages.
         init_fn: `(statistic, key) -> state`; reads shape, dtype and device of the statistic only.
-        update_fn: `(statistic, state, losses) -> (weights, state)`; see `widen`.
+        update_fn: `(statistic, state, losses, present=None) -> (weights, state)`; see `widen`.
+            Absent objectives have zeros in the statistic, and 1 as their loss.
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
             `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, of its shape alone.
         widen: Whether `update_fn` is given a float64 statistic; if not, or if only the shape is
@@ -46,7 +49,7 @@ class Weighting:
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
-    update_fn: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
+    update_fn: Callable[..., tuple[Tensor, State]]
     needs: Needs = "gramian"
     widen: bool = True
 
@@ -61,10 +64,15 @@ class Weighting:
             The state, a pytree of tensors.
         """
         _check.square(self.name, statistic)
-        return self.init_fn(statistic, key)
+        return self.init_fn(statistic, _placed(key, statistic))
 
     def __call__(
-        self, statistic: Tensor, state: State = None, *, losses: Tensor | None = None
+        self,
+        statistic: Tensor,
+        state: State = None,
+        *,
+        losses: Tensor | None = None,
+        present: Present = None,
     ) -> tuple[Tensor, State]:
         """Return the weights of the gradients, and the next state.
 
@@ -72,27 +80,46 @@ class Weighting:
             statistic: `(m, m)`, the Gramian (see `needs`).
             state: What `init` or the previous call returned; `None` stands for a fresh `init`.
             losses: `(m,)`; some methods need them.
+            present: `(m,)` bool, which objectives there are; `None` for all.
 
         Returns:
             `weights` `(m,)`, in the dtype of the statistic, and `state`.
         """
         _check.square(self.name, statistic)
-        _check.losses_vector(self.name, losses, statistic.shape[0])
+        m = statistic.shape[0]
+        _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
         wide = None if losses is None else losses.to(torch.float64)
-        given = statistic.double() if self.widen and self.needs != "size" else statistic
-        weights, state = self.update_fn(given, state, wide)
+        seen = statistic.double() if self.widen and self.needs != "size" else statistic
+        mask = _present.as_mask(self.name, present, m, statistic.device)
+        if mask is None:
+            weights, state = self.update_fn(seen, state, wide)
+        else:
+            weights, state = _masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
         return (weights if same else weights.to(statistic.dtype)), state
 
-    __repr__ = _in_one_line
+    __repr__ = in_one_line
+
+
+def _masked_weights(
+    weighting: Weighting, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor
+) -> tuple[Tensor, State]:
+    """Weigh what is there: all else is taken out before, and gets the weight 0."""
+    seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
+    known, counted = _present.losses(losses, present), _present.usable(present)
+    weights, after = _present.update(weighting, seen, state, known, present=counted)
+    return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
 class Partition(NamedTuple):
-    """Groups of leaves, and `(gramians (g, m, m), state, losses) -> (weights (g, m), state)`."""
+    """Groups of leaves, and `(gramians, state, losses, present) -> (weights, state)`.
+
+    Gramians are `(g, m, m)`, weights `(g, m)`.
+    """
 
     groups: _tree.Groups
-    weigh: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
+    weigh: Callable[..., tuple[Tensor, State]]
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -102,7 +129,8 @@ class Aggregator:
     Attributes:
         name: The method, for messages.
         init_fn: `(jac, key) -> state`; reads shapes, dtypes and devices only.
-        update_fn: `(jac, state, losses) -> (grads, state)`.
+        update_fn: `(jac, state, losses, present=None) -> (grads, state)`; rows of absent
+            objectives are 0.
         weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
         columnwise: Whether columns count one by one, so that any part of them may be aggregated.
@@ -111,7 +139,7 @@ class Aggregator:
 
     name: str
     init_fn: Callable[[PyTree, Tensor | None], State]
-    update_fn: Callable[[PyTree, State, Tensor | None], tuple[PyTree, State]]
+    update_fn: Callable[..., tuple[PyTree, State]]
     weighting: Weighting | None = None
     partition: Callable[[Sequence[str]], Partition] | None = None
     columnwise: bool = False
@@ -127,11 +155,17 @@ class Aggregator:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
-        return self.init_fn(jac, key)
+        leaves = _tree.leaves(jac)
+        _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
+        return self.init_fn(jac, _placed(key, leaves[0]))
 
     def __call__(
-        self, jac: PyTree, state: State = None, *, losses: Tensor | None = None
+        self,
+        jac: PyTree,
+        state: State = None,
+        *,
+        losses: Tensor | None = None,
+        present: Present = None,
     ) -> tuple[PyTree, State]:
         """Return the update direction, to be subtracted by the optimiser, and the next state.
 
@@ -139,16 +173,33 @@ class Aggregator:
             jac: Pytree of `(m, ...)` tensors, or one matrix `(m, n)`; row i is gradient i.
             state: What `init` or the previous call returned; `None` stands for a fresh `init`.
             losses: `(m,)`; some methods need them.
+            present: `(m,)` bool, which objectives there are; `None` for all.
 
         Returns:
             `grads`, the pytree without the leading dimension, and `state`.
         """
-        _check.jacobian(self.name, partial(_tree.paths, jac), _tree.leaves(jac))
-        _check.losses_vector(self.name, losses, _tree.leading_size(jac))
+        leaves = _tree.leaves(jac)
+        _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
+        m = leaves[0].shape[0]
+        _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
-        return self.update_fn(jac, state, losses)
+        mask = _present.as_mask(self.name, present, m, leaves[0].device)
+        if mask is None:
+            return self.update_fn(jac, state, losses)
+        return _masked_grads(self, jac, state, losses, mask)
 
-    __repr__ = _in_one_line
+    __repr__ = in_one_line
+
+
+def _masked_grads(
+    aggregator: Aggregator, jac: PyTree, state: State, losses: Tensor | None, present: Tensor
+) -> tuple[PyTree, State]:
+    """Aggregate what is there: all else is taken out before."""
+    seen, known = _present.rows(jac, present), _present.losses(losses, present)
+    counted = _present.usable(present)
+    grads, after = _present.update(aggregator, seen, state, known, present=counted)
+    grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
+    return grads, _present.kept(present, after, state)
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -160,7 +211,8 @@ class Scalarizer:
     Attributes:
         name: The method, for messages.
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
-        update_fn: `(losses, state) -> (loss, state)`, given a vector in float32 or better.
+        update_fn: `(losses, state, present=None) -> (loss, state)`, given a vector in float32 or
+            better, with 1 in the place of absent losses.
         observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
             the step, with losses of the same batch; DWA: after an epoch, with `None`), or `None`.
         average: Brings gradients of the loss together over processes (`jd.distributed`).
@@ -168,7 +220,7 @@ class Scalarizer:
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
-    update_fn: Callable[[Tensor, State], tuple[Tensor, State]]
+    update_fn: Callable[..., tuple[Tensor, State]]
     observe: Callable[[PyTree, State], State] | None = None
     average: Callable[[PyTree], PyTree] | None = None
 
@@ -182,27 +234,53 @@ class Scalarizer:
         Returns:
             The state, a pytree of tensors.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        return self.init_fn(_tree.wide(_tree.ravel(losses)), key)
+        wide = _tree.wide(_vector(self, losses))
+        return self.init_fn(wide, _placed(key, wide))
 
-    def __call__(self, losses: PyTree, state: State = None) -> tuple[Tensor, State]:
+    def __call__(
+        self, losses: PyTree, state: State = None, *, present: Present = None
+    ) -> tuple[Tensor, State]:
         """Return one loss, to be differentiated, and the next state.
 
         Args:
             losses: Tensor or pytree of tensors, `m` numbers in all, counted in leaf order.
             state: What `init` or the previous call returned; `None` stands for a fresh `init`.
+            present: Which objectives there are, a tree of bools like the losses, or `(m,)`; `None`
+                for all.
 
         Returns:
             `loss`, a 0-d tensor, and `state`.
         """
-        _check.losses(_tree.paths(losses), _tree.leaves(losses))
-        vector = _tree.ravel(losses)
+        vector = _vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
-        loss, state = self.update_fn(wide, state)
-        return loss.to(vector.dtype), state
+        mask = _present.as_mask(self.name, present, len(wide), wide.device)
+        if mask is None:
+            loss, state = self.update_fn(wide, state)
+            return loss.to(vector.dtype), state
+        known = _present.losses(wide, mask)
+        loss, after = _present.update(self, known, state, present=_present.usable(mask))
+        loss = torch.where(mask.any(), loss, 0).to(vector.dtype)
+        return loss, _present.kept(mask, after, state)
 
-    __repr__ = _in_one_line
+    __repr__ = in_one_line
+
+
+def _vector(scalarizer: Scalarizer, losses: PyTree) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        _names.check_names(scalarizer, paths)
+    return _tree.ravel(leaves)
+
+
+def _placed(key: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a key where what is drawn from it is used."""
+    if key is None:
+        return None
+    _check.key(key)
+    return key.to(like.device)
 
 
 class Observation(NamedTuple):
@@ -218,82 +296,5 @@ class Observation(NamedTuple):
     """pytree of `(m, ...)`"""
     grads: PyTree | None
     """pytree of `(...)`"""
-
-
-def stateless(
-    name: str,
-    weights_fn: Callable[[Tensor], Tensor],
-    *,
-    needs: Needs = "gramian",
-    widen: bool = True,
-) -> Weighting:
-    """Lift a pure function from Gramian to weights to a Weighting with the empty state `()`.
-
-    Args:
-        name: The method, for messages.
-        weights_fn: `(gramian) -> weights`, from `(m, m)` to `(m,)`, in float64.
-        needs: What the statistic has to be, see `jd.Weighting`.
-        widen: Whether `weights_fn` is given the statistic in float64, see `jd.Weighting`.
-
-    Returns:
-        The Weighting.
-
-    Example:
-        >>> import torch, torchjd_func as jd
-        >>> shortest = lambda gramian: (gramian.diagonal() == gramian.diagonal().min()).double()
-        >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
-        tensor([-1.])
-    """
-    return Weighting(name, no_state, partial(_stateless_update, name, weights_fn), needs, widen)
-
-
-def weighted(weighting: Weighting) -> Aggregator:
-    """Lift a Weighting to the Aggregator `J -> J^T weights(J J^T)` over pytrees.
-
-    Args:
-        weighting: The method on the Gramian.
-
-    Returns:
-        The Aggregator; it shares the state of `weighting`.
-
-    Example:
-        >>> import torch, torchjd_func as jd
-        >>> jd.weighted(jd.upgrad().weighting)(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))[0]
-        tensor([0.5000, 1.5000])
-    """
-    init, update = partial(_weighted_init, weighting), partial(_weighted_update, weighting)
-    return Aggregator(weighting.name, init, update, weighting)
-
-
-def no_state(statistic: Any, key: Tensor | None) -> tuple[()]:
-    """Return the empty state, the `init_fn` of every rule without memory."""
-    return ()
-
-
-def _stateless_update(
-    name: str, fn: Callable[[Tensor], Tensor], statistic: Tensor, state: State, losses: Any
-) -> tuple[Tensor, State]:
-    """Compute weights, pass the empty state on."""
-    _check.stateless(name, state)
-    return fn(statistic), state
-
-
-def _weighted_init(weighting: Weighting, jac: PyTree, key: Tensor | None) -> State:
-    """Initialise a Weighting from the shape of the Gramian that `jac` would have."""
-    return weighting.init(statistic_like(jac), key=key)
-
-
-def _weighted_update(
-    weighting: Weighting, jac: PyTree, state: State, losses: Tensor | None
-) -> tuple[PyTree, State]:
-    """Weigh the rows of `jac` by its Gramian."""
-    statistic = statistic_like(jac) if weighting.needs == "size" else _tree.gramian(jac)
-    weights, state = weighting(statistic, state, losses=losses)
-    return _tree.weighted_sum(jac, weights), state
-
-
-def statistic_like(jac: PyTree) -> Tensor:
-    """Return a placeholder with the shape, dtype and device of the Gramian of `jac`."""
-    flat = _tree.leaves(jac)
-    dtype = reduce(torch.promote_types, [_tree.accumulation_dtype(leaf.dtype) for leaf in flat])
-    return _tree.placeholder(flat[0].new_zeros((), dtype=dtype), (flat[0].shape[0],) * 2)
+    present: Tensor | None = None
+    """`(m,)` bool; the parts of absent objectives are 0, and their losses 1"""

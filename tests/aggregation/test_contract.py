@@ -177,8 +177,9 @@ def test_methods_that_need_losses_say_so(method):
 @every_method
 def test_repr_is_one_line(method):
     aggregator = method.make(max(3, method.min_m))
-    assert repr(aggregator) == f"Aggregator({aggregator.name})"
-    assert aggregator.weighting is None or "\n" not in repr(aggregator.weighting)
+    for rule in (aggregator, aggregator.weighting or aggregator):
+        assert repr(rule).startswith(f"{type(rule).__name__}({rule.name}")
+        assert "\n" not in repr(rule)
 
 
 def test_rows_are_counted_in_leaf_order():

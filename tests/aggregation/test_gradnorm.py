@@ -13,7 +13,7 @@ def gradnorm_state(weights, initial) -> tuple:
     rule = weighting(jd.gradnorm())
     state = rule.init(A @ A.T)
     return rule, state._replace(
-        weights=double(*weights), initial_losses=double(*initial), step=state.step + 1
+        weights=double(*weights), initial_losses=double(*initial), visits=state.visits + 1
     )
 
 
@@ -42,7 +42,7 @@ def test_gradnorm_step_is_the_derivative_of_its_loss(parametrization):
     state = rule.init(jac)._replace(
         weights=double(0.4, 1.2, 1.6, 0.8),
         initial_losses=double(1.0, 2.0, 3.0, 0.7),
-        step=torch.tensor(1),
+        visits=torch.ones(4, dtype=torch.int64),
     )
     rates = losses / state.initial_losses
     rates = (rates / rates.mean()) ** 0.8

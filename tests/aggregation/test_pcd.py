@@ -43,7 +43,7 @@ def test_pcd_weights_and_state():
         found, state = aggregator.weighting(jac @ jac.mT, state)
         close(found, want, 8)
         close(state.ema, average, 12)
-    assert int(state.step) == 3
+    assert state.visits.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("jac", GAUSSIAN)

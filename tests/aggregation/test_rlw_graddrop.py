@@ -145,3 +145,12 @@ def test_graddrop_checks_the_leak(leak):
     with pytest.raises(ValueError, match="`leak` must"):
         rule = jd.graddrop(leak)
         rule(A, rule.init(A, key=jd.random.key(0)))
+
+
+@pytest.mark.parametrize("rule", [jd.rlw(), jd.graddrop(), jd.pcgrad(), jd.gradvac()])
+def test_a_key_follows_the_statistic(rule):
+    jac = torch.empty(3, 4, device="meta")
+    assert rule.init(jac, key=jd.random.key(0)).key.device == jac.device
+    if rule.weighting is not None:
+        state = rule.weighting.init(jac @ jac.mT, key=jd.random.key(0))
+        assert state.key.device == jac.device

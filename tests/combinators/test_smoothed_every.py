@@ -107,7 +107,7 @@ def test_combinators_keep_the_type_the_statistic_and_the_name(name):
         assert isinstance(both[0], jd.Aggregator)
         assert isinstance(both[1], jd.Weighting)
         assert weighting(both[0]).needs == both[1].needs == weighting(rule).needs
-        assert repr(both[0]) == f"Aggregator({name}({rule.name}))"
+        assert repr(both[0]).startswith(f"Aggregator({name}({rule.name})")
     cross = jd.stateless("cross", lambda g: g.diagonal(), needs="cross_gramian")
     assert combine(cross).needs == "cross_gramian"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +75,37 @@ def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
     if losses is not None and tuple(losses.shape) != (m,):
         rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
         fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+
+
+def present(method: str, flags: Sequence[Tensor], m: int) -> None:
+    """Check that there is a bool for each objective."""
+    kinds = {str(flag.dtype) for flag in flags} - {"torch.bool"}
+    size = sum(flag.numel() for flag in flags)
+    if kinds or size != m:
+        got = f"{size} of dtype {', '.join(kinds) or 'torch.bool'}"
+        remedy = "Pass a bool tensor, or a tree of bools like the losses."
+        fail(ValueError, f"`present` given to `{method}`", f"hold {m} bools", got, remedy)
+
+
+def takes_present(method: str, fn: Callable[..., Any]) -> None:
+    """Check that the function of a rule can be told which objectives there are."""
+    inner = fn
+    while isinstance(inner, partial):
+        inner = inner.func
+    if not _has_keyword(inner, "present"):
+        rule = "be left out: the rule has no keyword `present`"
+        remedy = "Add `present=None`, (m,) bool, to its function, and leave out what is absent."
+        fail(ValueError, f"`present` given to `{method}`", rule, "a mask", remedy)
+
+
+def _has_keyword(fn: Callable[..., Any], name: str) -> bool:
+    """Say whether a function can be given a keyword; asking for its signature takes long."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        parameters = inspect.signature(fn).parameters.values()
+        return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return name in named or bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
 
 def losses_present(method: str, losses: Tensor | None) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import qpsolvers
 import torch
 from torch import Tensor
 
+from torchjd_func import _tree
 from torchjd_func._check._messages import describe, fail
 
 
@@ -93,9 +94,28 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     return found
 
 
-def preference(value: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Return `preference` as a 1-D tensor (or `None`)."""
-    return None if value is None else vector("preference", value)
+def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+    """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
+    return None if value is None else per_loss("preference", value, low=0)
+
+
+def per_loss(
+    name: str,
+    value: _tree.Numbers,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> Tensor | _tree.Named:
+    """Return a number for each loss as a vector, with the names of the losses if it is a dict.
+
+    Numbers have to lie in an interval; tensors are returned unread.
+    """
+    if not isinstance(value, Tensor):
+        for number in _tree.leaves(value):
+            if isinstance(number, int | float):
+                interval(name, number, low, high, open_low=open_low)
+    return _tree.named(value) if isinstance(value, Mapping) else vector(name, value)
 
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
@@ -131,6 +151,16 @@ def length(name: str, value: Tensor, m: int) -> None:
         rule = f"have one entry for each of the {m} objectives"
         remedy = "Objectives are counted in leaf order of the losses."
         fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+
+
+def loss_names(option: str, names: Sequence[str], paths: Sequence[str]) -> None:
+    """Check that the names in an option are those of the losses."""
+    if tuple(names) != tuple(paths):
+        if list(paths) == [""]:
+            rule, remedy = "be a vector: the losses have no names", "Return a dict of losses."
+        else:
+            rule, remedy = f"name the losses {list(paths)}", "Give each loss its number."
+        fail(ValueError, f"`{option}`", rule, list(names), remedy)
 
 
 def enough_objectives(method: str, m: int, least: int, rule: str) -> None:

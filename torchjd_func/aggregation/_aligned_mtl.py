@@ -6,27 +6,45 @@ arXiv:2305.19000.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import rank_tol
 
 SCALES = ("min", "median", "rmse")
+MARK = 1e-6
 
 
 def _weights(
-    gramian: Tensor, *, preference: Tensor | None, scale: str, rtol: float | None
+    gramian: Tensor,
+    *,
+    preference: Vector | None,
+    scale: str,
+    rtol: float | None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Combine the aligned rows by the preference."""
     wide, combine = gramian.double(), partial(_combine, scale=scale, tol=rank_tol(gramian, rtol))
-    return _host.call(combine, wide, resolve(preference, wide))
+    known = wide if present is None else wide - torch.diag(_marks(wide, present))
+    return _host.call(combine, known, resolve(preference, wide, present))
+
+
+def _marks(gramian: Tensor, present: Tensor) -> Tensor:
+    """Return small numbers, all different, whose negatives are the eigenvalues of absent rows."""
+    # They are dropped. Equal eigenvalues would have no derivative.
+    size = gramian.detach().diagonal().sum()
+    places = torch.arange(1, len(gramian) + 1, device=gramian.device)
+    return torch.where(present, 0.0, MARK * places * torch.where(size > 0, size, 1.0))
 
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
@@ -50,7 +68,7 @@ def _sigma(xp: Any, eigenvalues: Array, kept: Array, scale: str) -> Array:
 
 
 def aligned_mtl(
-    preference: Tensor | Sequence[float] | None = None,
+    preference: Numbers | None = None,
     scale: str = "min",
     *,
     rtol: float | None = None,
@@ -65,8 +83,8 @@ def aligned_mtl(
     dependent. One eigen-decomposition of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`; uniform weights `1/m` by default. A tensor may be vmapped or
-            changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; uniform weights `1/m` by
+            default. A tensor may be vmapped or changed without recompiling.
         scale: $\sigma^2$ is the `"min"`, the lower `"median"`, or (`"rmse"`) the mean of the
             eigenvalues that are not zero.
         rtol: Share of the largest eigenvalue below which an eigenvalue is taken as 0; by default
@@ -76,8 +94,8 @@ def aligned_mtl(
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `scale` is unknown, `rtol` is negative, or `preference` is not 1-D or not of
-            the number of objectives.
+        ValueError: If `scale` is unknown, `rtol` is negative, or `preference` is not 1-D, not of
+            the number of objectives, or negative.
 
     Differs from other implementations:
         The paper and LibMTL add the aligned rows (`preference=torch.ones(m)`), TorchJD averages.

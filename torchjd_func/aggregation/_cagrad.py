@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
+from torchjd_func import _check, _host, _present
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 from torchjd_func.linalg._gramian import (
     Rows,
     pseudo_inverse,
@@ -32,24 +33,51 @@ STEPS = 16
 RIDGE = 1e-11
 
 
-def _weights(gramian: Tensor, *, c: float | Tensor, rescale: str | None) -> Tensor:
+def _weights(
+    gramian: Tensor,
+    *,
+    c: float | Tensor,
+    rescale: str | None,
+    present: Tensor | None = None,
+) -> Tensor:
     """Find the worst improvement by search, then the weights in closed form on their support."""
-    combine = partial(_combine, tol=rank_tol(gramian))
-    total = _host.call(combine, gramian.double(), c.double() if isinstance(c, Tensor) else c)
+    combine, wide = partial(_combine, tol=rank_tol(gramian)), gramian.double()
+    mask = () if present is None else (present,)
+    shares = _present.uniform(present, wide)
+    total = _host.call(combine, wide, shares, c.double() if isinstance(c, Tensor) else c, *mask)
     if rescale is None:
         return total
     return total / (1 + c * c if rescale == "1+c^2" else 1 + c)
 
 
-def _combine(xp: Any, gramian: Array, c: float | Array, *, tol: float) -> Array:
+def _combine(
+    xp: Any,
+    gramian: Array,
+    shares: Array,
+    c: float | Array,
+    present: Array | None = None,
+    *,
+    tol: float,
+) -> Array:
     """Add to the mean gradient what it lacks."""
-    pushed = gramian.mean(-1)  # improvements under the mean gradient
-    square = pushed.mean()
+    pushed = gramian @ shares  # improvements under the mean gradient
+    square = pushed @ shares
     length = xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1.0)), 0.0)
     radius, rows = c * length, rows_of(gramian, xp)
-    fixed = map(_host.constant, (gramian, pushed, radius))
+    fixed = tuple(map(_host.constant, (gramian, pushed, radius)))
+    if present is not None:
+        fixed = _out_of_reach(xp, fixed, _host.constant(rows.norms), present)
     support, slack = _search(np, *fixed, tol=tol) if xp is np else search(*fixed, tol)
-    return 1 / len(pushed) + _closed_form(xp, rows, pushed, radius, support, slack, tol)
+    return shares + _closed_form(xp, rows, pushed, radius, support, slack, tol)
+
+
+def _out_of_reach(
+    xp: Any, problem: tuple[Array, ...], norms: Array, present: Array
+) -> tuple[Array, ...]:
+    """Let absent objectives improve by more than any other can, and not stand in its way."""
+    gramian, pushed, radius = problem
+    high = xp.amax(pushed + radius * norms, -1)
+    return _present.apart(gramian, present), xp.where(present, pushed, high), radius
 
 
 @torch.library.custom_op("torchjd_func::cagrad", mutates_args=())

@@ -6,14 +6,16 @@ Networks, ICLR 2025, arXiv:2408.11104.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import pseudo_inverse, rank_tol, rows_of
 
@@ -21,11 +23,16 @@ LENGTHS = ("projection", "min", "max", "arithmetic", "geometric", "harmonic")
 
 
 def _weights(
-    gramian: Tensor, *, preference: Tensor | None, length: str, rtol: float | None
+    gramian: Tensor,
+    *,
+    preference: Vector | None,
+    length: str,
+    rtol: float | None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Return the weights of the unit direction, times the length."""
     rows, tol = rows_of(gramian.to(torch.float64)), rank_tol(gramian, rtol)
-    wanted = torch.where(rows.norms > 0, resolve(preference, rows.norms), 0.0)
+    wanted = torch.where(rows.norms > 0, resolve(preference, rows.norms, present), 0.0)
     inverse = pseudo_inverse(rows.cosines, tol)
     solved = inverse @ wanted
     square = wanted @ solved
@@ -33,31 +40,31 @@ def _weights(
     rounding = tol**2 * wanted.square().sum() * inverse.diagonal().sum()
     defined = square.detach() > rounding.detach()
     unit = solved * torch.where(defined, torch.where(defined, square, 1.0).rsqrt(), 0.0)
-    return _length(rows.norms, rows.cosines @ unit, length) * unit * rows.inverse
+    return _length(rows.norms, rows.cosines @ unit, length, present) * unit * rows.inverse
 
 
-def _length(norms: Tensor, cosines: Tensor, length: str) -> Tensor:
+def _length(norms: Tensor, cosines: Tensor, length: str, present: Tensor | None) -> Tensor:
     """Return the length `()`, given the cosine of the direction with each gradient."""
     if length == "projection":
         return norms @ cosines
-    return _common_norm(norms, length) * torch.where(norms > 0, cosines, 0.0).sum()
+    return _common_norm(norms, length, present) * torch.where(norms > 0, cosines, 0.0).sum()
 
 
-def _common_norm(norms: Tensor, length: str) -> Tensor:
+def _common_norm(norms: Tensor, length: str, present: Tensor | None) -> Tensor:
     """Return the one norm `()` that stands for all."""
     if length == "min":
-        return norms.amin()
+        return _present.only(present, norms, torch.inf).amin()
     if length == "max":
         return norms.amax()
     if length == "arithmetic":
-        return norms.mean()
-    safe = torch.where(norms > 0, norms, 1.0)
-    mean = safe.log().mean().exp() if length == "geometric" else 1 / (1 / safe).mean()
-    return torch.where((norms > 0).all(), mean, 0.0)
+        return _present.mean(present, norms)
+    safe, mean = torch.where(norms > 0, norms, 1.0), partial(_present.mean, present)
+    middle = mean(safe.log()).exp() if length == "geometric" else 1 / mean(1 / safe)
+    return torch.where((_present.only(present, norms, 1.0) > 0).all(), middle, 0.0)
 
 
 def config(
-    preference: Tensor | Sequence[float] | None = None,
+    preference: Numbers | None = None,
     *,
     length: str = "projection",
     rtol: float | None = None,
@@ -73,8 +80,8 @@ def config(
     One pseudo-inverse of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`, positive, of any sum; equal angles by default. A tensor may be
-            vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, of any sum; equal
+            angles by default. A tensor may be vmapped or changed without recompiling.
         length: `"projection"` as above, or a mean (`"arithmetic"`, `"geometric"`, `"harmonic"`) or
             an extreme (`"min"`, `"max"`) that replaces the norm of every $g_i$ in the sum.
         rtol: Share of the largest eigenvalue below which an eigenvalue of $U U^\top$ is taken as
@@ -84,8 +91,8 @@ def config(
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `length` is unknown, `rtol` is negative, or `preference` is not 1-D or not of
-            the number of objectives.
+        ValueError: If `length` is unknown, `rtol` is negative, or `preference` is not 1-D, not of
+            the number of objectives, or negative.
 
     Differs from other implementations:
         The authors' form for two gradients is not a number where they are parallel or zero.

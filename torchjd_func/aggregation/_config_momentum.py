@@ -6,14 +6,14 @@ Networks, ICLR 2025, arXiv:2408.11104, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation._config import config
 
@@ -55,19 +55,18 @@ def _update(
     beta_1: float | Tensor,
     beta_2: float | Tensor,
     eps: float,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, ConfigMomentumState]:
     """Renew momenta, combine them by ConFIG, divide by the root of the second moment."""
     _check_state(state, jac)
-    m = _tree.leading_size(jac)
-    row = torch.arange(m, device=state.visits.device)
-    read = row == state.step % m if visit == "cyclic" else row >= 0
+    read = _rows_to_read(state, visit, present)
     visits = state.visits + read.to(torch.int64)
-    ready = (visits > 0).all()
+    ready = _present.only(present, visits > 0, True).all()
     updates = state.updates + ready.to(torch.int64)
 
     momenta = _tree.map(partial(_renew, read=read, beta=beta_1), state.momenta, jac)
     unbiased = _tree.map(partial(_unbias, count=visits, beta=beta_1), momenta)
-    combined, _ = direction(unbiased)
+    combined, _ = direction(unbiased, present=present)
 
     shrunk = _tree.map(lambda d: d * (1 - _power(beta_1, updates)).to(d.real.dtype), combined)
     implied = _tree.map(lambda new, old: (new - beta_1 * old) / (1 - beta_1), shrunk, state.first)
@@ -79,6 +78,15 @@ def _update(
     first = _tree.map(partial(torch.where, ready), shrunk, state.first)
     second = _tree.map(partial(torch.where, ready), second, state.second)
     return grads, ConfigMomentumState(state.step + 1, visits, updates, momenta, first, second)
+
+
+def _rows_to_read(state: ConfigMomentumState, visit: str, present: Tensor | None) -> Tensor:
+    """Say which rows are read, `(m,)`: all that are there, or one of them in turn."""
+    row = torch.arange(len(state.visits), device=state.visits.device)
+    if present is not None:
+        row = torch.where(present, present.cumsum(0) - 1, -1)
+    cyclic = visit == "cyclic"
+    return row == state.step % _present.count(present, row) if cyclic else row >= 0
 
 
 def _wide(leaf: Tensor) -> torch.dtype:
@@ -130,7 +138,7 @@ def config_momentum(
     *,
     eps: float = 1e-8,
     visit: str = "cyclic",
-    preference: Tensor | Sequence[float] | None = None,
+    preference: Numbers | None = None,
     length: str = "projection",
     rtol: float | None = None,
 ) -> Aggregator:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
 
@@ -40,6 +40,7 @@ def _update(
     beta: float | Tensor,
     sigma: float | Tensor,
     eps: float | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, DBMTLState]:
     """Average the gradients of the log losses, then bring all to the length of the longest."""
     _check.state_type(NAME, state, DBMTLState)
@@ -48,11 +49,13 @@ def _update(
     step = state.step + 1
     fresh = 1 - beta * step.to(torch.float64) ** -sigma
     averages = _rows.interpolate(state.averages, jac, fresh, 1 / (values + eps))
+    averages = _present.renewed(present, averages, state.averages)
 
-    norms = _rows.norms(averages)
+    norms = _present.only(present, _rows.norms(averages))
     lengths = norms + eps
     inverse = torch.where(lengths > 0, 1 / torch.where(lengths > 0, lengths, 1.0), 0.0)
-    return _rows.combine(averages, norms.max() * inverse, jac), DBMTLState(averages, step)
+    weights = _present.only(present, norms.max() * inverse)
+    return _rows.combine(averages, weights, jac), DBMTLState(averages, step)
 
 
 def db_mtl(

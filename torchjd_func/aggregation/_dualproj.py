@@ -5,25 +5,28 @@ P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, arXiv:240
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import dual_cone_projection
 
 
-def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
-    """Project the preferred combination on the dual cone."""
-    return dual_cone_projection(gramian, resolve(preference, gramian), solver=solver).value
+def _weights(
+    gramian: Tensor, *, preference: Vector | None, solver: str, present: Tensor | None = None
+) -> Tensor:
+    """Project the preferred combination on the dual cone; a row of zeros is never in the way."""
+    wanted = resolve(preference, gramian, present)
+    return dual_cone_projection(gramian, wanted, solver=solver).value
 
 
-def dualproj(
-    preference: Tensor | Sequence[float] | None = None, *, solver: str = "auto"
-) -> Aggregator:
+def dualproj(preference: Numbers | None = None, *, solver: str = "auto") -> Aggregator:
     r"""Project the mean gradient on the cone of directions that conflict with none.
 
     $$d = J^\top \arg\min_{v \ge b} v^\top G v.$$
@@ -32,15 +35,15 @@ def dualproj(
     mean. Solves one quadratic program in `m` unknowns, exactly.
 
     Args:
-        preference: `b`, `(m,)`, positive; uniform weights `1/m` by default. A tensor may be vmapped
-            or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, uniform weights
+            `1/m` by default. A tensor may be vmapped or changed without recompiling.
         solver: As for `jd.linalg.nnqp`.
 
     Returns:
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `preference` is not 1-D, or not of the number of objectives.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD adds 1e-4 to the normalised Gramian, so that its result may conflict slightly.

@@ -6,14 +6,16 @@ Ascent in Pareto Optimization, ICML 2020; extended in arXiv:2108.00597.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import no_state, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator, State, Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import linear_program
 
@@ -26,15 +28,16 @@ def _update(
     state: State,
     losses: Tensor | None,
     *,
-    preference: Tensor,
+    preference: Vector,
     epsilon: float | Tensor,
     restricted: bool,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Balance the weighted losses, or descend along their ray."""
     _check.stateless("epo", state)
-    wanted = resolve(preference, gramian)
+    wanted = resolve(preference, gramian, present)  # 0 where absent, and what it multiplies
     scaled = wanted * _check.losses_present("epo", losses)
-    uneven, adjustment = _imbalance(scaled, wanted)
+    uneven, adjustment = _imbalance(scaled, wanted, _present.count(present, scaled))
     change = gramian @ adjustment  # of the imbalance, for each gradient
     balancing = uneven > epsilon
     worst = scaled == scaled.amax()
@@ -42,30 +45,40 @@ def _update(
     floor = torch.where(worst, 0.0, torch.where(helping, -torch.inf, change))
     floor = torch.where(balancing & helping.any(), floor, 0.0)
     goal = torch.where(balancing, change, gramian.sum(0))
-    lowest = change.amax().clamp(max=0) if restricted else -torch.inf
+    most = _present.only(present, change, -torch.inf).amax()
+    lowest = most.clamp(max=0) if restricted else -torch.inf
     limit = torch.where(balancing, -torch.inf, lowest)
     size = wanted.amax() * gramian.abs().amax()
-    found, feasible = _solve(goal, gramian, floor, change, limit, size)
-    inverse = 1 / wanted
+    uniform = _present.uniform(present, scaled)
+    ones = _present.only(present, torch.ones_like(scaled))
+    found, feasible = _solve(goal, gramian, floor, change, limit, size, ones)
+    inverse = _present.only(present, 1 / _present.only(present, wanted, 1.0))
     weights = torch.where(feasible, found, inverse / inverse.sum())
-    return torch.where(scaled.sum() > 0, weights, 1 / len(scaled)), state
+    return torch.where(scaled.sum() > 0, weights, uniform), state
 
 
-def _imbalance(scaled: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+def _imbalance(scaled: Tensor, preference: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return the divergence of the weighted losses from uniform, and the adjustments `a`."""
     total = scaled.sum()
-    relative = len(scaled) * scaled / torch.where(total > 0, total, 1.0)
+    relative = m * scaled / torch.where(total > 0, total, 1.0)
     logs = torch.where(relative > 0, relative, 1.0).log()
-    uneven = (relative * logs).mean()
+    uneven = (relative * logs).sum() / m
     return uneven, preference * (relative.clamp(min=LOWEST).log() - uneven)
 
 
 def _solve(
-    goal: Tensor, gramian: Tensor, floor: Tensor, change: Tensor, limit: Tensor, size: Tensor
+    goal: Tensor,
+    gramian: Tensor,
+    floor: Tensor,
+    change: Tensor,
+    limit: Tensor,
+    size: Tensor,
+    ones: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Maximise `goal @ w` over the simplex, `gramian @ w >= floor` and `change @ w >= limit`.
+    """Maximise `goal @ w`, `ones @ w = 1`, `w >= 0`, `gramian @ w >= floor`, `change @ w >= limit`.
 
-    Each row is divided by its scale; a row without limit becomes `0 >= -1`.
+    Each row is divided by its scale; a row without limit becomes `0 >= -1`. An absent objective
+    has a column of zeros, which is in no basis.
 
     Returns:
         `w` and whether there is one.
@@ -79,15 +92,14 @@ def _solve(
     rows = torch.where(bounded.unsqueeze(-1), rows / scales.unsqueeze(-1), 0.0)
     limits = torch.where(bounded, torch.where(bounded, limits, 0.0) / scales, -1.0)
     slacks = torch.cat([-torch.eye(m + 1).to(rows), rows.new_zeros(1, m + 1)])
-    simplex = rows.new_ones(1, m)
-    matrix = torch.cat([torch.cat([rows, simplex]), slacks], dim=-1)
+    matrix = torch.cat([torch.cat([rows, ones.unsqueeze(0)]), slacks], dim=-1)
     objective = torch.cat([goal, goal.new_zeros(m + 1)])
     solution = linear_program(objective, matrix, torch.cat([limits, limits.new_ones(1)]))
     return solution.value[:m], solution.converged
 
 
 def epo(
-    preference: Tensor | Sequence[float],
+    preference: Numbers,
     *,
     epsilon: float | Tensor = 1e-4,
     restricted: bool = True,
@@ -105,8 +117,8 @@ def epo(
     Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly.
 
     Args:
-        preference: `r`, `(m,)`, positive: the larger an entry, the smaller that loss. A tensor may
-            be vmapped or changed without recompiling.
+        preference: `r`, `(m,)`, or a dict by the names of the losses; positive: the larger an
+            entry, the smaller that loss. A tensor may be vmapped or changed without recompiling.
         epsilon: Imbalance below which to descend.
         restricted: Keep the imbalance from growing, to first order, when descending.
 
@@ -115,8 +127,8 @@ def epo(
         weights are proportional to `1 / r`; if all losses are 0, they are uniform.
 
     Raises:
-        ValueError: If `preference` is not 1-D, not of the number of objectives, or the losses are
-            missing.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or not positive, or
+            the losses are missing.
 
     Differs from other implementations:
         libmoon takes `1 / r` as its preference.
@@ -136,7 +148,7 @@ def epo(
     """
     update = partial(
         _update,
-        preference=_check.vector("preference", preference),
+        preference=_check.per_loss("preference", preference, low=0, open_low=True),
         epsilon=_check.interval("epsilon", epsilon, 0),
         restricted=restricted,
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
 
@@ -26,7 +26,7 @@ class ExcessMTLState(NamedTuple):
     squares: PyTree  # like the Jacobian, in float32 or better
     log_weights: Tensor  # (m,) float64
     baseline: Tensor  # (m,) float64, excess risks of the warm-up; 0 where none was seen
-    step: Tensor  # () int64
+    visits: Tensor  # (m,) int64, how often each objective was there
 
 
 def _init(jac: PyTree, key: Tensor | None) -> ExcessMTLState:
@@ -36,7 +36,7 @@ def _init(jac: PyTree, key: Tensor | None) -> ExcessMTLState:
         _rows.zeros_like(jac),
         leaf.new_full((m,), -math.log(max(m, 1)), dtype=torch.float64),
         leaf.new_zeros((m,), dtype=torch.float64),
-        leaf.new_zeros((), dtype=torch.int64),
+        leaf.new_zeros((m,), dtype=torch.int64),
     )
 
 
@@ -48,6 +48,7 @@ def _update(
     robust_step_size: float | Tensor,
     n_warmup_steps: int | Tensor,
     eps: float | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, ExcessMTLState]:
     """Measure the excess risks, and shift weight to the larger ones, relative to their baseline."""
     _check.state_type(NAME, state, ExcessMTLState)
@@ -55,20 +56,25 @@ def _update(
     m = (_tree.leading_size(jac),)
     _check.state(NAME, "log_weights", state.log_weights, m)
     _check.state(NAME, "baseline", state.baseline, m)
+    _check.state(NAME, "visits", state.visits, m)
 
     squares = _tree.map(_accumulate, state.squares, jac)
     excess = _excess(jac, squares, eps)
     # The first call always is a warm-up: nothing precedes it that it could be compared with.
-    warm_up = (state.step < n_warmup_steps) | (state.step == 0)
-    average = state.baseline + (excess - state.baseline) / (state.step + 1)
+    warm_up = (state.visits < n_warmup_steps) | (state.visits == 0)
+    average = state.baseline + (excess - state.baseline) / (state.visits + 1)
     late = torch.where(state.baseline > 0, state.baseline, excess)
     baseline = torch.where(warm_up, average, late)
 
     relative = torch.where(baseline > 0, excess / torch.where(baseline > 0, baseline, 1.0), 0.0)
-    moved = torch.log_softmax(state.log_weights + robust_step_size * relative, dim=0)
-    log_weights = torch.where(warm_up, state.log_weights, moved)
+    moved = state.log_weights + torch.where(warm_up, 0.0, robust_step_size * relative)
+    log_weights = torch.log_softmax(_present.only(present, moved, -torch.inf), dim=0)
     grads = _tree.weighted_sum(jac, log_weights.exp())
-    return grads, ExcessMTLState(squares, log_weights, baseline, state.step + 1)
+    if present is not None:
+        before = _present.only(present, state.log_weights, -torch.inf)
+        log_weights = log_weights + torch.logsumexp(before, dim=0)
+    after = ExcessMTLState(squares, log_weights, baseline, state.visits + 1)
+    return grads, _present.renewed(present, after, state)
 
 
 def _accumulate(squares: Tensor, leaf: Tensor) -> Tensor:
@@ -113,7 +119,8 @@ def excess_mtl(
 
     Args:
         robust_step_size: $\eta$; large values put all weight on one task.
-        n_warmup_steps: Calls that only collect the baseline; the paper uses 3 epochs. 0 is as 1.
+        n_warmup_steps: Calls with an objective that only collect its baseline; the paper uses 3
+            epochs. 0 is as 1.
         eps: Added to $\mathcal S$ under the root; the authors' code has 1e-7.
 
     Returns:

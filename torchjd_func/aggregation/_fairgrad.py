@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 from torchjd_func.linalg import orthant_root
 
 
-def _weights(gramian: Tensor, *, alpha: float | Tensor, max_iter: int) -> Tensor:
-    """Solve `G w = w^(-1/alpha)` (equation 4)."""
+def _weights(
+    gramian: Tensor, *, alpha: float | Tensor, max_iter: int, present: Tensor | None = None
+) -> Tensor:
+    """Solve `G w = w^(-1/alpha)` (equation 4); rows of zeros take no part."""
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
     return orthant_root(wide, alpha, max_iter=max_iter, eps=eps).value
 

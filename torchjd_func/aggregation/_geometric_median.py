@@ -6,7 +6,6 @@ Transactions on Signal Processing 70, 2022, arXiv:1912.13445.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,10 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._gramian import rank_tol
 
@@ -40,20 +42,27 @@ class Steps(NamedTuple):
     weiszfeld: Array  # (m,), the same, always downhill
 
 
-def _weights(gramian: Tensor, *, preference: Tensor | None) -> Tensor:
+def _weights(
+    gramian: Tensor, *, preference: Vector | None, present: Tensor | None = None
+) -> Tensor:
     """Find the weights of the median."""
     wide = gramian.double()
     find = partial(_median, tol=rank_tol(gramian))
-    return _host.call(find, wide, resolve(preference, wide))
+    mask = () if present is None else (present,)
+    return _host.call(find, wide, resolve(preference, wide, present), *mask)
 
 
-def _median(xp: Any, gramian: Array, shares: Array, *, tol: float) -> Array:
+def _median(
+    xp: Any, gramian: Array, shares: Array, present: Array | None = None, *, tol: float
+) -> Array:
     """Take the rows that are medians; else go down from the best row, and refine with Newton."""
     sound = xp.isfinite(gramian.diagonal())
+    if present is not None:
+        sound = sound & present
     gramian = xp.where(sound[:, None] & sound, gramian, 0.0)
     shares = xp.where(sound, shares, 0.0)
     fixed = _host.constant(shares)
-    medians, origin, point = _start(xp, _host.constant(gramian), fixed, tol)
+    medians, origin, point = _start(xp, _host.constant(gramian), fixed, sound, tol)
     found = medians.sum() > 0
     if xp is np and found:
         return medians / medians.sum()
@@ -70,7 +79,7 @@ def _median(xp: Any, gramian: Array, shares: Array, *, tol: float) -> Array:
     return xp.where(found, medians / xp.where(found, medians.sum(), 1.0), refined)
 
 
-def _start(xp: Any, gramian: Array, shares: Array, tol: float) -> Start:
+def _start(xp: Any, gramian: Array, shares: Array, sound: Array, tol: float) -> Start:
     """Test each row by the pull of the others, and leave the best row towards them."""
     # Vardi and Zhang: a row is a median if the pull, a sum of vectors of the lengths `shares`, is
     # no longer than its own share; else their step from it leads down.
@@ -84,8 +93,9 @@ def _start(xp: Any, gramian: Array, shares: Array, tol: float) -> Start:
     vectors = totals[:, None] * identity - pulls
     pull = xp.sqrt(xp.clip(((vectors @ gramian) * vectors).sum(-1), 0.0, None))
     own = xp.where(same, shares, 0.0).sum(-1)
-    medians = pull <= own * (1 + tol**0.5)  # the square of `pull` is rounded
-    origin = identity[_host.argsort((shares * distances).sum(-1))[:1]][0]
+    medians = sound & (pull <= own * (1 + tol**0.5))  # the square of `pull` is rounded
+    sums = xp.where(sound, (shares * distances).sum(-1), xp.inf)
+    origin = identity[_host.argsort(sums)[:1]][0]
     stays = xp.where(medians, 1.0, own / xp.where(medians, 1.0, pull)) @ origin
     toward = (origin @ pulls) / xp.where(stays < 1, origin @ totals, 1.0)
     weights = stays * origin + (1 - stays) * toward
@@ -124,7 +134,7 @@ def _best(xp: Any, gramian: Array, shares: Array, point: Array, steps: Steps) ->
     return tried[_host.argsort(changes)[:1]][0]
 
 
-def geometric_median(preference: Tensor | Sequence[float] | None = None) -> Aggregator:
+def geometric_median(preference: Numbers | None = None) -> Aggregator:
     r"""Step along the point that is closest to all gradients, by the sum of distances.
 
     $$d = \arg\min_z \sum_i b_i \lVert z - g_i \rVert.$$
@@ -137,15 +147,16 @@ def geometric_median(preference: Tensor | Sequence[float] | None = None) -> Aggr
     line, between the two rows in the middle), their mean over rows.
 
     Args:
-        preference: `b`, `(m,)`, positive, such as each worker's share of the data; uniform weights
-            `1/m` by default. A tensor may be vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, such as each
+            worker's share of the data; uniform weights `1/m` by default. A tensor may be vmapped or
+            changed without recompiling.
 
     Returns:
         The Aggregator, without state. A row whose square is not finite gets the weight 0, and
         `jd.distributed.across_workers` leaves it out; in one process zero times NaN is NaN.
 
     Raises:
-        ValueError: If `preference` is not 1-D, or not of the number of objectives.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         The paper smooths distances below 1e-6 and takes a few steps; here the minimum is exact, and

@@ -7,14 +7,16 @@ NeurIPS 2020, arXiv:2010.06808.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree, random
+from torchjd_func import _check, _names, _tree, random
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation._rows import by_columns
 
@@ -35,10 +37,11 @@ def _update(
     state: GradDropState,
     losses: Tensor | None,
     *,
-    leak: Tensor | None,
+    leak: Vector | None,
     f: Callable[[Tensor], Tensor] | None,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, GradDropState]:
-    """Draw one number for each column, and pick a sign for each column with it."""
+    """Draw one number for each column, and pick its sign with it; rows of zeros add nothing."""
     _check.state_type("graddrop", state, GradDropState)
     next_key, draw = random.split(state.key)
     leaves, rebuild = _tree.flatten(jac)
@@ -53,7 +56,7 @@ def _update(
 
 
 def _pick_sign(
-    rows: Tensor, uniform: Tensor, *, leak: Tensor | None, f: Callable[[Tensor], Tensor] | None
+    rows: Tensor, uniform: Tensor, *, leak: Vector | None, f: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """Add up, in each column, the entries of one sign, and the leak of the others."""
     positive, negative = rows.clamp(min=0), rows.clamp(max=0)
@@ -63,13 +66,12 @@ def _pick_sign(
     up = (purity if f is None else f(purity)) > uniform
     if leak is None:
         return torch.where(up, ups, downs)
-    _check.length("leak", leak, rows.shape[0])
-    leak = leak.to(rows)
+    leak = _names.entries("leak", leak, rows)
     return leak @ rows + torch.where(up, (1 - leak) @ positive, (1 - leak) @ negative)
 
 
 def graddrop(
-    leak: Tensor | Sequence[float] | None = None,
+    leak: Numbers | None = None,
     *,
     f: Callable[[Tensor], Tensor] | None = None,
 ) -> Aggregator:
@@ -85,15 +87,16 @@ def graddrop(
     coordinate among all, in leaf order.
 
     Args:
-        leak: `(m,)` in `[0, 1]`, the share of each gradient that always passes: 0 (the default) is
-            full dropout, 1 is the sum.
+        leak: `(m,)`, or a dict by the names of the losses, in `[0, 1]`: the share of each gradient
+            that always passes. 0 (the default) is full dropout, 1 is the sum.
         f: Increasing function on `[0, 1]`, symmetric about 1/2; the identity by default.
 
     Returns:
         The Aggregator, without weighting.
 
     Raises:
-        ValueError: If `leak` is not 1-D, or not of the number of objectives, or there is no key.
+        ValueError: If `leak` is not 1-D, not of the number of objectives, or not in `[0, 1]`, or
+            there is no key.
 
     Differs from other implementations:
         The paper and LibMTL drop gradients of activations, with a sign factor; this, like TorchJD,
@@ -113,5 +116,5 @@ def graddrop(
         >>> rule(jac, rule.init(jac, key=jd.random.key(0)))[0]
         tensor([-4.,  2.,  2.])
     """
-    leak = None if leak is None else _check.vector("leak", leak)
-    return Aggregator("graddrop", _init, partial(_update, leak=leak, f=f))
+    shares = None if leak is None else _check.per_loss("leak", leak, low=0, high=1)
+    return Aggregator("graddrop", _init, partial(_update, leak=shares, f=f))

@@ -5,25 +5,27 @@ Z. Chen, V. Badrinarayanan, C.-Y. Lee, A. Rabinovich, GradNorm, ICML 2018, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._rows import safe_sqrt
 
 NAME = "gradnorm"
 
 
 class GradNormState(NamedTuple):
-    """The weights of the next call, and the losses of the first."""
+    """The weights of the next call, and the losses of the first of each objective."""
 
     weights: Tensor  # (m,) float64, of sum m
     initial_losses: Tensor  # (m,) float64
-    step: Tensor  # () int64
+    visits: Tensor  # (m,) int64, how often each objective was there
 
 
 def _init(statistic: Tensor, key: Tensor | None) -> GradNormState:
@@ -32,7 +34,7 @@ def _init(statistic: Tensor, key: Tensor | None) -> GradNormState:
     return GradNormState(
         statistic.new_ones(m, dtype=torch.float64),
         statistic.new_zeros(m, dtype=torch.float64),
-        statistic.new_zeros((), dtype=torch.int64),
+        statistic.new_zeros(m, dtype=torch.int64),
     )
 
 
@@ -44,41 +46,51 @@ def _update(
     alpha: float | Tensor,
     lr: float | Tensor,
     parametrization: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, GradNormState]:
     """Return the weights as they are, then take one step on the balance of the gradient norms."""
     _check.state_type(NAME, state, GradNormState)
     _check.state(NAME, "weights", state.weights, gramian.shape[:1])
+    _check.state(NAME, "visits", state.visits, gramian.shape[:1])
     losses = _check.losses_present(NAME, losses)
-    initial = torch.where(state.step == 0, losses, state.initial_losses)
+    initial = torch.where(state.visits == 0, losses, state.initial_losses)
 
+    mean = partial(_present.mean, present)
+    current = _present.alone(present, state.weights, _present.count(present, gramian))
     norms = safe_sqrt(gramian.diagonal())
-    scaled = state.weights * norms
-    targets = scaled.mean() * _inverse_rates(losses, initial) ** alpha
+    scaled = current * norms
+    targets = mean(scaled) * _inverse_rates(losses, initial, mean) ** alpha
     slope = torch.sign(scaled - targets) * norms  # of sum_i |w_i norms_i - targets_i|
     step = _softmax_step if parametrization == "softmax" else _renormalized_step
-    weights = step(state.weights, lr, slope)
-    return state.weights, GradNormState(weights, initial, state.step + 1)
+    moved = _present.together(present, step(current, lr, slope, present), state.weights)
+    after = GradNormState(moved, initial, state.visits + 1)
+    return current, _present.renewed(present, after, state)
 
 
-def _inverse_rates(losses: Tensor, initial: Tensor) -> Tensor:
+def _inverse_rates(losses: Tensor, initial: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
     """Return each loss relative to its start, divided by the mean of these; 1 where undefined."""
     known = initial > 0
     left = torch.where(known, losses / torch.where(known, initial, 1.0), 1.0).clamp(min=0)
-    mean = left.mean()
-    return torch.where(mean > 0, left / torch.where(mean > 0, mean, 1.0), 1.0)
+    average = mean(left)
+    return torch.where(average > 0, left / torch.where(average > 0, average, 1.0), 1.0)
 
 
-def _renormalized_step(weights: Tensor, lr: float | Tensor, slope: Tensor) -> Tensor:
+def _renormalized_step(
+    weights: Tensor, lr: float | Tensor, slope: Tensor, present: Tensor | None
+) -> Tensor:
     """Take a step on the weights, then bring their sum back to `m`."""
     moved = (weights - lr * slope).clamp(min=0)
-    mean = moved.mean()
-    return torch.where(mean > 0, moved / torch.where(mean > 0, mean, 1.0), 1.0)
+    average = _present.mean(present, moved)
+    return torch.where(average > 0, moved / torch.where(average > 0, average, 1.0), 1.0)
 
 
-def _softmax_step(weights: Tensor, lr: float | Tensor, slope: Tensor) -> Tensor:
+def _softmax_step(
+    weights: Tensor, lr: float | Tensor, slope: Tensor, present: Tensor | None
+) -> Tensor:
     """Take a step on the logits `s` of `w = m softmax(s)`."""
-    logit_slope = weights * (slope - (weights * slope).mean())
-    return weights.shape[0] * torch.softmax(weights.log() - lr * logit_slope, dim=0)
+    logit_slope = weights * (slope - _present.mean(present, weights * slope))
+    logits = _present.only(present, weights.log() - lr * logit_slope, -torch.inf)
+    return _present.count(present, weights) * torch.softmax(logits, dim=0)
 
 
 def gradnorm(
@@ -95,7 +107,8 @@ def gradnorm(
 
     the target $\bar N r_i^\alpha$ held constant, then $w$ is rescaled to the sum `m`. The
     direction uses the weights before the update. Losses have to be positive; where one starts at
-    zero its rate counts as average. The state holds the weights and the first losses. The
+    zero its rate counts as average. The state holds the weights and the first losses. Where
+    objectives are absent, the others share the weight that they had together. The
     paper measures norms at the last shared layer alone: for that, hand its Gramian to the
     weighting. A good `lr` is in proportion to one over the norms. May conflict with objectives.
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host, random
+from torchjd_func import _check, _host, _present, random
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
 from torchjd_func.linalg._gramian import rank_tol
 
@@ -39,20 +40,26 @@ def _update(
     *,
     beta: float | Tensor,
     reduction: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, GradVacState]:
     """Draw orders, correct the gradients, and move the averages."""
     _check.state_type("gradvac", state, GradVacState)
     _check.state("gradvac", "phi", state.phi, gramian.shape)
     tol = rank_tol(gramian)
     next_key, draw = random.split(state.key)
-    correct = partial(_correct, tol=tol, reduction=reduction)
     orders = shuffled_others(draw, gramian.shape[0])
-    weights, seen = _host.call(correct, gramian.double(), state.phi, orders)
-    return weights, GradVacState((1 - beta) * state.phi + beta * seen, next_key)
+    # A row of zeros adds nothing where it is visited.
+    weights, seen = _host.call(partial(_correct, tol=tol), gramian.double(), state.phi, orders)
+    phi = (1 - beta) * state.phi + beta * seen
+    if present is not None:
+        phi = torch.where(present & present.unsqueeze(-1), phi, state.phi)
+    mean = reduction == "mean"
+    weights = weights / _present.count(present, gramian) if mean else weights
+    return weights, GradVacState(phi, next_key)
 
 
 def _correct(
-    xp: Any, gramian: Array, targets: Array, orders: Array, *, tol: float, reduction: str
+    xp: Any, gramian: Array, targets: Array, orders: Array, *, tol: float
 ) -> tuple[Array, Array]:
     """Correct every row, all rows at once, one step of their orders at a time.
 
@@ -77,7 +84,7 @@ def _correct(
         added = length * inverse[j] * _correction(xp, phi, target)
         coordinates = coordinates + xp.where(visited, added[:, None], 0.0)
         seen = xp.where(visited, phi[:, None], seen)
-    return (coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)), seen
+    return coordinates.sum(0), seen
 
 
 def _root(xp: Any, square: Array) -> Array:

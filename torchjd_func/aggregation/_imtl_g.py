@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 from torchjd_func.linalg._gramian import (
     full_rank,
     pseudo_inverse,
@@ -24,8 +25,10 @@ from torchjd_func.linalg._gramian import (
 )
 
 
-def _weights(gramian: Tensor, *, safe: bool, rtol: float | None) -> Tensor:
-    """Normalise `G^+ delta` to the sum 1."""
+def _weights(
+    gramian: Tensor, *, safe: bool, rtol: float | None, present: Tensor | None = None
+) -> Tensor:
+    """Normalise `G^+ delta` to the sum 1; a row of zeros adds nothing to either."""
     tol = rank_tol(gramian, rtol)
     return _host.call(partial(_normalize, safe=safe, tol=tol), gramian.double())
 

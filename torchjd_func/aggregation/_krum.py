@@ -10,34 +10,64 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._types import Aggregator
 
 
-def _weights(gramian: Tensor, *, n_byzantine: int, n_selected: int, squared: bool) -> Tensor:
+def _weights(
+    gramian: Tensor,
+    *,
+    n_byzantine: int,
+    n_selected: int,
+    squared: bool,
+    present: Tensor | None = None,
+) -> Tensor:
     """Check the number of rows, and select."""
     m = gramian.shape[0]
     _check.enough_objectives("krum", m, n_byzantine + 3, "n_byzantine + 3")
     _check.enough_objectives("krum", m, n_selected, "n_selected")
     select = partial(_select, n_nearest=m - n_byzantine - 2, n_selected=n_selected, squared=squared)
-    return _host.call(select, gramian.detach())
+    if present is None:
+        return _host.call(select, gramian.detach())
+    # How many rows there are is not known before the call: too few give not-a-number.
+    n_near = present.sum() - n_byzantine - 2
+    enough = (n_near > 0) & (present.sum() >= n_selected)
+    near = torch.arange(m, device=gramian.device) < n_near
+    return torch.where(enough, _host.call(select, gramian.detach(), present, near), torch.nan)
 
 
-def _select(xp: Any, gramian: Array, *, n_nearest: int, n_selected: int, squared: bool) -> Array:
+def _select(
+    xp: Any,
+    gramian: Array,
+    present: Array | None = None,
+    near_places: Array | None = None,
+    *,
+    n_nearest: int,
+    n_selected: int,
+    squared: bool,
+) -> Array:
     """Average the `n_selected` rows of the smallest scores; of equal scores the first rows."""
     finite = xp.isfinite(gramian)
+    if present is not None:
+        finite = finite & present & present[:, None]
     near = finite & finite.diagonal() & finite.diagonal()[:, None]
     norms = xp.where(near, gramian, 0.0).diagonal()
     distances = xp.clip(norms[:, None] + norms - 2 * xp.where(near, gramian, 0.0), 0.0, None)
     distances = distances if squared else xp.sqrt(distances)
     others = xp.where(near & (_host.identity(gramian) == 0), distances, xp.inf)  # (m, m)
     ordered = xp.sort(others, -1) if xp is np else xp.sort(others, -1).values
-    scores = ordered[:, :n_nearest].sum(-1)
+    if near_places is None:
+        scores = ordered[:, :n_nearest].sum(-1)
+    else:
+        # Not-a-number is last in sorting, after infinity.
+        scores = xp.where(present, xp.where(near_places, ordered, 0.0).sum(-1), xp.nan)
     ranks = _host.argsort(_host.argsort(scores))
-    return xp.where(ranks < n_selected, 1 / n_selected, xp.zeros_like(scores))
+    return xp.where(ranks < n_selected, 1 / n_selected, 0 * norms)
 
 
 def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggregator:
@@ -48,7 +78,8 @@ def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggr
 
     with $N_i$ the $m - f - 2$ nearest other rows. Resists `f` arbitrary rows, of
     faulty workers say, among `m`; the paper's theorem asks for $m \ge 2f + 3$. Not a multi-task
-    method: it may conflict with every row it drops. Of equal scores the smaller index wins. A row
+    method: it may conflict with every row it drops. Of equal scores the smaller index wins. Where
+    fewer rows than are needed are present, which shapes do not tell, the result is NaN. A row
     that is not finite is far from all others and gets the weight 0; the product is NaN all the
     same, but `jd.distributed.across_workers` leaves such rows out.
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func import _check, _names, _present
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 
 
-def _mean(statistic: Tensor) -> Tensor:
+def _mean(statistic: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Return `1/m` for each objective."""
-    m = statistic.shape[0]
-    return statistic.new_full((m,), 1 / max(m, 1))
+    return _present.uniform(present, statistic)
 
 
-def _sum(statistic: Tensor) -> Tensor:
+def _sum(statistic: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Return 1 for each objective."""
     return statistic.new_full((statistic.shape[0],), 1)
 
 
-def _constant(statistic: Tensor, *, weights: Tensor) -> Tensor:
+def _constant(statistic: Tensor, *, weights: Vector, present: Tensor | None = None) -> Tensor:
     """Return the given weights."""
-    _check.length("weights", weights, statistic.shape[0])
-    same = weights.dtype == statistic.dtype and weights.device == statistic.device
-    return weights if same else weights.to(statistic)
+    return _names.entries("weights", weights, statistic)
 
 
 def mean() -> Aggregator:
@@ -75,14 +74,15 @@ def sum() -> Aggregator:
     return weighted(stateless("sum", _sum, needs="size"))
 
 
-def constant(weights: Tensor | Sequence[float]) -> Aggregator:
+def constant(weights: Numbers) -> Aggregator:
     r"""Combine the gradients with fixed weights.
 
     $d = \sum_i w_i g_i$; nothing is normalised, and weights may be negative. One-hot weights train
     on a single objective. Costs one backward pass.
 
     Args:
-        weights: `(m,)`; a tensor may be vmapped or changed without recompiling.
+        weights: `(m,)`, or a dict by the names of the losses; a tensor may be vmapped or changed
+            without recompiling.
 
     Returns:
         The Aggregator, without state.
@@ -102,5 +102,5 @@ def constant(weights: Tensor | Sequence[float]) -> Aggregator:
         >>> jd.constant([1.0, 2.0])(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
         tensor([8., 3., 3.])
     """
-    weights_fn = partial(_constant, weights=_check.vector("weights", weights))
+    weights_fn = partial(_constant, weights=_check.per_loss("weights", weights))
     return weighted(stateless("constant", weights_fn, needs="size"))

@@ -11,8 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import no_state, weighted
+from torchjd_func._types import Aggregator, State, Weighting
+from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import min_norm_point
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
@@ -26,21 +28,22 @@ def _update(
     normalization: str | None,
     apply_to: str,
     solver: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
     if normalization is None:
-        return min_norm_point(gramian, solver=solver).value, state
+        return min_norm_point(_present.apart(gramian, present), solver=solver).value, state
     scale = _row_scale(gramian, losses, normalization)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 1.0)
-    normalized = gramian * inverse.unsqueeze(-1) * inverse
+    normalized = _present.apart(gramian * inverse.unsqueeze(-1) * inverse, present)
     weights = min_norm_point(normalized, solver=solver).value
     return (weights * inverse if apply_to == "normalized" else weights), state
 
 
 def _row_scale(gramian: Tensor, losses: Tensor | None, normalization: str) -> Tensor:
     """Return what each row is divided by before the min-norm point is sought."""
-    norms = gramian.diagonal().sqrt()
+    norms = safe_sqrt(gramian.diagonal())
     if normalization == "l2":
         return norms
     values = _check.losses_present(f"mgda(normalization={normalization!r})", losses)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
 from torchjd_func.linalg import project_simplex
@@ -50,6 +50,7 @@ def _update(
     gamma_sigma: float | Tensor,
     simplex: str,
     prescale: bool,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, MoCoState]:
     """Track the gradients, then descend on the norm of their combination, then combine."""
     _check.state_type(NAME, state, MoCoState)
@@ -59,12 +60,15 @@ def _update(
     t = step.to(torch.float64)
     scale = _scale(jac, losses) if prescale else None
     tracked = _rows.interpolate(state.tracked, jac, beta * t**-beta_sigma, scale)
+    tracked = _present.renewed(present, tracked, state.tracked)
 
-    gramian = _tree.gramian(tracked).to(torch.float64)
-    slope = gramian @ state.weights + rho * state.weights
-    moved = state.weights - gamma * t**-gamma_sigma * slope
+    current = _present.alone(present, state.weights)
+    slope = _tree.gramian(tracked).to(torch.float64) @ current + rho * current
+    moved = current - gamma * t**-gamma_sigma * slope
+    moved = _present.only(present, moved, -torch.inf)
     weights = project_simplex(moved) if simplex == "projection" else torch.softmax(moved, dim=0)
-    return _rows.combine(tracked, weights, jac), MoCoState(tracked, weights, step)
+    kept = _present.together(present, weights, state.weights)
+    return _rows.combine(tracked, weights, jac), MoCoState(tracked, kept, step)
 
 
 def _scale(jac: PyTree, losses: Tensor | None) -> Tensor:

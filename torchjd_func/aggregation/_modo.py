@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _present
 from torchjd_func._types import Weighting
 from torchjd_func.linalg import project_simplex
 
@@ -36,12 +36,14 @@ def _update(
     *,
     gamma: float | Tensor,
     rho: float | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, MoDoState]:
     """Take one projected gradient step on the weights (equation 2.9a)."""
     _check.state("modo", "weights", state.weights, cross_gramian.shape[:1])
-    slope = cross_gramian @ state.weights + rho * state.weights
-    weights = project_simplex(state.weights - gamma * slope)
-    return weights, MoDoState(weights)
+    current = _present.alone(present, state.weights)
+    moved = current - gamma * (cross_gramian @ current + rho * current)
+    weights = project_simplex(_present.only(present, moved, -torch.inf))
+    return weights, MoDoState(_present.together(present, weights, state.weights))
 
 
 def modo(gamma: float | Tensor = 0.1, rho: float | Tensor = 0.1) -> Weighting:
@@ -52,7 +54,8 @@ def modo(gamma: float | Tensor = 0.1, rho: float | Tensor = 0.1) -> Weighting:
     $J_1, J_2$ are the Jacobians of two independent batches, so that $J_1 J_2^\top$ is an unbiased
     estimate of the Gramian of the whole data; the Gramian of one batch is not. The parameters then
     move along $\tfrac12 (J_1 + J_2)^\top \lambda_{t+1}$, or $J_3^\top \lambda_{t+1}$ of a third
-    batch: see `jd.double_sampling`. The state holds $\lambda$.
+    batch: see `jd.double_sampling`. The state holds $\lambda$. Where objectives are absent, the
+    others share the weight that they had together.
 
     Args:
         gamma: Step of the weights, in units of one over a squared gradient; stable below

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.linalg import orthant_root
 
 
@@ -20,14 +21,14 @@ class NashMTLState(NamedTuple):
     """The last solution of the bargaining problem, before it is clipped."""
 
     weights: Tensor  # (m,) float64
-    step: Tensor  # () int64
+    age: Tensor  # (m,) int64, number of calls that used a weight; 0 if it is due
 
 
 def _init(statistic: Tensor, key: Tensor | None) -> NashMTLState:
     """Start without weights; the first call solves."""
-    m = statistic.shape[0]
-    step = statistic.new_zeros((), dtype=torch.int64)
-    return NashMTLState(statistic.new_zeros((m,), dtype=torch.float64), step)
+    m = statistic.shape[:1]
+    age = statistic.new_zeros(m, dtype=torch.int64)
+    return NashMTLState(statistic.new_zeros(m, dtype=torch.float64), age)
 
 
 def _update(
@@ -37,13 +38,17 @@ def _update(
     *,
     max_norm: float | Tensor | None,
     update_every: int,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, NashMTLState]:
     """Solve `G a = 1 / a` if it is time to, and clip the length of the direction."""
     _check.state("nash_mtl", "weights", state.weights, gramian.shape[:1])
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
     solved = orthant_root(wide, eps=eps).value
-    weights = torch.where(state.step % update_every == 0, solved, state.weights)
-    next_state = NashMTLState(weights, state.step + 1)
+    due = (_present.only(present, state.age, 1) == 0).any()
+    age = (torch.where(due, 0, state.age) + 1) % update_every
+    solution = NashMTLState(torch.where(due, solved, state.weights), age)
+    next_state = _present.renewed(present, solution, state)
+    weights = next_state.weights
     if max_norm is None:
         return weights, next_state
     square = weights @ wide @ weights
@@ -66,7 +71,8 @@ def nash_mtl(max_norm: float | Tensor | None = None, update_every: int = 1) -> A
         max_norm: The longest allowed `d`; longer ones are shortened. `None`: no limit. A 0-d tensor
             may be vmapped or changed without recompiling.
         update_every: Solve at calls 0, k, 2k ... and keep those weights in between, as in the
-            paper's experiments. Both are computed at each call, so it saves no time.
+            paper's experiments. Both are computed at each call, so it saves no time. A call that
+            has an objective without a weight solves as well.
 
     Returns:
         The Aggregator, with state.

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
+from torchjd_func import _check, _host, _present
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.linalg._nnqp import solve
 
 # Squared length, relative to that of its parts, below which a direction is rounding.
@@ -28,14 +29,14 @@ class PCDState(NamedTuple):
     """The average of the squared gradient lengths."""
 
     ema: Tensor  # (m,) float64
-    step: Tensor  # () int64
+    visits: Tensor  # (m,) int64, how often each objective was there
 
 
 def _init(statistic: Tensor, key: Tensor | None) -> PCDState:
     """Start from zero; the average is corrected for it."""
-    m = statistic.shape[0]
-    step = statistic.new_zeros((), dtype=torch.int64)
-    return PCDState(statistic.new_zeros((m,), dtype=torch.float64), step)
+    m = statistic.shape[:1]
+    visits = statistic.new_zeros(m, dtype=torch.int64)
+    return PCDState(statistic.new_zeros(m, dtype=torch.float64), visits)
 
 
 def _update(
@@ -46,25 +47,37 @@ def _update(
     tau: float | Tensor,
     beta: float | Tensor,
     eps: float | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, PCDState]:
     """Normalise, solve, and give the result the length of the primary gradient."""
     _check.state("pcd", "ema", state.ema, gramian.shape[:1])
+    _check.state("pcd", "visits", state.visits, gramian.shape[:1])
     if gramian.shape[0] > 1:
         _check.secondary("tau", tau, gramian.shape[0] - 1)
-    options = (x.double() if isinstance(x, Tensor) else x for x in (tau, beta, eps))
-    weights, *kept = _host.call(_descend, gramian, state.ema, state.step, *options)
-    return weights, PCDState(*kept)
+    tau, beta, eps = (x.double() if isinstance(x, Tensor) else x for x in (tau, beta, eps))
+    if present is None:
+        weights, *kept = _host.call(_descend, gramian, *state, tau, beta, eps)
+        return weights, PCDState(*kept)
+    # The first that is there is the primary objective: the order of the rows is not kept.
+    order = (~present).to(torch.int8).argsort(stable=True)
+    back = order.argsort()
+    if isinstance(tau, Tensor) and tau.ndim:
+        tau = torch.cat([tau.new_zeros(1), tau])[order][1:]
+    gramian, ema, visits = gramian[order][:, order], state.ema[order], state.visits[order]
+    weights, *kept = _host.call(_descend, gramian, ema, visits, tau, beta, eps)
+    renewed = PCDState(*(x[back] for x in kept))
+    return weights[back], _present.renewed(present, renewed, state)
 
 
 def _descend(
-    xp: Any, gramian: Array, old: Array, n_steps: Array, tau: Array, beta: Array, eps: Array
+    xp: Any, gramian: Array, old: Array, n_visits: Array, tau: Array, beta: Array, eps: Array
 ) -> tuple[Array, Array, Array]:
     """Find the weights, and the state; both as before if the Gramian is not finite."""
-    squares, step = gramian.diagonal(), n_steps + 1
+    squares, visits = gramian.diagonal(), n_visits + 1
     ema = beta * old + (1 - beta) * squares
-    mean_square = ema / (1 - beta ** (step + 0 * old[0])) + eps
-    present = mean_square > 0
-    scale = xp.where(present, 1 / xp.sqrt(xp.where(present, mean_square, 1.0)), 0.0)
+    mean_square = ema / (1 - beta ** (visits + 0 * old)) + eps
+    positive = mean_square > 0
+    scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, mean_square, 1.0)), 0.0)
     normalized = gramian * scale[:, None] * scale
     coordinates = _solve(xp, normalized, tau)
     square = coordinates @ normalized @ coordinates
@@ -73,7 +86,7 @@ def _descend(
     ratio = xp.where(real, squares[0], 1.0) / xp.where(real, square, 1.0)
     weights = xp.where(real, xp.sqrt(ratio) * scale * coordinates, 0.0)
     finite = xp.isfinite(gramian).all()
-    kept = xp.where(finite, ema, old), xp.where(finite, step, n_steps)
+    kept = xp.where(finite, ema, old), xp.where(finite, visits, n_visits)
     return xp.where(finite, weights, xp.nan), *kept
 
 
@@ -113,8 +126,9 @@ def pcd(
     d = \tilde d\, \lVert g_1 \rVert / \lVert \tilde d \rVert,$$
 
     where $\tilde g_i = g_i / \sqrt{\hat v_i + \epsilon}$, and $\hat v_i$ is the average of
-    $\lVert g_i \rVert^2$ over the calls so far, kept in the state. The first objective is the
-    primary one; it is sacrificed where the secondary ones oppose it. If the constraints exclude
+    $\lVert g_i \rVert^2$ over the calls that had it, kept in the state. The first objective is the
+    primary one, or, where it is absent, the first that is present; it is sacrificed where the
+    secondary ones oppose it. If the constraints exclude
     each other they are dropped. Solves one quadratic program in `m - 1` unknowns, exactly.
 
     Args:

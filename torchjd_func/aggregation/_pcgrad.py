@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchjd_func import _check, _host, random
+from torchjd_func import _check, _host, _present, random
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
 
 
@@ -28,17 +29,23 @@ def _init(statistic: Tensor, key: Tensor | None) -> PCGradState:
 
 
 def _update(
-    gramian: Tensor, state: PCGradState, losses: Tensor | None, *, reduction: str
+    gramian: Tensor,
+    state: PCGradState,
+    losses: Tensor | None,
+    *,
+    reduction: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, PCGradState]:
-    """Draw orders, and project."""
+    """Draw orders, and project; a row of zeros is never in the way."""
     _check.state_type("pcgrad", state, PCGradState)
     next_key, draw = random.split(state.key)
     orders = shuffled_others(draw, gramian.shape[0])
-    weights = _host.call(partial(_project, reduction=reduction), gramian, orders)
-    return weights, PCGradState(next_key)
+    weights = _host.call(_project, gramian, orders)
+    mean = reduction == "mean"
+    return (weights / _present.count(present, gramian) if mean else weights), PCGradState(next_key)
 
 
-def _project(xp: Any, gramian: Array, orders: Array, *, reduction: str) -> Array:
+def _project(xp: Any, gramian: Array, orders: Array) -> Array:
     """Project every row, all rows at once, one step of their orders at a time."""
     squares = gramian.diagonal()
     inverse = 1 / xp.where(squares > 0, squares, 1.0)
@@ -48,7 +55,7 @@ def _project(xp: Any, gramian: Array, orders: Array, *, reduction: str) -> Array
         inner = (coordinates * gramian[j]).sum(-1)
         removed = xp.where(inner < 0, inner, 0.0) * inverse[j]
         coordinates = coordinates - removed[:, None] * identity[j]
-    return coordinates.sum(0) if reduction == "sum" else coordinates.mean(0)
+    return coordinates.sum(0)
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

@@ -6,14 +6,16 @@ arXiv:2402.09492.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func._types import Aggregator, State, Weighting, no_state, weighted
+from torchjd_func import _check, _present
+from torchjd_func._lift import no_state, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator, State, Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg import linear_program, min_norm_point
 from torchjd_func.linalg._gramian import rank_tol
@@ -27,19 +29,20 @@ def _update(
     state: State,
     losses: Tensor | None,
     *,
-    preference: Tensor,
+    preference: Vector,
     sigma: float | Tensor,
     h_tol: float | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Correct the distance to the ray where it is too long, descend along the ray elsewhere."""
     _check.stateless("pmgda", state)
-    values = _check.losses_present("pmgda", losses)
-    h, eta = _distance(values, resolve(preference, values))
+    values = _present.only(present, _check.losses_present("pmgda", losses))
+    h, eta = _distance(values, resolve(preference, values, present))
     wide, tol = gramian.to(torch.float64), rank_tol(gramian)
     square = _square_of_slope(wide, eta, tol)
     correcting = (h > h_tol) & (square > 0)
-    predicted = _predict(wide, eta, square, tol)
-    return torch.where(correcting, _correct(wide, eta, sigma), predicted), state
+    predicted = _predict(wide, eta, square, tol, present)
+    return torch.where(correcting, _correct(wide, eta, sigma, present), predicted), state
 
 
 def _square_of_slope(gramian: Tensor, eta: Tensor, tol: float) -> Tensor:
@@ -63,7 +66,9 @@ def _distance(losses: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(apart, h, 0.0), torch.where(apart, across / h, 0.0)
 
 
-def _predict(gramian: Tensor, eta: Tensor, square: Tensor, tol: float) -> Tensor:
+def _predict(
+    gramian: Tensor, eta: Tensor, square: Tensor, tol: float, present: Tensor | None
+) -> Tensor:
     """Find the shortest direction that leaves the distance as it is, to first order."""
     along = gramian @ eta
     inverse = torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)
@@ -71,15 +76,17 @@ def _predict(gramian: Tensor, eta: Tensor, square: Tensor, tol: float) -> Tensor
     # Of a row along the gradient of the distance, rounding is left: no Gramian, until it is 0.
     rounding = 4 * tol * inverse * _largest_square(gramian, eta) * gramian.diagonal()
     left = rest.diagonal() > rounding
-    weights = min_norm_point(torch.where(left.unsqueeze(-1) & left, rest, 0.0)).value
+    rest = torch.where(left.unsqueeze(-1) & left, rest, 0.0)
+    weights = min_norm_point(_present.apart(rest, present)).value
     return weights - inverse * (weights @ along) * eta
 
 
-def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor) -> Tensor:
+def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor, present: Tensor | None) -> Tensor:
     """Maximise the least progress while the distance falls at the rate `sigma`.
 
     A linear program in the weights `(m + 1,)` of the unit rows of all gradients and of that of the
-    distance, in slacks, and in the least progress, which may have any sign.
+    distance, in slacks, and in the least progress, which may have any sign. An absent objective has
+    a column of zeros, which is in no basis, and no progress is asked of it.
 
     Returns:
         The weights of the raw gradients, `(m,)`.
@@ -91,10 +98,12 @@ def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor) -> Tensor:
     norms = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
     inverse = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
     cosines = products * inverse.unsqueeze(-1) * inverse
-    progress = _ratio_to_shortest(norms[:m])
+    progress = _present.only(present, _ratio_to_shortest(norms[:m]))
+    ones = _present.only(present, torch.ones_like(eta))
     free = torch.cat([-progress, progress.new_zeros(2)]).unsqueeze(-1)
     slacks = torch.cat([-torch.eye(m + 1).to(eta), eta.new_zeros(1, m + 1)])
-    matrix = torch.cat([torch.cat([cosines, eta.new_ones(1, m + 1)]), slacks, free], dim=-1)
+    simplex = torch.cat([ones, ones.new_ones(1)]).unsqueeze(0)
+    matrix = torch.cat([torch.cat([cosines, simplex]), slacks, free], dim=-1)
     rate = torch.as_tensor(sigma).to(eta).unsqueeze(-1)
     right = torch.cat([eta.new_zeros(m), rate, eta.new_ones(1)])
     objective = torch.cat([eta.new_zeros(2 * m + 2), eta.new_ones(1)])
@@ -110,7 +119,7 @@ def _ratio_to_shortest(norms: Tensor) -> Tensor:
 
 
 def pmgda(
-    preference: Tensor | Sequence[float],
+    preference: Numbers,
     *,
     sigma: float | Tensor = 0.1,
     h_tol: float | Tensor = 1e-3,
@@ -128,8 +137,8 @@ def pmgda(
     `m + 2` unknowns and a quadratic one in `m`, exactly.
 
     Args:
-        preference: `p`, `(m,)`, positive: losses are to be proportional to it. A tensor may be
-            vmapped or changed without recompiling.
+        preference: `p`, `(m,)`, or a dict by the names of the losses; positive: losses are to be
+            proportional to it. A tensor may be vmapped or changed without recompiling.
         sigma: Rate of correction, in `(0, 1]`.
         h_tol: Distance that is close enough, in units of the losses.
 
@@ -137,8 +146,8 @@ def pmgda(
         The Aggregator, without state; it needs `losses=`.
 
     Raises:
-        ValueError: If `preference` is not 1-D, not of the number of objectives, a number is out of
-            range, or the losses are missing.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or not positive, a
+            number is out of range, or the losses are missing.
 
     Differs from other implementations:
         libmoon descends by plain MGDA, which leaves the ray.
@@ -156,7 +165,7 @@ def pmgda(
     """
     update = partial(
         _update,
-        preference=_check.vector("preference", preference),
+        preference=_check.per_loss("preference", preference, low=0, open_low=True),
         sigma=_check.interval("sigma", sigma, 0, open_low=True),
         h_tol=_check.interval("h_tol", h_tol, 0),
     )

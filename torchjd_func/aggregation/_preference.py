@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _names, _present
+from torchjd_func._names import Vector
 
 
-def resolve(preference: Tensor | None, gramian: Tensor) -> Tensor:
-    """Return the preference `(m,)` in the dtype and on the device of `gramian`; default `1/m`."""
-    m = gramian.shape[0]
+def resolve(preference: Vector | None, like: Tensor, present: Tensor | None = None) -> Tensor:
+    """Return the preference `(m,)`, 0 where absent; by default one over the number of rows."""
     if preference is None:
-        return gramian.new_full((m,), 1 / max(m, 1))
-    _check.length("preference", preference, m)
-    return preference.to(gramian)
+        return _present.uniform(present, like)
+    return _present.only(present, _names.entries("preference", preference, like))

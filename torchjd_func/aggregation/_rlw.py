@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, random
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func import _check, _present, random
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 
 
 class RLWState(NamedTuple):
@@ -26,12 +27,19 @@ def _init(statistic: Tensor, key: Tensor | None) -> RLWState:
     return RLWState(_check.key_present("rlw", key))
 
 
-def _update(statistic: Tensor, state: RLWState, losses: Tensor | None) -> tuple[Tensor, RLWState]:
+def _update(
+    statistic: Tensor,
+    state: RLWState,
+    losses: Tensor | None,
+    *,
+    present: Tensor | None = None,
+) -> tuple[Tensor, RLWState]:
     """Draw weights on the simplex: the softmax of standard normals."""
     _check.state_type("rlw", state, RLWState)
     next_key, draw = random.split(state.key)
     normals = random.normal(draw, statistic.shape[:1], dtype=statistic.dtype)
-    return torch.softmax(normals, dim=0), RLWState(next_key)
+    weights = torch.softmax(_present.only(present, normals, -torch.inf), dim=0)
+    return weights, RLWState(next_key)
 
 
 def rlw() -> Aggregator:

@@ -6,7 +6,7 @@ Algorithms, NeurIPS 2023, arXiv:2305.18409.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
+from torchjd_func import _check, _host, _present
 from torchjd_func._host import Array
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
+from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
 from torchjd_func.linalg._nnqp import nearest
 
@@ -43,26 +46,31 @@ def _update(
     losses: Tensor | None,
     *,
     lambda_: float | Tensor,
-    preference: Tensor | None,
+    preference: Vector | None,
     solve: Callable[..., Tensor],
+    present: Tensor | None = None,
 ) -> tuple[Tensor, SDMGradState]:
     """Find the weights, and mix the target into them."""
     _check.state("sdmgrad", "weights", state.weights, cross_gramian.shape[:1])
-    pull = lambda_ * resolve(preference, cross_gramian)
-    weights = solve(cross_gramian, pull, state.weights)
-    return (weights + pull) / (1 + lambda_), SDMGradState(weights)
+    pull = lambda_ * resolve(preference, cross_gramian, present)
+    weights = solve(cross_gramian, pull, _present.alone(present, state.weights), present)
+    after = SDMGradState(_present.together(present, weights, state.weights))
+    return (weights + pull) / (1 + lambda_), after
 
 
-def _exact(matrix: Tensor, pull: Tensor, weights: Tensor) -> Tensor:
+def _exact(matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
     """Find the min-norm point of the rows shifted by the pull."""
-    return _host.call(_shifted, matrix, pull)
+    return _host.call(_shifted, matrix, pull, *(() if present is None else (present,)))
 
 
-def _shifted(xp: Any, matrix: Array, pull: Array) -> Array:
+def _shifted(xp: Any, matrix: Array, pull: Array, present: Array | None = None) -> Array:
     """Shift the rows."""
     gramian = _positive_part(xp, matrix)
     along = gramian @ pull
-    return nearest(xp, gramian + along[:, None] + along + pull @ along).value
+    shifted = gramian + along[:, None] + along + pull @ along
+    if present is not None:
+        shifted = _present.apart(xp.where(present & present[:, None], shifted, 0.0), present)
+    return nearest(xp, shifted).value
 
 
 def _positive_part(xp: Any, matrix: Array) -> Array:
@@ -85,30 +93,41 @@ def _has_factor(matrix: Array) -> bool:
     return True
 
 
-def _pgd(matrix: Tensor, pull: Tensor, weights: Tensor, *, n_iter: int) -> Tensor:
+def _pgd(
+    matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None, *, n_iter: int
+) -> Tensor:
     """Iterate projected gradient steps of length one over the norm of the matrix."""
     size = torch.linalg.matrix_norm(matrix.detach(), ord=2)
     step = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
     for _ in range(n_iter):
-        weights = project_simplex(weights - step * (matrix @ (weights + pull)))
+        moved = weights - step * (matrix @ (weights + pull))
+        weights = project_simplex(_present.only(present, moved, -torch.inf))
     return weights
 
 
 def _reference(
-    matrix: Tensor, pull: Tensor, weights: Tensor, *, n_iter: int, lr: float, momentum: float
+    matrix: Tensor,
+    pull: Tensor,
+    weights: Tensor,
+    present: Tensor | None,
+    *,
+    n_iter: int,
+    lr: float,
+    momentum: float,
 ) -> Tensor:
     """Iterate as the authors' code: long steps with momentum on the normalised matrix."""
-    normalized = matrix / (matrix.diagonal().clamp(min=0).sqrt().mean().square() + 1e-8)
+    length = _present.mean(present, safe_sqrt(matrix.diagonal()))
+    normalized = matrix / (length.square() + 1e-8)
     velocity = torch.zeros_like(weights)
     for _ in range(n_iter):
         velocity = momentum * velocity + normalized @ (weights + pull)
-        weights = project_simplex(weights - lr * velocity)
+        weights = project_simplex(_present.only(present, weights - lr * velocity, -torch.inf))
     return weights
 
 
 def sdmgrad(
     lambda_: float | Tensor = 0.3,
-    preference: Tensor | Sequence[float] | None = None,
+    preference: Numbers | None = None,
     solver: str = "exact",
     *,
     n_iter: int = 20,
@@ -126,7 +145,8 @@ def sdmgrad(
 
     Args:
         lambda_: $\lambda \ge 0$; a 0-d tensor may be vmapped or changed without recompiling.
-        preference: $\tilde w$, `(m,)`; uniform weights `1/m` by default. It may be vmapped too.
+        preference: $\tilde w$, `(m,)`, or a dict by the names of the losses; uniform weights `1/m`
+            by default. It may be vmapped too.
         solver: `"exact"`, the minimum, for a Gramian; of a cross-Gramian the nearest symmetric
             positive semi-definite matrix is taken. `"pgd"`, `n_iter` projected gradient steps of
             length $1 / \lVert M \rVert_2$, for a cross-Gramian as it is. `"reference"`, the
@@ -140,7 +160,7 @@ def sdmgrad(
 
     Raises:
         ValueError: If a number is out of its range, the solver is unknown, or `preference` is not
-            1-D or not of the number of objectives.
+            1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD iterates the published loop, which bounces between faces of the simplex

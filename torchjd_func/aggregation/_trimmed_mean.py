@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import Aggregator, PyTree, State, no_state
+from torchjd_func._lift import no_state
+from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._rows import by_columns
 
 # Rows are streamed instead of sorted if few are left out, and there are columns enough for each of
@@ -21,17 +22,25 @@ FEW, COLUMNS = 8, 256
 
 
 def _update(
-    jac: PyTree, state: State, losses: Tensor | None, *, trim_number: int
+    jac: PyTree,
+    state: State,
+    losses: Tensor | None,
+    *,
+    trim_number: int,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Trim each leaf by itself."""
     _check.stateless("trimmed_mean", state)
     m = _tree.leading_size(jac)
     _check.enough_objectives("trimmed_mean", m, 2 * trim_number + 1, "2 trim_number + 1")
-    return _tree.map(partial(_trim, trim_number=trim_number), jac), state
+    return _tree.map(partial(_trim, trim_number=trim_number, present=present), jac), state
 
 
-def _trim(leaf: Tensor, *, trim_number: int) -> Tensor:
+def _trim(leaf: Tensor, *, trim_number: int, present: Tensor | None) -> Tensor:
     """Average what is left of each column without its extremes."""
+    if present is not None:
+        fn = partial(_sorted_present, trim_number=trim_number, present=present)
+        return _tree.row_like(by_columns(fn, _tree.rows(leaf)), leaf)
     # Extremes are sorted out, never subtracted: they may be larger than the rest by any factor.
     few = trim_number <= FEW and COLUMNS * (4 * trim_number + 1) <= leaf[0].numel()
     fn = _streamed if few and not torch.compiler.is_compiling() else _sorted
@@ -43,6 +52,15 @@ def _sorted(rows: Tensor, *, trim_number: int) -> Tensor:
     """Sort each column."""
     kept = rows.shape[0] - 2 * trim_number
     return rows.sort(dim=0).values.narrow(0, trim_number, kept).mean(dim=0)
+
+
+def _sorted_present(rows: Tensor, *, trim_number: int, present: Tensor) -> Tensor:
+    """Sort each column, absent rows last; not-a-number if too few are present."""
+    ordered = torch.where(present.unsqueeze(-1), rows, torch.nan).sort(dim=0).values
+    place, n_present = torch.arange(len(rows), device=rows.device), present.sum()
+    kept = (place >= trim_number) & (place < n_present - trim_number)
+    total = torch.where(kept.unsqueeze(-1), ordered, 0.0).sum(dim=0)
+    return total / torch.where(kept.any(), n_present - 2 * trim_number, torch.nan)
 
 
 def _streamed(rows: Tensor, *, trim_number: int) -> Tensor:
@@ -67,7 +85,8 @@ def trimmed_mean(trim_number: int) -> Aggregator:
 
     Resists `t` arbitrary rows among `m`. `t = 0` is the mean and `m = 2t + 1` the coordinate-wise
     median. Not a combination of the gradients, so it needs their rows; it may conflict with all of
-    them. Complex parameters count as pairs of real coordinates.
+    them. Complex parameters count as pairs of real coordinates. Where fewer than `2t + 1` rows are
+    present, which shapes do not tell, the result is NaN.
 
     Args:
         trim_number: `t`, how many values are left out on either side.

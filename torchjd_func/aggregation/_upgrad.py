@@ -5,7 +5,6 @@ P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, arXiv:240
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,21 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func._types import Aggregator, stateless, weighted
+from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
+from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._nnqp import solve
 
 
-def _weights(gramian: Tensor, *, preference: Tensor | None, solver: str) -> Tensor:
+def _weights(
+    gramian: Tensor, *, preference: Vector | None, solver: str, present: Tensor | None = None
+) -> Tensor:
     """Project each row on the dual cone, and average the projections."""
-    return _host.call(partial(_average, solver=solver), gramian, resolve(preference, gramian))
+    # A row of zeros is never in the way, and its own projection has the weight 0.
+    wanted = resolve(preference, gramian, present)
+    return _host.call(partial(_average, solver=solver), gramian, wanted)
 
 
 def _average(xp: Any, gramian: Array, weights: Array, *, solver: str) -> Array:
@@ -28,9 +34,7 @@ def _average(xp: Any, gramian: Array, weights: Array, *, solver: str) -> Array:
     return weights + weights @ solve(xp, gramian, gramian, solver=solver).value
 
 
-def upgrad(
-    preference: Tensor | Sequence[float] | None = None, *, solver: str = "auto"
-) -> Aggregator:
+def upgrad(preference: Numbers | None = None, *, solver: str = "auto") -> Aggregator:
     r"""Average the gradients after projecting each on the cone that conflicts with none.
 
     $$d = \sum_i b_i\, \pi_J(g_i), \qquad
@@ -41,15 +45,15 @@ def upgrad(
     Solves `m` quadratic programs in `m` unknowns, exactly.
 
     Args:
-        preference: `b`, `(m,)`, positive; uniform weights `1/m` by default. A tensor may be vmapped
-            or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, uniform weights
+            `1/m` by default. A tensor may be vmapped or changed without recompiling.
         solver: As for `jd.linalg.nnqp`.
 
     Returns:
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `preference` is not 1-D, or not of the number of objectives.
+        ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD and LibMTL add 1e-4 to the normalised Gramian: about 3e-4 relative difference, and

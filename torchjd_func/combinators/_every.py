@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import State, Weighting
-from torchjd_func.combinators._lift import Rule, through_weighting
+from torchjd_func.combinators._through_weighting import Rule, through_weighting
 
 
 class EveryState(NamedTuple):

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import (
-    Aggregator,
-    Observation,
-    PyTree,
-    Scalarizer,
-    State,
-    Weighting,
-    statistic_like,
-    weighted,
-)
+from torchjd_func._lift import statistic_like, weighted
+from torchjd_func._types import Aggregator, Observation, PyTree, Scalarizer, State, Weighting
 from torchjd_func.combinators._grouped import EachState, GroupedState
 
 Rule = TypeVar("Rule", Weighting, Aggregator, Scalarizer)

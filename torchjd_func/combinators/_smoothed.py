@@ -6,16 +6,17 @@ Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _names
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import State, Weighting
-from torchjd_func.combinators._lift import Rule, through_weighting
+from torchjd_func.combinators._through_weighting import Rule, through_weighting
 
 
 class SmoothedState(NamedTuple):
@@ -27,14 +28,14 @@ class SmoothedState(NamedTuple):
 
 
 def _init(
-    statistic: Tensor, key: Tensor | None, *, inner: Weighting, initial_weights: Tensor | None
+    statistic: Tensor, key: Tensor | None, *, inner: Weighting, initial_weights: Vector | None
 ) -> SmoothedState:
     """Start from the initial weights, if any."""
     m = statistic.shape[0]
     weights = statistic.new_zeros((m,), dtype=torch.float64)
     if initial_weights is not None:
-        _check.length("initial_weights", initial_weights, m)
-        weights = initial_weights.to(weights, copy=True)  # the state shares no memory
+        start = _names.entries("initial_weights", initial_weights, weights)
+        weights = start.clone()  # the state shares no memory
     step = statistic.new_zeros((), dtype=torch.int64)
     return SmoothedState(weights, step, inner.init_fn(statistic, key))
 
@@ -46,7 +47,7 @@ def _update(
     *,
     inner: Weighting,
     alpha: float | Tensor,
-    initial_weights: Tensor | None,
+    initial_weights: Vector | None,
 ) -> tuple[Tensor, SmoothedState]:
     """Mix the weights of the inner rule into the average."""
     name = _name(inner)
@@ -64,7 +65,7 @@ def _name(inner: Weighting) -> str:
     return f"smoothed({inner.name})"
 
 
-def _wrap(inner: Weighting, *, alpha: float | Tensor, initial_weights: Tensor | None) -> Weighting:
+def _wrap(inner: Weighting, *, alpha: float | Tensor, initial_weights: Vector | None) -> Weighting:
     """Return the averaging Weighting."""
     init = partial(_init, inner=inner, initial_weights=initial_weights)
     update = partial(_update, inner=inner, alpha=alpha, initial_weights=initial_weights)
@@ -75,7 +76,7 @@ def smoothed(
     rule: Rule,
     alpha: float | Tensor = 0.9,
     *,
-    initial_weights: Tensor | Sequence[float] | None = None,
+    initial_weights: Numbers | None = None,
 ) -> Rule:
     r"""Average the weights of a rule over the steps.
 
@@ -118,6 +119,7 @@ def smoothed(
         tensor([0.5900, 0.4100])
     """
     _check.interval("alpha", alpha, 0, 1)
-    initial = None if initial_weights is None else _check.vector("initial_weights", initial_weights)
+    start = initial_weights
+    initial = None if start is None else _check.per_loss("initial_weights", start)
     wrap = partial(_wrap, alpha=alpha, initial_weights=initial)
     return through_weighting("smoothed", rule, wrap)

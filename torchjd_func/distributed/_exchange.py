@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
-from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting, statistic_like
+from torchjd_func._lift import statistic_like
+from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
 from torchjd_func.distributed._mean import mean, total

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
-from torchjd_func._types import PyTree, Scalarizer, State, no_state
+from torchjd_func import _check, _names, _tree
+from torchjd_func._lift import no_state
+from torchjd_func._types import PyTree, Scalarizer, State
 
-Vector = Tensor | Sequence[float]
+Vector = _tree.Numbers
 Number = Tensor | float
 
 
@@ -28,17 +30,16 @@ def _pure_update(
     return value_fn(losses), state
 
 
-def optional(name: str, value: Vector | None) -> Tensor | None:
-    """Return a hyper-parameter with one number for each objective as a 1-D tensor, or `None`."""
-    return None if value is None else _check.vector(name, value)
+def optional(name: str, value: Vector | None, *, low: float = -inf) -> _names.Vector | None:
+    """Return a hyper-parameter with one number for each objective as a vector, or `None`."""
+    return None if value is None else _check.per_loss(name, value, low=low)
 
 
-def entries(name: str, value: Tensor | None, losses: Tensor, default: float) -> Tensor:
+def entries(name: str, value: _names.Vector | None, losses: Tensor, default: float) -> Tensor:
     """Return `value` `(m,)` in the dtype and on the device of the losses."""
     if value is None:
         return torch.full_like(losses, default)
-    _check.length(name, value, losses.shape[0])
-    return value.to(losses)
+    return _names.entries(name, value, losses)
 
 
 def weights_or_uniform(weights: Tensor | None, losses: Tensor) -> Tensor:

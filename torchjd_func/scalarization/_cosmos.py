@@ -71,7 +71,7 @@ def cosmos(weights: Vector, lambda_: Number) -> Scalarizer:
         tensor(1.3872)
     """
     options = {
-        "weights": _check.vector("weights", weights),
+        "weights": _check.per_loss("weights", weights, low=0),
         "lambda_": _check.interval("lambda_", lambda_, 0),
     }
     return pure("cosmos", partial(_cosmos, **options))

@@ -132,7 +132,7 @@ def hypervolume(
             "`reference` must be given to variant='random', got None. "
             "Pass a point above all losses, such as 1.1 times the first of them."
         )
-    fixed = optional("direction", direction)
+    fixed = optional("direction", direction, low=0)
     if fixed is None:
         update = partial(_update, reference=corner, transform=transform)
         return Scalarizer("hypervolume", _init, update)

@@ -101,4 +101,4 @@ def constant(weights: Vector) -> Scalarizer:
         >>> jd.scalarizers.constant([0.25, 0.75])(torch.tensor([0.5, 3.0]))[0]
         tensor(2.3750)
     """
-    return pure("constant", partial(_constant, weights=_check.vector("weights", weights)))
+    return pure("constant", partial(_constant, weights=_check.per_loss("weights", weights)))

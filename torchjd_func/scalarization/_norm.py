@@ -79,7 +79,7 @@ def p_norm(
     """
     options = {
         "p": _check.interval("p", p, 1),
-        "weights": optional("weights", weights),
+        "weights": optional("weights", weights, low=0),
         "reference": optional("reference", reference),
     }
     return pure("p_norm", partial(_p_norm, **options))
@@ -117,4 +117,6 @@ def power_mean(p: Number, weights: Vector | None = None) -> Scalarizer:
         tensor(1.3333)
     """
     _check.interval("p", p, -float("inf"), open_low=True)
-    return pure("power_mean", partial(_power_mean, p=p, weights=optional("weights", weights)))
+    return pure(
+        "power_mean", partial(_power_mean, p=p, weights=optional("weights", weights, low=0))
+    )

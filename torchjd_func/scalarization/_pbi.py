@@ -78,7 +78,7 @@ def pbi(
         tensor(3.4785)
     """
     options = {
-        "weights": optional("weights", weights),
+        "weights": optional("weights", weights, low=0),
         "reference": optional("reference", reference),
         "theta": _check.interval("theta", theta, 0),
     }

@@ -96,7 +96,7 @@ def stch(
     _check.interval("mu", mu, 0, open_low=True)
     if nadir is None:
         vectors = {
-            "weights": optional("weights", weights),
+            "weights": optional("weights", weights, low=0),
             "reference": optional("reference", reference),
         }
         return pure("stch", partial(_stch, mu=mu, **vectors))
@@ -105,4 +105,4 @@ def stch(
             "`nadir` must come alone, got weights or a reference beside it. "
             "Drop them: the nadir scales each loss."
         )
-    return pure("stch", partial(_stch_nadir, mu=mu, nadir=_check.vector("nadir", nadir)))
+    return pure("stch", partial(_stch_nadir, mu=mu, nadir=_check.per_loss("nadir", nadir, low=0)))

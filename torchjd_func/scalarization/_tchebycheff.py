@@ -72,7 +72,7 @@ def _options(
     """Check what the sharp forms have in common."""
     _check.choice("convention", convention, ("multiply", "divide"))
     return {
-        "weights": optional("weights", weights),
+        "weights": optional("weights", weights, low=0),
         "reference": optional("reference", reference),
         "convention": convention,
         "absolute": absolute,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func._types import State, no_state
+from torchjd_func._lift import no_state
+from torchjd_func._types import State
 from torchjd_func.linalg import min_norm_point
 from torchjd_func.sets._types import SetRule
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
-from torchjd_func._types import Needs, PyTree, State, statistic_like
+from torchjd_func._lift import statistic_like
+from torchjd_func._types import Needs, PyTree, State
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, Weighting, weighted
+from torchjd_func._lift import weighted
+from torchjd_func._types import Aggregator, Weighting
 
 Rule = TypeVar("Rule", Weighting, Aggregator)
 
