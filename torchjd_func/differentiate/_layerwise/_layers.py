@@ -162,6 +162,7 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
         second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
             products = _ranks.cross(first, second, b.ranks)
+            products = products.to(_tree.accumulation_dtype(a.values[leaf].dtype))
             total = products if total is None else total + products
     return _nothing(a, b) if total is None else total
 

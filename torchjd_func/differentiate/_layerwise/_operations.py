@@ -35,7 +35,8 @@ class Operations:
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes = [tuple(x.shape) for x in inputs]
         self.written: set[Tensor] = set()  # that operations in place returned
-        self.steps: list[Any] = []
+        self.names: list[str] = []
+        self.steps: list[Any] = []  # operations and what they return
         self.compiling = torch.compiler.is_compiling()
         self.token: list[Any] = []  # marks the tensors of this run
         self.lost = False  # whether the other run went another way
@@ -44,11 +45,10 @@ class Operations:
         """Note an operation and what it is applied to; return the tensors among that."""
         name = name_of(func)
         if self.other is not None:
-            place = len(self.steps)
-            there = self.other.steps
-            self.lost |= place >= len(there) or there[place][0] != name
+            place, there = len(self.names), self.other.names
+            self.lost |= place >= len(there) or there[place] != name
+        self.names.append(name)
         if self.compiling:
-            self.steps.append((name,))
             return tensors_in((args, kwargs))
         given: list[Tensor] = []
         loose = name in _ARITHMETIC and func in ELEMENTWISE
