@@ -175,7 +175,7 @@ def _line(recorded: Recorded, found: Layers, leaf: int) -> tuple[str, str, int]:
     """Return rule, contraction and bytes of one leaf."""
     if leaf in found.rows:
         rows, reasons = found.rows[leaf], recorded.plan.reasons
-        rule = f"no rule for {reasons[leaf]}" if leaf in reasons else "no rule"
+        rule = reasons.get(leaf, "used where torch differentiates")
         return rule, "m backward passes", rows.numel() * rows.element_size()
     if leaf not in found.pieces:
         return "not used", "none", 0

@@ -123,14 +123,15 @@ def jacobian(found: Layers, leaf: int) -> Tensor:
 def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None:
     """Return the rows of one leaf, as factors if they have any; in another order, if allowed."""
     pieces = found.pieces.get(leaf, [])
-    made = [piece.source for piece in pieces if piece.source.func is not None]
-    if leaf in found.rows or (ordered and made) or any(not x.entrywise for x in made):
+    moved = any(_sources.is_reordered(piece.source) for piece in pieces)
+    entrywise = all(piece.source.entrywise for piece in pieces)
+    if leaf in found.rows or (ordered and moved) or not entrywise:
         rows = _rows(found, leaf)
         return None if rows is None else Dense(rows)
     forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
         return forms[0] if forms else None
-    merged = None if made else _merged(forms)
+    merged = None if moved else _merged(forms)
     return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
 
 

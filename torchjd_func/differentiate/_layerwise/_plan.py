@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     layout: Layout
     steps: tuple[Step, ...]
     opaque: tuple[int, ...]  # leaves whose rows autograd computes
-    reasons: dict[int, str]  # the operation without a known form, of opaque leaves
+    reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
 
@@ -52,7 +52,7 @@ def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
     opaque = {*plan.opaque, *leaves}
     steps = [s._replace(use=s.use and not opaque.issuperset(s.leaves)) for s in plan.steps]
     return plan._replace(
-        steps=tuple(steps), opaque=tuple(sorted(opaque)), reasons=reasons | plan.reasons
+        steps=tuple(steps), opaque=tuple(sorted(opaque)), reasons=plan.reasons | reasons
     )
 
 

@@ -16,6 +16,7 @@ from torchjd_func.differentiate._layerwise._plan import Layout, Plan, for_graphs
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 from torchjd_func.differentiate._layerwise._trace import depth
 
+_UNSEEN = "examples not seen: fn takes no other batch"
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
 
@@ -117,6 +118,9 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     )
     if problem.kind == "batched" and seen.outputs.shape[0] != layout.size:
         return _by_autograd(problem, layout)
+    unseen = problem.kind == "batched" and other is None
+    if unseen:
+        plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
     if any(_skeleton(plan) == _skeleton(other) for other in known):
         return plan
@@ -144,7 +148,8 @@ def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
     if failing:
         names = [problem.names[leaf] if problem.names else str(leaf) for leaf in failing]
         warnings.warn(_check.unproven(names, list(failing.values())), UserWarning, stacklevel=2)
-    return without(plan, set(failing), {leaf: f"mixed at {name}" for leaf, name in failing.items()})
+    reasons = {leaf: f"mixes examples at {name}" for leaf, name in failing.items()}
+    return without(plan, set(failing), reasons)
 
 
 def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
@@ -193,7 +198,7 @@ def _by_autograd(problem: Problem, layout: Layout | None = None) -> Plan:
     """Return the plan to have all rows by autograd."""
     opaque = tuple(range(len(problem.leaves)))
     layout = layout or Layout(problem.kind, problem.size)
-    reasons = dict.fromkeys(opaque, "another size of the batch")
+    reasons = dict.fromkeys(opaque, _UNSEEN)
     return Plan(layout, (), opaque, reasons, ())
 
 

@@ -63,6 +63,13 @@ def pick(parent: Source, index: int) -> Source:
     return Source(parent.leaves, -1, _item, (parent, index), None, False)
 
 
+def is_reordered(source: Source) -> bool:
+    """Say whether a source may have its numbers in another order than the leaf it is made of."""
+    if source.func is None:
+        return False
+    return source.func not in _CASTS or any(map(is_reordered, sources_in(source.args)))
+
+
 def has_getter(source: Source) -> bool:
     """Say whether a source is made by reading an attribute such as `.T`."""
     if is_getter(source.func):
@@ -139,7 +146,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 _GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
-ENTRYWISE = named(
+_CASTS = named("clone contiguous to float double half bfloat16")
+ENTRYWISE = _CASTS | named(
     "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "
-    "squeeze unsqueeze contiguous clone view_as reshape_as alias to float double half bfloat16"
+    "squeeze unsqueeze view_as reshape_as alias"
 )

@@ -210,13 +210,18 @@ class Trace(TorchFunctionMode):
         if tensors_in(out):
             self.steps.append(step)
             if not (step.use or step.derives):
-                self.reasons |= {leaf: name_of(func) for leaf in leaves - set(self.reasons)}
+                self.explain(func, leaves)
         return out
 
     def deny(self, func: Callable[..., Any], leaves: set[int]) -> None:
         """Let leaves have rows by autograd."""
         self.denied |= leaves
-        self.reasons |= {leaf: name_of(func) for leaf in leaves - set(self.reasons)}
+        self.explain(func, leaves)
+
+    def explain(self, func: Callable[..., Any], leaves: set[int]) -> None:
+        """Note the first operation without a known form."""
+        name = getattr(func.__self__, "__name__", "") if is_getter(func) else name_of(func)
+        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
 
     def is_nested(self, tensors: Sequence[Tensor]) -> bool:
         """Say whether a transform within the objective, such as vmap, renames its tensors."""
