@@ -192,7 +192,7 @@ PLAIN_ONLY = (_written, _overwritten, _hooked)  # not under another transform
 # Uses of parameters: `(h, draw) -> h`, where `draw(*shape)` returns a parameter
 
 
-def _weight(rng: random.Random, draw: Callable[..., Tensor], d: int) -> Tensor:
+def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
     """Return a (d, d) matrix made of parameters."""
     w = draw(d, d)
     ways: list[Callable[[], Tensor]] = [
@@ -233,7 +233,7 @@ def _overwrite(w: Tensor) -> Tensor:
     return w
 
 
-def _use(rng: random.Random, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     """Use parameters on the last axis."""
     d = h.shape[-1]
     v = lambda: draw(d)
@@ -282,6 +282,22 @@ def _use(rng: random.Random, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     return out if out.shape == h.shape else out.squeeze(-1)
 
 
+class Choices:
+    """Random choices that are noted, and made again where a compiler can follow."""
+
+    def __init__(self, seed: float, noted: list[int] | None = None) -> None:
+        self.rng = random.Random(seed) if noted is None else None
+        self.noted: list[int] = [] if noted is None else noted
+        self.place = 0
+
+    def choice(self, options: Any) -> Any:
+        """Return one of the options."""
+        if self.rng is not None:
+            self.noted.append(self.rng.randrange(len(options)))
+        self.place += 1
+        return options[self.noted[self.place - 1]]
+
+
 @dataclass
 class Program:
     """A random objective of `(params, x, flag)`."""
@@ -290,6 +306,7 @@ class Program:
     layout: str
     dtype: torch.dtype = torch.float64
     names: list[str] = field(default_factory=list)
+    noted: list[list[int]] = field(default_factory=lambda: [[], []])
 
     def sizes(self) -> tuple[int, int, int]:
         """Return the numbers of examples, positions and features."""
@@ -298,42 +315,53 @@ class Program:
 
     def run(self, draw: Callable[..., Tensor], x: Tensor, flag: int) -> Tensor:
         """Return features of `(b, t, d)`, or of `(t, d)`, by the parameters that are drawn."""
-        rng = random.Random(self.seed)
-        torch.manual_seed(self.seed)
+        if torch.compiler.is_compiling():
+            rng = Choices(self.seed, self.noted[flag % 2])
+        else:
+            torch.manual_seed(self.seed)
+            rng = Choices(self.seed)
+            self.noted[flag % 2] = rng.noted
+            self.names = []
         plain = self.layout == "batched"
-        self.names = []
         h = x
-        for layer in range(rng.choice((1, 2, 2))):
-            h = self.block(rng, h, draw, rng.choice((0, 1, 1, 2)), plain, flag + layer)
+        for _ in range(rng.choice((1, 2, 2))):
+            h = self.block(rng, h, draw, rng.choice((0, 1, 1, 2)), plain, flag)
         return h
 
     def block(
-        self, rng: random.Random, h: Tensor, draw: Any, nesting: int, plain: bool, flag: int
+        self, rng: Choices, h: Tensor, draw: Any, nesting: int, plain: bool, flag: int
     ) -> Tensor:
         """Nest moves around a use."""
-        seed = rng.random()
         if not nesting:
-            ours = random.Random(seed if rng.random() < 0.8 or flag % 2 else seed + 1)
-            return torch.tanh(_use(ours, h, draw))
+            rng.choice(range(1 + 2 * (flag % 2)))
+            return torch.tanh(_use(rng, h, draw))
         moves = MOVES if h.ndim > 2 else ANYWHERE
         move = rng.choice((*moves, *PLAIN_ONLY) if plain and h.ndim > 2 else moves)
-        self.names.append(move.__name__)
+        if not torch.compiler.is_compiling():
+            self.names.append(move.__name__)
         inner = plain and move not in (_mapped, _mapped_second, _differentiated, _pushed)
-        draws: list[Tensor] = []
+        made: list[Tensor] = []
+        start = rng.place
+        calls = [0]
 
         def body(g: Tensor) -> Tensor:
-            places = iter(draws) if draws else None
+            if not calls[0]:
+                calls[0] = 1
+
+                def first(*shape: Any) -> Tensor:
+                    made.append(draw(*shape))
+                    return made[-1]
+
+                return self.block(rng, g, first, nesting - 1, inner, flag)
+            place = [0]
 
             def again(*shape: Any) -> Tensor:
-                if places is not None:
-                    return next(places)
-                made.append(draw(*shape))
-                return made[-1]
+                place[0] += 1
+                return made[place[0] - 1]
 
-            made: list[Tensor] = []
-            out = self.block(random.Random(seed), g, again, nesting - 1, inner, flag)
-            draws.extend(made if not draws else ())
-            return out
+            same = Choices(0, rng.noted)
+            same.place = start
+            return self.block(same, g, again, nesting - 1, inner, flag)
 
         return move(h, body)
 
@@ -369,8 +397,10 @@ def objective(program: Program) -> Callable[..., Tensor]:
 
         def draw(*shape: Any) -> Tensor:
             size = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
-            place = next(i for i, p in enumerate(left) if tuple(p.shape) == tuple(size))
-            return left.pop(place)
+            for place, p in enumerate(left):
+                if tuple(p.shape) == tuple(size):
+                    return left.pop(place)
+            raise AssertionError(size)
 
         return draw
 

@@ -111,6 +111,8 @@ class Trace(TorchFunctionMode):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
+        if self.compiling:
+            given = [x for x in given if x not in self.sources]
         self.operations.end(out, given)
         if self.compiling and func not in _VIEWS:
             self.fresh.update(dict.fromkeys(tensors_in(out)))
@@ -205,7 +207,7 @@ class Trace(TorchFunctionMode):
         else:
             out = self.run(func, *args, **kwargs)
             reads = func in _READERS or is_getter(func)
-            if self.compiling or not (tensors_in(out) or reads):
+            if self.compiling if tensors_in(out) else not reads:
                 self.deny(func, leaves)
         if tensors_in(out):
             self.steps.append(step)
@@ -288,6 +290,8 @@ class Trace(TorchFunctionMode):
 
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
+        if self.compiling:
+            return tree
 
         def replace(x: Any) -> Any:
             if not isinstance(x, Tensor) or x not in self.sources or not x.requires_grad:
