@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,9 +236,15 @@ def _overwrite(w: Tensor) -> Tensor:
 def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     """Use parameters on the last axis."""
     d = h.shape[-1]
-    v = lambda: draw(d)
+
+    def v():
+        return draw(d)
+
     letters = "abcefghk"[: h.ndim - 1]
-    w = lambda: _weight(rng, draw, d)
+
+    def w():
+        return _weight(rng, draw, d)
+
     ways: list[Callable[[], Tensor]] = [
         lambda: F.linear(h, w()),
         lambda: F.linear(h, w(), v()),
@@ -259,7 +265,9 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         lambda: torch.addmm(v(), w(), h.reshape(-1, d).T).T.reshape(h.shape),
         lambda: F.layer_norm(h, (d,), v(), v()),
         lambda: F.rms_norm(h, (d,), v()),
-        lambda: F.conv1d(h.reshape(-1, 1, d), draw(2, 1, 3), draw(2), padding=1).sum(1).reshape(h.shape),
+        lambda: (
+            F.conv1d(h.reshape(-1, 1, d), draw(2, 1, 3), draw(2), padding=1).sum(1).reshape(h.shape)
+        ),
         lambda: F.prelu(h, draw(1)),
         lambda: torch.where(h > 0, h * v(), h),
         lambda: torch.lerp(h, v(), 0.3),
@@ -370,9 +378,9 @@ def parameters(program: Program, x: Tensor) -> list[Tensor]:
     """Return the parameters that all states of a program use."""
     found: list[Tensor] = []
     for flag in (0, 1):
-        numbers, place = random.Random(program.seed), iter(range(10**6))
+        rng, count = random.Random(program.seed), iter(range(10**6))
 
-        def draw(*shape: Any) -> Tensor:
+        def draw(*shape: Any, numbers: random.Random = rng, place: Iterator[int] = count) -> Tensor:
             size = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
             values = [numbers.gauss(0, 1) for _ in range(math.prod(size))]
             made = torch.tensor(values, dtype=x.dtype).reshape(size)
@@ -440,7 +448,10 @@ def outcome(seed: int, *, compiled: bool = False, dtype: torch.dtype = torch.flo
         given, whole, made = x, fn, jd.instancewise(fn)
     else:
         given, made = x, jd.per_example(fn, in_dims=(None, 0, None))
-        whole = lambda params, x, flag: torch.stack([fn(params, row, flag) for row in x])
+
+        def whole(params, x, flag):
+            return torch.stack([fn(params, row, flag) for row in x])
+
     try:
         params = parameters(program, x)
         expected = [by_loops(whole, params, given, flag) for flag in (0, 1)]
@@ -462,9 +473,15 @@ def outcome(seed: int, *, compiled: bool = False, dtype: torch.dtype = torch.flo
             gaps = [gramian - rows @ rows.T, grad - weights @ rows]
             scale = rows.norm() + 1e-3
             tol = 1e-9 if dtype is torch.float64 else 2e-3
-            if not all(bool(gap.norm() <= tol * scale ** (2 - k) * 3) for k, gap in enumerate(gaps)):
+            if not all(
+                bool(gap.norm() <= tol * scale ** (2 - k) * 3) for k, gap in enumerate(gaps)
+            ):
                 return f"wrong: {gaps[0].norm() / scale**2:.1e} {gaps[1].norm() / scale:.1e}"
-    return "warned" if any("must be" in str(w.message) or "is not the sum" in str(w.message) for w in caught) else "right"
+    return (
+        "warned"
+        if any("must be" in str(w.message) or "is not the sum" in str(w.message) for w in caught)
+        else "right"
+    )
 
 
 def _step(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -497,7 +514,6 @@ def main() -> int:
                 traceback.print_exc()
         counts[result.split(":")[0]] += 1
         if result.startswith(("wrong", "raised", "warned")):
-            program = Program(seed, "batched")
             print(seed, LAYOUTS[(0, 0, 0, 1, 2)[seed % 5]], result)
     print(dict(counts))
     return int(counts["wrong"] + counts["raised"] > 0)

@@ -143,7 +143,9 @@ def own_function_of_features(p: Any, x: Tensor) -> Tensor:
 # Where the examples are
 
 
-def over(move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def over(
+    move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
     """Return losses whose examples are moved before a layer, and back after it."""
     return lambda p, x: total(back(F.linear(move(x), p[0]).tanh()).flatten(1))
 
@@ -258,9 +260,7 @@ KINDS: dict[str, Kind] = {
     "sequence @ vector": Kind(lambda p, x: total(x @ p[0]), ((2,),), (SEQUENCE,)),
     "vector @ sequence": Kind(lambda p, x: total(p[0] @ x), ((B,),), (SEQUENCE,)),
     "batch @ matrices": Kind(lambda p, x: total(x[:, None, None] @ p[0]), ((2, 2, 1),)),
-    "matrices @ batch": Kind(
-        lambda p, x: total(p[0] @ x), ((2, 2, 2),), (rand(B, 2, 2, 3),)
-    ),
+    "matrices @ batch": Kind(lambda p, x: total(p[0] @ x), ((2, 2, 2),), (rand(B, 2, 2, 3),)),
     "matrix @ columns": Kind(lambda p, x: (p[0] @ x.T).sin().sum(0), ((2, 2),)),
     "examples assembled in a list": Kind(assembled, ((3, 3), (3, 3)), (rand(B, B),)),
     "parameters by masked_scatter": Kind(merged_by_position, ((B, 2),)),
@@ -464,7 +464,10 @@ def test_statistics_of_each_example_by_itself(norm: str) -> None:
         return F.instance_norm(x[None], None, None, p[0], p[1]).sin().sum()
 
     params, x = [rand(3), rand(3, seed=1)], rand(B, 3, 5)
-    whole = lambda p, x: torch.stack([loss(p, row) for row in x])
+
+    def whole(p, x):
+        return torch.stack([loss(p, row) for row in x])
+
     check(jd.per_example(loss), whole, params, x)
 
 
@@ -502,12 +505,16 @@ def test_a_batch_that_cannot_grow_costs_rows_and_says_so() -> None:
 
 
 def test_one_example_alone() -> None:
-    fn = lambda p, x: total(F.linear(x, p[0]))
+    def fn(p, x):
+        return total(F.linear(x, p[0]))
+
     check(jd.instancewise(fn), fn, [rand(2, 2)], rand(1, 2))
 
 
 def test_mixed_examples_warn_unless_unchecked() -> None:
-    mixed = lambda p, x: F.linear(x, p[0]).softmax(0).sum(1)
+    def mixed(p, x):
+        return F.linear(x, p[0]).softmax(0).sum(1)
+
     with pytest.warns(UserWarning, match=r"'0' \(linear\).*jd.check_instancewise"):
         check(jd.instancewise(mixed), mixed, [rand(2, 2)], rand(B, 2))
     jd.gramian(jd.instancewise(mixed, check=False))([rand(2, 2)], rand(B, 2))
@@ -535,7 +542,10 @@ def test_modules_keep_nothing_of_planning() -> None:
             return x * self.cache[: x.shape[1]]
 
     rotary = Rotary()
-    fn = lambda p, x: total(F.linear(rotary(x), p[0]))
+
+    def fn(p, x):
+        return total(F.linear(rotary(x), p[0]))
+
     check(jd.instancewise(fn), fn, [rand(2, 2)], SEQUENCE)
     assert type(rotary.cache) is Tensor
     assert not rotary.cache.requires_grad
@@ -547,7 +557,9 @@ def test_differences_of_near_values_in_single_precision(size: int) -> None:
     params = [torch.randn(size, 4) / 2, torch.randn(size), torch.randn(1, size) / size**0.5]
 
     def losses(p: Any, s: Tensor, t: Tensor) -> Tensor:
-        value = lambda x: F.linear(torch.tanh(F.linear(x, p[0], p[1])), p[2]).squeeze(-1)
+        def value(x):
+            return F.linear(torch.tanh(F.linear(x, p[0], p[1])), p[2]).squeeze(-1)
+
         return value(t) - value(s)
 
     s = torch.randn(8, 4)

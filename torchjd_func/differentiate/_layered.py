@@ -95,10 +95,11 @@ def observe(
     size = 0 if batch is None else _batch_size(batch)
     larger = partial(_larger, fn, args, _check.argnums(argnums, len(args)), call)
     inputs = _tree.tensors(args)
+    plans = fn.plans if isinstance(fn, InstanceWise) and check else {}
     check = check and isinstance(fn, InstanceWise) and fn.check
     names = _tree.paths(primals)
     problem = Problem(partial(call, args), flat, kind, size, inputs, batch, larger, check, names)
-    recorded = run(problem, fn.plans if check else {})
+    recorded = run(problem, plans)
     losses, aux = unpackers[-1](recorded.aux)
     return Observed(recorded, as_vector(fn, losses), losses, aux)
 
@@ -127,13 +128,14 @@ def _batch_size(batch: Batch) -> int:
 
 
 def _larger(
-    fn: InstanceWise, args: tuple[Any, ...], positions: tuple[int, ...], call: Call
+    fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...], call: Call
 ) -> Iterator[Larger]:
     """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
-    if fn.in_dims is not None:
-        _check.in_dims(fn.in_dims, len(args))
-        dims = dict(enumerate(fn.in_dims))
+    in_dims = fn.in_dims if isinstance(fn, InstanceWise) else None
+    if in_dims is not None:
+        _check.in_dims(in_dims, len(args))
+        dims = dict(enumerate(in_dims))
         choices = [[place for place in rest if dims[place] is not None]]
     else:
         dims = dict.fromkeys(rest, 0)

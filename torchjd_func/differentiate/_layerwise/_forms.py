@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchjd_func import _tree
 
@@ -147,13 +148,16 @@ def _rotated(x: Tensor) -> Tensor:
 
     Both factors are reflected, which changes no row. Where positions nearly cancel, as those of two
     near inputs do, what is left is small, and products in float32 keep their digits.
+
+    Returns:
+        Factors of the same rows, in float32 or better.
     """
     x, t = _tree.wide(x), x.shape[1]
     if t == 1:
         return x
     normal = x[:, :1] - x.sum(1, keepdim=True) / math.sqrt(t)
-    others = x[:, 1:] + normal / (math.sqrt(t) - 1)
-    return torch.cat([x[:, :1] - normal, others], 1)
+    share = x.new_full((t, 1, 1), 1 / (math.sqrt(t) - 1))
+    return torch.addcmul(x, normal, F.pad(share[1:], (0, 0, 0, 0, 1, 0), value=-1.0))
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ activations alone, yields the gradient by each use's output. All else is product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,13 @@ from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
-from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Recorded
+from torchjd_func.differentiate._layerwise._rule import bind
 from torchjd_func.differentiate._layerwise._sources import Place, Source
-from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._trace import Use
 
 Groups = Sequence[Sequence[int]]
@@ -222,7 +223,7 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
     rule = _rules.rule_of(use.step.func)
     assert rule is not None
-    arguments = _rules.bind(rule, use.args, use.kwargs)
+    arguments = bind(rule, use.args, use.kwargs)
     for name, part in arguments.items():
         if isinstance(part, Place):
             batched = name in rule.batched
@@ -263,7 +264,7 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
         rule = _rules.rule_of(use.step.func)
         named = [("", source) for source in _sources.sources_in((use.args, use.kwargs))]
         if rule is not None:
-            given = _rules.bind(rule, use.args, use.kwargs)
+            given = bind(rule, use.args, use.kwargs)
             named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
         for occurrence, (name, source) in enumerate(named):
             for leaf in frozenset(source.leaves) - opaque:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 
 from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._forms import Dense
@@ -23,7 +22,9 @@ def is_deterministic(func: Callable[..., Any]) -> bool:
 
 def may_be_local(func: Callable[..., Any]) -> bool:
     """Say whether `func` treats examples one by one, if its arguments are such."""
-    return func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == 'einsum'
+    return (
+        func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == "einsum"
+    )
 
 
 def is_local(
@@ -51,9 +52,9 @@ def is_local(
         return isinstance(dim, int) and dim % out.ndim != 0 and aligned and all(expanded)
     if any(expanded):
         return False
-    if name_of(func) == 'einsum':
+    if name_of(func) == "einsum":
         return _einsum_is_local(args, [own for _, own in arrays])
-    if name_of(func) == 'instance_norm':
+    if name_of(func) == "instance_norm":
         return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
     return isinstance(args[1] if func in _ADDMM else args[0], Place)
 

@@ -105,7 +105,9 @@ class Operations:
         there, more = self.other.shapes[number], self.other.size
         if len(there) != len(shape):
             return LOST
-        axes = [axis for axis, pair in enumerate(zip(shape, there, strict=True)) if pair[0] != pair[1]]
+        axes = [
+            axis for axis, pair in enumerate(zip(shape, there, strict=True)) if pair[0] != pair[1]
+        ]
         if not axes:
             return None
         axis = axes[0]

@@ -63,4 +63,3 @@ def for_graphs(plan: Plan) -> Plan:
     seen = [step for step in plan.steps if step.visible and not is_getter(step.func)]
     steps = [step._replace(use=False, derives=False) if step.hidden else step for step in seen]
     return without(plan._replace(steps=tuple(steps)), hidden, {})
-

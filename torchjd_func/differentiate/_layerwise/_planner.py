@@ -1,4 +1,4 @@
-"""Decide what becomes of the operations of an objective, and do so again when it changes its ways."""
+"""Plan what becomes of the operations of an objective, and again when it changes its ways."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
+from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, for_graphs, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
-from torchjd_func.differentiate._layerwise._trace import depth
 
 _UNSEEN = "examples not seen: fn takes no other batch"
 MOST_PLANS = 8  # remembered for arguments of the same shapes
@@ -183,7 +183,9 @@ def _fits(recorded: Recorded) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return recorded.connected <= set(plan.opaque) and tuple(mode.operations.steps) == plan.operations
+    return (
+        recorded.connected <= set(plan.opaque) and tuple(mode.operations.steps) == plan.operations
+    )
 
 
 def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:

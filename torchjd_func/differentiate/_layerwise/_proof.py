@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
-from torchjd_func.differentiate._layerwise._layers import Layers, combine, gramians, layers_of, rule_names
+from torchjd_func.differentiate._layerwise._layers import (
+    Layers,
+    combine,
+    gramians,
+    layers_of,
+    rule_names,
+)
 from torchjd_func.differentiate._layerwise._record import Recorded
 
 _GOLDEN = (1 + math.sqrt(5)) / 2
@@ -24,7 +30,9 @@ _NOISE = 1e-2  # relative to each entry, and a tenth of it besides: zeros move, 
 
 def moved(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return the parameters with a little noise, the same whenever this is called."""
-    return [leaf + (_NOISE * (leaf.abs() + 0.1) * _scattered(leaf)).to(leaf.dtype) for leaf in leaves]
+    return [
+        leaf + (_NOISE * (leaf.abs() + 0.1) * _scattered(leaf)).to(leaf.dtype) for leaf in leaves
+    ]
 
 
 def failing(recorded: Recorded) -> dict[int, str] | None:
@@ -73,7 +81,9 @@ def _gap(weights: Tensor, matrix: Tensor, own: Tensor, plain: Tensor) -> tuple[T
 def _scattered(x: Tensor) -> Tensor:
     """Return numbers in (-1, 1) in the shape of `x`, scattered without a pattern."""
     count = torch.arange(1, x.numel() + 1, device=x.device, dtype=torch.float64)
-    return torch.sin(count * (1000 * _GOLDEN)).reshape(x.shape).to(_tree.accumulation_dtype(x.dtype))
+    return (
+        torch.sin(count * (1000 * _GOLDEN)).reshape(x.shape).to(_tree.accumulation_dtype(x.dtype))
+    )
 
 
 _TOLERANCES = {

@@ -147,7 +147,9 @@ def _gradients(outs: list[Tensor], places: list[Tensor], cotangents: list[Tensor
         heads, grads = zip(*pairs, strict=True)
         options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
         found = torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(places, found, strict=True)]
+    return [
+        torch.zeros_like(x) if grad is None else grad for x, grad in zip(places, found, strict=True)
+    ]
 
 
 def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:

@@ -8,7 +8,7 @@ returns the gradient rows of one parameter, as a form.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torchjd_func.differentiate._layerwise._convolutions import (
     channel_bias,
     conv_transpose_weight,
     conv_weight,
-    numbers,
 )
 from torchjd_func.differentiate._layerwise._forms import (
     Arguments,
@@ -31,63 +30,23 @@ from torchjd_func.differentiate._layerwise._forms import (
     Outer,
 )
 from torchjd_func.differentiate._layerwise._functions import name_of
-from torchjd_func.differentiate._layerwise._sources import Place, Source
-
-
-Shapes = dict[str, tuple[int, ...]]  # of the tensors among the arguments, by name
-# (shapes, axis of the examples if any, names of parameters) -> whether the forms are for these
-Accepts = Callable[[Shapes, int | None, list[str]], bool]
-
-
-class Rule(NamedTuple):
-    """The gradient of one operation by each of its parameters."""
-
-    name: str
-    arguments: tuple[str, ...]  # all arguments, in order
-    batched: tuple[str, ...]  # those that carry examples
-    forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
-    accepts: Accepts
+from torchjd_func.differentiate._layerwise._rule import (
+    Rule,
+    anywhere,
+    bags,
+    before_last,
+    before_weight,
+    bind,
+    first,
+    images_first,
+    matrix,
+    vector_or_matrix,
+)
 
 
 def rule_of(func: Callable[..., Any]) -> Rule | None:
     """Return the rule of an operation, if it has one."""
     return _BY_NAME.get(name_of(func)) if torch.compiler.is_compiling() else RULES.get(func)
-
-
-def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Return the arguments by name."""
-    return dict(zip(rule.arguments, args, strict=False)) | kwargs
-
-
-def fits(
-    rule: Rule,
-    given: Arguments,
-    arrays: Sequence[Tensor],
-    axes: Sequence[int | None],
-    axis: int | None,
-    shapes: Shapes,
-) -> bool:
-    """Say whether an operation is used as its rule expects.
-
-    Args:
-        rule: The rule.
-        given: The arguments, with sources for parameters and places for `arrays`.
-        arrays: Tensors that are not made of parameters.
-        axes: Where the examples of each lie, `None` for what all share.
-        axis: Where those of the output lie; `None` where no examples are visible.
-        shapes: The shapes of the parameters, by name.
-    """
-    sources = [name for name, part in given.items() if isinstance(part, Source)]
-    if any(name not in rule.forms or given[name].expanded for name in sources):
-        return False
-    if any(name not in rule.arguments for name in given) or not _options(given):
-        return False
-    places = {name: part.number for name, part in given.items() if isinstance(part, Place)}
-    for name, number in places.items():
-        if axes[number] != (axis if name in rule.batched else None):
-            return False
-    shapes = shapes | {name: tuple(arrays[number].shape) for name, number in places.items()}
-    return any(name in places for name in rule.batched) and rule.accepts(shapes, axis, sources)
 
 
 def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
@@ -99,15 +58,6 @@ def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
         remedy = "Use `model.eval()`, GroupNorm, or leave `jd.instancewise` away."
         got = "batch normalisation in training mode, which mixes examples"
         _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
-
-
-def _options(given: Arguments) -> bool:
-    """Say whether the options of an operation are those that its rule knows."""
-    options = ("sparse", "scale_grad_by_freq", "max_norm", "offsets", "per_sample_weights")
-    if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
-        return False
-    extra, stride = given.get("output_padding", 0), given.get("stride", 1)
-    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
 
 
 # Outer products: linear layers and matrix products
@@ -228,52 +178,8 @@ def _norm(
 ) -> Rule:
     """Return the rule of a normalisation."""
     forms = {"weight": _scale(normalize, trailing=trailing), "bias": _shift(trailing=trailing)}
-    accepts = _before_weight if trailing else _first
+    accepts = before_weight if trailing else first
     return Rule(name, tuple(arguments.split()), ("input",), forms, accepts)
-
-
-# Which shapes of arguments, and which axes of examples, the forms are for
-
-
-def _first(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    return axis in (0, None)
-
-
-def _anywhere(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    return True
-
-
-def _before_last(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    inputs = [shape for name, shape in shapes.items() if name.startswith("input")]
-    return axis is None or all(axis < len(shape) - 1 for shape in inputs)
-
-
-def _matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    return len(shapes["weight"]) == 2 and _before_last(shapes, axis, sources)
-
-
-def _before_weight(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    trailing = max(len(shapes[name]) for name in sources)
-    return axis is None or axis < len(shapes["input"]) - trailing
-
-
-def _images_first(dims: int) -> Accepts:
-    """Return the condition of convolutions: a batch of images."""
-    return lambda shapes, axis, _: axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
-
-
-def _bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    return len(shapes["input"]) == 2 and axis in (0, None)
-
-
-def _vector_or_matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
-    """Examples are not on the axis that is summed over."""
-    weight = sources[0]
-    other = shapes["other" if weight == "input" else "input"]
-    summed = len(other) - (2 if weight == "input" and len(other) > 1 else 1)
-    if len(sources) > 1 or len(shapes[weight]) not in (1, 2):
-        return False
-    return axis is None or (axis != summed and (axis < summed or len(shapes[weight]) == 2))
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -283,14 +189,14 @@ _LINEAR = Rule(
     ("input", "weight", "bias"),
     ("input",),
     {"weight": _linear_weight, "bias": _last},
-    _matrix,
+    matrix,
 )
 _MATMUL = Rule(
     "matmul",
     ("input", "other"),
     ("input", "other"),
     {"other": _right_factor, "input": _left_factor},
-    _vector_or_matrix,
+    vector_or_matrix,
 )
 _EMBEDDING = (
     "input",
@@ -323,10 +229,10 @@ RULES: dict[Callable[..., Any], Rule] = {
         ("input1", "input2", "weight", "bias"),
         ("input1", "input2"),
         {"weight": _bilinear, "bias": _last},
-        _before_last,
+        before_last,
     ),
-    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, _anywhere),
-    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}, _bags),
+    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere),
+    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}, bags),
     F.layer_norm: _norm(
         "layer_norm", "input normalized_shape weight bias eps", _layer_norm, trailing=True
     ),
@@ -349,7 +255,7 @@ RULES: dict[Callable[..., Any], Rule] = {
             _CONV,
             ("input",),
             {"weight": conv_weight, "bias": channel_bias(dims)},
-            _images_first(dims),
+            images_first(dims),
         )
         for dims, func in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)
     },
@@ -359,15 +265,12 @@ RULES: dict[Callable[..., Any], Rule] = {
             _CONV_TRANSPOSE,
             ("input",),
             {"weight": conv_transpose_weight, "bias": channel_bias(dims)},
-            _images_first(dims),
+            images_first(dims),
         )
         for dims, func in enumerate(
             (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
         )
     },
-    **{
-        func: _MATMUL
-        for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)
-    },
+    **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
 }
 _BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

@@ -9,7 +9,6 @@ that autograd reaches on another way than through such aliases has rows by autog
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _local, _rules, _sources
-from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
+from torchjd_func.differentiate._layerwise import _attention, _decide, _rules, _sources
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Plan, Step
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
 
 
@@ -34,12 +33,8 @@ class Use(NamedTuple):
     arrays: list[Tensor]  # what lies at the places
 
 
-class Kept(NamedTuple):
-    """What must not be overwritten until a use is differentiated."""
-
-    place: int
-    leaves: set[int]
-    versions: list[tuple[Tensor, int]]
+# The place of a use, its leaves, and what must not be overwritten until it is differentiated
+Kept = tuple[int, set[int], list[tuple[Tensor, int]]]
 
 
 class Trace(TorchFunctionMode):
@@ -73,7 +68,7 @@ class Trace(TorchFunctionMode):
         self.compiling = torch.compiler.is_compiling()
         self.depth = 0
         if plan is None and not self.compiling:
-            self.depth = common_depth([*handles, *operations.known])
+            self.depth = _decide.common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
@@ -105,8 +100,8 @@ class Trace(TorchFunctionMode):
                 return _attention.attention(self.apply, spelled)
         given = self.operations.begin(func, args, kwargs)
         if self.plan is None and self.compiling:
-            self.deny_hidden(given)
-            self.deny_overwritten(func, args, kwargs)
+            _decide.deny_hidden(self, given)
+            _decide.deny_overwritten(self, func, args, kwargs)
         if any([x in self.sources and self.source(x) is not None for x in given]):
             out = self.on_parameters(func, args, kwargs, given)
         else:
@@ -114,24 +109,9 @@ class Trace(TorchFunctionMode):
         if self.compiling:
             given = [x for x in given if x not in self.sources]
         self.operations.end(out, given)
-        if self.compiling and func not in _VIEWS:
+        if self.compiling and not _decide.is_view(func):
             self.fresh.update(dict.fromkeys(tensors_in(out)))
         return out
-
-    def deny_hidden(self, tensors: Sequence[Tensor]) -> None:
-        """Trust nothing if a compiler hid an operation, such as `.T`, that uses parameters."""
-        for x in tensors:
-            unknown = x not in self.sources and self.operations.number(x) is None
-            if unknown and (x.is_floating_point() or x.is_complex()) and self.traced(x):
-                self.denied |= set(range(self.count))
-
-    def deny_overwritten(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Trust no use whose arguments a graph overwrites later, through whatever view."""
-        in_place = kwargs.get("inplace") or _IN_PLACE.fullmatch(name_of(func))
-        if in_place and args and isinstance(args[0], Tensor):
-            for _, leaves, versions in self.kept:
-                if any(x is args[0] or args[0] not in self.fresh for x, _ in versions):
-                    self.deny(func, leaves)
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
@@ -159,7 +139,7 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Run an operation with parameters: as planned, or decide what it is."""
         if self.plan is None:
-            return self.decide(func, args, kwargs, given)
+            return _decide.decide(self, func, args, kwargs, given)
         place = len(self.steps)
         step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
         if name_of(step.func) != name_of(func) or self.changed:
@@ -179,114 +159,6 @@ class Trace(TorchFunctionMode):
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
         return out + self.perturbations[len(self.uses) - 1]
-
-    def decide(self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """Run an operation, and decide what it becomes when it runs again."""
-        pairs = [(x, self.sources[x]) for x in given if x in self.sources]
-        sources = [source for _, source in pairs]
-        leaves = {leaf for source in sources for leaf in source.leaves}
-        hidden = [leaf for s in sources if _sources.has_getter(s) for leaf in s.leaves]
-        visible = not all(map(_sources.has_getter, sources))
-        step = Step(func, leaves=tuple(leaves), hidden=tuple(hidden), visible=visible)
-        nested = self.is_nested(given)
-        if not nested and self.derives(func, given, sources):
-            out = self.run(func, *args, **kwargs)
-            axis = self.operations.axis_next(out)
-            if axis is None or (axis == 0 and func is Tensor.expand):
-                step = step._replace(derives=True, axis=axis)
-                self.derived(step, args, kwargs, out)
-        elif not nested and self.may_be_use(func):
-            out = self.run(func, *self.alias(args), **self.alias(kwargs))
-            fits = isinstance(out, Tensor) and self.traced(out) and not self.too_deep(out)
-            if fits and self.recognises(func, args, kwargs, given, out):
-                step = self.use(step, given, out)
-                versions = [(x, version_of(x)) for x in given]
-                self.kept.append(Kept(len(self.steps), leaves, versions))
-            else:
-                self.deny(func, leaves)
-        else:
-            out = self.run(func, *args, **kwargs)
-            reads = func in _READERS or is_getter(func)
-            if self.compiling if tensors_in(out) else not reads:
-                self.deny(func, leaves)
-        if tensors_in(out):
-            self.steps.append(step)
-            if not (step.use or step.derives):
-                self.explain(func, leaves)
-        return out
-
-    def deny(self, func: Callable[..., Any], leaves: set[int]) -> None:
-        """Let leaves have rows by autograd."""
-        self.denied |= leaves
-        self.explain(func, leaves)
-
-    def explain(self, func: Callable[..., Any], leaves: set[int]) -> None:
-        """Note the first operation without a known form."""
-        name = getattr(func.__self__, "__name__", "") if is_getter(func) else name_of(func)
-        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
-
-    def is_nested(self, tensors: Sequence[Tensor]) -> bool:
-        """Say whether a transform within the objective, such as vmap, renames its tensors."""
-        if self.compiling:
-            return any(x not in self.sources and self.operations.number(x) is None for x in tensors)
-        return any(depth(x) > self.depth for x in tensors)
-
-    def too_deep(self, out: Tensor) -> bool:
-        """Say whether an output belongs to a transform within the objective."""
-        return not self.compiling and depth(out) > self.depth
-
-    def may_be_use(self, func: Callable[..., Any]) -> bool:
-        """Say whether an operation has a known form, if its arguments fit."""
-        if not torch.is_grad_enabled():
-            return False
-        if _rules.rule_of(func) is not None:
-            return True
-        kinds = _local.is_deterministic if self.layout.kind != "batched" else _local.may_be_local
-        return kinds(func)
-
-    def derives(self, func: Callable[..., Any], given: list[Tensor], sources: list[Source]) -> bool:
-        """Say whether the output is a function of parameters alone, to be made again at will."""
-        constant = [x for x in given if x not in self.sources]
-        if any(s.expanded for s in sources) or not torch.is_grad_enabled():
-            return False
-        if constant and (self.layout.kind != "batched" or any(self.traced(x) for x in constant)):
-            return False
-        alone = all(self.operations.axis(x) is None for x in constant)
-        return alone and _local.is_deterministic(func)
-
-    def recognises(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], out: Tensor
-    ) -> bool:
-        """Say whether the gradient of the parameters is known from the output's."""
-        axis = self.operations.axis_next(out) if self.layout.kind == "batched" else 0
-        if out.is_complex() or axis is None or axis is LOST:
-            return False
-        args, kwargs, arrays = self.mark(args, kwargs)
-        axes = [self.operations.axis(x) for x in arrays]
-        if self.layout.kind == "batched" and LOST in axes:
-            return False
-        pairs = [(x, self.sources[x]) for x in given if x in self.sources]
-        rule = _rules.rule_of(func)
-        if rule is not None:
-            arguments = _rules.bind(rule, args, kwargs)
-            shapes = {id(source): tuple(x.shape) for x, source in pairs}
-            named = {n: shapes[id(s)] for n, s in arguments.items() if isinstance(s, Source)}
-            visible = axis if self.layout.kind == "batched" else None
-            return _rules.fits(rule, arguments, arrays, axes, visible, named)
-        if self.layout.kind != "batched":
-            return True
-        return _local.is_local(func, (args, kwargs), pairs, list(zip(arrays, axes)), axis, out)
-
-    def use(self, step: Step, given: list[Tensor], out: Tensor) -> Step:
-        """Return the step of a recognised operation."""
-        batched = self.layout.kind == "batched"
-        axis = self.operations.axis_next(out) if batched else 0
-        arrays = [x for x in given if x not in self.sources]
-        axes = tuple(self.operations.axis(x) for x in arrays) if batched else (None,) * len(arrays)
-        shape = tuple(out.shape)
-        return step._replace(
-            use=True, axis=axis, axes=axes, shape=shape, dtype=out.dtype, device=out.device
-        )
 
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
@@ -334,34 +206,23 @@ class Trace(TorchFunctionMode):
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
         if self.plan is None and self.compiling:
-            self.deny_hidden(outputs)
+            _decide.deny_hidden(self, outputs)
             for x in outputs:
-                self.deny(Tensor.add, set(self.sources[x].leaves if x in self.sources else ()))
+                self.deny("the losses", set(self.sources[x].leaves if x in self.sources else ()))
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
-                self.deny(self.steps[place].func, leaves)
+                self.deny(name_of(self.steps[place].func), leaves)
 
+    def deny(self, name: str, leaves: set[int]) -> None:
+        """Let leaves have rows by autograd."""
+        self.denied |= leaves
+        self.explain(name, leaves)
 
-_READERS = named(
-    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
-    "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ __repr__ "
-    "__hash__ is_same_size equal allclose"
-)
-_IN_PLACE = re.compile(r"[a-z0-9]\w*[^_]_|__setitem__|__i(add|sub|mul|div|truediv|pow)__")
-_VIEWS = _sources.ENTRYWISE | named("chunk split unbind narrow select __getitem__ expand diagonal")
+    def explain(self, name: str, leaves: set[int]) -> None:
+        """Note the first operation without a known form."""
+        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
 
 
 def version_of(x: Tensor) -> int:
     """Return how often a tensor was written to; graphs are told by the names of operations."""
     return 0 if torch.compiler.is_compiling() else x._version
-
-
-def common_depth(tensors: Sequence[Tensor]) -> int:
-    """Return how many transforms of torch.func what is made of all these tensors is in."""
-    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in tensors))
-
-
-def depth(x: Any) -> int:
-    """Return how many transforms of torch.func a tensor is in."""
-    inner = torch.func.debug_unwrap(x, recurse=False)
-    return 0 if inner is x else 1 + depth(inner)
