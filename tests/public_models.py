@@ -34,7 +34,10 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
             **SHARED,
         },
     ),
-    "OPTForCausalLM": ("OPT", {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, **SHARED}),
+    "OPTForCausalLM": (
+        "OPT",
+        {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, **SHARED},
+    ),
     "T5ForConditionalGeneration": (
         "T5",
         {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},

@@ -24,7 +24,9 @@ def test_public_models_are_right_by_factors(name):
     _, gramian, vjp_fn = jd.gramian_vjp(objective, params, *batch)
     leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
     options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
-    rows = [torch.autograd.grad(x, list(leaves.values()), **options) for x in losses(leaves, *batch)]
+    rows = [
+        torch.autograd.grad(x, list(leaves.values()), **options) for x in losses(leaves, *batch)
+    ]
     matrix = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
     expected = matrix @ matrix.mT
     assert (gramian - expected).abs().max() <= 1e-8 * expected.abs().max()

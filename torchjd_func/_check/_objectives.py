@@ -77,6 +77,15 @@ def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
     )
 
 
+def hidden_from_graph() -> str:
+    """Return the warning that a compiled function costs a backward pass for each loss."""
+    return (
+        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
+        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
+        "with the same shapes before compiling; the graph then replays what was found out."
+    )
+
+
 def not_instancewise(name: str, fn: Any, kind: type) -> None:
     """Check that the losses of an objective are not one for each example."""
     if isinstance(fn, kind):

@@ -96,8 +96,20 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         recorded = _run(problem, for_graphs(known[0]))
         if _fits(recorded):
             return recorded
-    recorded = _run(problem, make(problem._replace(check=False), Draws([]), ()))
-    return recorded if _fits(recorded) else _run(problem, _by_autograd(problem))
+    plan = make(problem._replace(check=False), Draws([]), ())
+    recorded = _run(problem, plan)
+    if not _fits(recorded):
+        recorded = _run(problem, _by_autograd(problem, plan.layout))
+    if len(recorded.plan.opaque) == len(problem.leaves) and problem.check:
+        _warn_hidden()
+    return recorded
+
+
+@torch.compiler.assume_constant_result
+def _warn_hidden() -> bool:
+    """Warn while a graph is traced, which runs this once."""
+    warnings.warn(_check.hidden_from_graph(), UserWarning, stacklevel=2)
+    return True
 
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
@@ -202,6 +214,15 @@ def _by_autograd(problem: Problem, layout: Layout | None = None) -> Plan:
     layout = layout or Layout(problem.kind, problem.size)
     reasons = dict.fromkeys(opaque, _UNSEEN)
     return Plan(layout, (), opaque, reasons, ())
+
+
+def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
+    """Plan a run that a graph is to replay; random generators stay as they were."""
+    draws = _draws(problem)
+    known = plans.setdefault(_key(problem), [])
+    if not known:
+        known.append(make(problem, draws, known))
+        draws.restore()
 
 
 def _skeleton(plan: Plan) -> Any:

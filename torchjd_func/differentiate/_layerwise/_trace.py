@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _rules, _sources
+from torchjd_func.differentiate._layerwise import _attention, _decide, _local, _rules, _sources
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -131,7 +131,13 @@ class Trace(TorchFunctionMode):
         return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an operation, spelled out if it will be mapped over and torch cannot."""
+        """Run an operation, for its shapes alone where a graph plans."""
+        if self.plan is None and self.compiling:
+            return _local.run_quietly(self.run_spelled, func, args, kwargs)
+        return self.run_spelled(func, *args, **kwargs)
+
+    def run_spelled(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an operation in a form that torch differentiates right."""
         return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
 
     def on_parameters(
