@@ -5,6 +5,17 @@ import os
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+import pytest
 import torch
 
+if not torch.cuda.is_available():  # read when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each device that there is."""
+    return request.param

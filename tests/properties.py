@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.matrices import A, B, C, E, K, S, all_matrices, conflict, matrix
 from tests.registry import Method, losses_for, run
+from torchjd_func.testing._matrices import span_gap
 
 NAMED = [A, B, C, E, S, K]
 WITNESSES = NAMED + [found for _, found in all_matrices()]
@@ -34,14 +35,6 @@ def scaled_sum_gap(
     parts = [run(method, scale[:, None] * jac, m, before=before) for scale in (c, d, c + d)]
     size = max(float(part.norm()) for part in parts)
     return float((parts[0] + parts[1] - parts[2]).norm()) / max(size, 1e-300)
-
-
-def span_gap(jac: torch.Tensor, direction: torch.Tensor) -> float:
-    """Return the relative distance of a direction from the span of the rows."""
-    norms = jac.norm(dim=-1, keepdim=True)
-    rows = jac / torch.where(norms > 0, norms, 1.0)
-    coordinates = torch.linalg.pinv(rows.mT, rtol=1e-10) @ direction
-    return float((rows.mT @ coordinates - direction).norm() / direction.norm().clamp(min=1e-300))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def measure(method: Method) -> dict[str, bool]:
 def needs(method: Method) -> str:
     """Say what a method looks at."""
     weighting = method.make(max(3, method.min_m)).weighting
-    looked = {"size": "m", "gramian": "G", "cross_gramian": "two batches"}
+    looked = {"size": "m", "norms": "norms", "gramian": "G", "cross_gramian": "two batches"}
     statistic = "rows" if weighting is None else looked[weighting.needs]
     return statistic + (" and losses" if method.needs_losses else "")
 

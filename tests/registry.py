@@ -6,7 +6,7 @@ factory that is exported and not listed fails `test_public_api.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,28 +16,31 @@ import torchjd_func as jd
 
 
 @dataclass(frozen=True)
-class Method:
-    """An aggregator and its claims; the claims are tested, and counter-examples to the others."""
+class Method(jd.testing.Case):
+    """An aggregator and its claims; the claims are tested, and counter-examples to the others.
 
-    make: Callable[[int], jd.Aggregator]
-    non_conflicting: bool = False  # J d >= 0, also at later calls
-    linear_under_scaling: bool = False  # c -> d(diag(c) J) is linear, at any fixed state
-    weighted: bool = True  # d is a combination of the rows
-    equivariant: bool = True  # permuting rows (and losses) leaves d
-    degree: float | None = 1.0  # d(s J) = s^degree d on a fresh state; None: not homogeneous
-    random: bool = False  # init needs a key
-    needs_losses: bool = False
-    differentiable: bool = True  # d is differentiable in J almost everywhere, not only constant
+    Factories are given `m`, or which objectives there are of more.
+    """
+
+    weighted: bool = True
+    equivariant: bool = True
+    degree: float | None = 1.0
     unique: bool = True  # d is determined; False: only if rows are independent
-    keeps_direction: bool = True  # one objective: d is along its gradient
-    min_m: int = 1
     cost: str = ""  # growth of the solve with m
 
+    def among(self, rows):
+        return self.make(rows)
 
-def _preference(m: int) -> Tensor:
+
+def _preference(objectives: int | Sequence[int]) -> Tensor:
     """A preference with a different number for each objective."""
-    weights = torch.arange(1, m + 1, dtype=torch.float64)
-    return weights / weights.sum()
+    rows = range(objectives) if isinstance(objectives, int) else objectives
+    return (torch.tensor(rows, dtype=torch.float64) + 1) / 6
+
+
+def _ones(objectives: int | Sequence[int]) -> list[float]:
+    """A preference for all objectives alike."""
+    return [1.0] * (objectives if isinstance(objectives, int) else len(objectives))
 
 
 MEASURES = {
@@ -154,7 +157,7 @@ METHODS: dict[str, Method] = {
     "pcd": Method(lambda m: jd.pcd(), equivariant=False, degree=None, cost="m^3"),
     "pcd[eps=0]": Method(lambda m: jd.pcd(eps=0.0), equivariant=False, cost="m^3"),
     "epo": Method(
-        lambda m: jd.epo([1.0] * m), needs_losses=True, unique=False, cost="m^3 to C(2m+1, m+2)"
+        lambda m: jd.epo(_ones(m)), needs_losses=True, unique=False, cost="m^3 to C(2m+1, m+2)"
     ),
     "epo[preference]": Method(
         lambda m: jd.epo(_preference(m)),
@@ -164,7 +167,7 @@ METHODS: dict[str, Method] = {
         cost="m^3 to C(2m+1, m+2)",
     ),
     "pmgda": Method(
-        lambda m: jd.pmgda([1.0] * m),
+        lambda m: jd.pmgda(_ones(m)),
         needs_losses=True,
         degree=None,
         unique=False,
@@ -207,7 +210,14 @@ METHODS: dict[str, Method] = {
         random=True,
         cost="m n",
     ),
-    "trimmed_mean": Method(lambda m: jd.trimmed_mean(1), weighted=False, min_m=3, cost="n m log m"),
+    "clipped_mean": Method(lambda m: jd.clipped_mean(2.0), degree=None, cost="m"),
+    "trimmed_mean": Method(
+        lambda m: jd.trimmed_mean(1),
+        weighted=False,
+        drops_non_finite=True,
+        min_m=3,
+        cost="n m log m",
+    ),
     "excess_mtl": Method(lambda m: jd.excess_mtl(), cost="m n"),
     "excess_mtl[warm-up]": Method(
         lambda m: jd.excess_mtl(0.1, n_warmup_steps=2, eps=1e-7), cost="m n"
@@ -286,6 +296,7 @@ METHODS: dict[str, Method] = {
     "monitored[trimmed_mean]": Method(
         lambda m: jd.monitored(jd.trimmed_mean(1), {"cosine": jd.measures.cosine_to_mean}),
         weighted=False,
+        drops_non_finite=True,
         min_m=3,
         cost="m n",
     ),
@@ -299,12 +310,12 @@ def exported(name: str) -> str:
 
 def key_for(method: Method, seed: int = 0) -> Tensor | None:
     """Return a key if the method draws random numbers."""
-    return jd.random.key(seed) if method.random else None
+    return method.key(seed)
 
 
 def losses_for(method: Method, m: int) -> Tensor | None:
     """Return positive losses if the method needs them."""
-    return torch.linspace(0.5, 2.0, m, dtype=torch.float64) if method.needs_losses else None
+    return method.losses(m)
 
 
 def fresh(method: Method, jac, m: int, seed: int = 0):

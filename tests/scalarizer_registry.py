@@ -5,7 +5,7 @@ A name is an exported factory, with the options in brackets when one factory is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,34 +16,48 @@ from torchjd_func import scalarizers as sc
 
 
 @dataclass(frozen=True)
-class Method:
-    """A scalarizer and its claims; the claims are tested, and counter-examples to the others."""
+class Method(jd.testing.Case):
+    """A scalarizer and its claims; the claims are tested, and counter-examples to the others.
 
-    make: Callable[[int], jd.Scalarizer]
-    exact: bool = True  # the gradient is that of the value: no part of it is held constant
+    Factories are given `m`, or which objectives there are of more. `differentiable` says that the
+    gradient is that of the value: no part of it is held constant.
+    """
+
     convex: bool = False  # the gradient is a convex combination: non-negative, sum 1
-    equivariant: bool = False  # permuting losses leaves the value, on a fresh state
-    degree: float | None = None  # s(c L) = c^degree s(L) on a fresh state; None: not homogeneous
-    random: bool = False  # init needs a key
     learned: bool = False  # the state is trained by the user, and handed on as it is
-    observes: str = ""  # what `observe` is given: "losses" after a step, or "nothing"
     finite_at_zero: bool = True  # value and gradient are finite where all losses are zero
 
-
-def weights(m: int) -> Tensor:
-    """A different positive weight for each objective, summing to 1."""
-    values = torch.arange(1, m + 1, dtype=torch.float64)
-    return values / values.sum()
+    def among(self, rows):
+        return self.make(rows)
 
 
-def below(m: int) -> Tensor:
+Objectives = int | Sequence[int]
+
+
+def _rows(objectives: Objectives) -> Tensor:
+    """Return which objectives there are."""
+    rows = range(objectives) if isinstance(objectives, int) else objectives
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def weights(objectives: Objectives) -> Tensor:
+    """A different positive weight for each objective; those of four sum to 1."""
+    return (_rows(objectives) + 1) / 10
+
+
+def below(objectives: Objectives) -> Tensor:
     """An ideal point below the losses of `losses`."""
-    return torch.linspace(-0.3, 0.2, m, dtype=torch.float64)
+    return -0.3 + _rows(objectives) / 6
 
 
-def above(m: int) -> Tensor:
+def above(objectives: Objectives) -> Tensor:
     """A reference point above the losses of `losses`."""
-    return torch.linspace(40.0, 60.0, m, dtype=torch.float64)
+    return 40.0 + 20.0 * _rows(objectives) / 3
+
+
+def kinds(objectives: Objectives) -> list[str]:
+    """A task of regression, and others of classification."""
+    return ["classification" if row else "regression" for row in _rows(objectives)]
 
 
 def losses(m: int = 4) -> Tensor:
@@ -63,17 +77,15 @@ METHODS: dict[str, Method] = {
     "log_sum": Method(lambda m: sc.log_sum(), equivariant=True, finite_at_zero=False),
     "log_sum[offset]": Method(lambda m: sc.log_sum(1.0), equivariant=True),
     "uw": Method(lambda m: sc.uw(), equivariant=True, degree=1.0, learned=True),
-    "uw[kinds, start]": Method(
-        lambda m: sc.uw(["regression", *["classification"] * (m - 1)], start=-0.5), learned=True
-    ),
+    "uw[kinds, start]": Method(lambda m: sc.uw(kinds(m), start=-0.5), learned=True),
     "imtl_l": Method(lambda m: sc.imtl_l(), equivariant=True, degree=1.0, learned=True),
     "dwa": Method(lambda m: sc.dwa(), equivariant=True, degree=1.0, observes="nothing"),
     "famo": Method(
-        lambda m: sc.famo(), exact=False, convex=True, equivariant=True, observes="losses"
+        lambda m: sc.famo(), differentiable=False, convex=True, equivariant=True, observes="losses"
     ),
     "famo[sgd, min_losses]": Method(
         lambda m: sc.famo(optimizer="sgd", min_losses=-weights(m)),
-        exact=False,
+        differentiable=False,
         convex=True,
         observes="losses",
     ),
@@ -111,7 +123,10 @@ METHODS: dict[str, Method] = {
     ),
     "softmax": Method(lambda m: sc.softmax(), equivariant=True),
     "softmax[detached]": Method(
-        lambda m: sc.softmax(variant="detached"), exact=False, convex=True, equivariant=True
+        lambda m: sc.softmax(variant="detached"),
+        differentiable=False,
+        convex=True,
+        equivariant=True,
     ),
     "softmax[log_sum_exp]": Method(
         lambda m: sc.softmax(variant="log_sum_exp"), convex=True, equivariant=True
@@ -121,9 +136,11 @@ METHODS: dict[str, Method] = {
     ),
     "cvar": Method(lambda m: sc.cvar(0.4), convex=True, equivariant=True, degree=1.0),
     "cvar[k]": Method(lambda m: sc.cvar(k=1), convex=True, equivariant=True, degree=1.0),
-    "group_dro": Method(lambda m: sc.group_dro(0.3), exact=False, convex=True, equivariant=True),
+    "group_dro": Method(
+        lambda m: sc.group_dro(0.3), differentiable=False, convex=True, equivariant=True
+    ),
     "hypervolume": Method(
-        lambda m: sc.hypervolume(), exact=False, equivariant=True, finite_at_zero=False
+        lambda m: sc.hypervolume(), differentiable=False, equivariant=True, finite_at_zero=False
     ),
     "hypervolume[reference]": Method(lambda m: sc.hypervolume(above(m))),
     "hypervolume[random]": Method(
@@ -145,7 +162,7 @@ def exported(name: str) -> str:
 
 def key_for(method: Method, seed: int = 0) -> Tensor | None:
     """Return a key if the method draws random numbers."""
-    return jd.random.key(seed) if method.random else None
+    return method.key(seed)
 
 
 def fresh(method: Method, values, m: int, seed: int = 0):
@@ -156,9 +173,7 @@ def fresh(method: Method, values, m: int, seed: int = 0):
 
 def observe(method: Method, scalarizer: jd.Scalarizer, values, state):
     """Observe as the method wants it, if it does."""
-    if scalarizer.observe is None:
-        return state
-    return scalarizer.observe(values if method.observes == "losses" else None, state)
+    return method.observe(scalarizer, values, state)
 
 
 def experienced(method: Method, values: Tensor, seed: int = 0):

@@ -5,6 +5,8 @@
 
 import pytest
 import torch
+import torch.distributed.fsdp
+import torch.utils.checkpoint
 from torch import nn
 
 import torchjd_func as jd
@@ -12,6 +14,8 @@ from tests.matrices import A
 
 PARAMS = {"w": torch.ones(3)}
 X = torch.ones(4, 3)
+BATCH_NORM = nn.BatchNorm1d(3)
+BUFFERS = jd.functionalize(BATCH_NORM)[2]
 G = A @ A.mT
 
 
@@ -34,11 +38,34 @@ def hooked(register="register_full_backward_hook"):
     return model
 
 
-def distributed():
+def distributed(kind=nn.parallel.DistributedDataParallel):
     """A module whose class is the wrapper, without a process group."""
-    kind = nn.parallel.DistributedDataParallel
+    if not issubclass(kind, nn.Module):
+        kind = type("FSDPLinear", (kind, nn.Linear), {})
+        model = object.__new__(kind)
+        nn.Linear.__init__(model, 1, 1)
+        return model
     model = kind.__new__(kind)
     nn.Module.__init__(model)
+    return model
+
+
+def shared_weight():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    return first, {"a": second}
+
+
+def kept_in_a_list():
+    model = nn.Linear(2, 2)
+    model.kept = [model.weight]
+    return model
+
+
+def kept_in_a_closure():
+    model = nn.Linear(2, 2)
+    weight = model.weight
+    model.activation = lambda x: x * weight.sum()
     return model
 
 
@@ -209,11 +236,6 @@ CASES = {
         ValueError,
         "in_dims.*2 arguments",
     ),
-    "microbatches layer by layer": (
-        lambda: jd.gramian(jd.accumulate(losses, 2), route="layerwise")(PARAMS, X),
-        ValueError,
-        "`route`.*not accumulated",
-    ),
     "microbatches none": (lambda: jd.accumulate(losses, 0), ValueError, "`n`"),
     "microbatches with other aux": (
         lambda: jd.jac(jd.accumulate(losses, 2), has_aux=True)(PARAMS, X),
@@ -225,18 +247,6 @@ CASES = {
         lambda: jd.loss_scale.scaled(losses, 8.0),
         ValueError,
         "LossScaleState",
-    ),
-    "loss scale under a scalarizer": (
-        lambda: jd.grad(jd.loss_scale.scaled(losses, jd.loss_scale.init()), jd.scalarizers.mean())(
-            None, PARAMS, X
-        ),
-        TypeError,
-        r"Scaled.*jd\.mean",
-    ),
-    "loss scale inside a cast": (
-        lambda: jd.cast_floating(jd.loss_scale.scaled(losses, jd.loss_scale.init()), torch.float16),
-        TypeError,
-        "cast_floating.*Cast first",
     ),
     "loss scale keeps another tree": (
         lambda: jd.loss_scale.keep(jd.loss_scale.init(), PARAMS, [X]),
@@ -260,10 +270,20 @@ CASES = {
         TypeError,
         r"where.*jd\.Aggregator",
     ),
-    "where of multitask": (
-        lambda: jd.grad(MULTITASK, jd.upgrad(), where=bool)(None, (PARAMS["w"], {"a": {}}), X),
-        TypeError,
-        "where.*MultiTask",
+    "features without tasks": (
+        lambda: jd.grad(losses, jd.upgrad(), where=jd.features)(None, PARAMS, X),
+        ValueError,
+        r"jd\.features.*jd\.multitask.*'w'",
+    ),
+    "features of a Gramian": (
+        lambda: jd.gramian(MULTITASK, where=jd.features)((PARAMS["w"], {"a": {}}), X),
+        ValueError,
+        r"jd\.features.*jd\.grad",
+    ),
+    "features of a pullback": (
+        lambda: jd.gramian_vjp(MULTITASK, (PARAMS["w"], {"a": {}}), X, where=jd.features),
+        ValueError,
+        r"jd\.features.*jd\.grad",
     ),
     "features of ints": (
         lambda: jd.jac(jd.multitask(lambda w, x: x.argmax(1), HEADS))((PARAMS["w"], {"a": {}}), X),
@@ -316,13 +336,6 @@ CASES = {
         ValueError,
         r"head_params.*'b'.*'a'",
     ),
-    "head not scalar": (
-        lambda: jd.jac(jd.multitask(lambda w, x: x @ w, {"a": lambda p, z, b: z}))(
-            (PARAMS["w"], {"a": {}}), X
-        ),
-        ValueError,
-        r"heads\['a'\].*scalar",
-    ),
     "argnums of multitask": (
         lambda: jd.jac(MULTITASK, 1)((PARAMS["w"], {"a": {}}), X),
         ValueError,
@@ -334,12 +347,109 @@ CASES = {
         ValueError,
         "has_aux",
     ),
+    # arguments and mistakes that torch has words for
+    "has_aux forgotten": (
+        lambda: jd.jac(lambda p, b, x: (losses(p, x), b))(PARAMS, BUFFERS, X),
+        TypeError,
+        "num_batches_tracked.*floating-point.*int64.*has_aux=True",
+    ),
+    "an array for a batch": (
+        lambda: jd.jac(losses)(PARAMS, X.numpy()),
+        TypeError,
+        r"hold tensors, got an array at '0\.1'.*torch\.as_tensor",
+    ),
+    "a batch in another precision": (
+        lambda: jd.grad(losses, jd.upgrad())(None, PARAMS, X.double()),
+        ValueError,
+        r"one floating-point dtype.*float32 on cpu at '0\.0\.w'.*float64 .*x\.to\(torch\.float32\)",
+    ),
+    "a batch in another precision, layer by layer": (
+        lambda: jd.gramian(jd.instancewise(losses))(PARAMS, X.double()),
+        ValueError,
+        r"one floating-point dtype.*float64 .*x\.to\(torch\.float32\)",
+    ),
+    "a batch on another device": (
+        lambda: jd.jac(losses)(PARAMS, torch.empty(4, 3, device="meta")),
+        ValueError,
+        r"one device.*meta at '0\.1'.*x\.to\(device\)",
+    ),
+    "parameters overwritten": (
+        lambda: jd.jac(lambda p, x: x @ p["w"].add_(1))(PARAMS, X),
+        ValueError,
+        r"not overwrite.*w = w \+ 1",
+    ),
+    "buffers overwritten": (
+        lambda: jd.jac(lambda p, x: BATCH_NORM(x) @ p["w"])(PARAMS, X),
+        ValueError,
+        r"not overwrite.*jd\.functionalize",
+    ),
+    "batch statistics of one example": (
+        lambda: jd.gramian(
+            jd.per_example(lambda p, x: nn.BatchNorm1d(3)(x[None]).sum() * p["w"].sum())
+        )(PARAMS, X),
+        ValueError,
+        r"rest of the batch.*GroupNorm",
+    ),
+    "checkpoints": (
+        lambda: jd.grad(
+            lambda p, x: torch.utils.checkpoint.checkpoint(losses, p, x, use_reentrant=False),
+            jd.upgrad(),
+        )(None, PARAMS, X),
+        ValueError,
+        r"torch\.utils\.checkpoint.*jd\.interop\.backward_",
+    ),
+    "state left out": (
+        lambda: jd.grad(losses, jd.upgrad())(PARAMS, X),
+        TypeError,
+        r"all its arguments.*the state first: step\(None, params, x\)",
+    ),
+    "present of other names": (
+        lambda: jd.jac(lambda p, x: {"a": losses(p, x).mean()})(PARAMS, X, present={"b": True}),
+        ValueError,
+        "`present` must be a bool tensor, or a tree of bools",
+    ),
+    "present of another length": (
+        lambda: jd.jac(losses)(PARAMS, X, present=torch.ones(3, dtype=torch.bool)),
+        ValueError,
+        "`present`.*4 bools",
+    ),
+    "present of tasks by other names": (
+        lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": {}}), X, present={"b": True}),
+        ValueError,
+        r"`present`.*unknown \['b'\]",
+    ),
+    "carried without aux": (
+        lambda: jd.accumulate(losses, 2, carry_aux=1),
+        ValueError,
+        "carry_aux.*has_aux=True",
+    ),
     # solvers
     "nnqp not square": (lambda: jd.linalg.nnqp(A, A[0]), ValueError, "matrix"),
     "nnqp of another length": (lambda: jd.linalg.nnqp(G, A[0]), ValueError, "vector"),
     "nnqp of ints": (lambda: jd.linalg.nnqp(G.long(), A[0]), TypeError, "matrix"),
     "simplex of ints": (lambda: jd.linalg.project_simplex(torch.ones(2).long()), TypeError, "y"),
     # modules
+    "no module": (lambda: jd.functionalize(3), TypeError, "`model`.*be a module, got int"),
+    "a parameter of two modules": (
+        lambda: jd.functionalize(shared_weight()),
+        ValueError,
+        "share no parameters.*'weight' of '1.a' in '0'.*Make one module",
+    ),
+    "a parameter in a list too": (
+        lambda: jd.functionalize(kept_in_a_list()),
+        ValueError,
+        r"`model\.weight`.*'kept'.*self\.<name>",
+    ),
+    "a parameter in a closure too": (
+        lambda: jd.functionalize(kept_in_a_closure()),
+        ValueError,
+        r"`model\.weight`.*'activation'",
+    ),
+    "sharded": (
+        lambda: jd.functionalize(distributed(torch.distributed.fsdp.FSDPModule)),
+        ValueError,
+        r"sharded over processes.*jd\.distributed\.sharded",
+    ),
     "sparse embedding": (
         lambda: jd.functionalize(nn.Sequential(nn.Embedding(2, 2, sparse=True))),
         ValueError,
@@ -373,7 +483,7 @@ CASES = {
     "wrapped for several processes": (
         lambda: jd.functionalize(distributed()),
         ValueError,
-        r"DistributedDataParallel.*model\.module",
+        r"DistributedDataParallel.*jd\.distributed\.data_parallel",
     ),
     "compiled": (
         lambda: jd.functionalize(torch.compile(nn.Linear(1, 1))),

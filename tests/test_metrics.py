@@ -92,6 +92,16 @@ def test_hypervolume_in_space_by_hand():
     close(got, 15.0)
 
 
+def test_hypervolume_of_points_that_are_not_finite():
+    points, reference = torch.ones(3, 3).double(), torch.full((3,), 2.0).double()
+    points[0] = torch.nan
+    points[1] = torch.inf
+    close(jd.metrics.hypervolume(points, reference), 1.0)
+    points[2, 0] = -torch.inf
+    assert jd.metrics.hypervolume(points, reference) == torch.inf
+    close(jd.metrics.hypervolume(points[:2], reference), 0.0)
+
+
 def test_hypervolume_of_the_plane_is_a_torch_function():
     sets = torch.randint(0, 7, (5, 4, 2), generator=torch.Generator().manual_seed(0)).double()
     reference = double(5.0, 6.0)

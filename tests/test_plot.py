@@ -26,6 +26,7 @@ PICTURES = {
     "trajectories": lambda ax: plot.trajectories(double(0, 0, 1, 1).reshape(2, 2), ax=ax),
     "cone": lambda ax: plot.cone(torch.eye(2), {"mean": torch.ones(2)}, ax=ax),
     "conflict_matrix": lambda ax: plot.conflict_matrix(torch.eye(3), ax=ax),
+    "front": lambda ax: plot.front(torch.eye(2), ax=ax),
     "training": lambda ax: plot.training([{"gap": r["gap"]} for r in RECORDS], ax=ax),
 }
 
@@ -193,3 +194,26 @@ ERRORS = {
 def test_errors_name_the_fault(name):
     with pytest.raises(ValueError, match=rf"`{name}`"):
         ERRORS[name]()
+
+
+def test_front_fills_what_is_not_dominated():
+    points = double(1, 4, 2, 2, 4, 1, 3, 3).reshape(4, 2)
+    axis = plot.front(points, [5.0, 5.0], label="ours", names=["a", "b"])
+    filled, hollow = axis.collections
+    assert filled.get_offsets().tolist() == [[1, 4], [2, 2], [4, 1]]
+    assert hollow.get_offsets().tolist() == [[3, 3]]
+    assert labels(axis) == ["ours, hypervolume 11"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("a", "b")
+
+
+def test_front_of_three_losses_draws_a_line_for_each_model():
+    losses = {name: torch.tensor([1.0, 2.0]) + i for i, name in enumerate("xyz")}
+    axis = plot.front(losses)
+    assert [line.get_alpha() for line in axis.lines] == [0.9, 0.2]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("losses", [torch.ones(3), torch.ones(3, 1), torch.ones(2, 2, 2)])
+def test_front_asks_for_a_row_for_each_model(losses):
+    with pytest.raises(ValueError, match=r"`losses` must have shape \(k, m\)"):
+        plot.front(losses)

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +26,7 @@ NAMESPACES = (
     jd.ensemble,
     jd.distributed,
     jd.plot,
+    jd.testing,
 )
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)
@@ -86,3 +89,23 @@ def test_files_are_short():
     package = pathlib.Path(jd.__file__).parent
     lengths = {str(path): len(path.read_text().splitlines()) for path in package.rglob("*.py")}
     assert max(lengths.values()) <= 300, lengths
+
+
+IMPORTED = """
+import sys, torch
+before = set(sys.modules)
+import torchjd_func as jd
+print(*set(sys.modules) - before)
+assert {"distributed", "plot", "testing"} <= set(jd.__all__)
+jd.plot.cone, jd.distributed.mean, jd.testing.check
+"""
+
+
+def test_the_import_takes_little_beyond_torch():
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    late = ("torchjd_func.distributed", "torchjd_func.plot", "torchjd_func.testing")
+    assert not [name for name in names if name.startswith(late)]
+    assert {name.split(".")[0] for name in names} == {"torchjd_func", "optree"}
+    assert len(names) < 200

@@ -6,15 +6,13 @@ import sys
 from operator import attrgetter
 
 import pytest
-import torch
 import torchjd.aggregation
 import torchjd.scalarization
 
 import torchjd_func as jd
 from benchmarks import _form, methods
 from tests import paper_table, property_table, readme, support_table
-from tests.aggregation import test_compile, test_contract, test_vmap
-from tests.registry import METHODS, Method
+from tests.registry import METHODS
 
 
 def test_the_first_two_shell_blocks_are_one_command_each():
@@ -98,23 +96,10 @@ def test_measured_properties_are_the_claimed_ones(name):
     assert measured == {claim: getattr(METHODS[name], claim) for claim in measured}
 
 
-def test_a_method_of_ones_own_passes_the_contracts(monkeypatch):
+def test_a_method_of_ones_own_passes_the_contract():
     (block,) = [block for block in readme.blocks("python") if "def shortened" in block]
     assert block.count("\n") <= 15
     namespace: dict = {}
     exec(compile(block, "README.md", "exec"), namespace)
-    method = Method(lambda m: namespace["shortened"](), degree=0.0)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        test_contract.test_dtype_in_is_dtype_out(method, dtype)
-    for route in ("jacobian", "product"):
-        test_contract.test_gramian_route_equals_jacobian_route(method, route)
-    rest = vars(test_contract).items()
-    contracts = [
-        fn for name, fn in rest if name.startswith("test_") and fn.__code__.co_argcount == 1
-    ]
-    assert len(contracts) >= 10
-    for contract in contracts:
-        contract(method)
-    monkeypatch.setitem(METHODS, "own", method)
-    test_compile.test_three_steps_are_one_graph("own")
-    test_vmap.test_vmap_equals_loop("own")
+    claims = {"equivariant": True, "degree": 0.0, "weighted": True, "present": False}
+    jd.testing.check(namespace["shortened"](), **claims)

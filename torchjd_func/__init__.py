@@ -1,14 +1,15 @@
 """Functional, JAX-style training with several losses, on torch.func."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from torchjd_func import (
-    distributed,
     ensemble,
     interop,
     linalg,
     loss_scale,
     measures,
     metrics,
-    plot,
     random,
     scalarizers,
     sets,
@@ -19,6 +20,7 @@ from torchjd_func._types import Aggregator, Observation, Scalarizer, Weighting
 from torchjd_func.aggregation import (
     aligned_mtl,
     cagrad,
+    clipped_mean,
     config,
     config_momentum,
     constant,
@@ -57,6 +59,7 @@ from torchjd_func.differentiate import (
     cross_gramian,
     double_sampling,
     explain_gramian,
+    features,
     grad,
     grad_and_value,
     gramian,
@@ -68,7 +71,11 @@ from torchjd_func.differentiate import (
     jac_and_value,
     multitask,
     per_example,
+    row_norms,
 )
+
+if TYPE_CHECKING:
+    from torchjd_func import distributed, plot, testing
 
 __version__ = "0.1.0"
 
@@ -85,6 +92,7 @@ __all__ = [
     "cagrad",
     "cast_floating",
     "check_instancewise",
+    "clipped_mean",
     "config",
     "config_momentum",
     "constant",
@@ -99,6 +107,7 @@ __all__ = [
     "excess_mtl",
     "explain_gramian",
     "fairgrad",
+    "features",
     "functionalize",
     "geometric_median",
     "grad",
@@ -136,14 +145,23 @@ __all__ = [
     "random",
     "read_measures",
     "rlw",
+    "row_norms",
     "scalarizers",
     "sdmgrad",
     "sets",
     "smoothed",
     "stateless",
     "sum",
+    "testing",
     "together",
     "trimmed_mean",
     "upgrad",
     "weighted",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import at their first use the parts that most programs do without."""
+    if name in ("distributed", "plot", "testing"):
+        return import_module(f"torchjd_func.{name}")
+    raise AttributeError(f"module 'torchjd_func' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A module as a pure function of its parameters and buffers."""
+"""A module, or a tree of modules, as a pure function of its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 
+PyTree = Any
 Tensors = dict[str, Tensor]
 
 
@@ -19,6 +20,9 @@ class Apply:
     """A module as a function; torch.compile looks at the fields one by one, the names first."""
 
     recurrent: list[tuple[str, str]]
+    trained: list[str]  # the names of the parameters
+    frozen: list[str]  # the names of parameters that are constants
+    overwritten: list[str]  # the names of the buffers
     model: nn.Module
 
     def __call__(
@@ -26,9 +30,10 @@ class Apply:
     ) -> tuple[Any, Tensors]:
         """Run the module on copies of the buffers, which it may overwrite."""
         _check.capturable(self.recurrent)
-        _check.names("params", params, [name for name, _ in self.model.named_parameters()])
-        _check.names("buffers", buffers, [name for name, _ in self.model.named_buffers()])
-        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+        _check.names("params", params, self.trained)
+        _check.names("buffers", buffers, [*self.frozen, *self.overwritten])
+        fresh = {name: buffers[name].clone() for name in self.overwritten}
+        fresh = {name: fresh.get(name, buffer) for name, buffer in buffers.items()}
         outputs = functional_call(self.model, (params, fresh), inputs, kwargs, strict=True)
         return outputs, fresh
 
@@ -37,22 +42,28 @@ class Apply:
         return f"Apply({type(self.model).__name__})"
 
 
-def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:
+def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     """Turn a module into a pure function, its parameters and its buffers.
 
     Args:
-        model: Any module. Whether it trains or evaluates is read at each call of `apply`.
+        model: Any module. Whether it trains or evaluates is read at each call of `apply`. Or a tree
+            of modules, such as `(trunk, {"a": head})` for `jd.multitask`.
 
     Returns:
         `(apply, params, buffers)`. `apply(params, buffers, *inputs, **kwargs)` returns
         `(outputs, buffers)` and changes nothing: running statistics come back as new buffers.
-        `params` and `buffers` are dicts of detached tensors that share memory with the module;
-        a tied weight is listed once, under its first name.
+        `params` holds the parameters that require a gradient now; those that do not (LoRA's base
+        weights) are constants, and with the buffers. Both are dicts of detached tensors that share
+        memory with the module; a tied weight is listed once, under its first name. For a tree of
+        modules, three trees.
 
     Raises:
+        TypeError: If `model` is not a module.
         ValueError: If the model or a part of it is compiled, wrapped for several processes, lazy,
-            has backward hooks, or is an embedding with `sparse` or `max_norm`. From `apply`, if a
-            name is unknown or missing, or torch.compile meets an `nn.RNN`, `nn.LSTM` or `nn.GRU`.
+            has backward hooks, or is an embedding with `sparse` or `max_norm`; if its parameters
+            are sharded; if a parameter is also kept in a list or a closure, or shared by two
+            modules of the tree. From `apply`, if a name is unknown or missing, or torch.compile
+            meets an `nn.RNN`, `nn.LSTM` or `nn.GRU`.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -61,8 +72,24 @@ def functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensor
         >>> sorted(params), tuple(outputs.shape)
         (['bias', 'weight'], (3, 1))
     """
+    models, rebuild = _tree.flatten(model)
+    _check.modules(models)
+    owners = [dict(part.named_parameters()) for part in models]
+    _check.owned_once(_tree.paths(model), owners)
+    applies, params, buffers = zip(*map(_functionalize, models), strict=True)
+    return rebuild(applies), rebuild(params), rebuild(buffers)
+
+
+def _functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:
+    """Turn one module into a pure function."""
     named_modules = list(model.named_modules())
+    parameters = dict(model.named_parameters())
     _check.supported(named_modules)
-    params = {name: param.detach() for name, param in model.named_parameters()}
+    _check.whole_parameters(parameters)
+    _check.kept_once(named_modules, parameters)
+    params = {name: x.detach() for name, x in parameters.items() if x.requires_grad}
+    frozen = {name: x.detach() for name, x in parameters.items() if not x.requires_grad}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    return Apply(_check.recurrent(named_modules), model), params, buffers
+    recurrent = _check.recurrent(named_modules)
+    apply = Apply(recurrent, list(params), list(frozen), list(buffers), model)
+    return apply, params, {**frozen, **buffers}

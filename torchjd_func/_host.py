@@ -27,7 +27,7 @@ def call(fn: Callable[..., Any], *values: Array) -> Any:
     plain = [numbers(x) for x in values]
     if any(x is None for x in plain):
         return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
-    with np.errstate(all="ignore"):  # what is not finite spreads without a word, as in torch
+    with np.errstate(all="ignore"):  # what is not finite propagates silently, as in torch
         found = fn(np, *plain)
     if not isinstance(found, tuple):
         return tensor(found)
@@ -39,19 +39,26 @@ def numbers(x: Array) -> Array | None:
     """Return the numbers of `x` as an array, to be read only; `None` unless they are plain."""
     if not isinstance(x, Tensor):
         return x
-    if torch.compiler.is_compiling() or not x.is_cpu or unpack_dual(x).tangent is not None:
+    if torch.compiler.is_compiling() or not x.is_cpu:
         return None
     if x.requires_grad and torch.is_grad_enabled():
         return None
-    try:
-        return x.numpy()
-    except RuntimeError:  # mapped by torch.func, or a subclass
+    try:  # in this order: mapped and pushed forward, it has no rule for unpack_dual (torch 2.13)
+        array = x.numpy()
+        return array if unpack_dual(x).tangent is None else None
+    except (RuntimeError, TypeError):  # mapped by torch.func, a subclass, or bfloat16
         return None
 
 
 def tensor(x: Array) -> Tensor:
     """Return an array as a tensor."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
+    """Apply a function of tensors to what `xp` holds."""
+    result = fn(*map(tensor, values))
+    return result.numpy() if xp is np else result
 
 
 def constant(x: Array) -> Array:

@@ -19,6 +19,7 @@ def stateless(
     *,
     needs: Needs = "gramian",
     widen: bool = True,
+    robust: bool = False,
 ) -> Weighting:
     """Lift a pure function from Gramian to weights to a Weighting with the empty state `()`.
 
@@ -28,6 +29,7 @@ def stateless(
             `present`, `(m,)` bool or `None`, if it can do without absent objectives.
         needs: What the statistic has to be, see `jd.Weighting`.
         widen: Whether `weights_fn` is given the statistic in float64, see `jd.Weighting`.
+        robust: Whether rows that are not finite are outvoted, see `jd.Weighting`.
 
     Returns:
         The Weighting.
@@ -38,7 +40,8 @@ def stateless(
         >>> jd.weighted(jd.stateless("shortest", shortest))(torch.tensor([[3.0], [-1.0]]))[0]
         tensor([-1.])
     """
-    return Weighting(name, no_state, partial(_stateless_update, name, weights_fn), needs, widen)
+    update = partial(_stateless_update, name, weights_fn)
+    return Weighting(name, no_state, update, needs, widen, robust)
 
 
 def weighted(weighting: Weighting) -> Aggregator:
@@ -95,9 +98,23 @@ def _weighted_update(
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Weigh the rows of `jac` by its Gramian."""
-    statistic = statistic_like(jac) if weighting.needs == "size" else _tree.gramian(jac)
+    statistic = _statistic(weighting.needs, jac)
     weights, state = weighting(statistic, state, losses=losses, present=present)
     return _tree.weighted_sum(jac, weights), state
+
+
+def _statistic(needs: Needs, jac: PyTree) -> Tensor:
+    """Return what a weighting looks at."""
+    if needs == "size":
+        return statistic_like(jac)
+    if needs == "norms":
+        return torch.diag(reduce(torch.add, [_squares(leaf) for leaf in _tree.leaves(jac)]))
+    return _tree.gramian(jac)
+
+
+def _squares(leaf: Tensor) -> Tensor:
+    """Return the squared norms of the rows of a leaf."""
+    return _tree.rows(leaf).square().sum(1)
 
 
 def statistic_like(jac: PyTree) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func._tree import Named
 
 Vector = Tensor | Named  # what is left of an option once it is checked
@@ -19,6 +20,37 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     values = value.values if isinstance(value, Named) else value
     _check.length(name, values, like.shape[0])
     return values.to(like)
+
+
+def of_each(tree: Any) -> list[str]:
+    """Return the name of each number of `tree`: that of its leaf, and its place in a larger one.
+
+    A tree of strings holds the names themselves.
+    """
+    return [
+        name
+        for path, leaf in zip(_tree.paths(tree), _tree.leaves(tree), strict=True)
+        for name in _each(path, leaf)
+    ]
+
+
+def _each(path: str, leaf: Any) -> list[str]:
+    """Return the name of each number of a leaf."""
+    if isinstance(leaf, str):
+        return [leaf]
+    if leaf.numel() == 1:
+        return [path]
+    places = itertools.product(*(range(size) for size in leaf.shape))
+    return [".".join(map(str, (path, *place) if path else place)) for place in places]
+
+
+def vector(rule: Any, losses: Any) -> Tensor:
+    """Return losses as a vector; if they have names, options by name have to be theirs."""
+    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
+    _check.losses(paths, leaves)
+    if not isinstance(losses, Tensor):
+        check_names(rule, paths)
+    return _tree.ravel(leaves)
 
 
 def check_names(rule: Any, loss_paths: Sequence[str]) -> None:

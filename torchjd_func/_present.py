@@ -28,9 +28,7 @@ def as_mask(name: str, present: Present, m: int, device: torch.device) -> Tensor
     """Return which objectives there are, `(m,)` bool; `None` for all."""
     if present is None:
         return None
-    flags = [torch.as_tensor(leaf, device=device) for leaf in _tree.leaves(present)]
-    _check.present(name, flags, m)
-    return _tree.ravel(flags)
+    return _tree.ravel(_check.present(name, _tree.leaves(present), m, device))
 
 
 def usable(present: Tensor) -> Tensor:

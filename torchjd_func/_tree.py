@@ -6,7 +6,9 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
+CAST, MOST_BLOCKS = 2**17, 16  # numbers in a block that is cast, and blocks in compiled code
 SMALL = 2**14  # numbers in a row of a leaf, about where copying them costs as much as calling torch
 
 
@@ -37,9 +40,13 @@ class Named(NamedTuple):
     values: Tensor  # (m,)
 
     def __repr__(self) -> str:
-        """Return the numbers as the dict that they came in."""
-        pairs = zip(self.names, self.values, strict=True)
-        return f"{{{', '.join(f'{name!r}: {value:g}' for name, value in pairs)}}}"
+        """Return the dict that they came in; only its keys where numbers cannot be read."""
+        try:
+            numbers = self.values.tolist()
+        except RuntimeError:  # mapped by torch.func.vmap, or of a shape alone
+            return f"dict of {', '.join(self.names)}"
+        shown = [f"{name!r}: {x:.4g}" for name, x in zip(self.names, numbers, strict=True)]
+        return f"{{{', '.join(shown)}}}"
 
 
 def hollow(node: PyTree) -> bool:
@@ -180,7 +187,7 @@ def rows(leaf: Tensor) -> Tensor:
 def matrix(leaf: Tensor) -> Tensor:
     """View a leaf `(m, ...)` of a Jacobian as a real matrix `(m, n)`."""
     pairs = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    return pairs.reshape(leaf.shape[0], -1)
+    return pairs.flatten(1) if pairs.ndim > 1 else pairs.unsqueeze(1)
 
 
 def per_row(values: Tensor, leaf: Tensor) -> Tensor:
@@ -195,14 +202,42 @@ def row_like(row: Tensor, leaf: Tensor) -> Tensor:
 
 
 def cross_gramian(jac_1: PyTree, jac_2: PyTree) -> Tensor:
-    """Return `J_1 J_2^T`, `(m_1, m_2)`, as the sum of the leaves' products."""
+    """Return `J_1 J_2^T`, `(m_1, m_2)`, in float64, as the sum of the leaves' products."""
     pairs = zip(leaves(jac_1), leaves(jac_2), strict=True)
-    return functools.reduce(torch.add, [rows(a) @ rows(b).mT for a, b in pairs])
+    return functools.reduce(torch.add, [product(matrix(a), matrix(b)) for a, b in pairs])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a b^T` of real matrices `(..., m, n)`, in float64.
+
+    A Gramian holds squares: in the dtype of the rows half of their digits would be lost.
+    """
+    parts = zip(_parts(a), _parts(b), strict=True)
+    terms = [(x, x if a is b else y) for x, y in parts]
+    return functools.reduce(torch.add, [_wide_product(*pair) for pair in terms])
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a b^T` in float64; each is cast once."""
+    wide = a.double()
+    return wide @ (wide if a is b else b.double()).mT
+
+
+def _parts(matrices: Tensor) -> tuple[Tensor, ...]:
+    """Cut the columns into blocks that can be cast to float64 in the cache."""
+    if matrices.dtype == torch.float64:
+        return (matrices,)
+    rows, n = math.prod(matrices.shape[:-1]), matrices.shape[-1]
+    width = max(1, CAST // max(1, rows))
+    if torch.compiler.is_compiling():  # each block is code
+        width = max(width, -(-n // MOST_BLOCKS))
+    return matrices.split(width, dim=-1) if n > width else (matrices,)
 
 
 def gramian(jac: PyTree) -> Tensor:
     """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
-    return cross_gramian(jac, jac)
+    own = [matrix(leaf) for leaf in leaves(jac)]
+    return functools.reduce(torch.add, [product(rows, rows) for rows in own])
 
 
 def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
@@ -219,20 +254,24 @@ def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
 
 
 def gramians(parts: list[Block], groups: Groups) -> Tensor:
-    """Return the Gramian of each group of leaves, `(g, m, m)`, in the widest of their dtypes."""
+    """Return the Gramian of each group of leaves, `(g, m, m)`, in float64."""
     found: dict[int, Tensor] = {}
-    for places, narrow in parts:
-        matrices = wide(narrow)
-        found.update(zip(places, (matrices @ matrices.mT).unbind(), strict=True))
+    for places, matrices in parts:
+        found.update(zip(places, product(matrices, matrices).unbind(), strict=True))
     return torch.stack([functools.reduce(torch.add, [found[i] for i in g]) for g in groups])
 
 
 def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
-    """Return `J^T weights`: each leaf `(m, ...)` loses its first dimension and keeps its dtype."""
+    """Return `J^T weights`: each leaf `(m, ...)` loses its first dimension and keeps its dtype.
+
+    Accumulated in float32 or better, in float64 if the weights are.
+    """
 
     def combine(leaf: Tensor) -> Tensor:
-        dtype = torch.promote_types(leaf.dtype, torch.float32)
-        return torch.tensordot(weights.to(dtype), leaf.to(dtype), dims=1).to(leaf.dtype)
+        if leaf.is_complex():
+            return row_like(_sums(weights.unsqueeze(0), matrix(leaf)).squeeze(0), leaf)
+        row = _sums(weights.unsqueeze(0), matrix(leaf))
+        return row.reshape(leaf.shape[1:]).to(leaf.dtype)
 
     return map(combine, jac)
 
@@ -244,12 +283,34 @@ def weighted_sums(
     pairs = zip(groups, weights.unbind(), strict=True)
     owned = {i: row for group, row in pairs for i in group}
     found: dict[int, Tensor] = {}
-    for places, narrow in parts:
-        matrices = wide(narrow)
-        shares = torch.stack([owned[i] for i in places]).to(matrices.dtype).unsqueeze(1)
-        sums = (shares @ matrices).squeeze(1).unbind()
+    for places, matrices in parts:
+        shares = torch.stack([owned[i] for i in places]).unsqueeze(1)
+        sums = _sums(shares, matrices).squeeze(1).unbind()
         found.update({i: row_like(row, like[i]) for i, row in zip(places, sums, strict=True)})
     return found
+
+
+def row_sums(jac: PyTree, weights: Tensor) -> list[Tensor]:
+    """Return the real leaves of `W J`, `(k, n)` in float64, for weights `(k, m)`."""
+    return [_sums(weights.double(), matrix(leaf)) for leaf in leaves(jac)]
+
+
+def _sums(weights: Tensor, matrices: Tensor) -> Tensor:
+    """Return `weights @ matrices`, `(..., k, n)`, in float64 if the weights are."""
+    dtype = torch.promote_types(accumulation_dtype(matrices.dtype), weights.dtype)
+    narrow = dtype != torch.float64
+    parts = (matrices,) if narrow else _parts(matrices)
+    with full_precision(matrices.device):
+        sums = [weights.to(dtype) @ part.to(dtype) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)
+
+
+def full_precision(device: torch.device) -> Any:
+    """Return a context in which products keep their dtype, whatever autocast is asked for."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:

@@ -21,13 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names, _present, _tree
+from torchjd_func import _check, _names, _present, _sound, _tree
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
 
 PyTree = Any
 State = Any
-Needs = Literal["size", "gramian", "cross_gramian"]
+Needs = Literal["size", "norms", "gramian", "cross_gramian"]
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -42,9 +42,13 @@ class Weighting:
         update_fn: `(statistic, state, losses, present=None) -> (weights, state)`; see `widen`.
             Absent objectives have zeros in the statistic, and 1 as their loss.
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
-            `J_1 J_2^T` of two independent batches, not symmetric; `"size"`, of its shape alone.
+            `J_1 J_2^T` of two independent batches, not symmetric; `"norms"`, of the diagonal of
+            `J J^T` alone, beside which there may be zeros; `"size"`, of its shape alone.
         widen: Whether `update_fn` is given a float64 statistic; if not, or if only the shape is
-            read, the statistic as it is, for methods that know its rounding or hand it on.
+            read, the statistic as it is, for methods that know its rounding or hand it on: its
+            dtype is that in which it was computed.
+        robust: Whether rows that are not finite are outvoted. If not, weights of a statistic that
+            is not finite are not-a-number, and leave the state as it was.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Weighting:
     update_fn: Callable[..., tuple[Tensor, State]]
     needs: Needs = "gramian"
     widen: bool = True
+    robust: bool = False
 
     def init(self, statistic: Tensor, *, key: Tensor | None = None) -> State:
         """Return the initial state for statistics like this one.
@@ -64,7 +69,7 @@ class Weighting:
             The state, a pytree of tensors.
         """
         _check.square(self.name, statistic)
-        return self.init_fn(statistic, _placed(key, statistic))
+        return self.init_fn(statistic, _check.key_at(key, statistic.device))
 
     def __call__(
         self,
@@ -89,27 +94,20 @@ class Weighting:
         m = statistic.shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
+        if m == 0:
+            return statistic.new_zeros((0,)), state
+        _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
         mask = _present.as_mask(self.name, present, m, statistic.device)
         if mask is None:
-            weights, state = self.update_fn(seen, state, wide)
+            weights, state = _sound.weigh(self, seen, state, wide, None)
         else:
-            weights, state = _masked_weights(self, seen, state, wide, mask)
+            weights, state = _sound.masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
         return (weights if same else weights.to(statistic.dtype)), state
 
     __repr__ = in_one_line
-
-
-def _masked_weights(
-    weighting: Weighting, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor
-) -> tuple[Tensor, State]:
-    """Weigh what is there: all else is taken out before, and gets the weight 0."""
-    seen = statistic if weighting.needs == "size" else _present.statistic(statistic, present)
-    known, counted = _present.losses(losses, present), _present.usable(present)
-    weights, after = _present.update(weighting, seen, state, known, present=counted)
-    return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
 class Partition(NamedTuple):
@@ -134,7 +132,8 @@ class Aggregator:
         weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
         columnwise: Whether columns count one by one, so that any part of them may be aggregated.
-        average: Brings gradients of heads together over processes (`jd.distributed`).
+        average: `(grads, present=None) -> grads`: the mean gradients of heads over the processes
+            that have them (`jd.distributed`); then `update_fn` is given rows as they are.
     """
 
     name: str
@@ -143,7 +142,7 @@ class Aggregator:
     weighting: Weighting | None = None
     partition: Callable[[Sequence[str]], Partition] | None = None
     columnwise: bool = False
-    average: Callable[[PyTree], PyTree] | None = None
+    average: Callable[..., PyTree] | None = None
 
     def init(self, jac: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for Jacobians like this one.
@@ -157,7 +156,7 @@ class Aggregator:
         """
         leaves = _tree.leaves(jac)
         _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
-        return self.init_fn(jac, _placed(key, leaves[0]))
+        return self.init_fn(jac, _check.key_at(key, leaves[0].device))
 
     def __call__(
         self,
@@ -183,23 +182,19 @@ class Aggregator:
         m = leaves[0].shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
+        if m == 0:
+            return _tree.map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), jac), state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
-        if mask is None:
-            return self.update_fn(jac, state, losses)
-        return _masked_grads(self, jac, state, losses, mask)
+        with _tree.full_precision(leaves[0].device):
+            if self.average is not None:  # what any process has counts: masked there
+                return _present.update(self, jac, state, losses, present=mask)
+            if mask is not None:
+                return _sound.masked_grads(self, jac, state, losses, mask)
+            grads, after = self.update_fn(jac, state, losses)
+            return grads, _sound.keep(grads, after, state)
 
     __repr__ = in_one_line
-
-
-def _masked_grads(
-    aggregator: Aggregator, jac: PyTree, state: State, losses: Tensor | None, present: Tensor
-) -> tuple[PyTree, State]:
-    """Aggregate what is there: all else is taken out before."""
-    seen, known = _present.rows(jac, present), _present.losses(losses, present)
-    counted = _present.usable(present)
-    grads, after = _present.update(aggregator, seen, state, known, present=counted)
-    grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
-    return grads, _present.kept(present, after, state)
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -213,15 +208,17 @@ class Scalarizer:
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state, present=None) -> (loss, state)`, given a vector in float32 or
             better, with 1 in the place of absent losses.
-        observe: `(losses, state) -> state`, to be called when the method's paper says (FAMO: after
-            the step, with losses of the same batch; DWA: after an epoch, with `None`), or `None`.
-        average: Brings gradients of the loss together over processes (`jd.distributed`).
+        observe: `(losses, state, present=None) -> state`, to be called when the method's paper says
+            (FAMO: after the step, with losses of the same batch; DWA: after an epoch, with `None`),
+            or `None`.
+        average: Brings gradients of the loss together over processes (`jd.distributed`); then
+            `update_fn` is given losses as they are.
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[..., tuple[Tensor, State]]
-    observe: Callable[[PyTree, State], State] | None = None
+    observe: Callable[..., State] | None = None
     average: Callable[[PyTree], PyTree] | None = None
 
     def init(self, losses: PyTree, *, key: Tensor | None = None) -> State:
@@ -234,8 +231,8 @@ class Scalarizer:
         Returns:
             The state, a pytree of tensors.
         """
-        wide = _tree.wide(_vector(self, losses))
-        return self.init_fn(wide, _placed(key, wide))
+        wide = _tree.wide(_names.vector(self, losses))
+        return self.init_fn(wide, _check.key_at(key, wide.device))
 
     def __call__(
         self, losses: PyTree, state: State = None, *, present: Present = None
@@ -251,12 +248,13 @@ class Scalarizer:
         Returns:
             `loss`, a 0-d tensor, and `state`.
         """
-        vector = _vector(self, losses)
+        vector = _names.vector(self, losses)
         wide = _tree.wide(vector)
         state = self.init_fn(wide, None) if state is None else state
+        _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
-        if mask is None:
-            loss, state = self.update_fn(wide, state)
+        if mask is None or self.average is not None:  # what any process has counts: masked there
+            loss, state = _present.update(self, wide, state, present=mask)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
         loss, after = _present.update(self, known, state, present=_present.usable(mask))
@@ -264,23 +262,6 @@ class Scalarizer:
         return loss, _present.kept(mask, after, state)
 
     __repr__ = in_one_line
-
-
-def _vector(scalarizer: Scalarizer, losses: PyTree) -> Tensor:
-    """Return losses as a vector; if they have names, options by name have to be theirs."""
-    paths, leaves = _tree.paths(losses), _tree.leaves(losses)
-    _check.losses(paths, leaves)
-    if not isinstance(losses, Tensor):
-        _names.check_names(scalarizer, paths)
-    return _tree.ravel(leaves)
-
-
-def _placed(key: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return a key where what is drawn from it is used."""
-    if key is None:
-        return None
-    _check.key(key)
-    return key.to(like.device)
 
 
 class Observation(NamedTuple):

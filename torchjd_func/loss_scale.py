@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._scaled import Scaled
 
 PyTree = Any
@@ -75,7 +76,7 @@ def scaled(fn: Callable[..., Any], state: LossScaleState) -> Scaled:
         state: From `init` or `update`.
 
     Returns:
-        An objective with the same losses, Jacobian and Gramian, for a rule that is an Aggregator.
+        An objective with the same losses, Jacobian and Gramian, by the same routes.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -86,7 +87,7 @@ def scaled(fn: Callable[..., Any], state: LossScaleState) -> Scaled:
         tensor([[2.9802e-08]])
     """
     _check.state_type("loss_scale", state, LossScaleState)
-    return Scaled(fn, state.scale)
+    return Scaled(as_objective(fn), state.scale)
 
 
 def update(

@@ -3,6 +3,7 @@
 All are computed from Gramian and weights, in float64, and cost nothing next to a backward pass. Any
 other function of an `Observation` will do as well, a lambda for instance; options are bound by
 `functools.partial`. `d` stands for the update, and row i of `J` for the gradient of objective i.
+All are those of the present objectives alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree, metrics
+from torchjd_func import _check, _observed, metrics
+from torchjd_func._present import only
 from torchjd_func._types import Observation
 from torchjd_func.linalg._gramian import rank_tol, ratio
 
@@ -45,7 +47,7 @@ def weights(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["weights"]
         tensor([0.8000, 0.2000], dtype=torch.float64)
     """
-    return _check.observed("weights", observation.weights).to(torch.float64)
+    return _observed.weights(observation)
 
 
 def cosine_to_mean(observation: Observation) -> Tensor:
@@ -64,8 +66,8 @@ def cosine_to_mean(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["cosine"]
         tensor(0.9600, dtype=torch.float64)
     """
-    inner, length = _update(observation)
-    return ratio(inner.mean(), length * _gramian(observation).mean().clamp(min=0).sqrt())
+    inner, length = _observed.update(observation)
+    return ratio(inner.mean(), length * _observed.gramian(observation).mean().clamp(min=0).sqrt())
 
 
 def min_cosine(observation: Observation) -> Tensor:
@@ -84,8 +86,9 @@ def min_cosine(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["lowest"]
         tensor(-0.6000, dtype=torch.float64)
     """
-    inner, length = _update(observation)
-    return ratio(inner, length * row_norms(observation)).min()
+    inner, length = _observed.update(observation)
+    cosines = ratio(inner, length * _observed.row_norms(observation))
+    return only(observation.present, cosines, torch.inf).min()
 
 
 def pairwise_cosine(observation: Observation) -> Tensor:
@@ -104,7 +107,7 @@ def pairwise_cosine(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["cosines"][0]
         tensor([ 1.0000, -0.6000], dtype=torch.float64)
     """
-    return metrics.pairwise_cosine(_gramian(observation))
+    return metrics.pairwise_cosine(_observed.gramian(observation))
 
 
 def conflict_fraction(observation: Observation) -> Tensor:
@@ -123,9 +126,9 @@ def conflict_fraction(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["conflicts"]
         tensor(0.3333, dtype=torch.float64)
     """
-    gramian = _gramian(observation)
-    m = gramian.shape[0]
-    return (gramian < 0).sum().to(gramian.dtype) / max(m * (m - 1), 1)
+    gramian = _observed.gramian(observation)
+    m = _observed.count(observation)
+    return (gramian < 0).sum() / (m * (m - 1)).clamp(min=1)
 
 
 def row_norms(observation: Observation) -> Tensor:
@@ -144,7 +147,7 @@ def row_norms(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["norms"]
         tensor([5., 2.], dtype=torch.float64)
     """
-    return _gramian(observation).diagonal().clamp(min=0).sqrt()
+    return _observed.row_norms(observation)
 
 
 def entropy(observation: Observation) -> Tensor:
@@ -165,7 +168,7 @@ def entropy(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["entropy"]
         tensor(0.6931, dtype=torch.float64)
     """
-    sizes = weights(observation).abs()
+    sizes = _observed.weights(observation).abs()
     return torch.special.entr(ratio(sizes, sizes.sum())).sum()
 
 
@@ -186,10 +189,11 @@ def condition_number(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["condition"]
         tensor(3., dtype=torch.float64)
     """
-    given, gramian = _check.observed("gramian", observation.gramian), _gramian(observation)
+    exact = _check.observed("gramian", observation.gramian)
+    gramian = exact.to(torch.float64)
     values = torch.linalg.eigvalsh(gramian)
     largest = values[-1]
-    counted = values > rank_tol(given) * largest
+    counted = values > rank_tol(exact) * largest
     smallest = torch.where(counted, values, largest).min()
     return ratio(largest, smallest.clamp(min=0)).sqrt()
 
@@ -211,7 +215,13 @@ def stationarity_gap(observation: Observation, *, relative: bool = False) -> Ten
         >>> jd.read_measures(state)["gap"]
         tensor(2.4000, dtype=torch.float64)
     """
-    return metrics.stationarity_gap(_gramian(observation), relative=relative)
+    gramian, present = _observed.gramian(observation), observation.present
+    if present is not None:
+        places = torch.arange(gramian.shape[0], device=gramian.device)
+        # A present gradient once more, in the place of an absent one, leaves the convex hull.
+        places = torch.where(present, places, present.int().argmax())
+        gramian = gramian[places][:, places]
+    return metrics.stationarity_gap(gramian, relative=relative)
 
 
 def dual_cone_residual(
@@ -244,10 +254,11 @@ def dual_cone_residual(
         >>> jd.read_measures(state)["residual"] < 1e-12
         tensor(True)
     """
-    gramian, found, norms = _gramian(observation), weights(observation), row_norms(observation)
-    start = found.new_full(found.shape, 1 / max(len(found), 1))
+    gramian, norms = _observed.gramian(observation), _observed.row_norms(observation)
+    weights = _observed.weights(observation)
+    start = (1 / _observed.count(observation)).expand(weights.shape)
     start = start if preference is None else preference.to(start)
-    slack, product = (found - start) * norms, ratio(gramian @ found, norms)
+    slack, product = (weights - start) * norms, ratio(gramian @ weights, norms)
     least = torch.minimum(slack, product)
     residual = least.abs() if complementary else (-least).clamp(min=0)
     return ratio(residual.max(), (norms * start).abs().max())
@@ -275,25 +286,7 @@ def min_norm_residual(observation: Observation) -> Tensor:
         >>> jd.read_measures(state)["residual"]
         tensor(0.1094, dtype=torch.float64)
     """
-    gramian, found = _gramian(observation), weights(observation)
-    inner = gramian @ found
-    return ratio(found @ inner - inner.min(), gramian.diagonal().max())
-
-
-def _gramian(observation: Observation) -> Tensor:
-    """Return the Gramian in float64."""
-    return _check.observed("gramian", observation.gramian).to(torch.float64)
-
-
-def _update(observation: Observation) -> tuple[Tensor, Tensor]:
-    """Return `J d` and the length of `d`; a `d` that cancels up to rounding has length 0."""
-    if observation.weights is None:
-        grads = [_tree.real(leaf).flatten() for leaf in _tree.leaves(observation.grads)]
-        pairs = zip(map(_tree.rows, _tree.leaves(observation.jac)), grads, strict=True)
-        inner = torch.stack([(rows @ grad).to(torch.float64) for rows, grad in pairs]).sum(0)
-        return inner, torch.stack([grad.norm().to(torch.float64) for grad in grads]).norm()
-    given, gramian = _check.observed("gramian", observation.gramian), _gramian(observation)
-    found = weights(observation)
-    inner = gramian @ found
-    square, size = found @ inner, found.abs() @ row_norms(observation)
-    return inner, torch.where(square > rank_tol(given) * size.square(), square, 0.0).sqrt()
+    gramian, weights = _observed.gramian(observation), _observed.weights(observation)
+    inner = gramian @ weights
+    least = only(observation.present, inner, torch.inf).min()
+    return ratio(weights @ inner - least, gramian.diagonal().max())

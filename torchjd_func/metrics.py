@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,6 +128,7 @@ def mean_rank(values: Tensor, higher_is_better: Flags) -> Tensor:
         >>> jd.metrics.mean_rank(accuracy_and_error, [True, False])
         tensor([2.2500, 2.0000, 1.7500])
     """
+    _check.metric("values", values)
     score = values * _signs(values, higher_is_better)
     mine, theirs = score.unsqueeze(-2), score.unsqueeze(-3)
     ahead = (theirs > mine).sum(-2)
@@ -236,19 +238,23 @@ def stationarity_gap(gramian: Tensor, *, relative: bool = False) -> Tensor:
 
 def _gain(values: Tensor, baseline: Tensor, higher_is_better: Flags) -> Tensor:
     """Return the relative improvement of each metric."""
+    _check.metric("values", values)
+    _check.metric("baseline", baseline)
     _check.same_size("baseline", baseline.shape[-1], values.shape[-1])
     return _signs(values, higher_is_better) * (values - baseline) / baseline
 
 
 def _signs(values: Tensor, higher_is_better: Flags) -> Tensor:
     """Return 1 for each metric of which more is better, and -1 for each other."""
-    flags = torch.as_tensor(higher_is_better, dtype=torch.bool, device=values.device)
-    _check.same_size("higher_is_better", len(flags), values.shape[-1])
+    flags = _check.flags("higher_is_better", higher_is_better, values)
     return torch.where(flags, 1.0, -1.0).to(values.dtype)
 
 
 def _volume(points: Tensor, reference: Tensor) -> Tensor:
     """Return the volume in three or more dimensions."""
     library = _check.installed("moocore", "metrics", "a hypervolume of 3 or more dimensions")
-    arrays = [value.detach().cpu().double().numpy() for value in (points, reference)]
+    inside = points[(points < reference).all(-1)]  # not-a-numbers are not, as in two dimensions
+    arrays = [value.detach().cpu().double().numpy() for value in (inside, reference)]
+    if not all(np.isfinite(array).all() for array in arrays):  # moocore crashes (0.2)
+        return points.new_tensor(np.inf if len(inside) else 0.0)
     return points.new_tensor(library.hypervolume(arrays[0], ref=arrays[1]))

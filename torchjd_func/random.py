@@ -37,6 +37,7 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
         >>> jd.random.key(7)
         tensor([0, 7])
     """
+    _check.whole("seed", seed)
     if isinstance(seed, int):
         words = [(seed >> 32) & _threefry.MASK, seed & _threefry.MASK]
         return torch.tensor(words, dtype=torch.int64, device=device)
@@ -59,6 +60,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> first, second = jd.random.split(jd.random.key(0))
     """
     _check.key(key)
+    _check.integer("num", num, 0)
     words = _threefry.encrypt(key, _threefry.SPLIT, num).T
     return words.contiguous() if isinstance(words, Tensor) else torch.from_numpy(words.copy())
 
@@ -78,6 +80,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         >>> step_key = jd.random.fold_in(jd.random.key(0), 12)
     """
     _check.key(key)
+    _check.whole("data", data)
     low = torch.as_tensor(data, dtype=torch.int64, device=key.device) & _threefry.MASK
     words = _threefry.rounds(key.unbind(), torch.full_like(low, _threefry.FOLD), low)
     return torch.stack(words, dim=-1)
@@ -99,6 +102,7 @@ def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
         1797259609
     """
     _check.key(key)
+    _check.shape(shape)
     return _host.tensor(_threefry.bits(key, shape))
 
 
@@ -121,6 +125,8 @@ def uniform(
         0.4185
     """
     _check.key(key)
+    _check.shape(shape)
+    _check.floating_dtype("dtype", dtype)
     if dtype == torch.float64:
         return _host.tensor(_threefry.wide_bits(key, shape, 53)).to(dtype) * 2.0**-53
     words = _threefry.bits(key, shape) >> 8
@@ -147,6 +153,8 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
         (3, 2)
     """
     _check.key(key)
+    _check.shape(shape)
+    _check.floating_dtype("dtype", dtype)
     words = _host.tensor(_threefry.wide_bits(key, shape, 52))
     centred = (words.to(torch.float64) + 0.5) * 2.0**-51 - 1.0
     return (math.sqrt(2.0) * torch.erfinv(centred)).to(dtype)
@@ -168,4 +176,5 @@ def permutation(key: Tensor, n: int) -> Tensor:
         [0, 1, 2, 3]
     """
     _check.key(key)
+    _check.integer("n", n, 0)
     return torch.argsort(_host.tensor(_threefry.wide_bits(key, (n,), 62)), stable=True)

@@ -8,7 +8,6 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import assert_numbers, row_weights, vector_of, weighting
 from tests.matrices import A, B, C, all_matrices, matrix
-from torchjd_func.aggregation._cagrad import _search, search
 
 OPPOSITE = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
 BALANCED = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -50,7 +49,6 @@ def test_cagrad_reaches_its_dual_bound(name, jac, c):
     mean = jac.mean(0)
     added = row_weights(jd.cagrad(c), jac) - 1 / m
     direction = mean + jac.T @ added
-    worst = (jac @ direction).min()
     candidates = [jd.linalg.min_norm_point(gramian).value]
     candidates += [added / added.sum()] if added.sum() > 0 else []
     dual = min(w @ gramian.mean(-1) + c * mean.norm() * (jac.T @ w).norm() for w in candidates)
@@ -58,7 +56,8 @@ def test_cagrad_reaches_its_dual_bound(name, jac, c):
     scale = norms[norms > 0].min() * mean.norm()
     assert added.min() >= -1e-12
     assert (direction - mean).norm() <= c * mean.norm() * (1 + 1e-7)
-    assert worst >= dual - 1e-7 * scale
+    # Of a direction that cancels, the products with rows that are longer by decades are rounding.
+    assert (jac @ direction >= dual - 1e-7 * scale - 1e-12 * norms * norms.mean()).all()
 
 
 @pytest.mark.parametrize("c", [0.3, 1.2])
@@ -100,16 +99,3 @@ def test_cagrad_mapped_problems_do_not_disturb_each_other():
     want = torch.stack([torch.stack(row) for row in want])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
     assert want.isfinite().all(-1).all(-1).tolist() == [True] * 4 + [False] * 2 + [True]
-
-
-def test_cagrad_may_take_all_steps_of_its_search():
-    jacs = torch.stack([matrix("gaussian", 6, 4, seed=seed) for seed in range(4)])
-    problems = (
-        jacs @ jacs.mT,
-        (jacs @ jacs.mT).mean(-1),
-        torch.tensor([0.0, 0.1, 0.5, 2.0]).double(),
-    )
-    for got, want in zip(
-        _search(torch, *problems, tol=1e-12), search(*problems, 1e-12), strict=True
-    ):
-        assert got.equal(want)

@@ -11,8 +11,8 @@ from tests.matrices import A, B, matrix
 from tests.registry import METHODS, key_for, losses_for
 from torchjd_func import _tree
 from torchjd_func.differentiate._jacobian import rows
-from torchjd_func.differentiate._linearize import linearize
 from torchjd_func.differentiate._routes import contract
+from torchjd_func.differentiate._verb import Options, linearize
 
 PATHS = ["embedding", "encoder.bias", "encoder.weight", "head"]
 LAYERS = {"": ["embedding", "head"], "encoder": ["encoder.bias", "encoder.weight"]}
@@ -67,12 +67,13 @@ def loop(aggregator, groups: dict, jacs: list[dict], key, losses) -> list[dict]:
 )
 def test_routes_serve_groups_of_leaves(route, groups):
     params = _tree.map(lambda leaf: leaf[0], jacobian(5))
-    flat = _tree.leaves(rows(linearize(objective, (params,), 0, False), None))
+    flat = _tree.leaves(rows(linearize(objective, (params,), {}, Options(0, False))))
     jacs = [torch.cat([flat[i] for i in group], dim=1) for group in groups]
     weights = matrix("gaussian", len(groups), 5)
 
     def run(point, weights):
-        matrices, pullback = contract(linearize(objective, (point,), 0, False), route, None, groups)
+        linear = linearize(objective, (point,), {}, Options(0, False, route))
+        matrices, pullback = contract(linear, route, None, groups)
         return matrices, pullback(weights)
 
     matrices, grads = run(params, weights)

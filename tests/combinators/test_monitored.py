@@ -185,7 +185,8 @@ def test_watching_changes_nothing(name):
     for _ in range(2):
         got, state = watched(jac, state, losses=losses)
         want, plain = inner(jac, plain, losses=losses)
-        assert_trees_close((got, state.inner), (want, plain), rtol=0, atol=0)
+        # What sees the rows has more digits than what sees their Gramian, to the last ones.
+        assert_trees_close((got, state.inner), (want, plain), rtol=1e-13, atol=1e-15)
         assert_same_layout(state, start)
 
 

@@ -7,7 +7,7 @@ from torch.func import vmap
 
 import torchjd_func as jd
 from tests import oracles
-from tests.helpers import assert_trees_close, compiled, weighting
+from tests.helpers import assert_differentiable, assert_trees_close, compiled, weighting
 from torchjd_func import _tree
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -303,6 +303,33 @@ class TestAccumulate:
         assert_trees_close(mapped, _tree.stack([step(None, PARAMS, x)[0] for x in (X1, X2)]))
         assert jd.init_state(jd.upgrad(), jd.accumulate(losses_of, 3), PARAMS, X1) == ()
 
+    def test_buffers_are_handed_from_one_part_to_the_next(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+        apply, params, buffers = jd.functionalize(model)
+
+        def objective(params, buffers, x):
+            outputs, buffers = apply(params, buffers, x)
+            return outputs.square().mean(0), buffers
+
+        parts = jd.accumulate(objective, 3, has_aux=True, carry_aux=1)
+        want = buffers
+        for x in X1.chunk(3):
+            want = objective(params, want, x)[1]
+        _, (losses, after), _ = jd.grad_and_value(parts, jd.upgrad(), has_aux=True)(
+            None, params, buffers, X1
+        )
+        assert_trees_close(after, want)
+        assert_trees_close(parts(params, buffers, X1), (losses, want))
+        scalar = jd.grad_and_value(parts, jd.scalarizers.mean(), has_aux=True)
+        assert_trees_close(scalar(None, params, buffers, X1)[1][1], want)
+        model.load_state_dict({**params, **after})
+
+    def test_keeps_the_route_of_what_it_wraps(self):
+        parts = jd.accumulate(losses_of, 2)
+        for route in ROUTES:
+            got = jd.gramian(parts, route=route)(PARAMS, X1)
+            torch.testing.assert_close(got, jd.gramian(losses_of)(PARAMS, X1))
+
 
 OBJECTIVES = {"losses": losses_of, "instancewise": jd.instancewise(instance_losses)}
 
@@ -360,7 +387,7 @@ class TestPartial:
         def length(x):
             return _tree.ravel(step(None, PARAMS, x)[0]).square().sum()
 
-        assert torch.autograd.gradcheck(length, (X1.clone().requires_grad_(),))
+        assert_differentiable(length, X1)
 
 
 def test_objectives_are_sampled_with_a_key():

@@ -101,7 +101,8 @@ def test_assigned_gradients_step_an_optimiser():
 
 
 def test_assigned_gradients_of_a_pytree():
-    params = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.ones(3)]}
+    wide = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    params = {"a": wide, "b": [torch.ones(3, requires_grad=True)]}
     grads = {"a": torch.tensor([1.0, 2.0]), "b": [torch.full((3,), 4.0)]}
     jd.interop.assign_grads_(params, grads)
     assert params["a"].grad is not None
@@ -119,3 +120,86 @@ def test_recurrent_modules_work_by_mapping_the_pullback(layer):
 
     mapped = jd.gramian(objective)(params)
     torch.testing.assert_close(mapped, jd.gramian(objective, chunk_size=1)(params))
+
+
+class LoRA(nn.Module):
+    """A frozen layer with an update of rank 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(3, 3).requires_grad_(False)
+        self.down = nn.Linear(3, 1, bias=False)
+        self.up = nn.Linear(1, 3, bias=False)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.base(x) + self.up(self.down(x)))
+
+
+def test_frozen_parameters_are_constants_with_the_buffers():
+    model = LoRA().double()
+    apply, params, buffers = jd.functionalize(model)
+    assert sorted(params) == ["down.weight", "norm.bias", "norm.weight", "up.weight"]
+    assert {"base.weight", "base.bias", "norm.running_mean"} <= set(buffers)
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def objective(params, buffers, x):
+        outputs, buffers = apply(params, buffers, x)
+        return outputs.square().mean(0), buffers
+
+    step = jd.grad_and_value(objective, jd.upgrad(), has_aux=True)
+    grads, (_, after), _ = step(None, params, buffers, x)
+    assert set(grads) == set(params)
+    assert torch.equal(after["base.weight"], model.base.weight)
+    assert after["norm.num_batches_tracked"] == 1
+    step(None, params, after, x)
+    rows = jd.gramian(objective, has_aux=True)(params, buffers, x)[0]
+    copy = LoRA().double()
+    copy.load_state_dict(model.state_dict())
+    losses = copy(x).square().mean(0)
+    trained = [leaf for leaf in copy.parameters() if leaf.requires_grad]
+    by_loss = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in losses]
+    matrix = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in by_loss])
+    torch.testing.assert_close(rows, matrix @ matrix.mT)
+    fast, counter = compiled(step)
+    assert_trees_close(fast(None, params, buffers, x), step(None, params, buffers, x))
+    assert counter.graphs == 1
+
+
+def test_which_parameters_are_frozen_is_read_once():
+    model = nn.Linear(3, 2)
+    apply, params, buffers = jd.functionalize(model)
+    model.requires_grad_(False)
+    apply(params, buffers, torch.ones(1, 3))
+    assert sorted(params) == ["bias", "weight"]
+
+
+def test_a_tree_of_modules_gives_trees():
+    trunk, head = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double(),
+        nn.Linear(4, 1).double(),
+    )
+    (apply, heads), params, buffers = jd.functionalize((trunk, {"a": head}))
+    assert sorted(params[0]) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert sorted(params[1]["a"]) == ["bias", "weight"]
+    assert buffers[1] == {"a": {}}
+
+    def of_trunk(shared, batch):
+        x, buffers = batch
+        return apply(shared, buffers[0], x)
+
+    objective = jd.multitask(
+        of_trunk,
+        {"a": lambda p, z, batch: heads["a"](p, batch[1][1]["a"], z)[0].square().mean()},
+        has_aux=True,
+    )
+    x = torch.randn(5, 3, dtype=torch.float64)
+    grads, (losses, after), _ = jd.grad_and_value(objective, jd.sum(), has_aux=True)(
+        None, params, (x, buffers)
+    )
+    loss = head(trunk(x)).square().mean()
+    loss.backward()
+    torch.testing.assert_close(losses["a"], loss.detach())
+    assert_trees_close(grads[0], {name: p.grad for name, p in trunk.named_parameters()})
+    assert_trees_close(grads[1]["a"], {name: p.grad for name, p in head.named_parameters()})
+    assert after["1.num_batches_tracked"] == 1

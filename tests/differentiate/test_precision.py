@@ -210,3 +210,139 @@ def test_normalisation_layers_run_in_bfloat16(norm):
     assert_same_layout(jac, want)
     assert_same_layout(after, want_after)
     assert_trees_close(jac, want, rtol=0.2, atol=0.2)
+
+
+NORMS = {
+    "layer": nn.LayerNorm(4),
+    "batch": nn.BatchNorm1d(4),
+    "batch, evaluated": nn.BatchNorm1d(4).eval(),
+    "group": nn.GroupNorm(2, 4),
+    "instance": nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("route", ["auto", "jacobian", "layerwise", "product"])
+def test_autocast_in_the_objective(norm, route):
+    model = nn.Sequential(nn.Linear(5, 4), norm, nn.Linear(4, 3))
+    apply, params, buffers = jd.functionalize(model)
+
+    def objective(params, x, reduced=0):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, _ = apply(params, buffers, x)
+        return outputs.float().square().mean(reduced)
+
+    want = jd.gramian(objective, route="jacobian", chunk_size=1)(params, X)
+    got = jd.gramian(objective, route=route)(params, X)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
+    assert got.dtype == torch.float32
+    if norm.training and isinstance(norm, nn.BatchNorm1d):
+        return  # mixes examples
+    examples = jd.instancewise(lambda params, x: objective(params, x, 1))
+    want = jd.gramian(examples, route="jacobian", chunk_size=1)(params, X)
+    got = jd.gramian(examples, route=route)(params, X)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("route", ["auto", "jacobian", "layerwise", "product"])
+def test_autocast_around_a_step_is_of_the_objective_alone(name, route):
+    fn, params = OBJECTIVES[name]
+
+    def lowered(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fn(*args)
+
+    step = jd.grad_and_value(fn, jd.mgda(), route=route)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = step(None, params, X)
+        matrix = jd.gramian(fn, route=route)(params, X)
+        losses, again, vjp_fn = jd.gramian_vjp(fn, params, X, route=route)
+        pulled = vjp_fn(torch.ones(len(matrix)))
+        jac = jd.jac(fn)(params, X)
+    assert matrix.dtype == torch.float32
+    assert_trees_close(losses, got[1])
+    if name == "plain":
+        want = jd.grad_and_value(lowered, jd.mgda(), route=route)(None, params, X)
+        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+    exact = _tree.gramian(_tree.map(torch.Tensor.double, jac))
+    torch.testing.assert_close(again.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.max()))
+    if route == "jacobian" and name != "instancewise":
+        torch.testing.assert_close(matrix.double(), exact, rtol=1e-5, atol=1e-5)
+    shared = pulled[0] if name == "multitask" else pulled
+    assert_trees_close(shared, _tree.map(lambda leaf: leaf.sum(0), jac), rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_around_a_compiled_step():
+    step = jd.grad_and_value(losses_of, jd.mgda())
+
+    def run(params, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(None, params, x)
+
+    fast, counter = compiled(run)
+    assert_trees_close(fast(PARAMS, X), run(PARAMS, X), rtol=1e-5, atol=1e-6)
+    assert counter.graphs == 1
+
+
+def test_running_statistics_stay_in_float32():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, momentum=0.01))
+    apply, params, buffers = jd.functionalize(model)
+
+    def statistics(params, buffers, x):
+        outputs, buffers = apply(params, buffers, x)
+        return outputs.square().mean(), buffers
+
+    stored = jd.cast_floating(statistics, torch.bfloat16)
+    lost = jd.cast_floating(statistics, torch.bfloat16, keep=lambda path: False)
+    half = exact = rounded = buffers
+    for _ in range(250):
+        half, rounded = stored(params, half, X)[1], lost(params, rounded, X)[1]
+        exact = statistics(params, exact, X)[1]
+    assert half["1.running_mean"].dtype == torch.float32
+    error = (half["1.running_mean"] - exact["1.running_mean"]).abs().max()
+    assert error < 0.02 < (rounded["1.running_mean"] - exact["1.running_mean"]).abs().max()
+
+
+def test_what_comes_back_as_it_went_in_keeps_its_dtype():
+    def fn(params, buffers):
+        return params["w"].square(), {**buffers, "new": params["w"] * 2}
+
+    frozen = {"frozen": torch.ones(2, dtype=torch.float64), "half": torch.ones(2).bfloat16()}
+    half = jd.cast_floating(fn, torch.bfloat16)
+    _, after = half({"w": torch.ones(2)}, frozen)
+    assert after["frozen"] is frozen["frozen"]
+    assert after["half"] is frozen["half"]
+    assert after["new"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "fn", [losses_of, jd.instancewise(instance_losses)], ids=["plain", "instancewise"]
+)
+def test_a_scaled_objective_keeps_its_route(fn, monkeypatch):
+    """No Jacobian is built where none is without a scale."""
+    from torchjd_func.differentiate import _linearized, _routes
+
+    calls = []
+    real = _linearized.rows_of
+    monkeypatch.setattr(_routes, "rows_of", lambda linear: calls.append(1) or real(linear))
+    objective = jd.loss_scale.scaled(fn, jd.loss_scale.init(2.0**12))
+    got = jd.grad(objective, jd.mgda())(None, PARAMS, X)
+    assert bool(calls) == (fn is losses_of)
+    assert_trees_close(got, jd.grad(fn, jd.mgda())(None, PARAMS, X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_scaled_objective_of_a_scalarizer():
+    objective = jd.loss_scale.scaled(losses_of, jd.loss_scale.init())
+    rule = jd.scalarizers.geometric_mean()
+    got = jd.grad(objective, rule)(None, PARAMS, X)
+    assert_trees_close(got, jd.grad(losses_of, rule)(None, PARAMS, X), rtol=1e-5, atol=1e-6)
+
+
+def test_casts_and_scales_in_either_order():
+    state = jd.loss_scale.init()
+    inside = jd.cast_floating(jd.loss_scale.scaled(losses_of, state), torch.bfloat16)
+    outside = jd.loss_scale.scaled(jd.cast_floating(losses_of, torch.bfloat16), state)
+    assert_trees_close(jd.jac(inside)(PARAMS, X), jd.jac(outside)(PARAMS, X), rtol=0, atol=0)

@@ -6,7 +6,7 @@ from torch.func import functional_call, vmap
 
 import torchjd_func as jd
 from tests import oracles
-from tests.helpers import assert_trees_close, clone, compiled
+from tests.helpers import assert_differentiable, assert_trees_close, clone, compiled
 from torchjd_func import _tree
 
 PARAMS = {
@@ -186,10 +186,11 @@ def test_transforms_nest_in_torch_func():
         grads, _ = jd.grad(vector_losses, jd.upgrad())(None, PARAMS, x)
         return grads["w"].square().sum()
 
-    assert torch.autograd.gradcheck(length, (X.clone().requires_grad_(),))
-    by_func = torch.func.grad(length)(X)
-    leaf = X.clone().requires_grad_()
-    torch.testing.assert_close(by_func, torch.autograd.grad(length(leaf), leaf)[0])
+    assert_differentiable(length, X)
+    directions = torch.stack([torch.ones_like(X), X])
+    pushed = vmap(lambda v: torch.func.jvp(length, (X,), (v,))[1])(directions)
+    slopes = torch.func.grad(length)(X)
+    torch.testing.assert_close(pushed, (directions * slopes).sum((1, 2)))
 
 
 def test_physics_losses_differentiate_inside_the_objective():

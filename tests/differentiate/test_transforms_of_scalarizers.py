@@ -14,29 +14,10 @@ from tests.scalarizer_registry import (
     experienced,
     fresh,
     gradient,
-    observe,
 )
 from torchjd_func import _tree
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-
-
-@every_method
-def test_three_steps_are_one_graph(method):
-    scalarizer, state = fresh(method, L, 4)
-    gradients = jd.grad_and_value(affine, scalarizer)
-
-    def step(state, x):
-        grads, values, state = gradients(state, x)
-        x = x - 1e-2 * grads
-        return x, values, observe(method, scalarizer, affine(x), state)
-
-    fast, counter = compiled(step)
-    eager = got = (torch.zeros(3, dtype=torch.float64), L, state)
-    for _ in range(3):
-        eager, got = step(eager[2], eager[0]), fast(got[2], got[0])
-        assert_trees_close(got, eager)
-    assert counter.graphs == 1
 
 
 def test_inductor_agrees_with_eager():
@@ -46,23 +27,6 @@ def test_inductor_agrees_with_eager():
     torch._dynamo.reset()
     fast = torch.compile(step, fullgraph=True)
     assert_trees_close(fast(state, x), step(state, x))
-
-
-@every_method
-def test_vmap_equals_loop(method):
-    batch = torch.stack([L, L.flip(0), L * 2, torch.full_like(L, 1.5)])
-    keys = jd.random.split(jd.random.key(0), len(batch)) if method.random else None
-    scalarizer = method.make(4)
-
-    def two_steps(values, key):
-        state = scalarizer.init(values, key=key)
-        first, state = scalarizer(values, state)
-        state = observe(method, scalarizer, values * 0.9, state)
-        return first, gradient(scalarizer, values, state), state
-
-    got = vmap(two_steps, in_dims=(0, None if keys is None else 0))(batch, keys)
-    loop = [two_steps(row, None if keys is None else keys[i]) for i, row in enumerate(batch)]
-    assert_trees_close(got, _tree.stack(loop), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(

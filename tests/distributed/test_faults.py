@@ -3,10 +3,13 @@
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import torchjd_func as jd
 from tests import workers
@@ -76,6 +79,21 @@ def test_trees_that_agree():
     workers.run(2, same)
 
 
+def outside():
+    """Start a rule in a group that this process is not in, if it is the last."""
+    group: Any = dist.new_group([0])
+    jac = torch.eye(2)
+    jd.distributed.data_parallel(jd.upgrad(), group)(jac)
+    jd.distributed.check_same({"jac": jac}, group)
+
+
+def test_a_process_outside_the_group():
+    inside, failure = workers.outcomes(2, outside)
+    assert inside is None
+    assert failure.kind == "RuntimeError"
+    assert "`group`" in failure.message
+
+
 def step_for_ever(name):
     """Aggregate until something fails; return what did, and after how long a step."""
     rule = jd.distributed.data_parallel({"upgrad": jd.upgrad(), "graddrop": jd.graddrop()}[name])
@@ -90,10 +108,31 @@ def step_for_ever(name):
             return str(error), time.monotonic() - start
 
 
-@pytest.mark.parametrize("name", ["upgrad", "graddrop"])
-def test_a_rank_that_is_killed_stops_the_others(name):
+def sharded_step_for_ever(name):
+    """Differentiate by sharded parameters until something fails."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    w = distribute_tensor(torch.ones(30), mesh, [Shard(0)])
+    objective = jd.distributed.sharded(lambda w: (w.sum(), w[0] - 2 * w[1]))
+    start = time.monotonic()
+    while True:
+        try:
+            start = time.monotonic()
+            jd.grad(objective, jd.upgrad())(None, w)
+        except RuntimeError as error:
+            return str(error), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        (step_for_ever, "upgrad"),
+        (step_for_ever, "graddrop"),
+        (sharded_step_for_ever, "sharded"),
+    ],
+)
+def test_a_rank_that_is_killed_stops_the_others(steps, name):
     with workers.crew(3, TIMEOUT) as crew:
-        crew.send(step_for_ever, name)
+        crew.send(steps, name)
         time.sleep(1.0)
         crew.kill(1)
         first, gone, last = crew.receive()
@@ -115,7 +154,7 @@ def test_a_rank_that_hangs_stops_the_others_after_the_time_out():
 
 def assert_names(message, rank, world):
     """Check that a message names the rank and the collective."""
-    collectives = ("all_gather_object", "all_reduce", "reduce_scatter", "all_gather")
+    collectives = ("all_reduce", "reduce_scatter", "all_gather", "full_tensor", "redistribute")
     assert message.startswith(
         tuple(f"`{name}` must reach all {world} ranks" for name in collectives)
     )

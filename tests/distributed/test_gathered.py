@@ -151,15 +151,12 @@ def attempts():
     """Return what is said of mistakes."""
     objective = jd.distributed.gathered(jd.instancewise(squares))
     params, (x, y) = setting(2)
-    scaled = jd.loss_scale.scaled(objective, jd.loss_scale.init(2.0))
     tries = {
         "sizes": lambda: jd.gramian(objective)(params, x[dist.get_rank() :], y[dist.get_rank() :]),
         "jac": lambda: jd.jac(objective)(params, x, y),
         "jacobian": lambda: jd.gramian(objective, route="jacobian")(params, x, y),
         "product": lambda: jd.gramian(objective, route="product")(params, x, y),
         "rows": lambda: jd.grad(objective, jd.trimmed_mean(1))(None, params, x, y),
-        "scalarizer": lambda: jd.grad(objective, jd.scalarizers.mean())(None, params, x, y),
-        "scale": lambda: jd.gramian(scaled)(params, x, y),
     }
     return {name: said(fn) for name, fn in tries.items()}
 
@@ -179,8 +176,6 @@ def test_mistakes_are_named_on_every_rank():
         assert "got [8, 7]" in found["sizes"]
         for name in ("jac", "jacobian", "product", "rows"):
             assert found[name].startswith("ValueError: the Jacobian of a gathered objective must")
-        assert found["scalarizer"].startswith("TypeError: `a scalarizer` must be used with")
-        assert found["scale"].startswith("TypeError: `jd.loss_scale` must be used with")
 
 
 def test_only_instancewise_objectives_are_gathered():

@@ -32,9 +32,19 @@ def steps(rule, carried, batch, fn, n):
     return carried
 
 
-def targets(fresh):
+def to_save(rule, carried):
+    """Return the tensors of a checkpoint."""
+    return carried | {"rule": jd.interop.state_dict(rule, carried["rule"])}
+
+
+def targets(rule, fresh):
     """Return tensors for a checkpoint to be read into."""
-    return {name: torch.empty_like(x) for name, x in jd.interop.state_dict(fresh).items()}
+    return _tree.map(torch.empty_like, to_save(rule, fresh))
+
+
+def restored(rule, read):
+    """Return what a training step carries on."""
+    return read | {"rule": jd.interop.load_state_dict(rule, read["rule"])}
 
 
 def save_and_go_on(path):
@@ -47,11 +57,11 @@ def save_and_go_on(path):
     for name, make in RULES.items():
         rule, where = make(), f"{path}/{name}"
         carried = steps(rule, start(rule, placed(parameters(), "rows"), batch, fn), batch, fn, 2)
-        save(jd.interop.state_dict(carried), checkpoint_id=where)
+        save(to_save(rule, carried), checkpoint_id=where)
         fresh = start(rule, placed(_tree.map(torch.zeros_like, parameters()), "columns"), batch, fn)
-        read = targets(fresh)
+        read = targets(rule, fresh)
         load(read, checkpoint_id=where)
-        loaded = jd.interop.load_state_dict(fresh, read)
+        loaded = restored(rule, read)
         for got, want in zip(_tree.leaves(loaded), _tree.leaves(fresh), strict=True):
             assert getattr(got, "placements", None) == getattr(want, "placements", None)
         found[name] = whole(steps(rule, loaded, batch, fn, 2))
@@ -80,8 +90,8 @@ def test_one_process_goes_on_where_ranks_stopped(saved):
     for name, make in RULES.items():
         fn, rule = objective(3), make()
         fresh = start(rule, _tree.map(torch.zeros_like, parameters()), data(), fn)
-        read = targets(fresh)
+        read = targets(rule, fresh)
         load(read, checkpoint_id=f"{saved[0]}/{name}", no_dist=True)
-        loaded = jd.interop.load_state_dict(fresh, read)
+        loaded = restored(rule, read)
         want = steps(rule, start(rule, parameters(), data(), fn), data(), fn, 4)
         assert_trees_close(steps(rule, loaded, data(), fn, 2), want, rtol=1e-10, atol=1e-10)

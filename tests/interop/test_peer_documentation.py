@@ -1,13 +1,16 @@
-"""Each script of the object-oriented peer's documentation, and what it is here, side by side.
+"""Each script of the object-oriented peer's documentation, written four ways, side by side.
 
-Both start from the same parameters in float64 and take the same batches. Where the peer is exact
-the final parameters agree to 1e-9; with its default regularisation, to 1e-3. Our whole step is one
-graph in every script.
+The script as it stands; with a rule of ours as its aggregator; as a loop of plain autograd with
+`backward_`; and as a function, whose whole step is one graph. All start from the same parameters in
+float64 and take the same batches. Ours agree to 1e-9, and with the peer where it is exact; with its
+default regularisation, to 1e-3. Two batches for one step (`jd.double_sampling`) are no loop of
+`backward_`, which has one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +99,35 @@ def same(ours: Any, theirs: Any, tol: float) -> None:
     assert (a - b).norm() <= tol * b.norm(), float((a - b).norm() / b.norm())
 
 
+def fit(modules: Mapping[str, nn.Module], batches: Any, update: Callable[..., Any]) -> Any:
+    """Train copies of modules by a loop of torch; return their parameters."""
+    copies = dict(copy.deepcopy(modules))
+    optimizer = SGD(all_parameters(copies), lr=LR)
+    for batch in zip(*batches, strict=True):
+        update(copies, *batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    return final(copies)
+
+
+def stateful(rule: jd.Aggregator, key: Any = None) -> Any:
+    """Return `backward_` with the state of a rule in it."""
+    memory: list[Any] = [None]
+
+    def call(losses: Any, target: Any, **options: Any) -> None:
+        memory[0] = jd.interop.backward_(losses, target, rule, memory[0], key=key, **options)
+
+    call.memory = memory  # type: ignore[attr-defined]
+    return call
+
+
+def aggregators(pair: Pair) -> list[tuple[Any, Any, float]]:
+    """Return aggregator and weighting of the peer, of ours as the peer's, and tolerances."""
+    ours = jd.interop.torchjd_aggregator(pair.ours())
+    theirs = pair.theirs()
+    return [(theirs, pair.weights(), pair.tol), (ours, ours.gramian_weighting, 1e-9)]
+
+
 def single(model: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """Return a module without buffers as a function, and copies of its parameters."""
     apply, params, buffers = jd.functionalize(model)
@@ -127,14 +159,23 @@ def test_basic_usage(pair):
     state = jd.init_state(rule, objective, params, x[0], y1[0], y2[0])
     ours = train(stepper(objective, rule), params, state, (x, y1, y2))
 
-    optimizer, aggregator = SGD(model.parameters(), lr=LR), pair.theirs()
-    for a, b, c in zip(x, y1, y2, strict=True):
-        out = model(a)
-        backward([mse_loss(out[:, 0], b), mse_loss(out[:, 1], c)])
-        jac_to_grad(model.parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ours, dict(model.named_parameters()), pair.tol)
+    def losses(modules, x, y1, y2):
+        out = modules["model"](x)
+        return [mse_loss(out[:, 0], y1), mse_loss(out[:, 1], y2)]
+
+    modules, backward_ = {"model": model}, stateful(rule)
+    for aggregator, _, tol in aggregators(pair):
+
+        def theirs(modules, *batch, aggregator=aggregator):
+            backward(losses(modules, *batch))
+            jac_to_grad(modules["model"].parameters(), aggregator)
+
+        same({"model": ours}, fit(modules, (x, y1, y2), theirs), tol)
+
+    def loop(modules, *batch):
+        backward_(losses(modules, *batch), modules["model"])
+
+    same({"model": ours}, fit(modules, (x, y1, y2), loop), 1e-9)
 
 
 def regression() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -147,6 +188,11 @@ def regression() -> tuple[nn.Sequential, Tensor, Tensor]:
     return model, torch.randn(N_STEPS, 4, 10), torch.randn(N_STEPS, 4)
 
 
+def squares(modules: dict[str, nn.Module], x: Tensor, y: Tensor) -> Tensor:
+    """Return one loss for each example."""
+    return (modules["model"](x)[:, 0] - y).square()
+
+
 @upgrad_pairs
 @pytest.mark.parametrize(("engine", "route"), [("autojac", "jacobian"), ("autogram", "product")])
 def test_instance_wise_risk_minimisation(pair, engine, route):
@@ -155,18 +201,25 @@ def test_instance_wise_risk_minimisation(pair, engine, route):
     objective = jd.instancewise(lambda params, x, y: (forward(params, x)[:, 0] - y).square())
     ours = train(stepper(objective, pair.ours(), route=route), params, (), (x, y))
 
-    optimizer, aggregator, weigh = SGD(model.parameters(), lr=LR), pair.theirs(), pair.weights()
-    gramians = Engine(model, batch_dim=0) if engine == "autogram" else None
-    for a, b in zip(x, y, strict=True):
-        losses = (model(a)[:, 0] - b).square()
-        if gramians is None:
-            backward(losses)
-            jac_to_grad(model.parameters(), aggregator)
-        else:
-            losses.backward(weigh(gramians.compute_gramian(losses)))
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ours, dict(model.named_parameters()), pair.tol)
+    for aggregator, weigh, tol in aggregators(pair):
+        gramians: list[Engine] = []
+
+        def theirs(modules, x, y, aggregator=aggregator, weigh=weigh, gramians=gramians):
+            if engine == "autojac":
+                backward(squares(modules, x, y))
+                return jac_to_grad(modules["model"].parameters(), aggregator)
+            if not gramians:
+                gramians.append(Engine(modules["model"], batch_dim=0))
+            losses = squares(modules, x, y)
+            return losses.backward(weigh(gramians[0].compute_gramian(losses)))
+
+        same({"model": ours}, fit({"model": model}, (x, y), theirs), tol)
+    backward_ = stateful(pair.ours())
+
+    def loop(modules, x, y):
+        backward_(squares(modules, x, y), modules["model"])
+
+    same({"model": ours}, fit({"model": model}, (x, y), loop), 1e-9)
 
 
 @upgrad_pairs
@@ -177,17 +230,23 @@ def test_partial_jacobian_descent(pair):
     step = stepper(objective, pair.ours(), where=lambda path: not path.startswith("0."))
     ours = train(step, params, (), (x, y))
 
-    optimizer, weigh, engine = (
-        SGD(model.parameters(), lr=LR),
-        pair.weights(),
-        Engine(model[2:], batch_dim=0),
-    )
-    for a, b in zip(x, y, strict=True):
-        losses = (model(a)[:, 0] - b).square()
-        losses.backward(weigh(engine.compute_gramian(losses)))
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ours, dict(model.named_parameters()), pair.tol)
+    for _, weigh, tol in aggregators(pair):
+        engines: list[Engine] = []
+
+        def theirs(modules, x, y, weigh=weigh, engines=engines):
+            if not engines:
+                engines.append(Engine(modules["model"][2:], batch_dim=0))
+            losses = squares(modules, x, y)
+            losses.backward(weigh(engines[0].compute_gramian(losses)))
+
+        same({"model": ours}, fit({"model": model}, (x, y), theirs), tol)
+    backward_ = stateful(pair.ours())
+
+    def loop(modules, x, y):
+        losses = squares(modules, x, y)
+        backward_(losses, modules["model"], where=lambda path: not path.startswith("0."))
+
+    same({"model": ours}, fit({"model": model}, (x, y), loop), 1e-9)
 
 
 def two_tasks(b: int = 16, kind: Any = nn.ReLU) -> tuple[dict[str, nn.Module], tuple[Tensor, ...]]:
@@ -231,20 +290,6 @@ def all_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
     return [param for module in modules.values() for param in module.parameters()]
 
 
-def their_step(modules, batch, aggregator, optimizer):
-    """Do one step of the peer's multi-task learning."""
-    z, losses = their_losses(modules, *batch)
-    their_update(modules, z, losses, aggregator, optimizer)
-
-
-def their_update(modules, z, losses, aggregator, optimizer):
-    """Do what follows the losses of such a step."""
-    mtl_backward(losses, features=z)
-    jac_to_grad(modules["trunk"].parameters(), aggregator)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @every_pair
 def test_multi_task_learning(pair):
     modules, data = two_tasks()
@@ -252,10 +297,28 @@ def test_multi_task_learning(pair):
     step = stepper(objective, pair.ours())
     ours = train(lambda p, s, *batch: step(p, s, batch), params, (), data)
 
-    optimizer, aggregator = SGD(all_parameters(modules), lr=LR), pair.theirs()
-    for batch in zip(*data, strict=True):
-        their_step(modules, batch, aggregator, optimizer)
-    same(by_parts(ours), final(modules), pair.tol)
+    for aggregator, _, tol in aggregators(pair):
+
+        def theirs(modules, *batch, aggregator=aggregator):
+            z, losses = their_losses(modules, *batch)
+            mtl_backward(losses, features=z)
+            jac_to_grad(modules["trunk"].parameters(), aggregator)
+
+        same(by_parts(ours), fit(modules, data, theirs), tol)
+    same(by_parts(ours), fit(modules, data, task_loop(pair.ours())), 1e-9)
+
+
+def task_loop(rule: jd.Aggregator, key: Any = None) -> Any:
+    """Return an update of several tasks by `backward_`."""
+    backward_ = stateful(rule, key)
+
+    def update(modules, *batch):
+        z, losses = their_losses(modules, *batch)
+        target = (modules["trunk"], [modules["one"], modules["two"]])
+        backward_(losses, target, features=z)
+
+    update.memory = backward_.memory  # type: ignore[attr-defined]
+    return update
 
 
 @upgrad_pairs
@@ -273,17 +336,28 @@ def test_instance_wise_multi_task_learning(pair):
     step = stepper(objective, pair.ours(), where=lambda path: path.startswith("trunk"))
     ours = train(step, params, (), data)
 
-    optimizer, weigh = SGD(all_parameters(modules), lr=LR), pair.weights()
-    engine = Engine(modules["trunk"], batch_dim=0)
-    for x, y1, y2 in zip(*data, strict=True):
+    def losses(modules, x, y1, y2):
         z = modules["trunk"](x)
         outs = modules["one"](z), modules["two"](z)
-        losses = torch.cat([(outs[0] - y1).square(), (outs[1] - y2).square()], 1)
-        weights = weigh(engine.compute_gramian(losses)).reshape(losses.shape)
-        losses.backward(weights)
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ours, final(modules), pair.tol)
+        return torch.cat([(outs[0] - y1).square(), (outs[1] - y2).square()], 1)
+
+    for _, weigh, tol in aggregators(pair):
+        engines: list[Engine] = []
+
+        def theirs(modules, *batch, weigh=weigh, engines=engines):
+            if not engines:
+                engines.append(Engine(modules["trunk"], batch_dim=0))
+            both = losses(modules, *batch)
+            both.backward(weigh(engines[0].compute_gramian(both)).reshape(both.shape))
+
+        same(ours, fit(modules, data, theirs), tol)
+    backward_ = stateful(pair.ours())
+
+    def loop(modules, *batch):
+        both = losses(modules, *batch)
+        backward_(both, modules, where=lambda path: path.startswith("trunk"))
+
+    same(ours, fit(modules, data, loop), 1e-9)
 
 
 @upgrad_pairs
@@ -314,14 +388,20 @@ def test_recurrent_network_with_one_loss_for_each_step(pair):
         eager, state = stepper(module_objective, pair.ours())(eager, state, *batch)
     same(eager, ours, 1e-9)
 
-    optimizer, aggregator = SGD(rnn.parameters(), lr=LR), pair.theirs()
-    for a, b in zip(x, y, strict=True):
-        out, _ = rnn(a)
-        backward((out - b).square().mean(dim=(1, 2)), parallel_chunk_size=1)
-        jac_to_grad(rnn.parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ours, dict(rnn.named_parameters()), pair.tol)
+    for aggregator, _, tol in aggregators(pair):
+
+        def theirs(modules, x, y, aggregator=aggregator):
+            losses = (modules["rnn"](x)[0] - y).square().mean(dim=(1, 2))
+            backward(losses, parallel_chunk_size=1)
+            jac_to_grad(modules["rnn"].parameters(), aggregator)
+
+        same({"rnn": ours}, fit({"rnn": rnn}, (x, y), theirs), tol)
+    backward_ = stateful(pair.ours())
+
+    def loop(modules, x, y):
+        backward_((modules["rnn"](x)[0] - y).square().mean(dim=(1, 2)), modules["rnn"])
+
+    same({"rnn": ours}, fit({"rnn": rnn}, (x, y), loop), 1e-9)
 
 
 TWO_BATCH = {
@@ -347,16 +427,18 @@ def test_double_sampling(ours, theirs, n_batches, route):
     state = jd.init_state(rule, objective, params, x[0, 0], y[0, 0])
     ended = train(step, params, state, (x, y))
 
-    optimizer, weigh, leaves = SGD(model.parameters(), lr=LR), theirs(), list(model.parameters())
-    for a, b in zip(x, y, strict=True):
-        losses = [(model(c)[:, 0] - d).square() for c, d in zip(a, b, strict=True)]
-        rows = [jac(part, leaves, retain_graph=True) for part in losses[:2]]
-        first, second = (torch.cat([leaf.flatten(1) for leaf in row], 1) for row in rows)
-        weights = weigh(first @ second.T)
-        ((losses[0] + losses[1]) / 2 if n_batches == 2 else losses[2]).backward(weights)
-        optimizer.step()
-        optimizer.zero_grad()
-    same(ended, dict(model.named_parameters()), 1e-9)
+    adapted = jd.interop.torchjd_aggregator(ours()).gramian_weighting
+    for weigh in (theirs(), adapted):
+
+        def two_batches(modules, x, y, weigh=weigh):
+            leaves = list(modules["model"].parameters())
+            losses = [squares(modules, *batch) for batch in zip(x, y, strict=True)]
+            rows = [jac(part, leaves, retain_graph=True) for part in losses[:2]]
+            first, second = (torch.cat([leaf.flatten(1) for leaf in row], 1) for row in rows)
+            weights = weigh(first @ second.T)
+            ((losses[0] + losses[1]) / 2 if n_batches == 2 else losses[2]).backward(weights)
+
+        same({"model": ended}, fit({"model": model}, (x, y), two_batches), 1e-9)
 
 
 def test_mixed_precision_in_bfloat16():
@@ -366,12 +448,24 @@ def test_mixed_precision_in_bfloat16():
     step = stepper(jd.cast_floating(objective, torch.bfloat16), jd.upgrad())
     ours = train(lambda p, s, *batch: step(p, s, batch), params, (), data)
 
-    optimizer, aggregator = SGD(all_parameters(modules), lr=LR), peer.UPGrad()
-    for batch in zip(*data, strict=True):
-        with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
-            z, losses = their_losses(modules, *batch)
-        their_update(modules, z, losses, aggregator, optimizer)
-    same(by_parts(ours), final(modules), 1e-2)
+    backward_ = stateful(jd.upgrad())
+    ways = {
+        "peer": (peer.UPGrad(), 1e-2),
+        "rule": (jd.interop.torchjd_aggregator(jd.upgrad()), 1e-2),
+        "loop": (None, 1e-2),
+    }
+    for aggregator, tol in ways.values():
+
+        def update(modules, *batch, aggregator=aggregator):
+            with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
+                z, losses = their_losses(modules, *batch)
+            if aggregator is None:
+                backward_(losses, modules, features=z)
+            else:
+                mtl_backward(losses, features=z)
+                jac_to_grad(modules["trunk"].parameters(), aggregator)
+
+        same(by_parts(ours), fit(modules, data, update), tol)
 
 
 def test_mixed_precision_in_float16_with_a_loss_scale():
@@ -387,17 +481,23 @@ def test_mixed_precision_in_float16_with_a_loss_scale():
 
     ours = train(step, params, jd.loss_scale.init(2.0**12), data)
 
-    scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**12)
-    optimizer, aggregator = SGD(all_parameters(modules), lr=LR), peer.UPGrad()
-    for batch in zip(*data, strict=True):
-        with torch.autocast(device_type="cpu", dtype=torch.float16):
-            z, losses = their_losses(modules, *batch)
-        mtl_backward(scaler.scale(losses), features=z)
-        jac_to_grad(modules["trunk"].parameters(), aggregator)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    same(by_parts(ours), final(modules), 2e-3)
+    aggregators = [peer.UPGrad(), jd.interop.torchjd_aggregator(jd.upgrad()), None]
+    for aggregator in aggregators:
+        scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**12)
+        copies = copy.deepcopy(modules)
+        optimizer = SGD(all_parameters(copies), lr=LR)
+        for batch in zip(*data, strict=True):
+            with torch.autocast(device_type="cpu", dtype=torch.float16):
+                z, losses = their_losses(copies, *batch)
+            if aggregator is None:
+                jd.interop.backward_(losses, copies, jd.upgrad(), features=z, scaler=scaler)
+            else:
+                mtl_backward(scaler.scale(losses), features=z)
+                jac_to_grad(copies["trunk"].parameters(), aggregator)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        same(by_parts(ours), final(copies), 2e-3)
 
 
 def test_monitoring():
@@ -416,8 +516,7 @@ def test_monitoring():
         seen.append(torch.cat([latest["weights"], latest["cosine"].reshape(1)]))
     assert counter.graphs == 1
 
-    pair = PAIRS["upgrad, not regularised"]
-    optimizer, aggregator, theirs = SGD(all_parameters(modules), lr=LR), pair.theirs(), []
+    aggregator, theirs = PAIRS["upgrad, not regularised"].theirs(), []
     aggregator.gramian_weighting.register_forward_hook(
         lambda module, inputs, weights: theirs.append([*weights])
     )
@@ -426,10 +525,22 @@ def test_monitoring():
             cosine_similarity(out, inputs[0].mean(0), dim=0)
         )
     )
-    for batch in zip(*data, strict=True):
-        their_step(modules, batch, aggregator, optimizer)
+    adapted = jd.interop.torchjd_aggregator(rule)
+    for each in (aggregator, adapted):
+
+        def update(modules, *batch, aggregator=each):
+            z, losses = their_losses(modules, *batch)
+            mtl_backward(losses, features=z)
+            jac_to_grad(modules["trunk"].parameters(), aggregator)
+
+        same(by_parts(params), fit(modules, data, update), 1e-9)
     torch.testing.assert_close(torch.stack(seen), torch.tensor(theirs), rtol=0, atol=1e-7)
-    same(by_parts(params), final(modules), 1e-9)
+    loop = task_loop(rule)
+    same(by_parts(params), fit(modules, data, loop), 1e-9)
+    for last in (adapted.state, loop.memory[0]):
+        latest = jd.read_measures(last)
+        found = torch.cat([latest["weights"], latest["cosine"].reshape(1)])
+        torch.testing.assert_close(found, seen[-1], rtol=0, atol=1e-9)
 
 
 GROUPINGS = {
@@ -459,37 +570,62 @@ def test_grouping_with_one_state_for_each_group(labels, parts, ours, theirs):
     step = stepper(objective, rule)
     ended = train(lambda p, s, *batch: step(p, s, batch), params, state, data)
 
-    optimizer = SGD(all_parameters(modules), lr=LR)
-    groups = [(part, theirs()) for part in parts(modules["trunk"])]
-    for batch in zip(*data, strict=True):
-        z, losses = their_losses(modules, *batch)
-        mtl_backward(losses, features=z)
-        for part, aggregator in groups:
-            jac_to_grad(part.parameters(), aggregator)
-        optimizer.step()
-        optimizer.zero_grad()
-    same(by_parts(ended), final(modules), 1e-9)
+    def adapted():
+        return jd.interop.torchjd_aggregator(ours(), key=jd.random.key(0))
+
+    for make in (theirs, adapted):
+        groups: list[Any] = []
+
+        def update(modules, *batch, make=make, groups=groups):
+            if not groups:
+                groups += [(part, make()) for part in parts(modules["trunk"])]
+            z, losses = their_losses(modules, *batch)
+            mtl_backward(losses, features=z)
+            for part, aggregator in groups:
+                jac_to_grad(part.parameters(), aggregator)
+
+        same(by_parts(ended), fit(modules, data, update), 1e-9)
+    loop = task_loop(rule, jd.random.key(0))
+    same(by_parts(ended), fit(modules, data, loop), 1e-9)
 
 
 class TwoTasks(lightning.LightningModule):
     """Manual optimisation: the trainer owns the loop, torch the optimiser, the step is ours."""
 
-    def __init__(self, modules):
+    def __init__(self, modules, way):
         super().__init__()
         self.automatic_optimization = False
         self.parts = nn.ModuleDict(modules)
         self.objective, _ = as_multitask(modules)
-        self.rule_state = ()
+        self.way = way
+        self.rule_state: Any = ()
+        self.aggregator = jd.interop.torchjd_aggregator(jd.upgrad())
 
     def training_step(self, batch, batch_idx):
+        getattr(self, self.way)(batch)
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def by_torchjd(self, batch):
+        modules: Any = self.parts
+        z, losses = their_losses(modules, *batch)
+        mtl_backward(losses, features=z)
+        jac_to_grad(modules["trunk"].parameters(), self.aggregator)
+
+    def by_loop(self, batch):
+        modules: Any = self.parts
+        z, losses = their_losses(modules, *batch)
+        call = jd.interop.backward_
+        self.rule_state = call(losses, self.parts, jd.upgrad(), self.rule_state, features=z)
+
+    def by_function(self, batch):
         leaves = final(dict(self.parts.items()))
         shared, heads = leaves.pop("trunk"), leaves
         params = _tree.map(torch.Tensor.detach, (shared, heads))
         step = jd.grad(self.objective, jd.upgrad())
         grads, self.rule_state = step(self.rule_state, params, batch)
         jd.interop.assign_grads_((shared, heads), grads)
-        optimizer: Any = self.optimizers()
-        optimizer.step()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -497,7 +633,8 @@ class TwoTasks(lightning.LightningModule):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning")
-def test_lightning(tmp_path):
+@pytest.mark.parametrize("way", ["by_function", "by_loop", "by_torchjd"])
+def test_lightning(tmp_path, way):
     modules, data = two_tasks()
     twins, _ = two_tasks()
     for name, module in modules.items():
@@ -512,12 +649,16 @@ def test_lightning(tmp_path):
         default_root_dir=tmp_path,
     )
     flat = TensorDataset(*(part.flatten(0, 1) for part in data))
-    trainer.fit(TwoTasks(modules), DataLoader(flat, batch_size=16))
+    trainer.fit(TwoTasks(modules, way), DataLoader(flat, batch_size=16))
     assert trainer.global_step == N_STEPS
 
     optimizer = torch.optim.Adam(all_parameters(twins), lr=0.01)
     aggregator = PAIRS["upgrad, not regularised"].theirs()
     for batch in zip(*data, strict=True):
-        their_step(twins, batch, aggregator, optimizer)
+        z, losses = their_losses(twins, *batch)
+        mtl_backward(losses, features=z)
+        jac_to_grad(twins["trunk"].parameters(), aggregator)
+        optimizer.step()
+        optimizer.zero_grad()
     same(final(modules), final(twins), 1e-9)
     assert_trees_close(final(modules), final(twins), rtol=1e-6, atol=1e-9)

@@ -14,9 +14,8 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
-from torchjd_func.linalg import _supports
-from torchjd_func.linalg._active_set import active_set
-from torchjd_func.linalg._masked import solve_masked
+from torchjd_func.linalg._pivoting import drive
+from torchjd_func.linalg._search import search
 
 
 def kkt_residual(quadratic, linear, z):
@@ -62,26 +61,6 @@ def test_larger_problems_converge(kind, m, n):
     assert (kkt_residual(gramian.unsqueeze(-3), gramian, solution.value) <= 1e-8).all()
 
 
-@pytest.mark.parametrize(("m", "noise"), [(40, 0.02), (70, 0.05)])
-def test_large_supports_are_solved_by_what_they_leave_out(m, noise, monkeypatch):
-    rng = np.random.default_rng(m)
-    rows = np.eye(m) - 0.3 / m + noise * rng.standard_normal((m, m))
-    gramian = torch.from_numpy(rows @ rows.T)
-    linear = gramian - 0.1  # one problem for each row, most unknowns of each positive
-    inverted = []
-    inverse = _supports.sure_inverse
-    monkeypatch.setattr(
-        _supports, "sure_inverse", lambda *given: inverted.append(m) or inverse(*given)
-    )
-    found = jd.linalg.nnqp(gramian, linear)
-    assert inverted
-    assert found.converged.all()
-    assert not found.fallback.any()
-    assert kkt_residual(gramian, linear, found.value).max() < 1e-12
-    monkeypatch.setattr(_supports, "MANY", 10**9)
-    assert (jd.linalg.nnqp(gramian, linear).value - found.value).abs().max() < 1e-12
-
-
 def test_the_exact_path_takes_over_and_says_so():
     jac = matrix("gaussian", 30, 10, seed=1)
     gramian = jac @ jac.mT
@@ -92,33 +71,25 @@ def test_the_exact_path_takes_over_and_says_so():
     assert not jd.linalg.nnqp(independent @ independent.mT, independent[:, :10]).fallback.any()
 
 
-def test_the_exact_path_alone_agrees():
-    jac = matrix("gaussian", 6, 9, seed=2)
-    norms = jac.norm(dim=-1, keepdim=True)
-    gramian = (jac / norms) @ (jac / norms).mT
-    numbers = gramian.numpy()
-    exact, support, _ = active_set(numbers[None], np.zeros(6, dtype=int), numbers)
-    solution = jd.linalg.nnqp(gramian, gramian)
-    assert not solution.fallback.any()
-    torch.testing.assert_close(torch.from_numpy(exact), solution.value)
-    assert ((solution.value > 0).numpy() == support).all()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n"), [(1, 3), (3, 5), (8, 4), (12, 30), (16, 8)])
-def test_the_path_of_accelerators_agrees(kind, m, n):
-    jac = torch.stack([matrix(kind, m, n, seed) for seed in range(3)])
-    gramian = jac @ jac.mT
-    value, _, converged, _, _ = solve_masked(gramian.unsqueeze(-3), gramian)
-    want = jd.linalg.nnqp(gramian.unsqueeze(-3), gramian)
-    assert converged.all()
-    gap = (jac.mT.unsqueeze(-3) @ (value - want.value).unsqueeze(-1)).squeeze(-1).norm(dim=-1)
-    assert (gap <= 1e-7 * jac.norm(dim=-1)).all() or kind == "scaled"
+def test_the_driving_variable_method_alone_agrees(kind, m, n):
+    jac = matrix(kind, m, n, seed=2)
+    norms = jac.norm(dim=1, keepdim=True)
+    jac = jac / torch.where(norms > 0, norms, 1.0)
+    gramian = (jac @ jac.mT).numpy()
+    want = jd.linalg.nnqp(jac @ jac.mT, jac @ jac.mT)
+    for index in range(m):
+        z, support, pivots = drive(gramian + 1e-11 * np.eye(m), gramian[index])
+        assert ((z > 0) <= support).all()
+        assert pivots <= 6 * m
+        gap = jac.mT @ (torch.from_numpy(z) - want.value[index])
+        assert gap.norm() <= 1e-5
 
 
-def test_the_path_of_accelerators_never_waits_for_values():
+def test_the_opaque_operation_never_waits_for_values():
     meta = torch.empty(2, 5, 5, device="meta", dtype=torch.float64)
-    value, *_ = solve_masked(meta, meta[..., 0])
+    value, *_ = search(meta, meta[..., 0], 1e-11, "auto")
     assert value.shape == (2, 5)
 
 
@@ -130,10 +101,9 @@ def test_bounded_problems_converge_also_outside_the_range_of_the_matrix(seed):
     noise = jd.random.normal(jd.random.key(seed), (2, m), dtype=torch.float64)
     # `q + Q u >= 0` for some u is what bounds the problem.
     linear = noise[0].clamp(min=0) - quadratic @ noise[1]
-    solution, masked = jd.linalg.nnqp(quadratic, linear), solve_masked(quadratic, linear)
-    for value, converged in ((solution.value, solution.converged), (masked[0], masked[2])):
-        assert converged
-        assert kkt_residual(quadratic, linear, value) <= 1e-8
+    solution = jd.linalg.nnqp(quadratic, linear)
+    assert solution.converged
+    assert kkt_residual(quadratic, linear, solution.value) <= 1e-8
 
 
 def test_unbounded_problems_are_not_called_converged():
@@ -145,9 +115,9 @@ def test_unbounded_problems_are_not_called_converged():
         jac = torch.cat([jac[:1], -2 * jac[:1], jac[2:]])
         linear = jd.random.normal(jd.random.key(seed), (4,), dtype=torch.float64)
         linear = linear * torch.tensor([0.0, 0.0, 1.0, 1.0]) - torch.tensor([1.0, 0.5, 0.0, 0.0])
-        assert not jd.linalg.nnqp(jac @ jac.mT, linear).converged
-        masked = solve_masked(jac @ jac.mT, linear)
-        assert not masked[2]
+        solution = jd.linalg.nnqp(jac @ jac.mT, linear)
+        assert not solution.converged
+        assert solution.value.isnan().all()
     assert jd.linalg.nnqp(torch.zeros(1, 1), torch.ones(1)).converged
 
 

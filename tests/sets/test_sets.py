@@ -167,7 +167,7 @@ def test_directions_can_be_differentiated(make):
 @each_rule
 def test_rules_are_printable_picklable_and_frozen(make):
     rule = make(3, 2)
-    assert repr(rule) == f"SetRule({rule.name})"
+    assert repr(rule).startswith(f"SetRule({rule.name}")
     assert pickle.loads(pickle.dumps(rule)).name == rule.name
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.name = "another"

@@ -15,6 +15,13 @@ def process_group(joined: bool) -> None:
         fail(RuntimeError, "this process", "be in a process group", "none", remedy)
 
 
+def member(joined: bool) -> None:
+    """Check that this process is one of the group."""
+    if not joined:
+        remedy = "Call it on the processes of the group alone, or pass the group of this one."
+        fail(RuntimeError, "this process", "be in `group`", "another group's", remedy)
+
+
 def collective(name: str, rank: int, world: int, error: Exception) -> NoReturn:
     """Say which collective failed, and where."""
     rule, got = f"reach all {world} ranks", f"an error on rank {rank}: {error}"

@@ -5,24 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 
+def message(name: str, rule: str, got: Any, remedy: str) -> str:
+    """Return the one kind of message: `name` must <rule>, got <value>. <what to do>."""
+    return f"{name} must {rule}, got {got}. {remedy}"
+
+
 def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    """Raise the one kind of message: `name` must <rule>, got <value>. <what to do>."""
-    raise kind(f"{name} must {rule}, got {got}. {remedy}")
+    """Raise an error with the one kind of message."""
+    raise kind(message(name, rule, got, remedy))
 
 
 def describe(value: Any) -> str:
     """Describe a value that is not what it should be."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+        kind = "meta tensor" if value.is_meta else "tensor"
+        kind = kind if value.layout == torch.strided else "sparse tensor"
+        return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
     return type(value).__name__
 
 
+def holds_numbers(value: Tensor) -> bool:
+    """Say whether a tensor has numbers, all of them: it is neither meta nor sparse."""
+    return value.layout == torch.strided and not value.is_meta
+
+
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
-    """Check that all leaves are floating or complex tensors."""
+    """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
+        got = f"{describe(leaf)} at {path!r}"
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
+        if not holds_numbers(leaf):
+            fail(
+                TypeError,
+                name,
+                "hold dense tensors with numbers",
+                got,
+                "Use .to_dense(), or .to().",
+            )

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
 
 
-def floating(name: str, value: Tensor) -> None:
-    """Check that `value` has a real floating-point dtype."""
+def floating(name: str, value: Any) -> None:
+    """Check that `value` is a dense tensor of a real floating-point dtype."""
+    if not isinstance(value, Tensor) or not holds_numbers(value):
+        fail(TypeError, name, "be a dense tensor", describe(value), "Use torch.as_tensor on it.")
     if not value.is_floating_point():
         fail(TypeError, name, "be floating-point", value.dtype, "Convert it with .float().")
 
@@ -22,25 +24,26 @@ def floating(name: str, value: Tensor) -> None:
 def matrix(name: str, value: Tensor) -> None:
     """Check that `value` is a floating square matrix, or a batch of them."""
     floating(f"`{name}`", value)
-    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
-        remedy = "Pass a square matrix, e.g. a Gramian."
-        fail(ValueError, f"`{name}`", "have shape (..., m, m)", describe(value), remedy)
+    if value.ndim < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
+        rule, remedy = "have shape (..., m, m) with m > 0", "Pass a square matrix, e.g. a Gramian."
+        fail(ValueError, f"`{name}`", rule, describe(value), remedy)
 
 
 def square(method: str, statistic: Tensor) -> None:
     """Check that a weighting is given one `(m, m)` floating matrix."""
     if isinstance(statistic, Tensor) and statistic.is_floating_point() and statistic.ndim == 2:
         rows, columns = statistic.shape
-        if rows == columns:
+        if rows == columns > 0 and holds_numbers(statistic):
             return  # before any text is made: a call takes microseconds
     name = f"the Gramian given to `{method}`"
     if not isinstance(statistic, Tensor):
         remedy = "For a Jacobian pytree call the aggregator, not its weighting."
         fail(TypeError, name, "be a tensor", describe(statistic), remedy)
-    if statistic.ndim != 2 or statistic.shape[0] != statistic.shape[1]:
+    if statistic.ndim != 2 or not statistic.shape[0] == statistic.shape[1] > 0:
         remedy = "For a Jacobian call the aggregator; for several Gramians use torch.func.vmap."
-        fail(ValueError, name, "have shape (m, m)", describe(statistic), remedy)
+        fail(ValueError, name, "have shape (m, m) with m > 0", describe(statistic), remedy)
     floating(name, statistic)
+    differentiable(name, [""], [statistic], "Pass a dense matrix.")
 
 
 def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[Any]) -> None:
@@ -59,6 +62,8 @@ def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[A
                 f"{describe(leaf)} at {path!r}",
             )
             fail(ValueError, name, rule, got, "The first dimension counts the objectives.")
+    remedy = "Leave the step out where a batch has no losses."
+    fail(ValueError, name, "have a row", f"{describe(leaves[0])} at {paths()[0]!r}", remedy)
 
 
 def _is_rows(leaf: Any) -> bool:
@@ -66,25 +71,38 @@ def _is_rows(leaf: Any) -> bool:
     return (
         isinstance(leaf, Tensor)
         and leaf.ndim > 0
+        and leaf.shape[0] > 0
+        and holds_numbers(leaf)
         and (leaf.is_floating_point() or leaf.is_complex())
     )
 
 
 def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
     """Check the `losses` handed to a method beside its statistic."""
-    if losses is not None and tuple(losses.shape) != (m,):
-        rule, remedy = f"have shape ({m},)", "Flatten them in leaf order."
-        fail(ValueError, f"the losses given to `{method}`", rule, describe(losses), remedy)
+    if losses is None:
+        return
+    name, remedy = f"the losses given to `{method}`", "Flatten them in leaf order."
+    if not isinstance(losses, Tensor):
+        fail(TypeError, name, "be a tensor", describe(losses), remedy)
+    if tuple(losses.shape) != (m,):
+        fail(ValueError, name, f"have shape ({m},)", describe(losses), remedy)
+    if losses.is_complex() or not holds_numbers(losses):
+        fail(TypeError, name, "be dense and real", describe(losses), "Pass what is minimised.")
 
 
-def present(method: str, flags: Sequence[Tensor], m: int) -> None:
-    """Check that there is a bool for each objective."""
+def present(method: str, leaves: Sequence[Any], m: int, device: torch.device) -> list[Tensor]:
+    """Return the leaves of a mask as tensors, with a bool for each objective."""
+    name, remedy = f"`present` given to `{method}`", "Use a bool tensor, or bools like the losses."
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | bool) or (isinstance(leaf, Tensor) and leaf.is_meta):
+            fail(TypeError, name, f"hold {m} bools", describe(leaf), remedy)
+    flags = [torch.as_tensor(leaf, device=device) for leaf in leaves]
     kinds = {str(flag.dtype) for flag in flags} - {"torch.bool"}
     size = sum(flag.numel() for flag in flags)
     if kinds or size != m:
         got = f"{size} of dtype {', '.join(kinds) or 'torch.bool'}"
-        remedy = "Pass a bool tensor, or a tree of bools like the losses."
-        fail(ValueError, f"`present` given to `{method}`", f"hold {m} bools", got, remedy)
+        fail(ValueError, name, f"hold {m} bools", got, remedy)
+    return flags
 
 
 def takes_present(method: str, fn: Callable[..., Any]) -> None:
@@ -121,6 +139,14 @@ def key(value: Any) -> None:
     if not isinstance(value, Tensor) or value.shape != (2,) or value.dtype != torch.int64:
         remedy = "Make one with jd.random.key(seed); for several use torch.func.vmap."
         fail(ValueError, "`key`", "be an int64 tensor of shape (2,)", describe(value), remedy)
+
+
+def key_at(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a key, if there is one, where what is drawn from it is used."""
+    if value is None:
+        return None
+    key(value)
+    return value.to(device)
 
 
 def key_present(method: str, value: Tensor | None) -> Tensor:
@@ -164,7 +190,7 @@ def state_groups(method: str, got: int, want: int) -> None:
 
 def stateless(method: str, value: Any) -> None:
     """Check that a method without state is handed none."""
-    if value != ():
+    if not isinstance(value, tuple) or len(value):
         remedy = "Pass the state that this method's init returned."
         fail(ValueError, f"`state` of `{method}`", "be ()", describe(value), remedy)
 
@@ -183,7 +209,7 @@ def two_batch_weighting(value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         remedy = "Pass e.g. jd.modo(); of an Aggregator, its `.weighting`."
         fail(TypeError, "`weighting`", f"be a jd.{kind.__name__}", repr(value), remedy)
-    if value.needs == "gramian":
+    if value.needs in ("gramian", "norms"):
         rule = "take a cross-Gramian, which is not symmetric"
         fail(ValueError, "`weighting`", rule, repr(value), "Pass jd.modo() or jd.sdmgrad().")
 

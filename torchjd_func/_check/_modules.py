@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from torchjd_func._check._messages import fail
+from torchjd_func._check._messages import describe, fail
 
-WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+WRAPPERS = {"DataParallel", "DistributedDataParallel"}
+SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
+
+
+def modules(values: Sequence[Any]) -> None:
+    """Check that there are modules, and nothing else."""
+    for value in values or (None,):
+        if not isinstance(value, nn.Module):
+            remedy = "Pass an nn.Module, or a tree of such, e.g. (trunk, {'a': head})."
+            fail(TypeError, "`model`", "be a module", describe(value), remedy)
+
+
+def owned_once(paths: Sequence[str], owners: Sequence[Mapping[str, nn.Parameter]]) -> None:
+    """Check that no two modules of a tree have a parameter in common."""
+    found: dict[int, str] = {}
+    for path, parameters in zip(paths, owners, strict=True):
+        for name, parameter in parameters.items():
+            other = found.setdefault(id(parameter), path)
+            if other != path:
+                rule, got = "share no parameters", f"{name!r} of {path!r} in {other!r} as well"
+                remedy = "Make one module of both, with both as its parts."
+                fail(ValueError, "the modules of a tree", rule, got, remedy)
+
+
+def whole_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that no parameter is sharded."""
+    for name, parameter in parameters.items():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            fail(ValueError, f"`model.{name}`", "be a whole tensor", "a DTensor", SHARDED)
+
+
+def kept_once(
+    named_modules: list[tuple[str, nn.Module]], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Check that the model reads its parameters where they are registered, nowhere else."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for where, module in named_modules:
+        for attribute, value in vars(module).items():
+            if attribute in _REGISTERED or isinstance(module, nn.RNNBase):
+                continue
+            for x in _tensors(value, depth=4):
+                if id(x) in names:
+                    place = f"{where}.{attribute}" if where else attribute
+                    name, rule = f"`model.{names[id(x)]}`", "be kept where it is registered alone"
+                    remedy = "What reads it there would see a constant: use self.<name> instead."
+                    fail(ValueError, name, rule, f"the same parameter in {place!r}", remedy)
+
+
+def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+    """Go through the tensors of containers and of closures."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        for part in _parts(value):
+            yield from _tensors(part, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what a container, or a closure, holds."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    return [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+
+
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+SHARDED = (
+    "Pass dict(model.named_parameters()) as it is to an objective of jd.distributed.sharded, which "
+    "calls a copy of the module that fully_shard has not touched."
+)
 
 
 def supported(named_modules: list[tuple[str, nn.Module]]) -> None:
@@ -39,6 +112,11 @@ def capturable(modules: list[tuple[str, str]]) -> None:
         where = f"`model.{name}`" if name else "`model`"
         remedy = f"Loop over nn.{kind}Cell, or do not compile the step."
         fail(ValueError, where, "be a module that torch.compile can capture", kind, remedy)
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Say whether the parameters of a module are sharded over processes."""
+    return any(kind.__name__ in SHARDING for kind in type(module).__mro__)
 
 
 def _wrapped(module: nn.Module) -> bool:
@@ -75,8 +153,9 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         _wrapped,
         "not be a wrapper that distributes a module",
-        "Pass model.module, and reduce the Jacobian or the gradients between processes yourself.",
+        "Pass model.module, and wrap the rule in jd.distributed.data_parallel.",
     ),
+    (_sharded, "not be sharded over processes", SHARDED),
     (_compiled, "not be compiled by itself", "Pass the original module, and compile the step."),
     (
         _hooked,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail
-from torchjd_func._check._methods import floating
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -30,7 +29,14 @@ def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             remedy = "With an auxiliary output, return (losses, aux) and pass has_aux=True."
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, "`losses`", "be tensors", got, remedy)
-        floating(f"`losses` at {path!r}", leaf)
+        if not leaf.is_floating_point():
+            name, got = f"`losses` at {path!r}", str(leaf.dtype)
+            remedy = (
+                "Pass has_aux=True if the objective returns (losses, aux), such as buffers; else "
+                "convert it with .float()."
+            )
+            fail(TypeError, name, "be floating-point", got, remedy)
+        differentiable("`losses`", [path], [leaf], "Return dense tensors.")
 
 
 def aux_pair(out: Any) -> tuple[Any, Any]:
@@ -93,10 +99,61 @@ def not_instancewise(name: str, fn: Any, kind: type) -> None:
         fail(TypeError, f"`{name}`", rule, repr(fn), remedy)
 
 
-def plain(option: str, fn: Any, kinds: tuple[type, ...], remedy: str) -> None:
-    """Check that an option is used with an objective that it is defined for."""
-    if isinstance(fn, kinds):
-        fail(TypeError, f"`{option}`", "be used with a plain objective", repr(fn), remedy)
+def carry_aux(position: Any, has_aux: bool) -> None:
+    """Check that there is an auxiliary output to hand on."""
+    if position is not None and not (isinstance(position, int) and position >= 0 and has_aux):
+        rule, got = "be the position of an argument, with has_aux=True", f"{position}, {has_aux=}"
+        remedy = "Return (losses, buffers), and name the position of the buffers."
+        fail(ValueError, "`carry_aux`", rule, got, remedy)
+
+
+def dependent(tracked: bool) -> None:
+    """Check that some loss depends on what is differentiated."""
+    if not tracked:
+        rule, got = "depend on the differentiated argument", "losses that are constants of it"
+        remedy = (
+            "Call apply(params, ...) of jd.functionalize, or functional_call(model, params, ...), "
+            "not model(...), and detach nothing on the way."
+        )
+        fail(ValueError, "`losses`", rule, got, remedy)
+
+
+def one_for_each_example(losses: Any) -> None:
+    """Check the losses of an instance-wise objective."""
+    if not (isinstance(losses, Tensor) and losses.ndim == 1):
+        name, remedy = "`losses` of an instance-wise objective", "Return one for each example."
+        fail(ValueError, name, "have shape (b,)", describe(losses), remedy)
+
+
+def like_losses(present: Any, fits: bool) -> None:
+    """Check that flags are a tensor, or have the structure of the losses."""
+    if not fits:
+        rule, got = "be a bool tensor, or a tree of bools like the losses", describe(present)
+        remedy = "Give a bool for each loss, with the names that the objective returns."
+        fail(ValueError, "`present`", rule, got, remedy)
+
+
+def size(value: Any, spans: bool) -> None:
+    """Check how many examples this process says that it has."""
+    if value is None:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    counts = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
+    if not (whole or counts):
+        got = describe(value) if isinstance(value, Tensor) else repr(value)
+        remedy = "Pass the number of examples of this process, e.g. len(x)."
+        fail(ValueError, "`size`", "be an int of at least 0, or a 0-d tensor", got, remedy)
+    if not spans:
+        rule = "be left out where neither the rule nor the objective spans processes"
+        remedy = "Wrap the rule in jd.distributed.data_parallel, or leave `size` out."
+        fail(ValueError, "`size`", rule, value, remedy)
+
+
+def not_features(used: bool) -> None:
+    """Check that weights are not asked for by features where there are none."""
+    if used:
+        name, rule = "`where=jd.features`", "be used in jd.grad, for an objective of jd.multitask"
+        fail(ValueError, name, rule, "jd.gramian_vjp", "Pass a predicate of paths.")
 
 
 def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import qpsolvers
 import torch
 from torch import Tensor
 
@@ -17,9 +16,32 @@ from torchjd_func._check._messages import describe, fail
 
 def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Check that `value` is one of `choices`."""
-    if value not in tuple(choices):
+    if not any(isinstance(value, type(option)) and value == option for option in choices):
         allowed = "be one of " + ", ".join(repr(option) for option in choices)
-        fail(ValueError, f"`{name}`", allowed, repr(value), "Choose one of these.")
+        fail(ValueError, f"`{name}`", allowed, _shown(value), "Choose one of these.")
+
+
+def choices(name: str, value: Any, options: Iterable[Any]) -> tuple[Any, ...]:
+    """Return one of the options, or several, as a tuple."""
+    several = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for option in several:
+        choice(name, option, options)
+    return several
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a switch that is on or off."""
+    if not isinstance(value, bool):
+        remedy = "It shapes the computation, so it cannot be a tensor."
+        fail(TypeError, f"`{name}`", "be True or False", _shown(value), remedy)
+    return value
+
+
+def function(name: str, value: Any) -> Any:
+    """Return a function, or `None`."""
+    if value is not None and not callable(value):
+        fail(TypeError, f"`{name}`", "be a function or None", _shown(value), "Pass e.g. torch.abs.")
+    return value
 
 
 def interval(
@@ -30,16 +52,40 @@ def interval(
     *,
     open_low: bool = False,
     open_high: bool = False,
+    optional: bool = False,
+    plain: bool = False,
 ) -> Any:
-    """Return a number that lies in an interval; a tensor is returned unread, `None` too."""
-    if value is None or isinstance(value, Tensor):
-        return value
+    """Return a number that lies in an interval; a 0-d tensor (not if `plain`) unread."""
+    if isinstance(value, Tensor) and not plain:
+        return _real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        rule = "be a number" if plain else "be a number, or a 0-d tensor"
+        fail(TypeError, f"`{name}`", rule, _shown(value), "Make it one, e.g. with float().")
     open_high = open_high or high == math.inf
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):
         rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return a plain value as it is written, any other by its type."""
+    plain = value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype)
+    return repr(value) if plain else describe(value)
+
+
+def _real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
+    """Return a dense real tensor of some number of dimensions, unread."""
+    usable = value.layout == torch.strided and not value.is_meta
+    if value.is_complex() or value.dtype == torch.bool or not usable:
+        fail(TypeError, f"`{name}`", rule, describe(value), "Make it dense and real.")
+    if value.ndim not in ndims:
+        remedy = "To sweep several, use torch.func.vmap over them."
+        fail(ValueError, f"`{name}`", rule, describe(value), remedy)
     return value
 
 
@@ -60,7 +106,9 @@ def floating_dtype(name: str, value: Any) -> None:
 
 def solver(name: str) -> str:
     """Return the name of a solver that is installed."""
-    if name != "auto":
+    if not isinstance(name, str) or name != "auto":
+        import qpsolvers  # takes as long to import as all of this package
+
         choice("solver", name, ("auto", *qpsolvers.available_solvers))
     return name
 
@@ -94,6 +142,12 @@ def argnums(value: Any, n_args: int) -> tuple[int, ...]:
     return found
 
 
+def normalised(value: Any, n_args: int) -> Any:
+    """Return `argnums` as it is, an int or a tuple, of non-negative positions."""
+    found = argnums(value, n_args)
+    return found if isinstance(value, tuple) else found[0]
+
+
 def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
     """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
     return None if value is None else per_loss("preference", value, low=0)
@@ -120,22 +174,33 @@ def per_loss(
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
     """Return `value` as a 1-D floating tensor; Python numbers become float64."""
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    if tensor.ndim != 1:
-        remedy = "To sweep several, use torch.func.vmap over them."
-        fail(
-            ValueError, f"`{name}`", "be 1-D, a number for each objective", describe(tensor), remedy
-        )
+    rule = "be 1-D, a number for each objective"
+    tensor = value if isinstance(value, Tensor) else _as_tensor(name, value)
+    _real(name, tensor, (1,), rule)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """Return numbers as a float64 tensor."""
+    rule, remedy = "be 1-D, a number for each objective", "Count objectives in leaf order."
+    flat = value if isinstance(value, list | tuple) else ()
+    if any(isinstance(number, float) and math.isnan(number) for number in flat):
+        fail(ValueError, f"`{name}`", rule, value, remedy)
+    try:
+        return torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        fail(TypeError, f"`{name}`", rule, _shown(value), remedy)
 
 
 def numbers(name: str, value: float | Tensor | Sequence[float]) -> float | Tensor:
     """Return one number, or a vector of them, none negative; tensors are returned unread."""
     if isinstance(value, Tensor):
-        return value
-    for number in [value] if isinstance(value, int | float) else value:
+        return _real(name, value, (0, 1), "be a number, or a vector of numbers")
+    if not isinstance(value, list | tuple):
+        return interval(name, value, 0)
+    for number in value:
         interval(name, number, 0)
-    return value if isinstance(value, int | float) else vector(name, value)
+    return vector(name, value)
 
 
 def secondary(name: str, value: float | Tensor, n: int) -> None:
@@ -147,10 +212,11 @@ def secondary(name: str, value: float | Tensor, n: int) -> None:
 
 def length(name: str, value: Tensor, m: int) -> None:
     """Check that `value` has one entry for each of the `m` objectives."""
-    if value.shape[-1] != m:
+    if value.ndim == 0 or value.shape[-1] != m:
         rule = f"have one entry for each of the {m} objectives"
+        got = value.shape[-1] if value.ndim else "one number"
         remedy = "Objectives are counted in leaf order of the losses."
-        fail(ValueError, f"`{name}`", rule, value.shape[-1], remedy)
+        fail(ValueError, f"`{name}`", rule, got, remedy)
 
 
 def loss_names(option: str, names: Sequence[str], paths: Sequence[str]) -> None:
@@ -168,31 +234,6 @@ def enough_objectives(method: str, m: int, least: int, rule: str) -> None:
     if m < least:
         wanted = f"be given at least {least} objectives ({rule})"
         fail(ValueError, f"`{method}`", wanted, m, "Set fewer aside, or use jd.mean().")
-
-
-def same_size(name: str, got: int, want: int) -> None:
-    """Check that there is one entry for each metric."""
-    if got != want:
-        rule, remedy = (
-            f"have one entry for each of the {want} metrics",
-            "Metrics are the last axis.",
-        )
-        fail(ValueError, f"`{name}`", rule, got, remedy)
-
-
-def points(value: Tensor, reference: Tensor) -> None:
-    """Check that `value` is a set of points of the dimension of `reference`."""
-    if value.ndim != 2 or reference.ndim != 1 or value.shape[1] != reference.shape[0]:
-        got = f"shapes {tuple(value.shape)} and {tuple(reference.shape)}"
-        remedy = "For several sets use torch.func.vmap."
-        fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
-
-
-def in_the_plane(name: str, value: Tensor, ndims: tuple[int, ...]) -> None:
-    """Check for points or vectors with two coordinates, which can be drawn."""
-    if value.ndim not in ndims or value.shape[-1] != 2:
-        got, remedy = describe(value), "Pass two coordinates of each."
-        fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
 
 
 def installed(package: str, extra: str, purpose: str) -> Any:

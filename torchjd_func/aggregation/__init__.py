@@ -2,6 +2,7 @@
 
 from torchjd_func.aggregation._aligned_mtl import aligned_mtl
 from torchjd_func.aggregation._cagrad import cagrad
+from torchjd_func.aggregation._clipped_mean import clipped_mean
 from torchjd_func.aggregation._config import config
 from torchjd_func.aggregation._config_momentum import config_momentum
 from torchjd_func.aggregation._db_mtl import db_mtl
@@ -31,6 +32,7 @@ from torchjd_func.aggregation._upgrad import upgrad
 __all__ = [
     "aligned_mtl",
     "cagrad",
+    "clipped_mean",
     "config",
     "config_momentum",
     "constant",

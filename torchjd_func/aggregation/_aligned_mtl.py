@@ -114,6 +114,6 @@ def aligned_mtl(
     options = {
         "preference": _check.preference(preference),
         "scale": scale,
-        "rtol": _check.interval("rtol", rtol, 0, 1),
+        "rtol": _check.interval("rtol", rtol, 0, 1, optional=True, plain=True),
     }
     return weighted(stateless("aligned_mtl", partial(_weights, **options), widen=False))

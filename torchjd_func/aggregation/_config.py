@@ -111,6 +111,6 @@ def config(
     options = {
         "preference": _check.preference(preference),
         "length": length,
-        "rtol": _check.interval("rtol", rtol, 0, 1),
+        "rtol": _check.interval("rtol", rtol, 0, 1, optional=True, plain=True),
     }
     return weighted(stateless("config", partial(_weights, **options), widen=False))

@@ -119,9 +119,11 @@ def _unbias(moment: Tensor, *, count: Tensor, beta: float | Tensor) -> Tensor:
 
 def _scaled(leaf: Tensor, d: Tensor, spread: Tensor, *, ready: Tensor, eps: float) -> Tensor:
     """Divide the direction by the root of its second moment; where that is 0, so is `d`."""
-    usable = ready & (spread > 0)
+    usable = ready & (spread != 0)
     root = torch.where(usable, spread, 1.0).sqrt()
-    return torch.where(usable, d / (root + eps), 0.0).to(leaf.dtype)
+    return torch.where(usable, d / (root + eps), 0 * d).to(
+        leaf.dtype
+    )  # what is not finite stays so
 
 
 def _check_state(state: ConfigMomentumState, jac: PyTree) -> None:

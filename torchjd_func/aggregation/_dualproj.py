@@ -22,7 +22,7 @@ def _weights(
     gramian: Tensor, *, preference: Vector | None, solver: str, present: Tensor | None = None
 ) -> Tensor:
     """Project the preferred combination on the dual cone; a row of zeros is never in the way."""
-    wanted = resolve(preference, gramian, present)
+    wanted = resolve(preference, gramian.double(), present)
     return dual_cone_projection(gramian, wanted, solver=solver).value
 
 
@@ -60,4 +60,4 @@ def dualproj(preference: Numbers | None = None, *, solver: str = "auto") -> Aggr
         tensor([0.5556, 1.1111, 1.1111])
     """
     options = {"preference": _check.preference(preference), "solver": _check.solver(solver)}
-    return weighted(stateless("dualproj", partial(_weights, **options)))
+    return weighted(stateless("dualproj", partial(_weights, **options), widen=False))

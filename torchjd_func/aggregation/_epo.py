@@ -146,6 +146,7 @@ def epo(
         >>> jd.epo([1.0, 1.0])(jac, losses=torch.tensor([1.0, 2.0]))[0]
         tensor([3.8502, 1.0000, 1.0000])
     """
+    _check.flag("restricted", restricted)
     update = partial(
         _update,
         preference=_check.per_loss("preference", preference, low=0, open_low=True),

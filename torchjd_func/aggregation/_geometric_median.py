@@ -176,4 +176,5 @@ def geometric_median(preference: Numbers | None = None) -> Aggregator:
         tensor([0., 0.])
     """
     options = {"preference": _check.preference(preference)}
-    return weighted(stateless("geometric_median", partial(_weights, **options), widen=False))
+    weights_fn = partial(_weights, **options)
+    return weighted(stateless("geometric_median", weights_fn, widen=False, robust=True))

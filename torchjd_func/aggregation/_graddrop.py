@@ -64,10 +64,10 @@ def _pick_sign(
     total = ups - downs
     purity = ups / total.clamp(min=torch.finfo(total.dtype).tiny)  # of nothing 0, and adds 0
     up = (purity if f is None else f(purity)) > uniform
-    if leak is None:
-        return torch.where(up, ups, downs)
-    leak = _names.entries("leak", leak, rows)
-    return leak @ rows + torch.where(up, (1 - leak) @ positive, (1 - leak) @ negative)
+    if leak is not None:
+        leak = _names.entries("leak", leak, rows)
+        ups, downs = (leak @ rows + (1 - leak) @ signed for signed in (positive, negative))
+    return torch.where(total < torch.inf, torch.where(up, ups, downs), torch.nan)
 
 
 def graddrop(
@@ -116,5 +116,6 @@ def graddrop(
         >>> rule(jac, rule.init(jac, key=jd.random.key(0)))[0]
         tensor([-4.,  2.,  2.])
     """
+    _check.function("f", f)
     shares = None if leak is None else _check.per_loss("leak", leak, low=0, high=1)
     return Aggregator("graddrop", _init, partial(_update, leak=shares, f=f))

@@ -99,5 +99,7 @@ def imtl_g(*, safe: bool = False, rtol: float | None = None) -> Aggregator:
         >>> jd.imtl_g()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
         tensor([0.0767, 1.0000, 1.0000])
     """
-    weights_fn = partial(_weights, safe=safe, rtol=_check.interval("rtol", rtol, 0, 1))
+    _check.flag("safe", safe)
+    rtol = _check.interval("rtol", rtol, 0, 1, optional=True, plain=True)
+    weights_fn = partial(_weights, safe=safe, rtol=rtol)
     return weighted(stateless("imtl_g", weights_fn, widen=False))

@@ -109,8 +109,10 @@ def krum(n_byzantine: int, n_selected: int = 1, *, squared: bool = True) -> Aggr
         >>> jd.krum(n_byzantine=1, n_selected=3)(jac)[0]
         tensor([ 1.0000, -0.0333])
     """
+    _check.flag("squared", squared)
     options = {
         "n_byzantine": _check.integer("n_byzantine", n_byzantine, 0),
         "n_selected": _check.integer("n_selected", n_selected, 1),
     }
-    return weighted(stateless("krum", partial(_weights, squared=squared, **options)))
+    weights_fn = partial(_weights, squared=squared, **options)
+    return weighted(stateless("krum", weights_fn, robust=True))

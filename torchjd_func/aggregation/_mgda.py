@@ -15,7 +15,7 @@ from torchjd_func import _check, _present
 from torchjd_func._lift import no_state, weighted
 from torchjd_func._types import Aggregator, State, Weighting
 from torchjd_func.aggregation._rows import safe_sqrt
-from torchjd_func.linalg import min_norm_point
+from torchjd_func.linalg._nnqp import nearest, ridge_of
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
@@ -32,12 +32,13 @@ def _update(
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
+    wide, ridge = gramian.double(), ridge_of(gramian.dtype)
     if normalization is None:
-        return min_norm_point(_present.apart(gramian, present), solver=solver).value, state
-    scale = _row_scale(gramian, losses, normalization)
+        return nearest(_present.apart(wide, present), ridge, solver).value, state
+    scale = _row_scale(wide, losses, normalization)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 1.0)
-    normalized = _present.apart(gramian * inverse.unsqueeze(-1) * inverse, present)
-    weights = min_norm_point(normalized, solver=solver).value
+    normalized = _present.apart(wide * inverse.unsqueeze(-1) * inverse, present)
+    weights = nearest(normalized, ridge, solver).value
     return (weights * inverse if apply_to == "normalized" else weights), state
 
 
@@ -96,4 +97,4 @@ def mgda(
     update = partial(
         _update, normalization=normalization, apply_to=apply_to, solver=_check.solver(solver)
     )
-    return weighted(Weighting("mgda", no_state, update))
+    return weighted(Weighting("mgda", no_state, update, widen=False))

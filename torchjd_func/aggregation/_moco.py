@@ -129,6 +129,7 @@ def moco(
         >>> jd.moco(gamma=0.01)(jac)[0]
         tensor([0.4375, 0.5000, 0.5000])
     """
+    _check.flag("prescale", prescale)
     _check.choice("simplex", simplex, ("projection", "softmax"))
     options = {
         "beta": _check.interval("beta", beta, 0, 1),

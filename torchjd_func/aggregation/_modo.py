@@ -39,6 +39,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, MoDoState]:
     """Take one projected gradient step on the weights (equation 2.9a)."""
+    _check.state_type("modo", state, MoDoState)
     _check.state("modo", "weights", state.weights, cross_gramian.shape[:1])
     current = _present.alone(present, state.weights)
     moved = current - gamma * (cross_gramian @ current + rho * current)

@@ -41,6 +41,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, NashMTLState]:
     """Solve `G a = 1 / a` if it is time to, and clip the length of the direction."""
+    _check.state_type("nash_mtl", state, NashMTLState)
     _check.state("nash_mtl", "weights", state.weights, gramian.shape[:1])
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
     solved = orthant_root(wide, eps=eps).value
@@ -95,8 +96,7 @@ def nash_mtl(max_norm: float | Tensor | None = None, update_every: int = 1) -> A
         >>> jd.nash_mtl()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))[0]
         tensor([0.0766, 0.9985, 0.9985])
     """
-    if max_norm is not None:
-        _check.interval("max_norm", max_norm, 0, open_low=True)
+    _check.interval("max_norm", max_norm, 0, open_low=True, optional=True)
     _check.integer("update_every", update_every)
     update = partial(_update, max_norm=max_norm, update_every=update_every)
     return weighted(Weighting("nash_mtl", _init, update, widen=False))

@@ -17,7 +17,7 @@ from torchjd_func import _check, _host, _present
 from torchjd_func._host import Array
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
-from torchjd_func.linalg._nnqp import solve
+from torchjd_func.linalg._nnqp import RIDGES, solve
 
 # Squared length, relative to that of its parts, below which a direction is rounding.
 CANCELLED = 10 * torch.finfo(torch.float64).eps
@@ -50,6 +50,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, PCDState]:
     """Normalise, solve, and give the result the length of the primary gradient."""
+    _check.state_type("pcd", state, PCDState)
     _check.state("pcd", "ema", state.ema, gramian.shape[:1])
     _check.state("pcd", "visits", state.visits, gramian.shape[:1])
     if gramian.shape[0] > 1:
@@ -107,11 +108,16 @@ def _solve(xp: Any, gramian: Array, tau: float | Array) -> Array:
     short = tau * secondary.diagonal() - gramian[1:, 0]
     largest = xp.amax(xp.abs(_host.constant(short)), -1)
     unit = short / xp.where(largest > 0, largest, 1.0)
-    multipliers = solve(xp, secondary + unit[:, None] * unit, -unit).value
+    multipliers = _host.lift(xp, _multipliers, secondary + unit[:, None] * unit, -unit)
     residual = 1 - unit @ multipliers
     feasible = residual > INFEASIBLE
     shift = multipliers * largest / xp.where(feasible, residual, 1.0)
     return xp.concatenate([primary, xp.where(feasible, shift, 0.0)])
+
+
+def _multipliers(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Solve the non-negative quadratic program."""
+    return solve(matrix, vector, RIDGES[torch.float64]).value
 
 
 def pcd(

@@ -22,7 +22,7 @@ from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
-from torchjd_func.linalg._nnqp import nearest
+from torchjd_func.linalg._nnqp import RIDGES, nearest
 
 # Eigenvalues below this part of the largest are rounding.
 NEGATIVE = 1e-12
@@ -47,13 +47,14 @@ def _update(
     *,
     lambda_: float | Tensor,
     preference: Vector | None,
-    solve: Callable[..., Tensor],
+    solver: Callable[..., Tensor],
     present: Tensor | None = None,
 ) -> tuple[Tensor, SDMGradState]:
     """Find the weights, and mix the target into them."""
+    _check.state_type("sdmgrad", state, SDMGradState)
     _check.state("sdmgrad", "weights", state.weights, cross_gramian.shape[:1])
     pull = lambda_ * resolve(preference, cross_gramian, present)
-    weights = solve(cross_gramian, pull, _present.alone(present, state.weights), present)
+    weights = solver(cross_gramian, pull, _present.alone(present, state.weights), present)
     after = SDMGradState(_present.together(present, weights, state.weights))
     return (weights + pull) / (1 + lambda_), after
 
@@ -70,7 +71,12 @@ def _shifted(xp: Any, matrix: Array, pull: Array, present: Array | None = None) 
     shifted = gramian + along[:, None] + along + pull @ along
     if present is not None:
         shifted = _present.apart(xp.where(present & present[:, None], shifted, 0.0), present)
-    return nearest(xp, shifted).value
+    return _host.lift(xp, _nearest, shifted)
+
+
+def _nearest(gramian: Tensor) -> Tensor:
+    """Return the weights of the min-norm point."""
+    return nearest(gramian, RIDGES[torch.float64]).value
 
 
 def _positive_part(xp: Any, matrix: Array) -> Array:
@@ -191,6 +197,6 @@ def sdmgrad(
         _update,
         lambda_=lambda_,
         preference=_check.preference(preference),
-        solve=solvers[solver],
+        solver=solvers[solver],
     )
     return Weighting("sdmgrad", _init, update, needs="cross_gramian")

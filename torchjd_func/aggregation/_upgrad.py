@@ -6,32 +6,28 @@ P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, arXiv:240
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
-from torchjd_func._host import Array
+from torchjd_func import _check
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg._nnqp import solve
+from torchjd_func.linalg._nnqp import ridge_of, solve
 
 
 def _weights(
     gramian: Tensor, *, preference: Vector | None, solver: str, present: Tensor | None = None
 ) -> Tensor:
-    """Project each row on the dual cone, and average the projections."""
-    # A row of zeros is never in the way, and its own projection has the weight 0.
-    wanted = resolve(preference, gramian, present)
-    return _host.call(partial(_average, solver=solver), gramian, wanted)
-
-
-def _average(xp: Any, gramian: Array, weights: Array, *, solver: str) -> Array:
     """Average `v = e_i + z`; row `i` of the multipliers is `z`, for `q = G e_i`."""
-    return weights + weights @ solve(xp, gramian, gramian, solver=solver).value
+    # A row of zeros is never in the way, and its own projection has the weight 0.
+    wide = gramian.double()
+    shares = resolve(preference, wide, present)
+    multipliers = solve(wide, wide, ridge_of(gramian.dtype), solver).value
+    return torch.addmv(shares, multipliers.mT, shares)
 
 
 def upgrad(preference: Numbers | None = None, *, solver: str = "auto") -> Aggregator:
@@ -70,4 +66,4 @@ def upgrad(preference: Numbers | None = None, *, solver: str = "auto") -> Aggreg
         tensor([0.2924, 1.9006, 1.9006])
     """
     options = {"preference": _check.preference(preference), "solver": _check.solver(solver)}
-    return weighted(stateless("upgrad", partial(_weights, **options)))
+    return weighted(stateless("upgrad", partial(_weights, **options), widen=False))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
 from torchjd_func._types import State, Weighting
 from torchjd_func.combinators._through_weighting import Rule, through_weighting
 
@@ -21,15 +21,15 @@ class EveryState(NamedTuple):
     """The weights in use, and the state of the rule that makes the weights."""
 
     weights: Tensor  # (m,) float64
-    step: Tensor  # () int64
+    age: Tensor  # (m,) int64, number of calls that used a weight; 0 if it is due
     inner: State
 
 
 def _init(statistic: Tensor, key: Tensor | None, *, inner: Weighting) -> EveryState:
     """Start without weights: the first call is one that makes some."""
     weights = statistic.new_zeros(statistic.shape[:1], dtype=torch.float64)
-    step = statistic.new_zeros((), dtype=torch.int64)
-    return EveryState(weights, step, inner.init_fn(statistic, key))
+    age = torch.zeros_like(weights, dtype=torch.int64)
+    return EveryState(weights, age, inner.init_fn(statistic, key))
 
 
 def _update(
@@ -39,15 +39,19 @@ def _update(
     *,
     inner: Weighting,
     k: int | Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, EveryState]:
-    """Take the new weights and the new inner state if they are due, else keep the old ones."""
+    """Take the new weights and the new inner state if any are due, else keep the old ones."""
     name = _name(inner)
     _check.state_type(name, state, EveryState)
     _check.state(name, "weights", state.weights, statistic.shape[:1])
-    fresh = inner.update_fn(statistic, state.inner, losses)
-    select = partial(torch.where, state.step % k == 0)
-    weights, inner_state = _tree.map(select, fresh, (state.weights, state.inner))
-    return weights, EveryState(weights, state.step + 1, inner_state)
+    fresh, inner_state = _present.update(inner, statistic, state.inner, losses, present=present)
+    here = torch.ones_like(state.age, dtype=torch.bool) if present is None else present
+    due = (here & (state.age == 0)).any()
+    weights = torch.where(here & due, fresh, state.weights)
+    age = torch.where(here, (torch.where(due, 0, state.age) + 1) % k, state.age)
+    inner_state = _tree.map(partial(torch.where, due), inner_state, state.inner)
+    return weights, EveryState(weights, age, inner_state)
 
 
 def _name(inner: Weighting) -> str:
@@ -58,7 +62,7 @@ def _name(inner: Weighting) -> str:
 def _wrap(inner: Weighting, *, k: int | Tensor) -> Weighting:
     """Return the Weighting that keeps its weights for `k` calls."""
     init, update = partial(_init, inner=inner), partial(_update, inner=inner, k=k)
-    return Weighting(_name(inner), init, update, inner.needs, inner.widen)
+    return Weighting(_name(inner), init, update, inner.needs, inner.widen, inner.robust)
 
 
 def every(rule: Rule, k: int | Tensor) -> Rule:
@@ -69,8 +73,9 @@ def every(rule: Rule, k: int | Tensor) -> Rule:
     In between, the state of `rule` stands still as well: a rule with memory or a key sees every
     `k`-th Jacobian only. Guarantees of `rule`, such as not conflicting, hold at the calls that
     renew. The weights are computed at every call and then selected, which keeps the step one graph
-    that can be vmapped: this reproduces published methods and saves no time. The state holds the
-    weights and the state of `rule`.
+    that can be vmapped: this reproduces published methods and saves no time. Where objectives are
+    absent at times, a call renews its weights if one of its objectives has none yet, or one that
+    was used `k` times. The state holds the weights and the state of `rule`.
 
     Args:
         rule: A Weighting, or an Aggregator with one.

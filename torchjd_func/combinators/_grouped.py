@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree, random
+from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
-from torchjd_func.combinators._labels import labeller
+from torchjd_func.combinators._labels import Labels, by_path, label_all
 
 
 class GroupedState(NamedTuple):
@@ -38,6 +39,7 @@ class _Share(NamedTuple):
     groups: _tree.Groups
 
 
+Methods = Aggregator | Mapping[Any, Aggregator]  # for all groups, or by label
 Plan = Callable[[Sequence[str]], list[_Share]]
 
 
@@ -56,7 +58,13 @@ def _init(jac: PyTree, key: Tensor | None, *, plan: Plan) -> GroupedState:
 
 
 def _update(
-    jac: PyTree, state: GroupedState, losses: Tensor | None, *, name: str, plan: Plan
+    jac: PyTree,
+    state: GroupedState,
+    losses: Tensor | None,
+    *,
+    name: str,
+    plan: Plan,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, GroupedState]:
     """Let each method serve its groups."""
     flat, rebuild = _tree.flatten(jac)
@@ -65,11 +73,11 @@ def _update(
     found, inner = {}, []
     for share, own in zip(shares, _inner(name, state, shares), strict=True):
         if share.method.weighting is None:
-            grads, after = _serve_rows(share, flat, paths, own, losses)
+            grads, after = _serve_rows(share, flat, paths, own, losses, present)
         else:
             blocks = _tree.blocks(flat, share.groups)
             gramians = _tree.gramians(blocks, share.groups)
-            weights, after = _weigh(share.method.weighting, gramians, own, losses)
+            weights, after = _weigh(share.method.weighting, gramians, own, losses, present)
             grads = _tree.weighted_sums(blocks, share.groups, weights, flat)
         found.update(grads)
         inner.append(after)
@@ -77,12 +85,18 @@ def _update(
 
 
 def _serve_rows(
-    share: _Share, flat: list[Tensor], paths: list[str], each: EachState, losses: Tensor | None
+    share: _Share,
+    flat: list[Tensor],
+    paths: list[str],
+    each: EachState,
+    losses: Tensor | None,
+    present: Tensor | None,
 ) -> tuple[dict[int, Tensor], EachState]:
     """Aggregate group by group."""
     found, inner = {}, []
     for group, state in zip(share.groups, each.states, strict=True):
-        grads, after = share.method(_part(flat, paths, group), state, losses=losses)
+        part = _part(flat, paths, group)
+        grads, after = share.method(part, state, losses=losses, present=present)
         found.update({place: grads[paths[place]] for place in group})
         inner.append(after)
     return found, EachState(tuple(inner))
@@ -101,13 +115,14 @@ def _weigh_all(
     gramians: Tensor,
     state: GroupedState | None,
     losses: Tensor | None,
+    present: Present = None,
 ) -> tuple[Tensor, GroupedState]:
     """Let each method weigh the Gramians of its groups."""
     parts = gramians.split([len(share.groups) for share in shares])
     states = _fresh(shares, parts) if state is None else _inner(name, state, shares)
     methods = [share.method.weighting for share in shares]
     pairs = [
-        _weigh(method, part, own, losses)
+        _weigh(method, part, own, losses, present)
         for method, part, own in zip(methods, parts, states, strict=True)
         if method is not None
     ]
@@ -116,10 +131,14 @@ def _weigh_all(
 
 
 def _weigh(
-    weighting: Weighting, gramians: Tensor, state: State, losses: Tensor | None
+    weighting: Weighting, gramians: Tensor, state: State, losses: Tensor | None, present: Present
 ) -> tuple[Tensor, State]:
     """Weigh `(g, m, m)` Gramians at once, each with its own state."""
-    weights, state = vmap(partial(weighting, losses=losses))(gramians, state)
+
+    def weigh(gramian: Tensor, own: State) -> tuple[Tensor, State]:
+        return weighting(gramian, own, losses=losses, present=present)
+
+    weights, state = vmap(weigh)(gramians, state)
     # A state whose strides change from call to call would be compiled twice; `contiguous` leaves
     # those of a single group as they are.
     return weights, _tree.map(partial(torch.clone, memory_format=torch.contiguous_format), state)
@@ -138,6 +157,8 @@ def _inner(name: str, state: GroupedState, shares: list[_Share]) -> tuple[State,
     _check.state_type(name, state, GroupedState)
     _check.state_groups(name, len(state.inner), len(shares))
     for (method, groups), own in zip(shares, state.inner, strict=True):
+        if method.weighting is None:
+            _check.state_type(name, own, EachState)
         parts = _tree.leaves(own) if method.weighting is not None else [own.states]
         for part in parts:
             _check.state_groups(name, len(part), len(groups))
@@ -149,45 +170,40 @@ def _part(flat: list[Tensor], paths: Sequence[str], group: tuple[int, ...]) -> d
     return {paths[place]: flat[place] for place in group}
 
 
-def _plan(
-    paths: Sequence[str],
-    *,
-    methods: tuple[Aggregator, ...],
-    of_label: Mapping[Hashable, int] | None,
-    label_all: Callable[[Sequence[str]], list[Hashable]],
-) -> list[_Share]:
+def _plan(paths: Sequence[str], *, aggregator: Methods, labels: Labels) -> list[_Share]:
     """Return the groups of each method, in the order of their first leaves."""
     _check.distinct("params", paths)
-    labels = label_all(paths)
-    if of_label is not None:
-        _check.grouping(labels, of_label)
-    found: dict[Hashable, list[int]] = {}
-    for place, label in enumerate(labels):
-        found.setdefault(label, []).append(place)
-    served: list[list[tuple[int, ...]]] = [[] for _ in methods]
-    for label, group in found.items():
-        served[0 if of_label is None else of_label[label]].append(tuple(group))
-    return [_Share(*share) for share in zip(methods, map(tuple, served), strict=True)]
+    label_of = label_all(labels, paths)
+    if isinstance(aggregator, Mapping):
+        _check.grouping(label_of, aggregator)
+    groups: dict[Hashable, list[int]] = {}
+    for place, label in enumerate(label_of):
+        groups.setdefault(label, []).append(place)
+    served: dict[Aggregator, list[tuple[int, ...]]] = {m: [] for m in _methods(aggregator)}
+    for label, group in groups.items():
+        method = aggregator[label] if isinstance(aggregator, Mapping) else aggregator
+        served[method].append(tuple(group))
+    return [_Share(method, tuple(own)) for method, own in served.items()]
 
 
-def _distinct(
-    aggregator: Aggregator | Mapping[Hashable, Aggregator],
-) -> tuple[tuple[Aggregator, ...], Mapping[Hashable, int] | None]:
-    """Return the methods, each once, and which of them serves each label (`None`: all)."""
-    if isinstance(aggregator, Aggregator):
-        _check.combinable("grouped", aggregator, (Aggregator,))
-        return (aggregator,), None
-    if not isinstance(aggregator, Mapping) or not aggregator:
+def _methods(aggregator: Methods) -> list[Aggregator]:
+    """Return the methods, each once."""
+    each = aggregator.values() if isinstance(aggregator, Mapping) else [aggregator]
+    return list(dict.fromkeys(each))
+
+
+def _checked(aggregator: Methods) -> Methods:
+    """Return one method for all groups, or a copy of those by label."""
+    if not isinstance(aggregator, Aggregator | Mapping) or not aggregator:
         remedy = "Pass one Aggregator for all groups, or {label: Aggregator}."
         _check.fail(TypeError, "`aggregator`", "be a jd.Aggregator or a dict", aggregator, remedy)
-    for method in aggregator.values():
+    for method in _methods(aggregator):
         _check.combinable("grouped", method, (Aggregator,))
-    methods = tuple(dict.fromkeys(aggregator.values()))
-    return methods, {label: methods.index(method) for label, method in aggregator.items()}
+    return dict(aggregator) if isinstance(aggregator, Mapping) else aggregator
 
 
 def grouped(
-    aggregator: Aggregator | Mapping[Any, Aggregator],
+    aggregator: Methods,
     labels: Callable[[str], Hashable] | PyTree,
 ) -> Aggregator:
     r"""Aggregate groups of parameters apart, each with a state of its own.
@@ -239,8 +255,8 @@ def grouped(
         >>> jd.grouped(jd.upgrad(), jd.by_tensor)(jac)[0]
         {'a': tensor([0.]), 'b': tensor([1., 1.])}
     """
-    methods, of_label = _distinct(aggregator)
-    plan = partial(_plan, methods=methods, of_label=of_label, label_all=labeller(labels))
+    own = _checked(aggregator)
+    methods, plan = _methods(own), partial(_plan, aggregator=own, labels=by_path(labels))
     name = f"grouped({', '.join(method.name for method in methods)})"
     apart = all(method.weighting is not None for method in methods)
     return Aggregator(

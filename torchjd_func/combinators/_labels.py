@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torchjd_func import _check, _tree
+
+Labels = Callable[[str], Hashable] | Mapping[str, Hashable]
 
 
 def together(path: str) -> str:
@@ -77,11 +78,16 @@ def by_tensor(path: str) -> str:
     return path
 
 
-def labeller(labels: Any) -> Callable[[Sequence[str]], list[Hashable]]:
-    """Return the function from the names of all parameters to their labels."""
+def by_path(labels: Any) -> Labels:
+    """Return a function of a name, or a pytree of labels as a table of them by name."""
     if callable(labels):
-        return partial(_by_function, labels)
-    return partial(_by_prefix, dict(zip(_tree.paths(labels), _tree.leaves(labels), strict=True)))
+        return labels
+    return dict(zip(_tree.paths(labels), _tree.leaves(labels), strict=True))
+
+
+def label_all(labels: Labels, paths: Sequence[str]) -> list[Hashable]:
+    """Return the labels of the names of all parameters."""
+    return _by_prefix(labels, paths) if isinstance(labels, Mapping) else _by_function(labels, paths)
 
 
 def _by_function(fn: Callable[[str], Hashable], paths: Sequence[str]) -> list[Hashable]:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._lift import statistic_like, weighted
+from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, Observation, PyTree, Scalarizer, State, Weighting
 from torchjd_func.combinators._grouped import EachState, GroupedState
 
@@ -46,7 +47,8 @@ def monitored(rule: Rule, measures: Measures) -> Rule:
     Args:
         rule: A Weighting, an Aggregator or a Scalarizer.
         measures: `{name: measure}`. A measure has to return a tensor, of a shape that depends on
-            `m` alone.
+            `m` alone; one of shape `(m,)` or `(m, m)` has a value for each objective, or pair of
+            them, which is NaN where an objective is absent.
 
     Returns:
         A rule of the type of `rule`, with the same results. Its state holds the values, which are 0
@@ -82,21 +84,28 @@ def monitored(rule: Rule, measures: Measures) -> Rule:
         if rule.weighting is not None:
             return weighted(monitored(rule.weighting, measures))
         return Aggregator(name, partial(_init_rows, **bound), partial(_update_rows, **bound))
-    needs = "gramian" if rule.needs == "size" else rule.needs
-    return Weighting(name, partial(_init, **bound), partial(_update, **bound), needs, widen=False)
+    needs = "gramian" if rule.needs in ("size", "norms") else rule.needs
+    init, update = partial(_init, **bound), partial(_update, **bound)
+    return Weighting(name, init, update, needs, widen=False, robust=rule.robust)
 
 
-def read_measures(state: State) -> dict[str, Tensor]:
+def read_measures(state: State, *, names: PyTree = None) -> dict[str, Any]:
     """Return the latest values of all measures in a state, however deep.
 
     Args:
         state: Of `jd.monitored`, or of a rule that contains it.
+        names: The losses, or a sequence of their names: values come by the names of the
+            objectives, such as `"a"`, or `"b.0"` where a leaf of the losses holds several.
 
     Returns:
-        `{name: value}`; inside `jd.grouped`, values are stacked over the groups, counted as there.
+        `{measure: value}`; inside `jd.grouped`, values are stacked over the groups, counted as
+        there. With `names`, a value `(m,)` is `{objective: value}`, and one `(m, m)` is
+        `{objective: {objective: value}}`, row by row. Of a state that is mapped over models,
+        read them under `torch.func.vmap` as well.
 
     Raises:
-        ValueError: If there are none, or two of one name that are not of different groups.
+        ValueError: If there are none, or two of one name that are not of different groups; or if
+            two objectives have one name.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -105,36 +114,54 @@ def read_measures(state: State) -> dict[str, Tensor]:
         >>> jd.read_measures(state)["weights"]
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]], dtype=torch.float64)
+        >>> jd.read_measures(state, names=["speed", "safety"])["weights"]["safety"]
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    found = _read(state)
-    _check.measured(list(found))
-    return found
+    labels = None if names is None else _names.of_each(names)
+    _check.distinct("names", labels or [])
+    values = _read(state, labels)
+    _check.measured(list(values))
+    return values
 
 
-def _read(state: State) -> dict[str, Tensor]:
-    """Return the measures in a state by name."""
+def _read(state: State, labels: list[str] | None, stacked: int = 0) -> dict[str, Any]:
+    """Return the measures in a state by name; `stacked` counts dimensions of groups."""
     if isinstance(state, MonitoredState):
-        return _apart([state.measures, _read(state.inner)])
+        own = {key: _labelled(value, labels, stacked) for key, value in state.measures.items()}
+        return _apart([own, _read(state.inner, labels, stacked)])
     if isinstance(state, EachState):
-        return _tree.stack([_read(part) for part in state.states])
+        return _tree.stack([_read(part, labels, stacked) for part in state.states])
     if isinstance(state, GroupedState):
-        return _joined([_read(part) for part in state.inner])
+        deeper = [stacked + (not isinstance(part, EachState)) for part in state.inner]
+        parts = zip(state.inner, deeper, strict=True)
+        return _joined([_read(part, labels, depth) for part, depth in parts])
     if isinstance(state, tuple | list | Mapping):
         parts = state.values() if isinstance(state, Mapping) else state
-        return _apart([_read(part) for part in parts])
+        return _apart([_read(part, labels, stacked) for part in parts])
     return {}
 
 
-def _apart(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _labelled(value: Tensor, labels: list[str] | None, stacked: int) -> PyTree:
+    """Return a value with one number for each objective, or pair of them, by their names."""
+    if labels is None:
+        return value
+    m, shape = len(labels), value.shape[stacked:]
+    if shape == (m, m):
+        value_of = dict(zip(labels, value.unbind(stacked), strict=True))
+        return {label: _labelled(row, labels, stacked) for label, row in value_of.items()}
+    return dict(zip(labels, value.unbind(-1), strict=True)) if shape == (m,) else value
+
+
+def _apart(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return all measures, after a check that no two have one name."""
     _check.distinct("measures", [name for part in parts for name in part])
     return {name: value for part in parts for name, value in part.items()}
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return all measures, those of one name along the groups."""
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    return {name: _tree.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def _name(inner: Weighting | Aggregator | Scalarizer) -> str:
@@ -160,12 +187,14 @@ def _update(
     *,
     inner: Weighting,
     measures: Measures,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, MonitoredState]:
     """Weigh, and measure that."""
     _check.state_type(_name(inner), state, MonitoredState)
-    given = statistic.to(torch.float64) if inner.widen else statistic
-    weights, inner_state = inner.update_fn(given, state.inner, losses)
-    seen = Observation(statistic, weights, losses, None, None)
+    wide = statistic.to(torch.float64) if inner.widen else statistic
+    weights, inner_state = _present.update(inner, wide, state.inner, losses, present=present)
+    weights = weights if present is None else torch.where(present, weights, 0)
+    seen = Observation(statistic, weights, losses, None, None, present)
     return weights, _measured(_name(inner), measures, seen, state, inner_state)
 
 
@@ -190,11 +219,12 @@ def _update_rows(
     *,
     inner: Aggregator,
     measures: Measures,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, MonitoredState]:
     """Aggregate, and measure that."""
     _check.state_type(_name(inner), state, MonitoredState)
-    grads, inner_state = inner.update_fn(jac, state.inner, losses)
-    seen = Observation(_tree.gramian(jac), None, losses, jac, grads)
+    grads, inner_state = _present.update(inner, jac, state.inner, losses, present=present)
+    seen = Observation(_tree.gramian(jac), None, losses, jac, grads, present)
     return grads, _measured(_name(inner), measures, seen, state, inner_state)
 
 
@@ -208,21 +238,33 @@ def _init_losses(
 
 
 def _update_losses(
-    losses: Tensor, state: MonitoredState, *, inner: Scalarizer, measures: Measures
+    losses: Tensor,
+    state: MonitoredState,
+    *,
+    inner: Scalarizer,
+    measures: Measures,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, MonitoredState]:
     """Scalarize, and measure that."""
     _check.state_type(_name(inner), state, MonitoredState)
-    loss, inner_state = inner.update_fn(losses, state.inner)
-    weights = torch.func.grad(lambda vector: inner.update_fn(vector, state.inner)[0])(losses)
-    seen = Observation(None, weights, losses, None, None)
+
+    def scalarize(vector: Tensor) -> tuple[Tensor, State]:
+        return _present.update(inner, vector, state.inner, present=present)
+
+    loss, inner_state = scalarize(losses)
+    weights = torch.func.grad(scalarize, has_aux=True)(losses)[0]
+    seen = Observation(None, weights, losses, None, None, present)
     return loss, _measured(_name(inner), measures, seen, state, inner_state)
 
 
-def _forward_observe(losses: PyTree, state: MonitoredState, *, inner: Scalarizer) -> MonitoredState:
+def _forward_observe(
+    losses: PyTree, state: MonitoredState, *, inner: Scalarizer, present: Present = None
+) -> MonitoredState:
     """Let the scalarizer observe; the values stay."""
     _check.state_type(_name(inner), state, MonitoredState)
+    options = {} if present is None else {"present": present}
     assert inner.observe is not None
-    return state._replace(inner=inner.observe(losses, state.inner))
+    return state._replace(inner=inner.observe(losses, state.inner, **options))
 
 
 def _zeros(measures: Measures, like: Observation) -> dict[str, Tensor]:
@@ -234,9 +276,23 @@ def _measured(
     name: str, measures: Measures, seen: Observation, state: MonitoredState, inner: State
 ) -> MonitoredState:
     """Return the state with new values, after a check that they replace those of a like state."""
-    # Copies: a state in which one tensor stands in two places would be compiled twice.
-    values = {key: measure(seen).clone() for key, measure in measures.items()}
-    _check.names("state.measures", state.measures, values)
+    _check.names("state.measures", state.measures, measures)
+    # Gramians of rows are in float64, whatever the state began with.
+    values = {
+        key: _visible(measure(seen).to(state.measures[key].dtype), seen.present)
+        for key, measure in measures.items()
+    }
     for key, value in values.items():
         _check.state(name, f"measures[{key!r}]", state.measures[key], value.shape)
     return MonitoredState(values, inner)
+
+
+def _visible(value: Tensor, present: Tensor | None) -> Tensor:
+    """Return a copy of a value, NaN where it belongs to an absent objective."""
+    if present is None or not value.is_floating_point():
+        # A copy: a state in which one tensor stands in two places would be compiled twice.
+        return value.clone()
+    by_objective = {1: present, 2: present & present.unsqueeze(-1)}.get(value.ndim)
+    if by_objective is None or value.shape != by_objective.shape:
+        return value.clone()
+    return torch.where(by_objective, value, torch.nan)

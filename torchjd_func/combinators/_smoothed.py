@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names
+from torchjd_func import _check, _names, _present
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import State, Weighting
@@ -23,7 +23,7 @@ class SmoothedState(NamedTuple):
     """The averaged weights, and the state of the rule that makes the weights."""
 
     weights: Tensor  # (m,) float64
-    step: Tensor  # () int64
+    step: Tensor  # (m,) int64, number of weights averaged
     inner: State
 
 
@@ -36,7 +36,7 @@ def _init(
     if initial_weights is not None:
         start = _names.entries("initial_weights", initial_weights, weights)
         weights = start.clone()  # the state shares no memory
-    step = statistic.new_zeros((), dtype=torch.int64)
+    step = torch.zeros_like(weights, dtype=torch.int64)
     return SmoothedState(weights, step, inner.init_fn(statistic, key))
 
 
@@ -48,16 +48,19 @@ def _update(
     inner: Weighting,
     alpha: float | Tensor,
     initial_weights: Vector | None,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, SmoothedState]:
     """Mix the weights of the inner rule into the average."""
     name = _name(inner)
     _check.state_type(name, state, SmoothedState)
     _check.state(name, "weights", state.weights, statistic.shape[:1])
-    fresh, inner_state = inner.update_fn(statistic, state.inner, losses)
+    fresh, inner_state = _present.update(inner, statistic, state.inner, losses, present=present)
     weights = alpha * state.weights + (1 - alpha) * fresh
     if initial_weights is None:
         weights = torch.where(state.step == 0, fresh, weights)
-    return weights, SmoothedState(weights, state.step + 1, inner_state)
+    weights = _present.renewed(present, weights, state.weights)
+    step = state.step + (1 if present is None else present)
+    return weights, SmoothedState(weights, step, inner_state)
 
 
 def _name(inner: Weighting) -> str:
@@ -69,7 +72,7 @@ def _wrap(inner: Weighting, *, alpha: float | Tensor, initial_weights: Vector | 
     """Return the averaging Weighting."""
     init = partial(_init, inner=inner, initial_weights=initial_weights)
     update = partial(_update, inner=inner, alpha=alpha, initial_weights=initial_weights)
-    return Weighting(_name(inner), init, update, inner.needs, inner.widen)
+    return Weighting(_name(inner), init, update, inner.needs, inner.widen, inner.robust)
 
 
 def smoothed(
@@ -85,8 +88,8 @@ def smoothed(
 
     with $\hat\lambda_k$ the weights of `rule`. Weights found on noisy batches are correlated with
     the noise, which biases the direction; averaging removes that. It also loses guarantees that
-    `rule` gives for a single step, such as not conflicting. The state holds $\lambda$ and the state
-    of `rule`.
+    `rule` gives for a single step, such as not conflicting. The weight of an absent objective keeps
+    its average. The state holds $\lambda$ and the state of `rule`.
 
     Args:
         rule: A Weighting, or an Aggregator with one.

@@ -2,47 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._objectives import InstanceWise
-from torchjd_func.differentiate._shards import Sharded
+from torchjd_func.differentiate._instancewise import InstanceWise
+from torchjd_func.differentiate._linearized import Jacobian, Linearized, Seen, rows_of
+from torchjd_func.differentiate._objective import (
+    Function,
+    Objective,
+    as_objective,
+    linearize_whole,
+    name_of,
+)
+from torchjd_func.differentiate._request import Request, chosen
+from torchjd_func.differentiate._where import features
 
 PyTree = Any
+Part = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one microbatch
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Accumulated:
     """An objective whose losses are the means over microbatches of the losses of `fn`."""
 
-    fn: Callable[..., Any]
+    fn: Objective
     n: int
     in_dims: tuple[int | None, ...] | None
     has_aux: bool
     chunk_size: int | None
+    carry_aux: int | None
 
-    def __call__(self, *args: Any) -> Any:
-        """Return the mean losses (and the stacked `aux`)."""
-        outs = [self.fn(*part) for part in self.split(args)]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the mean losses (and the stacked `aux`, or the last, if it is carried)."""
+        outs, aux = [], None
+        for given, named in self.split(args, kwargs):
+            out = self.fn(*self.carried(given, aux), **named)
+            aux = _check.aux_pair(out)[1] if self.has_aux else None
+            outs.append(out)
         if not self.has_aux:
             return _tree.mean(outs)
-        losses, aux = zip(*map(_check.aux_pair, outs), strict=True)
-        return _tree.mean(list(losses)), _tree.stack(list(aux))
+        losses, parts = zip(*outs, strict=True)
+        return _tree.mean(list(losses)), self.joined(list(parts))
 
-    def split(self, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def linearize(self, request: Request) -> Linearized:
+        """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
+        _check.choice("has_aux", request.has_aux, (self.has_aux,))
+        if not request.rows:  # losses are weighed when all are known: one graph of all
+            return linearize_whole(self, request)
+        return _linearize(self, request)
+
+    def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Part]:
         """Return the arguments of each microbatch."""
         dims = (None, *[0] * (len(args) - 1)) if self.in_dims is None else self.in_dims
-        _check.in_dims(dims, len(args))
+        if self.in_dims is not None or not kwargs:
+            _check.in_dims(dims, len(args))
+        dims = [None if i == self.carry_aux else dim for i, dim in enumerate(dims)]
         parts = [_chunks(arg, dim, self.n) for arg, dim in zip(args, dims, strict=True)]
-        return list(zip(*parts, strict=True))
+        named = {
+            name: _chunks(x, 0 if _is_batched(x) else None, self.n) for name, x in kwargs.items()
+        }
+        return [
+            (tuple(part[k] for part in parts), {name: part[k] for name, part in named.items()})
+            for k in range(self.n)
+        ]
+
+    def carried(self, args: tuple[Any, ...], aux: PyTree) -> tuple[Any, ...]:
+        """Return the arguments of a microbatch, with what the last one handed on."""
+        if self.carry_aux is None or aux is None:
+            return args
+        return (*args[: self.carry_aux], aux, *args[self.carry_aux + 1 :])
+
+    def joined(self, aux: list[PyTree]) -> PyTree:
+        """Return the auxiliary output of all microbatches."""
+        return _tree.stack(aux) if self.carry_aux is None else aux[-1]
+
+    def wrap(self, change: Callable[[Function], Function]) -> Accumulated:
+        """Return the accumulated objective of the changed function."""
+        return replace(self, fn=as_objective(self.fn.wrap(change)))
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return the placeholders of the objective."""
+        return self.fn.rows_like(primals, m)
+
+    def plan(self, request: Request) -> None:
+        """Remember nothing."""
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the objective does."""
+        return self.fn.spans_processes
 
     def __repr__(self) -> str:
         """Return the inner objective in one line."""
-        return f"Accumulated({getattr(self.fn, '__name__', repr(self.fn))}, {self.n})"
+        return f"Accumulated({name_of(self.fn)}, {self.n})"
+
+
+def _linearize(fn: Accumulated, request: Request) -> Linearized:
+    """Add the rows of all microbatches, each of whose graphs is freed before the next."""
+    by_leaves = None if request.where is features else request.where
+    asked = request._replace(
+        chunk_size=fn.chunk_size or request.chunk_size,
+        where=request.where if request.alone or by_leaves is None else None,
+    )
+    parts, total, aux = [], None, None
+    for args, kwargs in fn.split(request.args, request.kwargs):
+        part, rows = _microbatch(fn.fn, asked._replace(args=fn.carried(args, aux), kwargs=kwargs))
+        total = rows if total is None else [a + b for a, b in zip(total, rows, strict=True)]
+        aux = part.aux
+        parts.append(part)
+    jacobian = [leaf / fn.n for leaf in total or ()]
+    first = parts[0]
+    heads = first.heads
+    if heads is not None:
+        heads = heads._replace(rows=_tree.mean([part.heads.rows for part in parts]))
+    if request.where is features:  # those of each microbatch are other numbers
+        seen = Seen(rows=[leaf / fn.n for part in parts for leaf in part.seen.rows])
+    else:
+        seen = None
+        if by_leaves is not None and not request.alone:
+            seen = Seen(chosen(by_leaves, first.leaves.paths))
+    return first._replace(
+        losses=_tree.mean([part.losses for part in parts]),
+        aux=fn.joined([part.aux for part in parts]) if fn.has_aux else (),
+        vector=_tree.mean([part.vector for part in parts]),
+        jacobian=Jacobian(partial(_tree.weighted_sum, jacobian), lambda: jacobian, known=True),
+        seen=seen,
+        heads=heads,
+    )
+
+
+def _microbatch(fn: Objective, request: Request) -> tuple[Linearized, list[Tensor]]:
+    """Return what is kept of a microbatch, and its Jacobian; the graph is freed on return."""
+    part = fn.linearize(request)
+    return part._replace(jacobian=Jacobian(_freed, _freed)), rows_of(part)
+
+
+def _freed(*cotangent: Tensor) -> list[Tensor]:
+    """Stand for the pullback of a graph that is gone."""
+    raise AssertionError(cotangent)
+
+
+def _is_batched(value: Any) -> bool:
+    """Say whether a keyword argument is a part of the batch: tensors, but 0-d ones."""
+    leaves = _tree.leaves(value)
+    return bool(leaves) and all(isinstance(x, Tensor) and x.ndim for x in leaves)
 
 
 def accumulate(
@@ -52,6 +160,7 @@ def accumulate(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    carry_aux: int | None = None,
 ) -> Accumulated:
     r"""Make an objective that goes through a batch in `n` microbatches, one graph at a time.
 
@@ -80,14 +189,16 @@ def accumulate(
             share. By default the first is shared, and the batch is dimension 0 of all others.
         has_aux: Whether `fn` returns `(losses, aux)`; `aux` gains a first dimension of size `n`.
         chunk_size: As for `jd.jac`: how many rows of a microbatch to compute at a time.
+        carry_aux: Which positional argument each microbatch hands on to the next as its `aux`, such
+            as the buffers of a BatchNorm; the `aux` of the last one comes back.
 
     Returns:
         The objective, with the arguments of `fn`.
 
     Raises:
         TypeError: If `fn` is instance-wise, or what is split is not a tensor.
-        ValueError: If `n` does not divide the batch, or `in_dims` does not fit the arguments; from
-            transforms, with `route="layerwise"`.
+        ValueError: If `n` does not divide the batch, `in_dims` does not fit the arguments, or
+            `carry_aux` is set without `has_aux`.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -98,8 +209,8 @@ def accumulate(
     _check.integer("n", n)
     _check.chunk_size(chunk_size)
     _check.not_instancewise("jd.accumulate", fn, InstanceWise)
-    _check.plain("jd.accumulate", fn, (Sharded,), "Make chunk_size smaller instead.")
-    return Accumulated(fn, n, in_dims, has_aux, chunk_size)
+    _check.carry_aux(carry_aux, has_aux)
+    return Accumulated(as_objective(fn), n, in_dims, has_aux, chunk_size, carry_aux)
 
 
 def _chunks(arg: PyTree, dim: int | None, n: int) -> list[PyTree]:

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
-from torchjd_func.differentiate._scaled import Scaled
-from torchjd_func.differentiate._shards import Sharded
+from torchjd_func.differentiate._norms import NormsInOnePrecision
+from torchjd_func.differentiate._objective import Function, as_objective
 
 PyTree = Any
 
 
-def cast_floating(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+def running_statistics(path: str) -> bool:
+    """Say whether a leaf is a running statistic of a normalisation, which moves in small steps."""
+    return path.rpartition(".")[2].startswith("running_")
+
+
+def cast_floating(
+    fn: Callable[..., Any],
+    dtype: torch.dtype,
+    *,
+    keep: Callable[[str], bool] = running_statistics,
+) -> Callable[..., Any]:
     """Run a function in another floating-point precision.
 
     Floating arguments, parameters included, are cast to `dtype` on the way in, and floating results
@@ -32,6 +40,9 @@ def cast_floating(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., A
         fn: A function of pytrees, such as an objective. One of `jd.instancewise`, `jd.multitask`
             or `jd.accumulate` keeps its structure.
         dtype: A floating-point dtype, such as `torch.bfloat16`.
+        keep: Predicate of the path of a leaf in its argument, such as `"1.running_mean"`: what is
+            not cast. By default running statistics, whose small steps would be rounded away;
+            BatchNorm then computes in their precision, and returns `dtype`.
 
     Returns:
         The function, with the same arguments and results.
@@ -46,24 +57,44 @@ def cast_floating(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., A
         tensor([[1., 1.]])
     """
     _check.floating_dtype("dtype", dtype)
-    _check.plain("cast_floating", fn, (Scaled, Sharded), "Cast first, and wrap what is cast.")
-    if isinstance(fn, MultiTask):
-        heads = {name: cast_floating(head, dtype) for name, head in fn.heads.items()}
-        return MultiTask(cast_floating(fn.trunk, dtype), heads, fn.has_aux, fn.scale_heads)
-    if isinstance(fn, Accumulated):
-        inner = cast_floating(fn.fn, dtype)
-        return Accumulated(inner, fn.n, fn.in_dims, fn.has_aux, fn.chunk_size)
-    if isinstance(fn, InstanceWise):
-        return fn.wrap(lambda inner: cast_floating(inner, dtype))
-    return partial(_call, fn, dtype)
+    return as_objective(fn).wrap(partial(_cast_function, dtype, keep))
 
 
-def _call(fn: Callable[..., Any], dtype: torch.dtype, /, *args: Any) -> Any:
-    """Cast in, run, cast out."""
-    out = fn(*_tree.map(partial(_cast, dtype=dtype), args))
-    return _tree.map(partial(_cast, dtype=torch.float32), out)
+def _cast_function(dtype: torch.dtype, keep: Callable[[str], bool], fn: Function) -> Function:
+    """Return one function in the other precision."""
+    return partial(_call, fn, dtype, keep)
 
 
-def _cast(leaf: Any, *, dtype: torch.dtype) -> Any:
-    """Cast a floating tensor."""
-    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _call(
+    fn: Function, dtype: torch.dtype, keep: Callable[[str], bool], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Cast in, run, cast out; what comes back as it went in has its own dtype again."""
+    known: dict[Tensor, Tensor] = {}
+
+    def cast_argument(value: PyTree) -> PyTree:
+        """Cast the leaves of one argument."""
+        flat, rebuild = _tree.flatten(value)
+        pairs = zip(_tree.paths(value), flat, strict=True)
+        return rebuild([leaf if keep(path) else _cast(leaf, dtype, known) for path, leaf in pairs])
+
+    given = [cast_argument(arg) for arg in args]
+    named = {name: cast_argument(arg) for name, arg in kwargs.items()}
+    with NormsInOnePrecision():
+        out = fn(*given, **named)
+    return _tree.map(partial(_cast_back, dtype=dtype, known=known), out)
+
+
+def _cast(leaf: Any, dtype: torch.dtype, known: dict[Tensor, Tensor]) -> Any:
+    """Cast a floating tensor, and remember it."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    half = leaf.to(dtype)
+    known[half] = leaf
+    return half
+
+
+def _cast_back(leaf: Any, *, dtype: torch.dtype, known: dict[Tensor, Tensor]) -> Any:
+    """Return what a tensor was cast from, or what was computed, in float32."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return known[leaf] if leaf in known else leaf.float() if leaf.dtype == dtype else leaf

@@ -9,14 +9,11 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Weighting
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._pullback import Linearized
-from torchjd_func.differentiate._routes import (
-    contract_cross,
-    pullback_of,
-    validate,
-    whole,
-)
+from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._linearized import Linearized, assemble
+from torchjd_func.differentiate._routes import contract_cross, pullback_of, validate, whole
+from torchjd_func.differentiate._verb import Options, linearize
 
 PyTree = Any
 
@@ -45,11 +42,12 @@ def double_sampling(
         chunk_size: As for `jd.gramian`.
 
     Returns:
-        `f(state, params, batch_1, batch_2, batch_3=None) -> (grads, losses, state)`; each batch is
-        a tuple of arguments of `fn`, `state` comes from `jd.init_state(weighting, fn, params,
-        *batch)`, or is `None` at the first call. `losses` are those that `grads` belong to: the
-        mean of two batches, or of the third. With aux, `(grads, (losses, aux), state)` with one
-        `aux` for each batch, as a tuple.
+        `f(state, params, batch_1, batch_2, batch_3=None, present=None, size=None, **kwargs) ->
+        (grads, losses, state)`; each batch is a tuple of arguments of `fn`, keyword arguments are
+        as for `jd.jac`. `state` comes from `jd.init_state(weighting, fn, params, *batch)`, or is
+        `None` at the first call. `losses` are those that `grads` belong to: the mean of two
+        batches, or of the third. With aux, `(grads, (losses, aux), state)` with one `aux` for each
+        batch, as a tuple.
 
     Raises:
         TypeError: If `weighting` is not a Weighting.
@@ -79,24 +77,26 @@ def double_sampling(
         batch_1: tuple[Any, ...],
         batch_2: tuple[Any, ...],
         batch_3: tuple[Any, ...] | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         batches = (batch_1, batch_2) if batch_3 is None else (batch_1, batch_2, batch_3)
         _check.batches(batches)
         routes = (route, route, "jacobian")  # the third is pulled back only once
         linears = [
-            linearize(fn, (params, *batch), 0, has_aux, route)
+            linearize(fn, (params, *batch), kwargs, Options(0, has_aux, route, chunk_size))
             for batch, route in zip(batches, routes, strict=False)
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
         seen = (linears[0].vector + linears[1].vector) / 2
-        statistic = contract_cross(linears[0], linears[1], route, chunk_size)
-        weights, state = weighting(statistic, state, losses=seen)
-        followed = linears if batch_3 is None else linears[2:]
-        grads = _tree.mean([_direction(linear, weights) for linear in followed])
+        present, followed = linears[0].present, linears if batch_3 is None else linears[2:]
+        with full_precision():
+            statistic = contract_cross(linears[0], linears[1], route, chunk_size)
+            weights, state = weighting(statistic, detached(state), losses=seen, present=present)
+            grads = _tree.mean([_direction(linear, weights) for linear in followed])
         losses = _tree.mean([linear.losses for linear in followed])
         out = (losses, tuple(linear.aux for linear in linears)) if has_aux else losses
-        return grads, out, state
+        return detached((grads, out, state))
 
     return step
 
@@ -104,4 +104,4 @@ def double_sampling(
 def _direction(linear: Linearized, weights: Tensor) -> PyTree:
     """Return the weighted gradients of one batch, those of heads included."""
     pullback = pullback_of(linear, whole(linear))
-    return linear.assemble(pullback(weights.unsqueeze(0)), linear.heads, weights)
+    return assemble(linear, pullback(weights.unsqueeze(0)), weights)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check
+from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layered import Observed, observe
 from torchjd_func.differentiate._layerwise import (
     Layers,
@@ -21,8 +22,9 @@ from torchjd_func.differentiate._layerwise import (
     rule_names,
     spread,
 )
-from torchjd_func.differentiate._objectives import InstanceWise
-from torchjd_func.differentiate._pullback import basis, bind
+from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._pullback import basis
+from torchjd_func.differentiate._request import Request
 
 
 class LeafPlan(NamedTuple):
@@ -91,10 +93,9 @@ def explain_gramian(
         parameter  shape  rule    contraction  MB
                    3x2    linear  factors      0.00
     """
-    seen = observe(fn, args, argnums, has_aux)
+    seen = observe(as_objective(fn), Request(args, argnums, has_aux))
     found = _layers(seen)
-    primals, _ = bind(fn, args, argnums)
-    paths, leaves = _tree.paths(primals), _tree.leaves(primals)
+    paths, leaves = seen.bound.paths, seen.bound.leaves
     lines = [
         LeafPlan(path, tuple(leaf.shape), *_line(seen.recorded, found, place))
         for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
@@ -140,13 +141,13 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         remedy = "Declare it with jd.instancewise or jd.per_example."
         _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
     _check.integer("n_examples", n_examples)
-    seen = observe(fn, args, argnums, has_aux, check=False)
+    seen = observe(as_objective(fn), Request(args, argnums, has_aux), check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
     found = _layers(seen)
     pulled = [recorded.pull(row, True, ())[0] for row in basis(seen.vector)[chosen]]
     by_uses = [torch.stack(grads) for grads in zip(*pulled, strict=True)]
-    paths = _tree.paths(bind(fn, args, argnums)[0])
+    paths = seen.bound.paths
     guilty = [
         f"{name_of(recorded.uses[use].step.func)} (parameter {paths[leaf]!r})"
         for leaf, pieces in sorted(found.pieces.items())

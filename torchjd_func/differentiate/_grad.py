@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchjd_func import _check, _tree
-from torchjd_func._types import Aggregator, Scalarizer, Weighting
-from torchjd_func.differentiate._jacobian import rows, value
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask, is_gathered
-from torchjd_func.differentiate._partial import partial_grads
-from torchjd_func.differentiate._pullback import Linearized, as_vector, bind, grad_aux, split_aux
+from torchjd_func import _check, _names, _tree
+from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._jacobian import rows
+from torchjd_func.differentiate._linearized import Linearized, assemble, value
+from torchjd_func.differentiate._pullback import vjp_aux
+from torchjd_func.differentiate._request import Where
 from torchjd_func.differentiate._routes import (
     contract,
     contract_whole,
@@ -23,8 +23,8 @@ from torchjd_func.differentiate._routes import (
     validate,
     whole,
 )
-from torchjd_func.differentiate._scaled import Scaled
-from torchjd_func.differentiate._shards import Sharded
+from torchjd_func.differentiate._row_norms import squared_norms
+from torchjd_func.differentiate._verb import Options, linearize
 
 PyTree = Any
 
@@ -37,7 +37,7 @@ def grad(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
-    where: Callable[[str], bool] | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that returns one update direction.
 
@@ -51,14 +51,18 @@ def grad(
         chunk_size: As for `jd.gramian`.
         where: Predicate of a parameter's path, such as `"encoder.0.weight"`: the Gramian is of
             these parameters only, its weights are applied to all (partial Jacobian descent). The
-            cheaper, the nearer they are to the losses.
+            cheaper, the nearer they are to the losses. `jd.features`, for `jd.multitask`: weights
+            come from the gradients by the features.
 
     Returns:
-        `f(state, *args) -> (grads, state)`, grads like the differentiated argument; `state` may be
-        `None` at the first call. `(grads, aux, state)` with aux.
+        `f(state, *args, present=None, size=None, **kwargs) -> (grads, state)`, grads like the
+        differentiated argument; `state` may be `None` at the first call. `(grads, aux, state)` with
+        aux. Keyword arguments are as for `jd.jac`. With `present=` the direction is that of the
+        losses that there are; with none of them it is zero, and the state stays.
 
     Raises:
         TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
+        ValueError: If an option is not allowed, or no loss depends on the argument.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -70,9 +74,9 @@ def grad(
     options = {"has_aux": has_aux, "route": route, "chunk_size": chunk_size, "where": where}
     run = grad_and_value(fn, rule, argnums, **options)
 
-    def grad_fn(state: Any, *args: Any) -> tuple[Any, ...]:
+    def grad_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the update direction (and aux) and the next state."""
-        grads, out, state = run(state, *args)
+        grads, out, state = run(state, *args, **kwargs)
         return (grads, out[1], state) if has_aux else (grads, state)
 
     return grad_fn
@@ -86,7 +90,7 @@ def grad_and_value(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
-    where: Callable[[str], bool] | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective and a rule into the function that also returns the losses.
 
@@ -100,7 +104,8 @@ def grad_and_value(
         where: As for `jd.grad`.
 
     Returns:
-        `f(state, *args) -> (grads, losses, state)`; `(grads, (losses, aux), state)` with aux.
+        `f(state, *args, present=None, size=None, **kwargs) -> (grads, losses, state)`;
+        `(grads, (losses, aux), state)` with aux.
 
     Raises:
         TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
@@ -117,85 +122,57 @@ def grad_and_value(
         _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))
     validate(route, chunk_size)
 
-    def grad_and_value_fn(state: Any, *args: Any) -> tuple[Any, Any, Any]:
+    scalar, by_name = isinstance(rule, Scalarizer), _names.named_options(rule)
+    options = Options(
+        argnums,
+        has_aux,
+        "jacobian" if scalar else route,
+        chunk_size,
+        where,
+        rows=not scalar,
+        spans=rule.average is not None,
+    )
+
+    def grad_and_value_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
-        if isinstance(rule, Scalarizer):
-            _check.plain(
-                "a scalarizer", fn, (Scaled, Sharded), "Use an Aggregator, e.g. jd.mean()."
-            )
-            _check.not_gathered("a scalarizer", is_gathered(fn))
-            return _scalarized(fn, rule, state, args, argnums, has_aux)
-        if where is not None:
-            return partial_grads(fn, rule, where, state, args, argnums, has_aux, route, chunk_size)
-        linear = linearize(fn, args, argnums, has_aux, route)
-        grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
-        heads = linear.heads if rule.average is None else rule.average(linear.heads)
-        return linear.assemble(grads, heads, weights), value(linear, has_aux), state
+        linear, state = linearize(fn, args, kwargs, options), detached(state)
+        check_names(by_name, linear.losses)
+        with full_precision():
+            if isinstance(rule, Scalarizer):
+                grads, weights, state = _scalarized(linear, rule, state)
+                assembled = assemble(linear, grads, weights)
+                grads = assembled if rule.average is None else rule.average(assembled)
+            else:
+                grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
+                grads = assemble(linear, grads, weights, rule.average)
+        return detached((grads, value(linear, has_aux), state))
 
     return grad_and_value_fn
 
 
-def init_state(
-    rule: Aggregator | Scalarizer | Weighting,
-    fn: Callable[..., Any],
-    *args: Any,
-    key: Tensor | None = None,
-    argnums: int | tuple[int, ...] = 0,
-    has_aux: bool = False,
-) -> Any:
-    """Return the initial state of `rule` for the objective `fn`, from shapes alone.
-
-    Args:
-        rule: As for `jd.grad`; or a Weighting, as for `jd.double_sampling`.
-        fn: The objective; nothing is computed, only its shapes are derived.
-        *args: Arguments of `fn`, such as the first batch.
-        key: `(2,)`, from `jd.random.key`; random methods need it.
-        argnums: As for `jd.jac`.
-        has_aux: As for `jd.jac`.
-
-    Returns:
-        The state, for `jd.grad(fn, rule)` or `jd.double_sampling(fn, rule)`.
-
-    Raises:
-        ValueError: If a random method is given no key.
-
-    Example:
-        >>> import torch, torchjd_func as jd
-        >>> jd.init_state(jd.upgrad(), lambda x: x.square(), torch.ones(3))
-        ()
-    """
-    _check.rule(rule, (Aggregator, Scalarizer, Weighting))
-    primals, _ = bind(fn, args, argnums)
-    losses = _losses_like(fn, args, has_aux)
-    if isinstance(rule, Scalarizer):
-        return rule.init(losses, key=key)
-    m = sum(leaf.numel() for leaf in _tree.leaves(losses))
-    if isinstance(fn, InstanceWise) and fn.ranks is not None:
-        m = fn.ranks.size() * m
-    if isinstance(rule, Weighting):
-        return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
-    shared = primals[0] if isinstance(fn, MultiTask) else primals
-    shared = _tree.map(fn.like, shared) if isinstance(fn, Sharded) else shared
-    _check.params(f"argument {argnums}", _tree.paths(shared), _tree.leaves(shared))
-    jac = _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape)), shared)
-    return rule.init(jac, key=key)
+def check_names(by_name: list[tuple[str, tuple[str, ...]]], losses: PyTree) -> None:
+    """Check that options by name name the losses, where these have names."""
+    if by_name and not isinstance(losses, Tensor):
+        for option, names in by_name:
+            _check.loss_names(option, names, _tree.paths(losses))
 
 
 def _aggregated(
     linear: Linearized, rule: Aggregator, state: Any, route: str, chunk_size: int | None
 ) -> tuple[PyTree, Tensor | None, Any]:
     """Return the update direction, its weights if there are such, and the next state."""
+    present = {} if linear.present is None else {"present": linear.present}
     if rule.partition is not None:
-        groups, weigh = rule.partition(linear.paths)
+        groups, weigh = rule.partition(linear.leaves.paths)
         matrices, pullback = contract(linear, route, chunk_size, groups)
-        weights, state = weigh(matrices, state, linear.vector)
+        weights, state = weigh(matrices, state, linear.vector, **present)
         return pullback(weights), None, state
     if rule.weighting is not None:
         matrix, pullback = _statistic(linear, rule.weighting.needs, route, chunk_size)
-        weights, state = rule.weighting(matrix, state, losses=linear.vector)
+        weights, state = rule.weighting(matrix, state, losses=linear.vector, **present)
         return pullback(weights), weights, state
     by_rows = rule if linear.shards is None else linear.shards.by_rows(rule)
-    grads, state = by_rows(rows(linear, chunk_size), state, losses=linear.vector)
+    grads, state = by_rows(rows(linear), state, losses=linear.vector, **present)
     return grads, None, state
 
 
@@ -203,52 +180,26 @@ def _statistic(
     linear: Linearized, needs: str, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return what a weighting needs to see, and the pullback that goes with it."""
-    if needs == "size":
+    if needs == "size" and linear.seen is None:
         m = linear.vector.shape[0]
         pullback = pullback_of(linear, whole(linear))
         return _tree.placeholder(linear.vector, (m, m)), lambda w: pullback(w.unsqueeze(0))
+    if needs == "norms" and linear.jacobian.layers is not None and route != "jacobian":
+        groups = whole(linear)
+        pullback = pullback_of(linear, groups)
+        places = groups[0] if linear.seen is None else linear.seen.places
+        squares = squared_norms(linear, route, chunk_size, places)
+        return torch.diag(squares), lambda w: pullback(w.unsqueeze(0))
     return contract_whole(linear, route, chunk_size)
 
 
-def _scalarized(
-    fn: Callable[..., Any],
-    rule: Scalarizer,
-    state: Any,
-    args: tuple[Any, ...],
-    argnums: int | tuple[int, ...],
-    has_aux: bool,
-) -> tuple[Any, Any, Any]:
-    """Differentiate the one loss that `rule` makes of all: one backward pass."""
-    primals, call = bind(fn, args, argnums)
-    flat, rebuild = _tree.flatten(primals)
-    _check.params(f"argument {argnums}", _tree.paths(primals), flat)
+def _scalarized(linear: Linearized, rule: Scalarizer, state: Any) -> tuple[PyTree, Tensor, Any]:
+    """Weigh by the derivative of the one loss that `rule` makes of all: one backward pass."""
 
-    def loss_fn(leaves: list[Tensor]) -> tuple[Tensor, Any]:
-        """Return the loss, and all else as auxiliary output."""
-        losses, aux = split_aux(call(rebuild(leaves)), has_aux)
-        loss, new_state = rule(as_vector(fn, losses), state)
-        return loss, (losses, aux, new_state)
+    def loss_fn(vector: Tensor) -> tuple[Tensor, Any]:
+        """Return the loss, and the next state."""
+        return rule(vector, state, present=linear.present)
 
-    found, (losses, aux, state) = grad_aux(loss_fn, flat)
-    grads = rebuild(found) if rule.average is None else rule.average(rebuild(found))
-    return grads, (losses, aux) if has_aux else losses, state
-
-
-def _losses_like(fn: Callable[..., Any], args: tuple[Any, ...], has_aux: bool) -> PyTree:
-    """Return placeholders for the losses of `fn`; its arithmetic runs on shapes only."""
-    if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
-        args = _tree.map(_fake_like, args) if isinstance(fn, Sharded) else args
-        return split_aux(fn(*args), has_aux)[0]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        losses, _ = split_aux(fn(*_tree.map(_fake_like, args)), has_aux)
-    return _tree.map(
-        lambda leaf: torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape),
-        losses,
-    )
-
-
-def _fake_like(leaf: Any) -> Any:
-    """Return a tensor of the same shape, under a mode that allocates nothing."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    loss, pull, state = vjp_aux(loss_fn, linear.vector)
+    weights = pull(loss.new_ones(()))[0]
+    return pullback_of(linear, whole(linear))(weights.unsqueeze(0)), weights, state

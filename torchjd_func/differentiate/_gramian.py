@@ -7,10 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check
-from torchjd_func.differentiate._jacobian import value
-from torchjd_func.differentiate._linearize import linearize
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._linearized import Linearized, assemble, value
+from torchjd_func.differentiate._request import Where
 from torchjd_func.differentiate._routes import contract_cross, contract_whole, validate
+from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._where import features
 
 PyTree = Any
 
@@ -22,6 +26,7 @@ def gramian(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Gramian `J J^T`.
 
@@ -41,7 +46,7 @@ def gramian(
     (i, j), or the product of the rows `sum_t s_it a_it^T`, whichever costs less. For e examples at
     t positions, with q outputs and p inputs, that is `(e t)^2 (q + p + 16)` against
     `2 e t q p + e^2 q p + 16 e q p` multiplications, counting 8 for a number written. A parameter
-    that is used in a way without a rule costs m backward passes for itself alone;
+    on which an unsupported operation is used costs m backward passes for itself alone;
     `jd.explain_gramian` shows which.
 
     Args:
@@ -51,9 +56,12 @@ def gramian(
         route: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
         chunk_size: How many rows or columns at a time. `None` is the route's own choice: all for
             `"jacobian"`, one for `"product"`. Without effect on `"layerwise"`.
+        where: As for `jd.jac`: the Gramian of these leaves alone.
 
     Returns:
-        `f(*args) -> G`, `(m, m)`, in float32 or better; `(G, aux)` with aux.
+        `f(*args, present=None, size=None, **kwargs) -> G`, `(m, m)`, in float32 or better;
+        `(G, aux)` with aux. Keyword arguments are as for `jd.jac`; rows and columns of absent
+        losses are zero.
 
     Raises:
         ValueError: If `route`, `argnums` or `chunk_size` is not allowed.
@@ -66,11 +74,13 @@ def gramian(
     """
     validate(route, chunk_size)
 
-    def gramian_fn(*args: Any) -> Any:
+    options = {"has_aux": has_aux, "route": route, "chunk_size": chunk_size, "where": where}
+    run = gramian_and_value(fn, argnums, **options)
+
+    def gramian_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Gramian (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, route)
-        matrix, _ = contract_whole(linear, route, chunk_size)
-        return (matrix, linear.aux) if has_aux else matrix
+        matrix, out = run(*args, **kwargs)
+        return (matrix, out[1]) if has_aux else matrix
 
     return gramian_fn
 
@@ -82,6 +92,7 @@ def gramian_and_value(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Gramian and its losses.
 
@@ -91,9 +102,10 @@ def gramian_and_value(
         has_aux: As for `jd.jac`.
         route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
+        where: As for `jd.gramian`.
 
     Returns:
-        `f(*args) -> (G, losses)`; `(G, (losses, aux))` with aux.
+        `f(*args, present=None, size=None, **kwargs) -> (G, losses)`; `(G, (losses, aux))` with aux.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -103,11 +115,14 @@ def gramian_and_value(
     """
     validate(route, chunk_size)
 
-    def gramian_and_value_fn(*args: Any) -> Any:
+    options = Options(argnums, has_aux, route, chunk_size, where, alone=True)
+
+    def gramian_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, route)
-        matrix, _ = contract_whole(linear, route, chunk_size)
-        return matrix, value(linear, has_aux)
+        linear = linearize(fn, args, kwargs, options)
+        with full_precision():
+            matrix = _like(linear, contract_whole(linear, route, chunk_size)[0])
+        return detached((matrix, value(linear, has_aux)))
 
     return gramian_and_value_fn
 
@@ -119,16 +134,20 @@ def gramian_vjp(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
+    where: Where | None = None,
+    present: Any = None,
 ) -> tuple[Any, ...]:
     """Compute losses, Gramian and pullback of an objective, from one forward pass.
 
     Args:
         fn: As for `jd.jac`.
-        *primals: The arguments of `fn`.
+        *primals: The arguments of `fn`; bind keyword arguments with `functools.partial`.
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
         route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
+        where: Predicate of paths: the Gramian of these leaves, a pullback to all.
+        present: As for `jd.jac`.
 
     Returns:
         `(losses, G, vjp_fn)`, and `aux` as a fourth with aux; `vjp_fn(weights)` is `J^T weights`
@@ -144,16 +163,21 @@ def gramian_vjp(
         tensor([1.8000, 0.6000])
     """
     validate(route, chunk_size)
-    linear = linearize(fn, primals, argnums, has_aux, route)
-    matrix, pullback = contract_whole(linear, route, chunk_size)
+    _check.not_features(where is features)
+    options = Options(argnums, has_aux, route, chunk_size, where)
+    linear = linearize(fn, primals, {"present": present}, options)
+    with full_precision():
+        matrix, pullback = contract_whole(linear, route, chunk_size)
 
     def vjp_fn(weights: Tensor) -> PyTree:
         """Return `J^T weights`."""
-        _check.length("weights", _check.vector("weights", weights), linear.vector.shape[0])
-        return linear.assemble(pullback(weights), linear.heads, weights)
+        vector = detached(_check.vector("weights", weights))
+        _check.length("weights", vector, linear.vector.shape[0])
+        with full_precision():
+            return detached(assemble(linear, pullback(vector), vector))
 
-    result = (linear.losses, matrix, vjp_fn)
-    return (*result, linear.aux) if has_aux else result
+    result = (*detached((linear.losses, _like(linear, matrix))), vjp_fn)
+    return (*result, detached(linear.aux)) if has_aux else result
 
 
 def cross_gramian(
@@ -163,6 +187,7 @@ def cross_gramian(
     has_aux: bool = False,
     route: str = "auto",
     chunk_size: int | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns `J_1 J_2^T` of two batches.
 
@@ -172,10 +197,12 @@ def cross_gramian(
         has_aux: As for `jd.jac`.
         route: As for `jd.gramian`.
         chunk_size: As for `jd.gramian`.
+        where: As for `jd.gramian`.
 
     Returns:
-        `f(params, batch_1, batch_2) -> G`, `(m_1, m_2)`, not symmetric in general; each batch is a
-        tuple of arguments of `fn`. `(G, (aux_1, aux_2))` with aux.
+        `f(params, batch_1, batch_2, present=None, size=None, **kwargs) -> G`, `(m_1, m_2)`, not
+        symmetric in general; each batch is a tuple of arguments of `fn`. `(G, (aux_1, aux_2))` with
+        aux.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -186,12 +213,20 @@ def cross_gramian(
     """
     validate(route, chunk_size)
 
-    def cross_gramian_fn(*args: Any) -> Any:
+    options = Options(argnums, has_aux, route, chunk_size, where, alone=True)
+
+    def cross_gramian_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""
         leading, batch_1, batch_2 = _check.two_batches(args)
-        first = linearize(fn, (*leading, *batch_1), argnums, has_aux, route)
-        second = linearize(fn, (*leading, *batch_2), argnums, has_aux, route)
-        matrix = contract_cross(first, second, route, chunk_size)
-        return (matrix, (first.aux, second.aux)) if has_aux else matrix
+        first = linearize(fn, (*leading, *batch_1), kwargs, options)
+        second = linearize(fn, (*leading, *batch_2), kwargs, options)
+        with full_precision():
+            matrix = _like(first, contract_cross(first, second, route, chunk_size))
+        return detached((matrix, (first.aux, second.aux)) if has_aux else matrix)
 
     return cross_gramian_fn
+
+
+def _like(linear: Linearized, matrix: Tensor) -> Tensor:
+    """Return a Gramian of rows, which is in float64, in the precision of the losses."""
+    return matrix.to(_tree.accumulation_dtype(linear.vector.dtype))

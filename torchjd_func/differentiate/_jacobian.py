@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from torchjd_func import _check
-from torchjd_func.differentiate._layerwise import jacobian
-from torchjd_func.differentiate._linearize import linearize
-from torchjd_func.differentiate._pullback import Linearized, basis, pull_rows
+from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._linearized import Linearized, rows_of, value
+from torchjd_func.differentiate._request import Where
+from torchjd_func.differentiate._verb import Options, linearize
 
 PyTree = Any
 
@@ -21,6 +21,7 @@ def jac(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Jacobian.
 
@@ -32,16 +33,29 @@ def jac(
         has_aux: Whether `fn` returns `(losses, aux)`.
         chunk_size: How many rows to compute at a time; `None` for all, 1 for a plain loop (less
             memory, and no batching rules needed).
+        where: Predicate of the path of a leaf, such as `"encoder.0.weight"`: these leaves alone are
+            differentiated, and `None` is in the place of others.
 
     Returns:
-        `f(*args) -> jac`, a pytree like the argument with leaves `(m, *leaf.shape)`; `(jac, aux)`
-        with aux. Rows are in leaf order of the losses (sorted keys, row-major). With
-        `jd.multitask`, the Jacobian of the shared parameters.
+        `f(*args, present=None, size=None, **kwargs) -> jac`, a pytree like the argument with leaves
+        `(m, *leaf.shape)`; `(jac, aux)` with aux. Rows are in leaf order of the losses (sorted
+        keys, row-major). With `jd.multitask`, the Jacobian of the shared parameters.
+
+        Keyword arguments go to the objective, but these. `present`: which losses there are, `(m,)`
+        bool, or a pytree of bools like the losses; absent ones have rows of zeros, and may be NaN.
+        (Python bools cut their graph off. With a tensor one pullback goes through all losses, so
+        that zero times the derivatives of an absent loss must be zero: divide by
+        `count.clamp(min=1)`, not by a count of 0.) `size`: how many examples this process has, for
+        what `jd.distributed` makes of a rule or of an objective.
+
+        Values in, values out: whatever plain autograd tracks is detached, what `torch.func` tracks
+        is not.
 
     Raises:
         TypeError: If the argument holds other than floating-point tensors, or losses are not
             floating-point.
-        ValueError: If `argnums` or `chunk_size` is out of range.
+        ValueError: If `argnums` or `chunk_size` is out of range, `where` names no leaf, or no loss
+            depends on the argument.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -51,11 +65,12 @@ def jac(
     """
     _check.chunk_size(chunk_size)
 
-    def jac_fn(*args: Any) -> Any:
+    run = jac_and_value(fn, argnums, has_aux=has_aux, chunk_size=chunk_size, where=where)
+
+    def jac_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, "auto")
-        jacobian = rows(linear, chunk_size)
-        return (jacobian, linear.aux) if has_aux else jacobian
+        jacobian, out = run(*args, **kwargs)
+        return (jacobian, out[1]) if has_aux else jacobian
 
     return jac_fn
 
@@ -66,6 +81,7 @@ def jac_and_value(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    where: Where | None = None,
 ) -> Callable[..., Any]:
     """Transform an objective into the function that returns its Jacobian and its losses.
 
@@ -74,10 +90,11 @@ def jac_and_value(
         argnums: As for `jd.jac`.
         has_aux: As for `jd.jac`.
         chunk_size: As for `jd.jac`.
+        where: As for `jd.jac`.
 
     Returns:
-        `f(*args) -> (jac, losses)`, losses in the objective's own structure;
-        `(jac, (losses, aux))` with aux.
+        `f(*args, present=None, size=None, **kwargs) -> (jac, losses)`, losses in the objective's
+        own structure; `(jac, (losses, aux))` with aux.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -87,26 +104,17 @@ def jac_and_value(
     """
     _check.chunk_size(chunk_size)
 
-    def jac_and_value_fn(*args: Any) -> Any:
+    options = Options(argnums, has_aux, "auto", chunk_size, where, alone=True)
+
+    def jac_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian and the losses (and aux)."""
-        linear = linearize(fn, args, argnums, has_aux, "auto")
-        return rows(linear, chunk_size), value(linear, has_aux)
+        linear = linearize(fn, args, kwargs, options)
+        with full_precision():
+            return detached((rows(linear), value(linear, has_aux)))
 
     return jac_and_value_fn
 
 
-def rows(linear: Linearized, chunk_size: int | None) -> PyTree:
+def rows(linear: Linearized) -> PyTree:
     """Return the Jacobian."""
-    return linear.rebuild(row_leaves(linear, chunk_size))
-
-
-def row_leaves(linear: Linearized, chunk_size: int | None) -> list[Tensor]:
-    """Return its leaves: the pullback of each unit cotangent, or what layers recorded of it."""
-    if linear.layers is not None:
-        return [jacobian(linear.layers, leaf) for leaf in range(len(linear.paths))]
-    return pull_rows(linear.pullback, basis(linear.vector), chunk_size, linear.own)
-
-
-def value(linear: Linearized, has_aux: bool) -> Any:
-    """Return what `*_and_value` transforms return last."""
-    return (linear.losses, linear.aux) if has_aux else linear.losses
+    return linear.leaves.rebuild(rows_of(linear))

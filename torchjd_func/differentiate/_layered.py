@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
+from torchjd_func.differentiate._autocast import as_called
+from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
     Larger,
+    Layers,
+    Layout,
     Problem,
     Recorded,
     combine,
+    jacobian,
     layers,
     run,
 )
-from torchjd_func.differentiate._objectives import InstanceWise
-from torchjd_func.differentiate._pullback import (
-    Linearized,
-    as_they_are,
-    as_vector,
-    basis,
-    bind,
-    split_aux,
-)
+from torchjd_func.differentiate._layerwise import plan as plan_run
+from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
+from torchjd_func.differentiate._mask import masked
+from torchjd_func.differentiate._objective import Objective
+from torchjd_func.differentiate._pullback import basis, times, unscaled
+from torchjd_func.differentiate._pullback import call as invoke
+from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
+Use = Any  # a recognised operation, of `_layerwise._trace`
 Call = Callable[..., tuple[Any, list[Tensor]]]
 
 
@@ -40,45 +44,133 @@ class Observed(NamedTuple):
     vector: Tensor  # (m,): the losses, in leaf order
     losses: PyTree  # the losses in the user's structure
     aux: PyTree  # what the objective returned beside its losses
+    bound: Bound  # the parameters
 
 
-def linearize_layers(
-    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool
-) -> Linearized:
+def linearize_layers(fn: Objective, request: Request) -> Linearized:
     """Run the objective once and keep what each use of parameters was applied to."""
-    recorded, vector, losses, aux = observe(fn, args, argnums, has_aux)
-    primals, _ = bind(fn, args, argnums)
-    _, rebuild = _tree.flatten(primals)
+    recorded, vector, losses, aux, bound = observe(fn, request)
+    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
     if ranks is not None:
         ranks.check(vector)
+    vector, present = masked(vector, _flat_flags(losses, request.present))
     shared = recorded.plan.layout.kind == "shared"
-    cotangents = basis(vector) if shared else torch.ones_like(vector)
-    found = layers(recorded, cotangents, partial(basis, vector), vector.shape[0], ranks)
-    paths = _tree.paths(primals)
-    whole = (tuple(range(len(paths))),)
+    unit = torch.ones_like(vector) if present is None else present.to(vector.dtype)
+    cotangents = basis(vector) if shared else unit
+    if request.scale is not None:
+        cotangents = times(request.scale, cotangents)
+    found = layers(
+        recorded, cotangents, lambda: _rows_cotangents(vector, request), len(vector), ranks
+    )
+    found = in_one_precision(found)
+    if present is not None and not shared:
+        found = _only(found, present)
+    places = tuple(range(len(bound.paths)))
 
     def pullback(weights: Tensor) -> list[Tensor]:
         """Return the leaves of `J^T weights`."""
-        return combine(found, weights.unsqueeze(0), whole)
+        return unscaled(combine(found, weights.unsqueeze(0), (places,)), request.scale)
+
+    def rows() -> list[Tensor]:
+        """Return the rows of all leaves."""
+        return unscaled([jacobian(found, leaf) for leaf in places], request.scale)
 
     if ranks is not None:
         vector = losses = ranks.gather(vector)
-    return Linearized(vector, losses, aux, pullback, rebuild, as_they_are, paths, found)
+        present = None if present is None else ranks.gather(present)
+    where = None if request.alone else request.where
+    return Linearized(
+        losses=losses,
+        aux=aux,
+        vector=vector,
+        present=present,
+        leaves=Leaves(bound.paths, bound.rebuild),
+        jacobian=Jacobian(pullback, rows, found, request.scale),
+        seen=None if where is None else Seen(chosen(where, bound.paths)),
+    )
 
 
-def observe(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    argnums: int | tuple[int, ...],
-    has_aux: bool,
-    *,
-    check: bool = True,
-) -> Observed:
+def _rows_cotangents(vector: Tensor, request: Request) -> Tensor:
+    """Return a unit cotangent for each loss."""
+    unit = basis(vector)
+    return unit if request.scale is None else times(request.scale, unit)
+
+
+def _flat_flags(losses: PyTree, present: Any) -> Any:
+    """Return which losses there are, in leaf order."""
+    return None if present is None else masked(losses, present)[1]
+
+
+def in_one_precision(found: Layers) -> Layers:
+    """Bring what a use was applied to and its cotangent to one precision, as under autocast."""
+    pairs = [_widest(*pair) for pair in zip(found.uses, found.cotangents, strict=True)]
+    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
+    return found._replace(uses=uses, cotangents=cotangents)
+
+
+def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
+    """Return a use and its cotangent in the widest of their precisions."""
+    floating = [x.dtype for x in (cotangent, *use.arrays) if x.is_floating_point()]
+    if all(dtype == cotangent.dtype for dtype in floating):
+        return use, cotangent
+    wide = reduce(torch.promote_types, floating)
+    arrays = [x.to(wide) if x.is_floating_point() else x for x in use.arrays]
+    return use._replace(arrays=arrays), cotangent.to(wide)
+
+
+def _only(found: Layers, present: Tensor) -> Layers:
+    """Take what absent examples give, which may not be a number, out of all rows."""
+    cotangents = _present.rows(found.cotangents, present)
+    uses = [_only_use(use, found.layout, present) for use in found.uses]
+    rows = {leaf: _present.rows(rows, present) for leaf, rows in found.rows.items()}
+    return found._replace(cotangents=cotangents, uses=uses, rows=rows)
+
+
+def _only_use(use: Use, layout: Layout, present: Tensor) -> Use:
+    """Take the examples that are absent out of the arguments of one use."""
+    axes = (0,) * len(use.arrays) if layout.kind == "vmapped" else use.step.axes
+    pairs = zip(use.arrays, axes, strict=True)
+    return use._replace(arrays=[_only_array(x, axis, present) for x, axis in pairs])
+
+
+def _only_array(x: Tensor, axis: int | None, present: Tensor) -> Tensor:
+    """Take the examples that are absent out of an array that has an axis for them."""
+    if axis is None:
+        return x
+    each = present.repeat_interleave(x.shape[axis] // len(present))
+    mask = each.reshape(-1, *[1] * (x.ndim - axis - 1))
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     """Run the objective once, watching its parameters."""
-    primals, _ = bind(fn, args, argnums)
-    flat, rebuild = _tree.flatten(primals)
-    kind, batch = _structure(fn, args, _check.argnums(argnums, len(args)))
+    bound = bind(request)
+    problem, unpackers = _problem(fn, request, bound, check)
+    recorded = run(problem, _plans(fn, check))
+    losses, aux = unpackers[-1](recorded.aux)
+    if isinstance(fn, InstanceWise):
+        _check.one_for_each_example(losses)
+    return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
+
+
+def plan_layers(fn: Objective, request: Request) -> None:
+    """Plan a run, for graphs to replay."""
+    plan_run(_problem(fn, request, bind(request), True)[0], _plans(fn, True))
+
+
+def _plans(fn: Objective, check: bool) -> dict[Any, Any]:
+    """Return what is remembered of earlier runs; nothing for what is not to be proven."""
+    return fn.plans if isinstance(fn, InstanceWise) and check else {}
+
+
+def _problem(
+    fn: Objective, request: Request, bound: Bound, check: bool
+) -> tuple[Problem, list[Callable[[list[Tensor]], Any]]]:
+    """Return the objective at one point, and what unpacks the outputs of its latest run."""
+    args = request.args
+    positions = _check.argnums(request.argnums, len(args))
+    kind, batch = _structure(fn, args, positions)
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
@@ -87,21 +179,29 @@ def observe(
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = given if batch is None else batch.fill(given, example)
-        losses, aux = split_aux(bind(inner, given, argnums)[1](rebuild(list(leaves))), has_aux)
+        with as_called(request.autocast):
+            out = invoke(inner, bound.fill(leaves, given), request.kwargs)
+        losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)
-        return as_vector(fn, losses) if batch is None else losses, tensors
+        if batch is not None:
+            return losses, tensors
+        if isinstance(fn, InstanceWise):
+            _check.one_for_each_example(losses)
+        return masked(losses, request.present)[0], tensors
 
-    size = 0 if batch is None else _batch_size(batch)
-    larger = partial(_larger, fn, args, _check.argnums(argnums, len(args)), call)
-    inputs = _tree.tensors(args)
-    plans = fn.plans if isinstance(fn, InstanceWise) and check else {}
-    check = check and isinstance(fn, InstanceWise) and fn.check
-    names = _tree.paths(primals)
-    problem = Problem(partial(call, args), flat, kind, size, inputs, batch, larger, check, names)
-    recorded = run(problem, plans)
-    losses, aux = unpackers[-1](recorded.aux)
-    return Observed(recorded, as_vector(fn, losses), losses, aux)
+    problem = Problem(
+        call=partial(call, args),
+        leaves=bound.leaves,
+        kind=kind,
+        size=0 if batch is None else _batch_size(batch),
+        inputs=_tree.tensors((args, dict(request.kwargs))),
+        batch=batch,
+        larger=partial(_larger, fn, args, positions, partial(call)),
+        check=check and isinstance(fn, InstanceWise) and fn.check and request.present is None,
+        names=bound.paths,
+    )
+    return problem, unpackers
 
 
 def _structure(

@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layerwise import Layers
-from torchjd_func.differentiate._objectives import InstanceWise
-from torchjd_func.differentiate._shards import Leafwise, Shards, as_it_is
 
 PyTree = Any
 
 
-class Linearized(NamedTuple):
-    """An objective at one point."""
-
-    vector: Tensor  # (m,): the losses, in leaf order
-    losses: PyTree  # the losses in the user's structure
-    aux: PyTree  # what the objective returned beside its losses
-    pullback: Callable[[Tensor], list[Tensor]]  # (m,) -> leaves of J^T weights
-    rebuild: Callable[[list[Tensor]], PyTree]  # leaves -> the pytree whose Jacobian is aggregated
-    assemble: Callable[..., PyTree]  # it, heads, weights or None -> grads of the argument
-    paths: list[str]  # the names of its leaves
-    layers: Layers | None = None  # what layer-by-layer routes recorded
-    heads: PyTree = ()  # gradients of what one loss alone has
-    shards: Shards | None = None  # who has the other columns
-    own: Leafwise = as_it_is  # what was pulled back, or rows of such -> this rank's
+def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a function of the user; of known mistakes say what to do."""
+    if torch.compiler.is_compiling():
+        return fn(*args, **kwargs)
+    try:
+        return fn(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = (args, dict(kwargs))
+        _check.explain(error, _tree.paths(given), _tree.leaves(given))
 
 
-def bind(
-    fn: Callable[..., Any], args: tuple[Any, ...], argnums: int | tuple[int, ...]
-) -> tuple[PyTree, Callable[[PyTree], Any]]:
-    """Return the differentiated argument(s), and `fn` as a function of them alone."""
-    positions = _check.argnums(argnums, len(args))
-
-    def call(primals: PyTree) -> Any:
-        """Put the differentiated arguments back in their places."""
-        values = primals if isinstance(argnums, tuple) else (primals,)
-        filled = list(args)
-        for position, value in zip(positions, values, strict=True):
-            filled[position] = value
-        return fn(*filled)
-
-    chosen = tuple(args[position] for position in positions)
-    return (chosen if isinstance(argnums, tuple) else chosen[0]), call
-
-
-def split_aux(out: Any, has_aux: bool) -> tuple[PyTree, PyTree]:
-    """Separate the losses from the auxiliary output, which is `()` if there is none."""
-    losses, aux = _check.aux_pair(out) if has_aux else (out, ())
-    _check.losses(_tree.paths(losses), _tree.leaves(losses))
-    return losses, aux
-
-
-def as_vector(fn: Callable[..., Any], losses: PyTree) -> Tensor:
-    """Return all losses as one vector; those of an instance-wise objective already are."""
-    if isinstance(fn, InstanceWise) and not (isinstance(losses, Tensor) and losses.ndim == 1):
-        name, remedy = "`losses` of an instance-wise objective", "Return one for each example."
-        _check.fail(ValueError, name, "have shape (b,)", _check.describe(losses), remedy)
-    return _tree.ravel(losses)
+def as_it_is(x: Any) -> Any:
+    """Return what is given."""
+    return x
 
 
 def pull_rows(
@@ -93,13 +58,6 @@ def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[...,
     return value, pullback, unpack(tensors)
 
 
-def grad_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[PyTree, Any]:
-    """Return the gradient of `fn`, and its auxiliary output."""
-    packed, unpack = packing(fn)
-    grads, tensors = torch.func.grad(packed, has_aux=True)(primals)
-    return grads, unpack(tensors)
-
-
 def packing(
     fn: Callable[..., Any],
 ) -> tuple[Callable[..., Any], Callable[[list[Tensor]], Any]]:
@@ -125,6 +83,25 @@ def basis(vector: Tensor) -> Tensor:
     return torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
 
 
-def as_they_are(grads: PyTree, heads: PyTree, weights: Tensor | None) -> PyTree:
-    """Return the gradients as they are, where there are no heads."""
-    return grads
+def scaled(
+    pullback: Callable[[Tensor], list[Tensor]], scale: Tensor | None
+) -> Callable[[Tensor], list[Tensor]]:
+    """Return the same map, run on numbers that are `scale` times as large."""
+    return pullback if scale is None else partial(_pull_scaled, pullback, scale)
+
+
+def _pull_scaled(
+    pullback: Callable[[Tensor], list[Tensor]], scale: Tensor, cotangent: Tensor
+) -> list[Tensor]:
+    """Pull a larger cotangent back, and undo its scale."""
+    return unscaled(pullback(times(scale, cotangent)), scale)
+
+
+def unscaled(tree: PyTree, scale: Tensor | None) -> PyTree:
+    """Undo the scale of all leaves, if there is one."""
+    return tree if scale is None else _tree.map(partial(times, 1 / scale), tree)
+
+
+def times(scale: Tensor, leaf: Tensor) -> Tensor:
+    """Multiply a leaf in its own dtype."""
+    return scale.to(leaf.dtype) * leaf

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
-from torchjd_func.differentiate._jacobian import row_leaves
-from torchjd_func.differentiate._layerwise import Layers, combine, cross_gramians, gramians
-from torchjd_func.differentiate._pullback import Linearized, basis, pull_rows, vjp
+from torchjd_func import _check, _present, _tree
+from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
+from torchjd_func.differentiate._linearized import Linearized, rows_of
+from torchjd_func.differentiate._pullback import basis, pull_rows, unscaled, vjp
 
 PyTree = Any
 
@@ -28,88 +28,105 @@ def contract(
     linear: Linearized, route: str, chunk_size: int | None, groups: _tree.Groups
 ) -> Gramian:
     """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
-    return _over_shards(linear, partial(_ROUTES[route], linear, chunk_size), groups)
-
-
-def _over_shards(
-    linear: Linearized, route: Callable[[_tree.Groups], Gramian], groups: _tree.Groups
-) -> Gramian:
-    """Contract all columns of the Jacobian, also where ranks have parts of them."""
-    if linear.shards is None:
-        return route(groups)
-    return Gramian(*linear.shards.contract(route, groups))
+    by_route = partial(_routes(linear, route)[0], linear, chunk_size)
+    matrices, pullback = _over_shards(linear, by_route, groups)
+    if linear.present is not None:
+        matrices = _present.statistic(matrices, linear.present)
+    return Gramian(matrices, pullback)
 
 
 def contract_whole(
     linear: Linearized, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
-    """Return the Gramian `(m, m)` of all leaves, and the pullback of weights `(m,)`."""
-    matrices, pullback = contract(linear, route, chunk_size, whole(linear))
-    return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
+    """Return the Gramian `(m, m)` that weights come from, and the pullback of weights `(m,)`."""
+    groups = whole(linear)
+    if linear.seen is None:
+        matrices, pullback = contract(linear, route, chunk_size, groups)
+        return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
+    pullback = pullback_of(linear, groups)
+    return _contract_seen(linear, route, chunk_size), lambda w: pullback(w.unsqueeze(0))
+
+
+def _contract_seen(linear: Linearized, route: str, chunk_size: int | None) -> Tensor:
+    """Return the Gramian of the leaves, or of the rows, that weights come from."""
+    assert linear.seen is not None
+    places, rows = linear.seen
+    if rows is None:
+        return contract(linear, route, chunk_size, (places,)).matrices[0]
+    kept = rows if linear.present is None else _present.rows(rows, linear.present)
+    return _tree.gramian(kept) if linear.shards is None else linear.shards.contract_seen(kept)
 
 
 def whole(linear: Linearized) -> _tree.Groups:
     """Return the one group of all leaves."""
-    return (tuple(range(len(linear.paths))),)
-
-
-def _auto_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Take layer by layer what was recorded so."""
-    route = _jacobian_route if linear.layers is None else _layerwise_route
-    return route(linear, chunk_size, groups)
-
-
-def _layerwise_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Multiply factors of rows, one layer at a time."""
-    return Gramian(gramians(_layers(linear), groups), pullback_of(linear, groups))
+    return (tuple(range(len(linear.leaves.paths))),)
 
 
 def contract_cross(
     first: Linearized, second: Linearized, route: str, chunk_size: int | None
 ) -> Tensor:
     """Return the cross-Gramian of two linearized objectives, by the chosen route."""
-    return _CROSS[route](first, second, chunk_size)
+    matrix = _routes(first, route)[1](first, second, chunk_size)
+    if first.present is None or second.present is None:
+        return matrix
+    return torch.where(first.present.unsqueeze(-1) & second.present, matrix, 0)
 
 
-def _jacobian_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Build the Jacobian; its rows also serve the pullback."""
-    flat = row_leaves(linear, chunk_size)
-    blocks = _tree.blocks(flat, groups)
-
-    def pullback(weights: Tensor) -> PyTree:
-        """Return `J^T weights`."""
-        return linear.rebuild(_tree.in_order(_tree.weighted_sums(blocks, groups, weights, flat)))
-
-    return Gramian(_tree.gramians(blocks, groups), pullback)
+def _routes(linear: Linearized, route: str) -> tuple[Callable[..., Gramian], Callable[..., Tensor]]:
+    """Return how to contract; rows that are known, or were recorded as factors, are used so."""
+    if linear.jacobian.known:
+        return _ROUTES["jacobian"]
+    if route == "auto":
+        return _ROUTES["jacobian" if linear.jacobian.layers is None else "layerwise"]
+    return _ROUTES[route]
 
 
-def _product_route(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Never build the Jacobian."""
-    return Gramian(_product(linear, linear, chunk_size, groups), pullback_of(linear, groups))
+def _over_shards(
+    linear: Linearized, route: Callable[[_tree.Groups], Gramian], groups: _tree.Groups
+) -> Gramian:
+    """Contract all columns of the Jacobian, also where processes have parts of them."""
+    if linear.shards is None:
+        return route(groups)
+    return Gramian(*linear.shards.contract(route, groups))
 
 
-def _auto_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Take layer by layer what was recorded so."""
-    cross = _jacobian_cross if first.layers is None else _layerwise_cross
-    return cross(first, second, chunk_size)
+def _layerwise(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
+    """Multiply factors of rows, one layer at a time."""
+    assert linear.jacobian.layers is not None
+    matrices = gramians(linear.jacobian.layers, groups)
+    return Gramian(_unsquared(matrices, linear), pullback_of(linear, groups))
 
 
 def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Multiply factors of rows of both, one layer at a time."""
-    return cross_gramians(_layers(first), _layers(second), whole(first))[0]
+    assert first.jacobian.layers is not None
+    assert second.jacobian.layers is not None
+    products = cross_gramians(first.jacobian.layers, second.jacobian.layers, whole(first))
+    return _unsquared(products, first)[0]
 
 
-def _layers(linear: Linearized) -> Layers:
-    """Return what was recorded layer by layer."""
-    if linear.layers is not None:
-        return linear.layers
-    rule, remedy = "differentiate an objective that is not accumulated or scaled", "Use 'auto'."
-    _check.fail(ValueError, "`route`", rule, "'layerwise'", remedy)
+def _unsquared(products: Tensor, linear: Linearized) -> Tensor:
+    """Undo the scale of products of rows."""
+    scale = linear.jacobian.scale
+    return unscaled(unscaled(products, scale), scale)
+
+
+def _jacobian(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
+    """Build the Jacobian; its rows also serve the pullback."""
+    flat = rows_of(linear)
+    blocks = _tree.blocks(flat, groups)
+
+    def pullback(weights: Tensor) -> PyTree:
+        """Return `J^T weights`."""
+        sums = _tree.weighted_sums(blocks, groups, weights, flat)
+        return linear.leaves.rebuild(_tree.in_order(sums))
+
+    return Gramian(_tree.gramians(blocks, groups), pullback)
 
 
 def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Contract the two Jacobians."""
-    a, b = row_leaves(first, chunk_size), row_leaves(second, chunk_size)
+    a, b = rows_of(first), rows_of(second)
 
     def route(groups: _tree.Groups) -> Gramian:
         """Contract the leaves of each group."""
@@ -120,12 +137,17 @@ def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | Non
     return _over_shards(first, route, whole(first)).matrices[0]
 
 
+def _product(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
+    """Never build the Jacobian."""
+    return Gramian(_products(linear, linear, chunk_size, groups), pullback_of(linear, groups))
+
+
 def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
     """Build neither of the two Jacobians."""
-    return _product(first, second, chunk_size, whole(first))[0]
+    return _products(first, second, chunk_size, whole(first))[0]
 
 
-def _product(
+def _products(
     first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
 ) -> Tensor:
     """Return `J_1 J_2^T` column by column: pull a unit cotangent back, and push the result forward.
@@ -133,12 +155,13 @@ def _product(
     Pushing forward is the transpose of the pullback, which is linear; so no second forward pass.
     A group's product is what is pushed forward of its leaves alone.
     """
-    _check.rows_are_here(first.layers is None or first.layers.ranks is None)
-    _, push = vjp(first.pullback, first.vector.new_zeros(first.vector.shape))
+    layers = first.jacobian.layers
+    _check.rows_are_here(layers is None or layers.ranks is None)
+    _, push = vjp(first.jacobian.pullback, first.vector.new_zeros(first.vector.shape))
 
     def column(cotangent: Tensor) -> Tensor:
         """Return `J_1 J_2^T cotangent` of each group, `(g, m_1)`."""
-        pulled = second.pullback(cotangent)
+        pulled = second.jacobian.pullback(cotangent)
         return torch.stack([push(_only(pulled, group))[0] for group in groups])
 
     columns = pull_rows(column, basis(second.vector), chunk_size or 1)
@@ -152,36 +175,30 @@ def _only(leaves: list[Tensor], group: tuple[int, ...]) -> list[Tensor]:
 
 def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], PyTree]:
     """Return the pullback for weights `(g, m)` of any floating dtype: one pass for each group."""
-    layers = linear.layers
-    if layers is not None:
-        return lambda weights: linear.rebuild(combine(layers, weights, groups))
+    layers, rebuild = linear.jacobian.layers, linear.leaves.rebuild
+    if layers is not None and len(groups) > 1:  # all groups in one pass
+        scale = linear.jacobian.scale
+        return lambda weights: rebuild(unscaled(combine(layers, weights, groups), scale))
 
     def pullback(weights: Tensor) -> PyTree:
         """Return `J^T weights`, of each pass the leaves of its group."""
         found = {}
         for row, group in zip(weights.to(linear.vector.dtype).unbind(), groups, strict=True):
-            leaves = linear.own(linear.pullback(row))
+            leaves = linear.jacobian.pullback(row)
             found.update({i: leaves[i] for i in group})
-        return linear.rebuild(_tree.in_order(found))
+        return rebuild(_tree.in_order(found))
 
     return pullback
 
 
 def validate(route: str, chunk_size: int | None) -> None:
     """Check the options that all transforms to Gramians share."""
-    _check.choice("route", route, tuple(_ROUTES))
+    _check.choice("route", route, ("auto", *_ROUTES))
     _check.chunk_size(chunk_size)
 
 
 _ROUTES = {
-    "auto": _auto_route,
-    "jacobian": _jacobian_route,
-    "layerwise": _layerwise_route,
-    "product": _product_route,
-}
-_CROSS = {
-    "auto": _auto_cross,
-    "jacobian": _jacobian_cross,
-    "layerwise": _layerwise_cross,
-    "product": _product_cross,
+    "jacobian": (_jacobian, _jacobian_cross),
+    "layerwise": (_layerwise, _layerwise_cross),
+    "product": (_product, _product_cross),
 }

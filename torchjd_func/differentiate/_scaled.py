@@ -4,54 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check, _tree
-from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
+from torchjd_func.differentiate._linearized import Linearized
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._request import Request
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Scaled:
-    """An objective with the losses and gradients of `fn`, from losses `scale` times as large."""
+    """An objective with the losses and gradients of `fn`, pulled back at another scale."""
 
-    fn: Callable[..., Any]
+    fn: Objective
     scale: Tensor
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses as they are."""
-        return self.fn(*args)
+        return self.fn(*args, **kwargs)
+
+    def linearize(self, request: Request) -> Linearized:
+        """Let the objective linearize itself, at this scale."""
+        scale = self.scale if request.scale is None else self.scale * request.scale
+        return self.fn.linearize(request._replace(scale=scale))
+
+    def wrap(self, change: Callable[[Function], Function]) -> Scaled:
+        """Return the scaled objective of the changed function."""
+        return Scaled(as_objective(self.fn.wrap(change)), self.scale)
+
+    def rows_like(self, primals: Any, m: int) -> Any:
+        """Return the placeholders of the objective."""
+        return self.fn.rows_like(primals, m)
+
+    def plan(self, request: Request) -> None:
+        """Let the objective plan."""
+        self.fn.plan(request)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the objective does."""
+        return self.fn.spans_processes
 
     def __repr__(self) -> str:
         """Return the inner objective in one line."""
-        return f"Scaled({getattr(self.fn, '__name__', repr(self.fn))})"
-
-
-def multiplied(fn: Callable[..., Any], scale: Tensor, has_aux: bool) -> Callable[..., Any]:
-    """Return an objective of the same structure, with larger losses."""
-    if isinstance(fn, MultiTask):
-        heads = {name: multiplied(head, scale, False) for name, head in fn.heads.items()}
-        return MultiTask(fn.trunk, heads, fn.has_aux, fn.scale_heads)
-    if isinstance(fn, Accumulated):
-        inner = multiplied(fn.fn, scale, has_aux)
-        return Accumulated(inner, fn.n, fn.in_dims, fn.has_aux, fn.chunk_size)
-    if isinstance(fn, InstanceWise):
-        return fn.wrap(lambda inner: multiplied(inner, scale, has_aux))
-    return partial(_call, fn, scale, has_aux)
-
-
-def _call(fn: Callable[..., Any], scale: Tensor, has_aux: bool, /, *args: Any) -> Any:
-    """Return larger losses (and aux)."""
-    out = fn(*args)
-    if not has_aux:
-        return scale_by(scale, out)
-    losses, aux = _check.aux_pair(out)
-    return scale_by(scale, losses), aux
-
-
-def scale_by(scale: Tensor, tree: Any) -> Any:
-    """Multiply all leaves of a pytree, in their own dtypes."""
-    return _tree.map(lambda leaf: scale.to(leaf.dtype) * leaf, tree)
+        return f"Scaled({name_of(self.fn)})"

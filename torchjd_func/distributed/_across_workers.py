@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check
@@ -20,7 +21,8 @@ def across_workers(aggregator: Aggregator, group: Group = None) -> Aggregator:
     robust rule such as `jd.krum` or `jd.trimmed_mean` gives a direction that the arbitrary rows of
     some workers move no further than the rule promises, also if they hold infinities or NaN: a row
     of weight 0 is left out. What is promised are rows: a worker that breaks the protocol, or hangs,
-    stops all. All ranks get the same direction.
+    stops all. All ranks get the same direction. With `present`, on all ranks or on none, a rank
+    says which of its own rows there are.
 
     No rank has all rows: an all-to-all deals the columns out, partial Gramians are added up, and
     the direction is gathered. Numbers that a rank hands to collectives, with `n'` as for
@@ -63,11 +65,17 @@ def _weights(weights: Tensor, group: Group) -> Tensor:
     return weights.chunk(_collectives.size(group))[_collectives.rank(group)]
 
 
+def _present(present: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Return which rows there are of all ranks; those of this one are taken as they are."""
+    return _collectives.all_gather(present, group), torch.ones_like(present)
+
+
 STACK = Exchange(
     _count,
     _collectives.all_gather,
     _collectives.all_gather,
     _collectives.all_to_all,
     _weights,
+    _present,
     trusted=False,
 )

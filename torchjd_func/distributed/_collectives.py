@@ -9,6 +9,7 @@ constants of derivatives, of which these collectives have none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -32,12 +33,14 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 def size(group: Group) -> int:
     """Return the number of ranks."""
     _check.process_group(dist.is_available() and dist.is_initialized())
-    return dist.get_world_size(group)
+    world = dist.get_world_size(group)
+    _check.member(world > 0)
+    return world
 
 
 def rank(group: Group) -> int:
     """Return the number of this process in the group."""
-    _check.process_group(dist.is_available() and dist.is_initialized())
+    size(group)
     return dist.get_rank(group)
 
 
@@ -66,9 +69,22 @@ def all_to_all(rows: Tensor, group: Group) -> Tensor:
     return _run("all_to_all", dist.all_to_all_single, group, torch.empty_like(sent), sent)
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Return the picklable values of all ranks; not in a compiled function."""
-    return _run("all_gather_object", dist.all_gather_object, group, [None] * size(group), value)
+def gather_texts(text: str, group: Group) -> list[str]:
+    """Return the texts of all ranks, sent as numbers; not in a compiled function."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_device(group))
+    lengths = all_gather(torch.tensor([len(own)], device=own.device), group).tolist()
+    padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own)))
+    rows = all_gather(padded.unsqueeze(0), group).tolist()
+    pairs = zip(rows, lengths, strict=True)
+    return [bytes(row[:length]).decode(errors="replace") for row, length in pairs]
+
+
+def _device(group: Group) -> torch.device:
+    """Return a device on which the group has collectives: the CPU, if it is one."""
+    size(group)
+    if "cpu" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _by_rank(rows: Tensor, world: int) -> Tensor:
@@ -80,12 +96,16 @@ def _by_rank(rows: Tensor, world: int) -> Tensor:
 
 
 def _run(name: str, fn: Callable[..., Any], group: Group, found: Any, *sent: Any) -> Any:
-    """Return what a collective fills, once it has; say what failed, and where."""
+    """Return what a collective fills, once it has."""
+    named(name, partial(fn, found, *sent, group=group), group)
+    return found
+
+
+def named(name: str, fn: Callable[[], Any], group: Group) -> Any:
+    """Return what `fn`, which communicates, returns; say what failed, and where."""
     if torch.compiler.is_compiling():  # errors come when the graph runs, in torch's words
-        fn(found, *sent, group=group)
-        return found
+        return fn()
     try:
-        fn(found, *sent, group=group)
+        return fn()
     except RuntimeError as error:
         _check.collective(name, rank(group), size(group), error)
-    return found

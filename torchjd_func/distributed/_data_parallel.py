@@ -5,14 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._present import Present
 from torchjd_func._types import Aggregator, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
 from torchjd_func.distributed._exchange import Exchange, spread
-from torchjd_func.distributed._mean import mean, share
+from torchjd_func.distributed._mean import everywhere, mean, scaled, share
 
 Rule = TypeVar("Rule", Aggregator, Scalarizer)
 
@@ -38,7 +40,9 @@ def data_parallel(rule: Rule, group: Group = None) -> Rule:
     | `jd.trimmed_mean`, column by column | `(m + 1) n' + m` |
     | all others that need the rows | `m n + m`, all of it all-reduced, and all work on each rank |
 
-    with `n'` summed over groups and dtypes. Pass a finished rule: combinators go inside. In
+    with `n'` summed over groups and dtypes. With `present`, on all ranks or on none, an objective
+    is present if it is on any rank, its loss and its gradient are means over the ranks that have
+    it, and `m` numbers more are added up. Pass a finished rule: combinators go inside. In
     `jd.grad`, gradients of heads (`jd.multitask`) are averaged as well; losses that it returns stay
     those of the rank: see `jd.distributed.mean`. Differentiate a Scalarizer by `jd.grad`, or
     average its gradient yourself.
@@ -97,7 +101,7 @@ def _columns(rows: Tensor, group: Group) -> Tensor:
     return _collectives.reduce_scatter(share(rows, group), group)
 
 
-MEAN = Exchange(_count, mean, _rows, _columns, share, trusted=True)
+MEAN = Exchange(_count, mean, _rows, _columns, share, everywhere, trusted=True)
 
 
 def _init(
@@ -114,15 +118,33 @@ def _init(
 
 
 def _update(
-    losses: Tensor, state: State, *, rule: Scalarizer, group: Group
+    losses: Tensor,
+    state: State,
+    *,
+    rule: Scalarizer,
+    group: Group,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Scalarize the mean losses, of which those of this rank are differentiated."""
-    here = losses.detach()
-    return rule.update_fn(mean(here, group) + (losses - here), state)
+    if present is not None:
+        here = present
+        present, factors = everywhere(here, group)
+        losses = scaled(losses, here, factors)
+    constant = losses.detach()
+    return rule(mean(constant, group) + (losses - constant), state, present=present)
 
 
-def _observe(losses: PyTree, state: State, *, rule: Scalarizer, group: Group) -> State:
+def _observe(
+    losses: PyTree, state: State, *, rule: Scalarizer, group: Group, present: Present = None
+) -> State:
     """Let the scalarizer observe the mean losses, if any."""
     assert rule.observe is not None
-    here = _tree.map(Tensor.detach, losses)
-    return rule.observe(mean(here, group), state)
+    constant = _tree.map(Tensor.detach, losses)
+    if present is None:
+        return rule.observe(mean(constant, group), state)
+    device = _tree.leaves((losses, state))[0].device
+    here = _tree.ravel([torch.as_tensor(flag, device=device) for flag in _tree.leaves(present)])
+    mask, factors = everywhere(here, group)
+    if losses is not None:
+        constant = mean(scaled(_tree.ravel(constant), here, factors), group)
+    return rule.observe(constant, state, present=mask)

@@ -19,7 +19,7 @@ from torchjd_func._lift import statistic_like
 from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
-from torchjd_func.distributed._mean import mean, total
+from torchjd_func.distributed._mean import mean_of_heads, scaled, total
 
 
 class Exchange(NamedTuple):
@@ -30,6 +30,7 @@ class Exchange(NamedTuple):
     rows: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n), on each rank
     columns: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n / world), those of this rank
     weights: Callable[[Tensor, Group], Tensor]  # (m,) -> (k,), those of the rows of this rank
+    present: Callable[[Tensor, Group], tuple[Tensor, Tensor]]  # (k,) -> (m,), factors of rows (k,)
     trusted: bool  # whether rows of weight 0 hold finite numbers
 
 
@@ -37,7 +38,8 @@ def spread(rule: Aggregator, name: str, exchange: Exchange, group: Group) -> Agg
     """Return the rule of all ranks together, with the state of `rule`."""
     bound = {"rule": rule, "exchange": exchange, "group": group}
     init = partial(_init, name=name, **bound)
-    return Aggregator(name, init, partial(_update, **bound), average=partial(mean, group=group))
+    average = partial(mean_of_heads, group=group)
+    return Aggregator(name, init, partial(_update, **bound), average=average)
 
 
 def _init(
@@ -68,25 +70,32 @@ def _update(
     rule: Aggregator,
     exchange: Exchange,
     group: Group,
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Take the cheapest way that the rule allows."""
+    if present is not None:
+        here = present
+        present, factors = exchange.present(here, group)
+        jac = scaled(jac, here, factors)
+        losses = None if losses is None else scaled(losses, here, factors)
     losses = None if losses is None else exchange.losses(losses, group)
     if rule.weighting is not None and rule.weighting.needs == "size":
         statistic = statistic_like(_all_rows(jac, exchange, group))
-        weights, state = rule.weighting(statistic, state, losses=losses)
+        weights, state = rule.weighting(statistic, state, losses=losses, present=present)
         own = exchange.weights(weights, group)
         kept = _tree.map(lambda leaf: _kept(leaf, own, exchange.trusted), jac)
         return total(_tree.weighted_sum(kept, own), group), state
     if rule.weighting is None and rule.partition is None and not rule.columnwise:
         rows = _layout.transfer(jac, lambda rows: exchange.rows(rows, group))
-        return rule.update_fn(rows, state, losses)
-    return _by_columns(jac, state, losses, rule, exchange, group)
+        return rule(rows, state, losses=losses, present=present)
+    return _by_columns(jac, state, losses, present, rule, exchange, group)
 
 
 def _by_columns(
     jac: PyTree,
     state: State,
     losses: Tensor | None,
+    present: Tensor | None,
     rule: Aggregator,
     exchange: Exchange,
     group: Group,
@@ -98,10 +107,10 @@ def _by_columns(
     blocks = _layout.blocks(flat, groups, world)
     parts = [exchange.columns(_layout.matrix(block, flat, world), group) for block in blocks]
     if rule.columnwise:
-        vectors, state = rule.update_fn(parts, state, losses)
+        vectors, state = rule(parts, state, losses=losses, present=present)
     else:
         gramians = _collectives.all_reduce(_gramians(blocks, parts), group)
-        weights, state = weigh(gramians, state, losses)
+        weights, state = weigh(gramians, state, losses, present)
         pairs = zip(blocks, parts, strict=True)
         vectors = [_combine(block, part, weights, exchange.trusted) for block, part in pairs]
     found: dict[int, Tensor] = {}
@@ -119,11 +128,15 @@ def _partition(rule: Aggregator, paths: Sequence[str]) -> Partition:
 
 
 def _weigh_all(
-    weighting: Weighting | None, gramians: Tensor, state: State, losses: Tensor | None
+    weighting: Weighting | None,
+    gramians: Tensor,
+    state: State,
+    losses: Tensor | None,
+    present: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Weigh the Gramian of the one group."""
     assert weighting is not None
-    weights, state = weighting(gramians[0], state, losses=losses)
+    weights, state = weighting(gramians[0], state, losses=losses, present=present)
     return weights.unsqueeze(0), state
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import Ranks
-from torchjd_func.differentiate._objectives import InstanceWise
 from torchjd_func.distributed import _collectives
 from torchjd_func.distributed._collectives import Group
 from torchjd_func.distributed._mean import total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def check_same(tree: PyTree, group: Group = None) -> None:
     if torch.compiler.is_compiling():
         return
     named = zip(_tree.paths(tree), _tree.leaves(tree), strict=True)
-    first, *others = _collectives.gather_objects({path: _brief(x) for path, x in named}, group)
+    text = json.dumps({path: _brief(x) for path, x in named})
+    first, *others = map(json.loads, _collectives.gather_texts(text, group))
     for number, other in enumerate(others, start=1):
         for path in [*first, *(path for path in other if path not in first)]:
             pair = first.get(path, "nothing"), other.get(path, "nothing")

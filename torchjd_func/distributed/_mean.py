@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
@@ -50,6 +52,41 @@ def total(tree: PyTree, group: Group) -> PyTree:
     rows = _tree.map(lambda leaf: leaf.unsqueeze(0), tree)
     sums = _layout.transfer(rows, partial(_collectives.all_reduce, group=group))
     return _tree.map(lambda leaf: leaf.squeeze(0), sums)
+
+
+def everywhere(present: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Return what is present on any process, and a factor for each objective of this one.
+
+    It makes means over all processes, of what is 0 where it is absent, means over those that have
+    the objective.
+    """
+    count = _collectives.all_reduce(present.to(torch.float64), group)
+    return count > 0, _collectives.size(group) / count.clamp(min=1)
+
+
+def scaled(tree: PyTree, present: Tensor, factors: Tensor) -> PyTree:
+    """Return leaves `(k, ...)` by their factors `(k,)`, and 0 for what is absent."""
+
+    def scale(leaf: Tensor) -> Tensor:
+        kept = torch.where(_tree.per_row(present, leaf), leaf, 0)
+        return kept * _tree.per_row(factors, leaf).to(leaf.dtype)
+
+    return _tree.map(scale, tree)
+
+
+def mean_of_heads(
+    grads: Mapping[str, PyTree], group: Group, *, present: Tensor | None = None
+) -> PyTree:
+    """Average the gradients of heads, of which each belongs to one objective, by their names."""
+    if present is None or not _tree.leaves(grads):
+        return mean(grads, group)
+    _, factors = everywhere(present, group)
+    flags = zip(sorted(grads), present.split(1), factors.split(1), strict=True)
+    rows = {
+        name: scaled(_tree.map(lambda leaf: leaf.unsqueeze(0), grads[name]), flag, factor)
+        for name, flag, factor in flags
+    }
+    return mean(_tree.map(lambda leaf: leaf.squeeze(0), rows), group)
 
 
 def share(rows: Tensor, group: Group) -> Tensor:

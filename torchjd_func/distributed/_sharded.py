@@ -12,10 +12,9 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._types import Aggregator, PyTree, State
-from torchjd_func.differentiate._accumulate import Accumulated
-from torchjd_func.differentiate._objectives import InstanceWise, MultiTask
-from torchjd_func.differentiate._scaled import Scaled
-from torchjd_func.differentiate._shards import Route, Sharded, Shards
+from torchjd_func.differentiate._linearized import Contraction
+from torchjd_func.differentiate._objective import Plain, as_objective
+from torchjd_func.differentiate._sharded import Parts, Sharded
 from torchjd_func.distributed import _collectives
 
 
@@ -72,23 +71,39 @@ def sharded(objective: Callable[..., Any]) -> Sharded:
         tensor([ 1.3500, -0.4500])
         >>> dist.destroy_process_group()
     """
-    structured = (InstanceWise, MultiTask, Accumulated, Scaled, Sharded)
-    _check.plain("jd.distributed.sharded", objective, structured, "Pass a function of means.")
-    return Sharded(objective, _shards, _whole_like)
+    inner = as_objective(objective)
+    if not isinstance(inner, Plain):
+        remedy = "Pass a function of means."
+        name, rule = "the objective of `jd.distributed.sharded`", "be a plain function"
+        _check.fail(TypeError, name, rule, repr(objective), remedy)
+    return Sharded(inner, _parts, _gathered, _whole_like)
 
 
-def _shards(leaves: list[Tensor]) -> Shards:
+def _parts(leaves: list[Tensor]) -> Parts:
     """Return what this rank keeps, and how it works with the others."""
-    places = _places(leaves)
-    mesh = places[0].mesh
-    return Shards(
-        _each(_gather, [_local(leaf.detach()) for leaf in leaves], places),
+    return _parts_at(_places(leaves), [_is_sharded(leaf) for leaf in leaves])
+
+
+def _parts_at(places: list[Place], kept: list[bool]) -> Parts:
+    """Return what this rank keeps of leaves at some places."""
+
+    def some(chosen: Sequence[int]) -> Parts:
+        """Return the same for some of the leaves."""
+        return _parts_at([places[i] for i in chosen], [kept[i] for i in chosen])
+
+    return Parts(
         partial(_scatter, places=places),
-        partial(_wrap, places=places, kept=[_is_sharded(leaf) for leaf in leaves]),
-        partial(_mean, mesh=mesh),
+        partial(_wrap, places=places, kept=kept),
+        partial(_mean, mesh=places[0].mesh),
         partial(_contract, places=places),
         partial(_by_rows, places=places),
+        some,
     )
+
+
+def _gathered(leaves: list[Tensor]) -> list[Tensor]:
+    """Return the leaves, whole."""
+    return _each(_gather, [_local(leaf.detach()) for leaf in leaves], _places(leaves))
 
 
 def _each(
@@ -158,7 +173,7 @@ def _shifted(place: Place, lead: int) -> list[Any]:
 
 def _gather(part: Tensor, place: Place) -> Tensor:
     """Return the whole leaf."""
-    return _placed(part, place).full_tensor()
+    return _named("full_tensor", _placed(part, place).full_tensor, place.mesh)
 
 
 def _scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
@@ -181,7 +196,13 @@ def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
 
     mesh, lead = place.mesh, whole.ndim - len(place.shape)
     known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
-    return known.redistribute(placements=_shifted(place, lead)).to_local()
+    move = partial(known.redistribute, placements=_shifted(place, lead))
+    return _named("redistribute", move, mesh).to_local()
+
+
+def _named(name: str, fn: Callable[[], Any], mesh: Any) -> Any:
+    """Return what `fn`, which communicates, returns; say what failed, and where."""
+    return _collectives.named(name, fn, mesh.get_group() if mesh.ndim == 1 else None)
 
 
 def _sum(x: Tensor, mesh: Any) -> Tensor:
@@ -203,7 +224,7 @@ def _copies(place: Place) -> int:
 
 
 def _contract(
-    route: Route, groups: _tree.Groups, places: list[Place]
+    route: Contraction, groups: _tree.Groups, places: list[Place]
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Add up what ranks contract of their parts; leaves with as many copies are a group."""
     copies = [_copies(place) for place in places]
@@ -225,15 +246,21 @@ def _by_rows(rule: Aggregator, places: list[Place]) -> Callable[..., tuple[PyTre
 
 
 def _aggregate(
-    jac: PyTree, state: State, *, losses: Tensor, rule: Aggregator, places: list[Place]
+    jac: PyTree,
+    state: State,
+    *,
+    losses: Tensor,
+    rule: Aggregator,
+    places: list[Place],
+    present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Aggregate the columns of this rank, if the rule takes columns; else whole rows."""
     flat, rebuild = _tree.flatten(jac)
     rows = [_local(leaf) for leaf in flat]
     if rule.columnwise:
-        grads, state = rule(rows, state, losses=losses)
+        grads, state = rule(rows, state, losses=losses, present=present)
     else:
         whole = _each(_gather, rows, places)
-        grads, state = rule(rebuild(whole), state, losses=losses)
+        grads, state = rule(rebuild(whole), state, losses=losses, present=present)
         grads = _each(_cut, _tree.leaves(grads), places)
     return rebuild(_wrap(grads, places, [_is_sharded(leaf) for leaf in flat])), state

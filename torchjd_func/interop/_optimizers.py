@@ -4,46 +4,73 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check
+from torchjd_func.interop import _targets
 
 PyTree = Any
 
 
-def assign_grads_(module_or_params: nn.Module | PyTree, grads: PyTree) -> None:
+def assign_grads_(
+    target: nn.Module | PyTree, grads: PyTree, *, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Set `.grad` of parameters, for a `torch.optim` optimiser to step with.
 
+    Gradients are copied, so that clipping and unscaling, which work in place, change no others.
+    `None` sets `.grad` to `None`, for an optimiser to skip the parameter: it is then neither moved
+    nor decayed, as the head of a task without examples should be.
+
     Args:
-        module_or_params: A module, whose parameters are found by name, or a pytree of parameters.
-        grads: For a module, a dict of the names of `jd.functionalize`; names left out keep their
-            `.grad`. For a pytree, one of the same structure.
+        target: A module, a tree of modules such as `(trunk, {"a": head})`, or a tree of parameters.
+        grads: For a module, a dict by the names of `jd.functionalize`; names left out keep their
+            `.grad`. A tree of such, or of gradients, for a tree. `None` for a parameter, or in the
+            place of a whole part, stands for no gradient. Where one parameter stands in two places,
+            its gradients are added.
+        optimizer: The one that is to step; to check that it has all these parameters.
 
     Raises:
-        ValueError: If a name is unknown, or a structure or shape differs.
+        ValueError: If a name is unknown, a structure or shape differs, a parameter is not a leaf
+            that requires a gradient, such as those of `jd.functionalize`, which are detached, or is
+            not one of `optimizer`. Nothing is assigned then.
 
     Example:
         >>> import torch, torchjd_func as jd
         >>> model = torch.nn.Linear(2, 1)
-        >>> jd.interop.assign_grads_(model, {"bias": torch.ones(1)})
-        >>> model.bias.grad
-        tensor([1.])
+        >>> jd.interop.assign_grads_(model, {"bias": torch.ones(1), "weight": None})
+        >>> model.bias.grad, model.weight.grad
+        (tensor([1.]), None)
     """
-    if isinstance(module_or_params, nn.Module):
-        params: PyTree = dict(module_or_params.named_parameters())
-        _check.names("grads", grads, set(params) & set(grads))
-        params = {name: params[name] for name in grads}
-    else:
-        params = module_or_params
-    _check.same_structure("grads", _tree.same_structure(params, grads))
-    paths = _tree.paths(params)
-    pairs = list(zip(_tree.leaves(params), _tree.leaves(grads), strict=True))
-    for path, (param, grad) in zip(paths, pairs, strict=True):
-        _check.same_shape("grads", path, grad, param)
-    for param, grad in pairs:
-        _assign(param, grad)
+    found = list(_targets.pairs(_targets.listed(target), grads))
+    owned = None if optimizer is None else _owned(optimizer)
+    for path, param, grad in found:
+        _check.leaf_parameter("target", path, param)
+        if grad is not None:
+            _check.assignable(path, param, grad)
+        if owned is not None:
+            _check.owned(path, id(param) in owned)
+    totals: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for _, param, grad in found:
+        _, total = totals.get(id(param), (param, None))
+        totals[id(param)] = param, _added(param, total, grad)
+    for param, total in totals.values():
+        param.grad = total
 
 
-def _assign(param: Tensor, grad: Tensor) -> None:
-    """Set one gradient, detached, in the dtype and on the device of its parameter."""
-    param.grad = grad.detach().to(param)
+def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the identities of the parameters of an optimiser."""
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
+def _added(param: Tensor, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Return a sum of gradients that no one else holds."""
+    if grad is None:
+        return total
+    own = like_parameter(param, grad)
+    return own if total is None else total.add_(own)
+
+
+def like_parameter(param: Tensor, grad: Tensor) -> Tensor:
+    """Return a copy of a gradient, with the layout, the dtype and the device of its parameter."""
+    return torch.empty_like(param, requires_grad=False).copy_(grad.detach())

@@ -39,9 +39,11 @@ def squared_length(gramian: Array, weights: Array) -> Array:
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
     """Return the share of the largest eigenvalue below which an eigenvalue is rounding.
 
-    By default `m` times the rounding of the entries, in the dtype in which they were computed.
+    By default `m` times the rounding of the entries, in the dtype in which they were computed, or
+    that of rows in float32, squared, if it is more.
     """
-    return gramian.shape[0] * torch.finfo(gramian.dtype).eps if rtol is None else rtol
+    rounding = max(torch.finfo(gramian.dtype).eps, torch.finfo(torch.float32).eps ** 2)
+    return gramian.shape[0] * rounding if rtol is None else rtol
 
 
 def pseudo_inverse(gramian: Array, tol: float) -> Array:

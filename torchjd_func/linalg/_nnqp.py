@@ -1,18 +1,22 @@
 """The non-negative quadratic program, and the problems that reduce to it."""
 
 import inspect
-import math
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
-from torchjd_func._host import Array
-from torchjd_func.linalg import _pivoting
-from torchjd_func.linalg._masked import masked_solve, solve_masked
+from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
+
+# What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
+# computed; see `_pivoting.py`.
+RIDGES = {torch.float64: 1e-11}
+NARROW_RIDGE = 1e-6
+# The same for derivatives, and how often that is refined: each time divides the error of an
+# eigenvalue `a` by `a / 2r`.
+SLOPE_RIDGE, REFINEMENTS = 1e-6, 3
 
 
 class Solution(NamedTuple):
@@ -25,7 +29,7 @@ class Solution(NamedTuple):
     iterations: Tensor
     """`(...,)` int64: linear systems solved"""
     fallback: Tensor
-    """`(...,)` bool: the fast path failed and the exact path answered"""
+    """`(...,)` bool: rows are dependent, or nearly, and a ridge was needed"""
 
 
 def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
@@ -35,11 +39,12 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
 
     Exact up to rounding: the support of the solution is found by block principal pivoting, in
     float64, on the problem scaled to a unit diagonal, and one linear solve gives the value.
-    Where that fails, as it may on dependent rows, the proximal point method takes over, and, of
-    many solutions, finds the one of least norm; then an active-set method. `fallback` says so.
-    A matrix that rounding has given negative eigenvalues is solved to within these.
-    Scaling `matrix`, `vector`, or single unknowns does not change the accuracy. The support is
-    locally constant, so the value is differentiable wherever the solution is.
+    Where rows are dependent, or nearly, a ridge of the size of the rounding of `matrix` (1e-11 of
+    the diagonal; 1e-6 if its dtype is float32 or less) makes the solution unique and bounds it: of
+    many solutions the one of least norm, for unknowns scaled by the roots of the diagonal, is
+    found. `fallback` says so. Scaling `matrix`, `vector`, or single unknowns does not change the
+    accuracy. The support is locally constant, so the value is differentiable wherever the solution
+    is.
 
     Args:
         matrix: `Q`, `(..., m, m)`, symmetric positive semi-definite.
@@ -49,8 +54,8 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
             which then finds the support, one problem at a time, on the CPU.
 
     Returns:
-        A `Solution`. `converged` is false for a problem that is unbounded below or not finite; the
-        value of the latter is not finite either.
+        A `Solution`. `converged` is false for a problem that is unbounded below or not finite; its
+        value is not-a-number.
 
     Raises:
         TypeError: If an argument is not floating-point.
@@ -71,8 +76,7 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     _check.floating("`vector`", vector)
     _check.length("vector", vector, matrix.shape[-1])
     dtype = torch.promote_types(matrix.dtype, vector.dtype)
-    wide = matrix.double(), vector.double()
-    return cast(_host.call(partial(solve, solver=solver), *wide), dtype)
+    return cast(solve(matrix.double(), vector.double(), ridge_of(matrix.dtype), solver), dtype)
 
 
 def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = "auto") -> Solution:
@@ -100,14 +104,10 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.floating("`coordinates`", coordinates)
     _check.length("coordinates", coordinates, gramian.shape[-1])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
-    wide = gramian.double(), coordinates.double()
-    return cast(_host.call(partial(_project, solver=solver), *wide), dtype)
-
-
-def _project(xp: Any, gramian: Array, start: Array, *, solver: str) -> Solution:
-    """Solve for `z = v - u`."""
-    solution = solve(xp, gramian, (start[..., None, :] @ gramian)[..., 0, :], solver=solver)
-    return solution._replace(value=start + solution.value)
+    matrix, start = gramian.double(), coordinates.double()
+    vector = (start.unsqueeze(-2) @ matrix).squeeze(-2)
+    solution = solve(matrix, vector, ridge_of(gramian.dtype), solver)
+    return cast(solution._replace(value=start + solution.value), dtype)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
@@ -130,19 +130,28 @@ def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
     """
     _check.solver(solver)
     _check.matrix("gramian", gramian)
-    found = _host.call(partial(nearest, solver=solver), gramian.double())
-    return cast(found, gramian.dtype)
+    solution = nearest(gramian.double(), ridge_of(gramian.dtype), solver)
+    return cast(solution, gramian.dtype)
 
 
-def nearest(xp: Any, gramian: Array, *, solver: str = "auto") -> Solution:
+def nearest(gramian: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve with the shift `kappa`; any positive number gives the same answer."""
-    diagonal = _host.constant(gramian).diagonal(0, -2, -1)
+    numbers = _host.numbers(gramian)
+    if numbers is not None:
+        value, _, *flags = map(_host.tensor, nearest_on_host(numbers, ridge, solver))
+        return Solution(value, *flags)
+    diagonal = gramian.detach().diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
-    shortest = xp.amin(xp.where(diagonal > 0, diagonal, xp.inf), -1)[..., None]
-    kappa = xp.where(shortest < xp.inf, shortest, 1.0)
-    linear = 0 * diagonal - kappa
-    solution = solve(xp, gramian + kappa[..., None], linear, solver=solver)
-    return solution._replace(value=solution.value / solution.value.sum(-1)[..., None])
+    shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
+    kappa = torch.where(shortest < torch.inf, shortest, 1.0)
+    vector = 0 * diagonal - kappa
+    solution = solve(gramian + kappa.unsqueeze(-1), vector, ridge, solver)
+    return solution._replace(value=solution.value / solution.value.sum(-1, keepdim=True))
+
+
+def ridge_of(dtype: torch.dtype) -> float:
+    """Return the ridge for a matrix that was computed in a dtype."""
+    return RIDGES.get(dtype, NARROW_RIDGE)
 
 
 def cast(solution: Solution, dtype: torch.dtype) -> Solution:
@@ -151,109 +160,76 @@ def cast(solution: Solution, dtype: torch.dtype) -> Solution:
     return solution if same else solution._replace(value=solution.value.to(dtype))
 
 
-def solve(xp: Any, matrix: Array, vector: Array, *, solver: str = "auto") -> Solution:
-    """Solve a float64 problem, differentiably if it is given as tensors."""
-    if xp is np:
-        value, _, *flags = _search_arrays(matrix, vector, solver)
+def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") -> Solution:
+    """Solve a float64 problem, differentiably."""
+    arrays = _host.numbers(matrix), _host.numbers(vector)
+    if arrays[0] is not None and arrays[1] is not None:
+        value, _, *flags = map(_host.tensor, on_host(*arrays, ridge, solver))
         return Solution(value, *flags)
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
     if not torch.compiler.is_compiling():
-        value, _, *flags = _Differentiable.apply(matrix, vector, solver)
+        value, _, *flags = _Differentiable.apply(matrix, vector, ridge, solver)
         return Solution(value, *flags)
     # A graph holds no autograd.Function under vmap (torch 2.13), so its value is solved in torch.
-    found, support, *flags = search(matrix.detach(), vector.detach(), solver)
+    best, support, *flags = search(matrix.detach(), vector.detach(), ridge, solver)
     value = masked_solve(matrix, support, -vector, flags[-1])
-    return Solution(found + (value - value.detach()), *flags)
+    return Solution(best + (value - value.detach()), *flags)
 
 
-def minimize(xp: Any, matrix: Array, vector: Array) -> Array:
-    """Return the solution for one float64 problem, as a constant of derivatives."""
-    if xp is np:
-        return _search_arrays(matrix, vector, "auto").value
-    return search(matrix.detach(), vector.detach(), "auto")[0]
+def masked_solve(matrix: Tensor, support: Tensor, right: Tensor, dependent: Tensor) -> Tensor:
+    """Solve `Q_FF x_F = b_F`, with 0 elsewhere; differentiable at a fixed support."""
+    # Where rows may be dependent: the solution of least norm, by `(Q + r)^2 x = Q b`, refined. What
+    # `b` has beyond the range of `Q` does not enter.
+    # A constant of an exact change of variables, so derivatives need not pass through it.
+    diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    unit = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    ridge = torch.where(dependent, SLOPE_RIDGE, 0.0)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    solve = _on_support(unit + ridge * identity, support)
+    right = torch.where(support, right * scale, 0.0)
+    x = torch.zeros_like(right)
+    for _ in range(REFINEMENTS):
+        left = right - _times(unit, x)
+        x = x + solve(_times(unit, solve(left)))
+    return x * scale
 
 
-@torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
-def search(
-    matrix: Tensor, vector: Tensor, solver: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Solve each problem of a batch; opaque to the compiler, since the search branches on values.
-
-    Args:
-        matrix: `(..., m, m)` float64.
-        vector: `(..., m)` float64; as many leading dimensions, each equal or 1.
-        solver: As for `nnqp`.
-
-    Returns:
-        `value`, `support` `(..., m)`, `converged`, `iterations`, `fallback` `(...,)`.
-    """
-    return _search(matrix, vector, solver)
+def _times(matrix: Tensor, z: Tensor) -> Tensor:
+    """Return `Q z`."""
+    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
 
 
-def _search(matrix: Tensor, vector: Tensor, solver: str) -> Any:
-    """Hand the problems to numpy; accelerators stay on their device."""
-    if matrix.device.type != "cpu" and solver == "auto":
-        return solve_masked(matrix, vector)
-    answer = _search_arrays(matrix.detach().cpu().numpy(), vector.detach().cpu().numpy(), solver)
-    return tuple(_host.tensor(part).to(matrix.device) for part in answer)
+def _on_support(matrix: Tensor, support: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what solves systems on the support."""
+    both = support.unsqueeze(-1) & support.unsqueeze(-2)
+    identity = torch.eye(support.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, _ = torch.linalg.cholesky_ex(torch.where(both, matrix, identity))
 
+    def solve(right: Tensor) -> Tensor:
+        """Solve one system."""
+        masked = torch.where(support, right, 0.0)
+        return torch.cholesky_solve(masked.unsqueeze(-1), factor).squeeze(-1)
 
-def _search_arrays(matrices: Array, vectors: Array, solver: str) -> _pivoting.Answer:
-    """Number matrices and problems, and solve them; parts of the answer have their shape."""
-    m = vectors.shape[-1]
-    if matrices.ndim == 2:
-        shape, numbers = vectors.shape[:-1], 0
-    else:
-        shape = np.broadcast_shapes(matrices.shape[:-2], vectors.shape[:-1])
-        numbers = np.arange(math.prod(matrices.shape[:-2])).reshape(matrices.shape[:-2])
-    which = np.empty(shape, dtype=np.int64)
-    which[...] = numbers
-    if vectors.shape[:-1] != shape:
-        vectors = np.broadcast_to(vectors, (*shape, m))
-    answer = _pivoting.solve(
-        matrices.reshape(-1, m, m), which.reshape(-1), vectors.reshape(-1, m), solver
-    )
-    if len(shape) == 1:
-        return answer
-    return _pivoting.Answer(*(part.reshape((*shape, *part.shape[1:])) for part in answer))
-
-
-@search.register_fake
-def _fake(matrix: Tensor, vector: Tensor, solver: str) -> Any:
-    """Tell the compiler the shapes."""
-    shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
-    value = vector.new_empty((*shape, vector.shape[-1]))
-    flag = vector.new_empty(shape, dtype=torch.bool)
-    return value, value.new_empty(value.shape, dtype=torch.bool), flag, flag.long(), flag.clone()
-
-
-@search.register_vmap
-def _search_vmap(info: Any, in_dims: Any, matrix: Tensor, vector: Tensor, solver: str) -> Any:
-    """Solve one larger batch."""
-    return search(*align(in_dims, matrix, vector), solver), (0,) * 5
-
-
-def align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
-    """Bring mapped dimensions to the front; tensors that are not mapped get one of size 1."""
-    pairs = zip(tensors, in_dims, strict=False)
-    return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+    return solve
 
 
 class _Differentiable(torch.autograd.Function):
     """The search, with the derivative of the solution at a fixed support."""
 
     @staticmethod
-    def forward(matrix: Tensor, vector: Tensor, solver: str) -> Any:
+    def forward(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
         """Solve; a plain tensor need not pass through the dispatcher."""
-        return (_search if type(matrix) is Tensor else search)(matrix, vector, solver)
+        plain = type(matrix) is Tensor and not matrix.is_meta
+        return (dispatch if plain else search)(matrix, vector, ridge, solver)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what derivatives need."""
-        matrix, vector, _ = inputs
+        matrix, vector, *_ = inputs
         value, support, *flags = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(support, *flags)
@@ -265,18 +241,18 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         """Pull a cotangent of the value back: `Q_FF x = -c_F` gives both."""
         if cotangents[0] is None:
-            return None, None, None
+            return None, None, None, None
         matrix, value, support, fallback = ctx.saved_tensors
         pulled = masked_solve(matrix, support, -cotangents[0], fallback)
         outer = pulled.unsqueeze(-1) * value.unsqueeze(-2)
         symmetric = (outer + outer.mT) / 2
-        return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(ctx.shape), None
+        return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(ctx.shape), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Push tangents forward: `Q_FF dz = -(dQ z + dq)_F`."""
         matrix, value, support, fallback = ctx.saved_tensors
-        d_matrix, d_vector, _ = tangents
+        d_matrix, d_vector, *_ = tangents
         right = torch.zeros_like(value)
         right = right if d_matrix is None else right + (d_matrix @ value.unsqueeze(-1)).squeeze(-1)
         right = right if d_vector is None else right + d_vector
@@ -285,7 +261,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Solve one larger batch."""
-        return _Differentiable.apply(*align(in_dims, *args[:2]), args[2]), (0,) * 5
+        return _Differentiable.apply(*align(in_dims, *args[:2]), *args[2:]), (0,) * 5
 
 
 # `apply` asks for the signature at each call; deriving it takes longer than a small problem.

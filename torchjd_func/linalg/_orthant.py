@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._nnqp import Solution, align, cast, nearest
-from torchjd_func.linalg._supports import KKT_TOL
+from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
+from torchjd_func.linalg._search import KKT_TOL, align
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
 # convex hull of the unit rows is taken to contain 0.
@@ -84,9 +84,9 @@ def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -
     unit = gramian / lengths[..., None] / lengths[..., None, :]
     unit = unit + identity * xp.where(active, 0.0, 1.0)[..., None]  # zero rows become unit rows
     fixed = _host.constant(unit)
-    gap = nearest(xp, fixed)
-    distance = (gap.value * _apply(fixed, gap.value)).sum(-1)
-    exists = (distance > tol) & gap.converged & active.any(-1)
+    hull = _host.lift(xp, _nearest, fixed)
+    distance = (hull * _apply(fixed, hull)).sum(-1)
+    exists = (distance > tol) & active.any(-1)
     # Where there is no root the iteration would diverge, and spoil derivatives of other entries.
     unit = xp.where(exists[..., None, None], unit, identity)
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) x^(-power).
@@ -99,6 +99,11 @@ def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -
     root = xp.where(converged[..., None], x * (1 + correction), x) / lengths
     value = xp.where(active & exists[..., None], root, 0.0)
     return Solution(value, converged, iterations, exists & False)
+
+
+def _nearest(unit: Tensor) -> Tensor:
+    """Return the weights of the point of the convex hull that is nearest to 0."""
+    return nearest(unit, RIDGES[torch.float64]).value
 
 
 def _find(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:

@@ -1,168 +1,221 @@
-"""Non-negative quadratic programs on the CPU: a search for the support that branches on values.
+"""Non-negative quadratic programs on the host: numpy, which may branch on values.
 
     argmin_{z >= 0} z'Qz/2 + q'z   <=>   z >= 0,  y = Qz + q >= 0,  z'y = 0
 
-Block principal pivoting from a guess; where rows are dependent the proximal point method, and
-where that fails too, an active set. `N` problems share `P` matrices: `i` has `matrices[which[i]]`.
+The method, in words; a kernel for a device does the same for each problem:
+
+1. Scale the unknowns so that the diagonal of Q is one, and q so that its largest entry is one.
+2. Block exchange: free the indices where q is negative, solve `Q_FF z_F = -q_F`, exchange all
+   indices where z or y is negative, and so on until there are none. If the rows of the support are
+   independent and z is of moderate size, that is the solution.
+3. Otherwise rows are dependent, or nearly, and z would be a quotient of roundings: add a ridge r of
+   the size of the rounding of Q to its diagonal. The optimum `v = u + z` of a projection of `J'u`
+   (`q = Qu`) then has `v'(Q + r)v <= u'(Q + r)u` and `y >= -r z`: `J'v` is not longer than `J'u`,
+   and no row conflicts with it by more than `sqrt(r) |J'u|`, whatever the rank. Of many solutions
+   it is that of least norm. Block exchange starts from the support for a larger ridge.
+4. Where block exchange cycles, free one index at a time from the empty support and drive it up to
+   its own minimum, exchanging what reaches zero on the way: finite where Q + r is definite.
+5. Refine on the support towards the solution without a ridge, only while a step halves the residual
+   of the conditions and changes no sign.
+
+J. J. Judice, F. M. Pires, A block principal pivoting algorithm for large-scale strictly monotone
+linear complementarity problems, Computers & OR 21, 1994. R. W. Cottle, G. B. Dantzig, Complementary
+pivot theory of mathematical programming, Linear Algebra and its Applications 1, 1968.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-import qpsolvers
 
 from torchjd_func._host import Array
-from torchjd_func.linalg._active_set import active_set
-from torchjd_func.linalg._exchange import SMALL, exchange
-from torchjd_func.linalg._proximal import proximal_point
-from torchjd_func.linalg._supports import (
-    KKT_TOL,
-    LARGEST,
-    RANK_TOL,
-    SIGN_TOL,
-    cut_out,
-    largest,
-    push,
-    residual,
-)
-from torchjd_func.linalg._two import solve_two
+from torchjd_func.linalg._products import exchange_by_products, pays
+from torchjd_func.linalg._systems import SMALL, complementary, cut_out, largest, push, residual
 
-# Divides by this instead of by zero.
-TINY = np.finfo(np.float64).tiny
-# Guessing supports pays if the products of all matrices with a vector take this many
-# multiplications.
-HEAVY = 30_000
-# Steps at most, and between two looks at whether the guess still changes.
-GUESS_STEPS, GUESS_CHECKS = 60, 10
-# Negative eigenvalues show a part of what rounding did.
-ROUNDINGS = 4
+# Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
+SIGN_TOL = 1e-12
+# Exchanges without improvement before block exchange gives up.
+PATIENCE = 3
+# Ridges (of a unit diagonal) whose supports lead to that for the last; the least for which products
+# converge.
+LEADING, LOOSE = (0.1, 0.03, 0.01, 3e-3, 1e-3), 0.01
+# Pivots for each unknown before the driving-variable method gives up.
+PIVOTS = 40
+# Steps of refinement, and the sign that they may change.
+REFINEMENTS, CHANGED = 3, 1e-13
+# An unknown this small, of the largest, may be zero; a residual this small is rounding.
+TIED, EXACT = 1e-9, 1e-14
 
 
-class Answer(NamedTuple):
-    """What was found for each of `N` problems."""
-
-    value: Array  # (N, m)
-    support: Array  # (N, m) bool
-    converged: Array  # (N,) bool
-    iterations: Array  # (N,) int64: linear systems solved
-    fallback: Array  # (N,) bool: the exact path answered
-
-
-@np.errstate(all="ignore")  # what is not finite is said in the answer
-def solve(matrices: Array, which: Array, vectors: Array, solver: str) -> Answer:
-    """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
-    if solver == "auto" and vectors.min(initial=0.0) >= 0 and np.isfinite(matrices).all():
-        return _nothing_to_do(vectors)
-    if solver == "auto" and vectors.size <= 4 and vectors.shape[1] == 2:
-        value = solve_two(matrices[which[0]], vectors) if len(matrices) == 1 else None
-        if value is not None:
-            ones = np.ones(len(value), dtype=np.int64)
-            return Answer(value, value > 0, ones > 0, ones, ones < 0)
-    diagonal = matrices.diagonal(axis1=1, axis2=2)
-    scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    unit = matrices * (scales[:, :, None] * scales[:, None, :])
-    scale = scales if len(scales) == 1 else scales[which]
-    linear = vectors * scale
-    size = np.maximum(largest(linear), TINY)[:, None]
-    linear /= size
-    z, support, iterations, fallback, rounding = _search(unit, which, linear, solver)
-    left = residual(unit, which, linear, z)
-    converged = (left <= KKT_TOL + rounding) & (largest(z) < LARGEST)
-    value = z * (scale * size)
-    if not converged.all():  # not-a-number spreads from the input
-        value += 0.0 * left[:, None]
-    return Answer(value, support, converged, iterations, fallback)
-
-
-def _nothing_to_do(vectors: Array) -> Answer:
-    """Return zero, which is the answer where no slope is negative: nothing conflicts."""
-    n = len(vectors)
-    true, zero = np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64)
-    return Answer(0 * vectors, np.zeros(vectors.shape, dtype=bool), true, zero, ~true)
-
-
-def _search(
-    matrices: Array, which: Array, vectors: Array, solver: str
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Find the solutions; exact paths take what the fast one leaves.
+def regular(
+    matrices: Array, which: Array, vectors: Array, ridge: float
+) -> tuple[Array, Array, Array, Array]:
+    """Solve without a ridge what it would not change but by rounding.
 
     Returns:
-        `(z, support, iterations, fallback, rounding)`, the last in the entries of the matrix.
+        `(z, support, iterations, done)`.
     """
-    if solver != "auto":
-        support = _reference(matrices, which, vectors, solver)
-        z, _ = cut_out(matrices, which, support, -vectors)
-        ones = np.ones(len(z), dtype=np.int64)
-        return z.clip(min=0), support, ones, ones.astype(bool), np.zeros(len(z))
+    blown, size = 0.1 / ridge, 0.1 / ridge**0.5
+    free = vectors < -SIGN_TOL
+    if not pays(matrices, vectors):
+        return exchange(matrices, which, vectors, free, blown, size)
+    z, free, iterations, done = exchange_by_products(matrices, which, vectors, free, ridge / 100)
+    done &= largest(z) < size
+    left = np.flatnonzero(~done)
+    if len(left):
+        part = exchange(matrices, which[left], vectors[left], free[left], blown, size)
+        z[left], free[left], extra, done[left] = part
+        iterations[left] += extra
+    return z, free, iterations, done
+
+
+def ridged(
+    matrices: Array, which: Array, vectors: Array, ridge: float
+) -> tuple[Array, Array, Array]:
+    """Solve with a ridge, then take it back as far as that is sure.
+
+    Returns:
+        `(z, support, iterations)`.
+    """
+    free, iterations = vectors < -SIGN_TOL, np.zeros(len(vectors), dtype=np.int64)
+    for amount in LEADING:
+        _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
+        iterations += rounds
+    z, free, rounds, done = _with(ridge, matrices, which, vectors, free)
+    iterations += rounds
+    definite = matrices + ridge * np.eye(vectors.shape[1])
+    for i in np.flatnonzero(~done):
+        z[i], free[i], pivots = drive(definite[which[i]], vectors[i])
+        iterations[i] += pivots
+    z, gap = _refined(matrices, definite, which, vectors, z.clip(min=0), free)
+    # What rounding left of unknowns that are zero, goes if the conditions hold as well without.
+    tied = free & (z <= TIED * largest(z)[:, None])
+    if tied.any():
+        kept = free & ~tied
+        pinned, left = _refined(matrices, definite, which, vectors, np.where(kept, z, 0.0), kept)
+        as_well = (left <= np.maximum(gap, EXACT))[:, None]
+        z, free = np.where(as_well, pinned, z), np.where(as_well, kept, free)
+    return z, free, iterations
+
+
+def _with(
+    ridge: float, matrices: Array, which: Array, vectors: Array, free: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Exchange with a ridge."""
+    definite = matrices + ridge * np.eye(vectors.shape[1])
+    if ridge >= LOOSE and pays(matrices, vectors):
+        free = exchange_by_products(definite, which, vectors, free, 1.0)[1]
+    return exchange(definite, which, vectors, free, np.inf, np.inf)
+
+
+def exchange(
+    matrices: Array, which: Array, vectors: Array, free: Array, blown: float, size: float
+) -> tuple[Array, Array, Array, Array]:
+    """Exchange all indices of the wrong sign at once until there are none.
+
+    Solved and failed problems leave.
+
+    Args:
+        matrices: `(P, m, m)`, of unit diagonal.
+        which: `(N,)`.
+        vectors: `(N, m)`, with largest entries of 1.
+        free: `(N, m)`, the support to start from.
+        blown: The size of the solution for a vector like no other that marks dependent rows.
+        size: The size of a solution that is not trusted.
+
+    Returns:
+        `(z, support, iterations, done)`.
+    """
     n, m = vectors.shape
-    guess = vectors < -SIGN_TOL
-    if m > SMALL and n * m**2 > HEAVY and guess.any():
-        guess = _guess(matrices, which, vectors)
-    z, support, iterations, done = exchange(matrices, which, vectors, guess)
-    left, rounding = np.flatnonzero(~done), np.zeros(n)
-    if len(left):
-        used, own = np.unique(which[left], return_inverse=True)
-        rounding[left] = ROUNDINGS * _negative(matrices[used])[own]
-        near = proximal_point(matrices[used], own, vectors[left], rounding[left])
-        z[left], support[left], extra, settled = near
-        iterations[left] += extra
-        left = left[~settled]
-    if len(left):
-        z[left], support[left], extra = active_set(matrices, which[left], vectors[left])
-        iterations[left] += extra
-    return z.clip(min=0), support, iterations, ~done, rounding
+    z, support = np.zeros((n, m)), np.zeros((n, m), dtype=bool)
+    iterations, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
+    fewest, patience, rounds = np.full(n, m + 1), np.full(n, PATIENCE), 0
+    place: Array = np.arange(n)
+    minus, right = -np.eye(m), np.empty((n, m, 2))
+    right[:, :, 0], right[:, :, 1] = -vectors, np.cos(np.arange(m) ** 2)
+    while True:
+        signed, probe = complementary(matrices, which, right, free, minus)
+        longest = largest(signed)
+        wrong = signed < -SIGN_TOL * (1 + longest)[:, None]
+        count = np.add.reduce(wrong, axis=1)
+        sound = (probe < blown) & (longest < size)
+        stay = sound & (count > 0)
+        rounds += 1
+        if rounds > PATIENCE:
+            patience = np.where(count < fewest, PATIENCE, patience - 1)
+            fewest = np.minimum(fewest, count)
+            stay = stay & (patience > 0)
+        left = np.count_nonzero(stay)
+        if not left and len(place) == n:
+            iterations += rounds
+            return np.where(free, signed, 0.0), free, iterations, sound & (count == 0)
+        if 2 * left <= len(place) or m > SMALL:
+            z[place], support[place] = np.where(free, signed, 0.0), free
+            iterations[place], done[place] = rounds, sound & (count == 0)
+            if not left:
+                return z, support, iterations, done
+            place, which, right, free, wrong = (x[stay] for x in (place, which, right, free, wrong))
+            fewest, patience = fewest[stay], patience[stay]
+        free = free ^ wrong
 
 
-def _negative(matrices: Array) -> Array:
-    """Return the size of the negative eigenvalues, `(P,)`: a Gramian has them from rounding."""
-    finite = np.isfinite(matrices).all(axis=(1, 2), keepdims=True)
-    return -np.linalg.eigvalsh(np.where(finite, matrices, 0.0))[:, 0].clip(max=0)
+def drive(matrix: Array, vector: Array) -> tuple[Array, Array, int]:
+    """Solve one problem by the driving-variable method, on a tableau.
 
-
-def _guess(matrices: Array, which: Array, vectors: Array) -> Array:
-    """Guess supports by a few accelerated projected gradient steps: products of matrices only."""
-    rows = np.abs(matrices).sum(axis=2).max(axis=1)  # no eigenvalue is larger
-    probe = np.ones(matrices.shape[:2])
-    for _ in range(6):
-        probe = np.matmul(matrices, probe[:, :, None])[:, :, 0]
-        probe = probe / np.maximum(np.linalg.norm(probe, axis=1, keepdims=True), 1e-300)
-    image = np.matmul(matrices, probe[:, :, None])[:, :, 0]
-    curvature = np.minimum(1.2 * np.linalg.norm(image, axis=1), rows)[which, None]
-    rate = 1 / np.maximum(curvature, TINY)
-    z = ahead = np.zeros_like(vectors)
-    guess, place = z > 0, np.arange(len(z))
-    momentum, before = np.ones((len(z), 1)), guess
-    for step in range(1, GUESS_STEPS + 1):
-        slope = push(matrices, which, ahead) + vectors
-        stepped = np.maximum(ahead - rate * slope, 0)
-        move = stepped - z
-        # Momentum that leads uphill is dropped.
-        # B. O'Donoghue, E. Candes, Adaptive restart for accelerated gradient schemes, 2015.
-        momentum[np.add.reduce(slope * move, axis=1) > 0] = 1.0
-        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = stepped + (momentum - 1) / following * move
-        z, momentum = stepped, following
-        if step % GUESS_CHECKS == 0:
-            guess[place] = support = z > 0
-            moved = (support != before).any(axis=1)
-            if not moved.any():
+    Returns:
+        `(z, support, pivots)`; `z` is not-a-number if it fails.
+    """
+    m = len(vector)
+    tableau, value, free, pivots = matrix.copy(), vector.copy(), np.zeros(m, dtype=bool), 0
+    while pivots < PIVOTS * (m + 1):
+        pinned = np.where(free, 0.0, value)
+        k, driven = int(pinned.argmin()), 0.0
+        if pinned[k] >= -SIGN_TOL * (1 + np.where(free, value, 0.0).max()):
+            return np.where(free, value, 0.0), free, pivots
+        while True:
+            column = np.where(free, tableau[:, k], 0.0)
+            falling = column < -SIGN_TOL
+            ratio = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)
+            i = int(ratio.argmin())
+            if not ratio[i] * tableau[k, k] < -value[k]:
                 break
-            before = support
-            if 2 * np.count_nonzero(moved) <= len(place):
-                place, which, vectors, rate, z, ahead, momentum, before = (
-                    x[moved] for x in (place, which, vectors, rate, z, ahead, momentum, before)
-                )
-    return guess
+            value += tableau[:, k] * ratio[i]
+            value[i], driven = 0.0, driven + ratio[i]
+            _pivot(tableau, value, free, i)
+            pivots += 1
+        if not tableau[k, k] > 0:
+            break
+        _pivot(tableau, value, free, k)
+        value[k] += driven
+        pivots += 1
+    return np.full(m, np.nan), free, pivots
 
 
-def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
-    """Ask a solver of qpsolvers, one problem at a time, which unknowns are positive."""
-    ridge, zero = RANK_TOL * np.eye(vectors.shape[1]), np.zeros(vectors.shape[1])
-    support = np.zeros(vectors.shape, dtype=bool)
-    for index, (matrix, vector) in enumerate(zip(matrices[which], vectors, strict=True)):
-        found = qpsolvers.solve_qp(matrix + ridge, vector, lb=zero, solver=solver)
-        z = zero if found is None else found
-        support[index] = z > np.maximum(matrix @ z + vector, 0)
-    return support
+def _pivot(tableau: Array, value: Array, free: Array, k: int) -> None:
+    """Exchange one index of a tableau, in place."""
+    p, row, column, at = tableau[k, k], tableau[k].copy(), tableau[:, k].copy(), value[k]
+    tableau -= np.outer(column, row / p)
+    value -= column * (at / p)
+    tableau[k], tableau[:, k], tableau[k, k], value[k] = -row / p, column / p, 1 / p, -at / p
+    free[k] ^= True
+
+
+def _refined(
+    matrices: Array, definite: Array, which: Array, vectors: Array, z: Array, free: Array
+) -> tuple[Array, Array]:
+    """Step on the support towards the solution without a ridge.
+
+    Returns:
+        `z`, and the residual of the conditions.
+    """
+    gap = residual(matrices, which, vectors, z)
+    for _ in range(REFINEMENTS):
+        slope = push(matrices, which, z) + vectors
+        moved = z + cut_out(definite, which, free, -slope)[0]
+        same = moved.min(axis=1) >= -CHANGED * (1 + moved.max(axis=1))
+        moved = moved.clip(min=0)
+        left = residual(matrices, which, vectors, moved)
+        better = same & (left < 0.5 * gap)
+        if not better.any():
+            break
+        z, gap = np.where(better[:, None], moved, z), np.where(better, left, gap)
+    return z, gap

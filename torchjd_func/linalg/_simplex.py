@@ -31,10 +31,11 @@ def project_simplex(y: Tensor) -> Tensor:
         >>> jd.linalg.project_simplex(torch.tensor([1.0, 0.5, -2.0]))
         tensor([0.7500, 0.2500, 0.0000])
     """
-    _check.floating("`y`", y)
+    _check.metric("y", y)
     y = y - y.amax(dim=-1, keepdim=True)  # changes nothing but the rounding
     ordered = y.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
     excess = ordered.cumsum(dim=-1) - 1
-    support = (ordered * ranks > excess).sum(dim=-1, keepdim=True)
+    # Of numbers that are not finite none is in the support.
+    support = (ordered * ranks > excess).sum(dim=-1, keepdim=True).clamp(min=1)
     return (y - excess.gather(-1, support - 1) / support).clamp(min=0)

@@ -6,7 +6,8 @@ or the theme around it. What is drawn on `ax` follows the style of its owner.
 
 from torchjd_func.plot._cone import cone
 from torchjd_func.plot._conflict_matrix import conflict_matrix
+from torchjd_func.plot._front import front
 from torchjd_func.plot._training import training
 from torchjd_func.plot._trajectories import trajectories
 
-__all__ = ["cone", "conflict_matrix", "training", "trajectories"]
+__all__ = ["cone", "conflict_matrix", "front", "training", "trajectories"]

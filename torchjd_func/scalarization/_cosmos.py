@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, Vector, entries, number, pure
+from torchjd_func.scalarization._common import Number, Numbers, entries, number, pure
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -30,13 +32,15 @@ def _unit(vector: Tensor) -> Tensor:
     return scaled / torch.where(defined, vector_norm(scaled), 1.0)
 
 
-def _cosmos(losses: Tensor, *, weights: Tensor, lambda_: Number) -> Tensor:
+def _cosmos(
+    losses: Tensor, *, weights: Vector, lambda_: Number, present: Tensor | None = None
+) -> Tensor:
     """Subtract the rewarded cosine from the weighted sum."""
-    r = entries("weights", weights, losses, 1.0)
+    r, losses = only(present, entries("weights", weights, losses, 1.0)), only(present, losses)
     return (r * losses).sum() - number(lambda_, losses) * _cosine(r, losses)
 
 
-def cosmos(weights: Vector, lambda_: Number) -> Scalarizer:
+def cosmos(weights: Numbers, lambda_: Number) -> Scalarizer:
     r"""Combine the losses linearly, and reward a loss vector that points along the preference.
 
     $$s = r^\top L - \lambda \cos(r, L), \qquad \frac{\partial s}{\partial L} = r - \lambda

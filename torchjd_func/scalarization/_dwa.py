@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
-from torchjd_func.scalarization._common import Number, number, observed
+from torchjd_func.scalarization._common import (
+    Number,
+    count,
+    number,
+    observable,
+    observed,
+    present_softmax,
+)
 
 
 class DWAState(NamedTuple):
     """State of `dwa`."""
 
     total: Tensor  # (m,), sum of the losses since the last epoch ended
-    step: Tensor  # () int64, number of calls since then
+    step: Tensor  # (m,) int64, number of losses since then
     newer: Tensor  # (m,), average of the last epoch, zero before there is one
     older: Tensor  # (m,), average of the epoch before it
 
@@ -29,32 +37,34 @@ class DWAState(NamedTuple):
 def _init(losses: Tensor, key: Tensor | None) -> DWAState:
     """Start without history."""
     zero = torch.zeros_like(losses)
-    step = torch.zeros((), dtype=torch.int64, device=losses.device)
-    return DWAState(zero, step, zero.clone(), zero.clone())
+    return DWAState(zero, torch.zeros_like(zero, dtype=torch.int64), zero.clone(), zero.clone())
 
 
-def _update(losses: Tensor, state: DWAState, *, temperature: Number) -> tuple[Tensor, DWAState]:
+def _update(
+    losses: Tensor, state: DWAState, *, temperature: Number, present: Tensor | None = None
+) -> tuple[Tensor, DWAState]:
     """Weigh by the rate of the last two epochs, and count this batch."""
+    _check.state_type("dwa", state, DWAState)
     _check.state("dwa", "total", state.total, losses.shape)
     known = state.older != 0
     rate = torch.where(known, state.newer / torch.where(known, state.older, 1.0), 1.0)
-    weights = losses.shape[0] * torch.softmax(rate / number(temperature, losses), 0)
-    total = state.total + losses.detach()
-    counted = DWAState(total, state.step + 1, state.newer, state.older)
-    return (weights.detach() * losses).sum(), counted
+    weights = count(losses, present) * present_softmax(rate / number(temperature, losses), present)
+    total = state.total + only(present, losses.detach())
+    step = state.step + (1 if present is None else present)
+    return (weights.detach() * losses).sum(), DWAState(total, step, state.newer, state.older)
 
 
-def _observe(losses: PyTree, state: DWAState) -> DWAState:
-    """End an epoch; without an average and without a call there was none."""
+def _observe(losses: PyTree, state: DWAState, *, present: Present = None) -> DWAState:
+    """End an epoch; a loss without an average and without a call had none."""
+    known = state.step > 0 if losses is None else torch.ones_like(state.step, dtype=torch.bool)
+    mask = observable("dwa", present, known)
     if losses is None:
         average = state.total / state.step.clamp(min=1)
     else:
-        average = observed("dwa", losses, state.total)
+        average = observed("dwa", losses, state.total, mask)
     zero, none = torch.zeros_like(state.total), torch.zeros_like(state.step)
     ended = DWAState(zero, none, average, state.newer)
-    if losses is not None:
-        return ended
-    return _tree.map(partial(torch.where, state.step > 0), ended, state)
+    return _tree.map(partial(torch.where, mask), ended, state)
 
 
 def dwa(temperature: Number = 2.0) -> Scalarizer:
@@ -66,7 +76,8 @@ def dwa(temperature: Number = 2.0) -> Scalarizer:
     $\bar L_i(t)$ is the average over epoch `t`. Weights are constants, sum to `m`, and are 1 in the
     first two epochs. The state holds the sum over the current epoch and the averages of the last
     two. At the end of an epoch call `state = scalarizer.observe(None, state)`; to use averages of
-    your own, such as those of validation, pass them instead of `None`.
+    your own, such as those of validation, pass them instead of `None`. A loss that is absent from
+    some batches is averaged over the others; from an epoch, it keeps its averages.
 
     Args:
         temperature: `T`, positive; the larger, the more uniform the weights. A tensor may be

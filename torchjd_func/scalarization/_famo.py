@@ -12,9 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
+from torchjd_func._names import Vector
+from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
-from torchjd_func.scalarization._common import Number, Vector, entries, number, observed, optional
+from torchjd_func.scalarization._common import (
+    Number,
+    Numbers,
+    entries,
+    number,
+    observable,
+    observed,
+    optional,
+    present_softmax,
+)
 
 _EPS = 1e-8  # of the paper's code: D = L - b + eps, and of Adam
 _BETA_1, _BETA_2 = 0.9, 0.999
@@ -26,48 +37,57 @@ class FAMOState(NamedTuple):
     logits: Tensor  # (m,), xi
     first: Tensor  # (m,), running mean of the gradient of the logits
     second: Tensor  # (m,), running mean of its square
-    step: Tensor  # () int64, number of updates of the logits
+    step: Tensor  # (m,) int64, number of updates of the logits
     before: Tensor  # (m,), log D at the last call
-    pending: Tensor  # () bool, whether that call was not yet observed
+    pending: Tensor  # (m,) bool, what that call had and is not yet observed
 
 
 def _init(losses: Tensor, key: Tensor | None) -> FAMOState:
     """Start with uniform weights."""
     zero = torch.zeros_like(losses)
-    step = torch.zeros((), dtype=torch.int64, device=losses.device)
-    pending = torch.zeros((), dtype=torch.bool, device=losses.device)
+    step = torch.zeros_like(zero, dtype=torch.int64)
+    pending = torch.zeros_like(zero, dtype=torch.bool)
     return FAMOState(zero, zero.clone(), zero.clone(), step, zero.clone(), pending)
 
 
-def _log_gap(losses: Tensor, min_losses: Tensor | None) -> Tensor:
+def _log_gap(losses: Tensor, min_losses: Vector | None, present: Tensor | None) -> Tensor:
     """Return `log D`, with the gap `D = L - b + eps`."""
-    return (losses - entries("min_losses", min_losses, losses, 0.0) + _EPS).log()
+    gap = losses - entries("min_losses", min_losses, losses, 0.0) + _EPS
+    return only(present, gap, 1.0).log()
 
 
 def _update(
-    losses: Tensor, state: FAMOState, *, min_losses: Tensor | None
+    losses: Tensor,
+    state: FAMOState,
+    *,
+    min_losses: Vector | None,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, FAMOState]:
     """Combine the logarithms of the gaps, so that the weights of the losses sum to 1."""
+    _check.state_type("famo", state, FAMOState)
     _check.state("famo", "logits", state.logits, losses.shape)
-    log_gap = _log_gap(losses, min_losses)
-    z, before = torch.softmax(state.logits.detach(), 0), log_gap.detach()
+    log_gap = _log_gap(losses, min_losses, present)
+    z, before = present_softmax(state.logits.detach(), present), log_gap.detach()
     c = 1 / (z * torch.exp(-before)).sum()
-    called = state._replace(before=before, pending=torch.ones_like(state.pending))
-    return c * (z * log_gap).sum(), called
+    called = torch.ones_like(state.pending) if present is None else present.clone()
+    before = torch.where(called, before, state.before)
+    return c * (z * log_gap).sum(), state._replace(before=before, pending=called)
 
 
 def _observe(
     losses: PyTree,
     state: FAMOState,
     *,
-    min_losses: Tensor | None,
+    min_losses: Vector | None,
     beta: Number,
     gamma: Number,
     optimizer: str,
+    present: Present = None,
 ) -> FAMOState:
     """Move the logits; tasks that improved most lose weight. Without a call nothing moves."""
-    after = _log_gap(observed("famo", losses, state.logits), min_losses)
-    delta, z = state.before - after, torch.softmax(state.logits, 0)
+    moves = observable("famo", present, state.pending)
+    after = _log_gap(observed("famo", losses, state.logits, moves), min_losses, moves)
+    delta, z = state.before - after, present_softmax(state.logits, _present.usable(moves))
     slope = z * (delta - (z * delta).sum()) + number(gamma, z) * state.logits
     first = _BETA_1 * state.first + (1 - _BETA_1) * slope
     second = _BETA_2 * state.second + (1 - _BETA_2) * slope.square()
@@ -77,14 +97,14 @@ def _observe(
         slope = slope / ((second / (1 - _BETA_2 ** step.to(z))).sqrt() + _EPS)
     logits = state.logits - number(beta, z) * slope
     moved = FAMOState(logits, first, second, step, state.before, torch.zeros_like(state.pending))
-    return _tree.map(partial(torch.where, state.pending), moved, state)
+    return _tree.map(partial(torch.where, moves), moved, state)
 
 
 def famo(
     beta: Number = 0.025,
     gamma: Number = 1e-3,
     *,
-    min_losses: Vector | None = None,
+    min_losses: Numbers | None = None,
     optimizer: str = "adam",
 ) -> Scalarizer:
     r"""Decrease all losses at about the same relative rate, at the price of one backward pass.
@@ -97,7 +117,8 @@ def famo(
     the step compute the losses of the SAME batch again and call
     `state = scalarizer.observe(losses, state)`: with $\delta = \log D^{before} - \log D^{after}$
     the logits move against the gradient $z \circ (\delta - z^\top \delta) + \gamma \xi$. The state
-    holds the logits, the moments of their optimiser, and the last losses. Assumes `L > b`.
+    holds the logits, the moments of their optimiser, and the last losses. Assumes `L > b`. What was
+    absent from the call is not observed either: its losses are not read, its logit stays.
 
     Args:
         beta: Step size of the logits. A tensor may be vmapped.

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, number, pure
+from torchjd_func.scalarization._common import Number, count, number, pure
 
 
-def _geometric_mean(losses: Tensor) -> Tensor:
+def _geometric_mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Take the mean of the logarithms; where a loss is zero the result is a constant zero."""
     zero = losses == 0
-    product = torch.where(zero, 1.0, losses).log().mean().exp()
+    logs = torch.where(zero, 1.0, losses).log()
+    product = (only(present, logs).sum() / count(losses, present)).exp()
     return torch.where(zero.any(), 0.0, product)
 
 
-def _log_sum(losses: Tensor, *, offset: Number) -> Tensor:
+def _log_sum(losses: Tensor, *, offset: Number, present: Tensor | None = None) -> Tensor:
     """Add the logarithms."""
-    return (losses + number(offset, losses)).log().sum()
+    return only(present, (losses + number(offset, losses)).log()).sum()
 
 
 def geometric_mean() -> Scalarizer:

@@ -15,9 +15,19 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
-from torchjd_func.scalarization._common import Number, Vector, entries, number, optional, pure
+from torchjd_func.scalarization._common import (
+    Number,
+    Numbers,
+    count,
+    entries,
+    number,
+    optional,
+    pure,
+)
 
 TRANSFORMS = ("power", "root", "log")
 
@@ -28,11 +38,13 @@ class HypervolumeState(NamedTuple):
     key: Tensor  # (2,) int64
 
 
-def _log(losses: Tensor, *, reference: Tensor | None, slack: Number) -> Tensor:
+def _log(
+    losses: Tensor, *, reference: Vector | None, slack: Number, present: Tensor | None = None
+) -> Tensor:
     """Take minus the logarithm of the volume between the losses and the reference."""
-    nadir = number(slack, losses) * losses.detach().amax()
+    nadir = number(slack, losses) * only(present, losses.detach(), -torch.inf).amax()
     corner = nadir if reference is None else entries("reference", reference, losses, 0.0)
-    return -(corner - losses).log().sum()
+    return -only(present, corner - losses, 1.0).log().sum()
 
 
 def _init(losses: Tensor, key: Tensor | None) -> HypervolumeState:
@@ -41,23 +53,37 @@ def _init(losses: Tensor, key: Tensor | None) -> HypervolumeState:
 
 
 def _update(
-    losses: Tensor, state: HypervolumeState, *, reference: Tensor, transform: str
+    losses: Tensor,
+    state: HypervolumeState,
+    *,
+    reference: Vector,
+    variant: str,
+    transform: str,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, HypervolumeState]:
     """Draw a direction from the positive part of the unit sphere."""
+    _check.state_type("hypervolume", state, HypervolumeState)
     next_key, draw = split(state.key)
     size = normal(draw, losses.shape, dtype=losses.dtype).abs()
-    loss = _in_direction(
-        losses, reference=reference, direction=size / vector_norm(size), transform=transform
-    )
+    direction = size / vector_norm(only(present, size))
+    options = {"reference": reference, "direction": direction, "transform": transform}
+    loss = _in_direction(losses, variant=variant, present=present, **options)
     return loss, HypervolumeState(next_key)
 
 
 def _in_direction(
-    losses: Tensor, *, reference: Tensor, direction: Tensor, transform: str
+    losses: Tensor,
+    *,
+    reference: Vector,
+    variant: str,
+    direction: Vector,
+    transform: str,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Measure how far the losses are inside the reference, in one direction."""
-    m, along = losses.shape[0], entries("direction", direction, losses, 1.0)
-    depth = ((entries("reference", reference, losses, 0.0) - losses) / along).amin()
+    m, along = count(losses, present), entries("direction", direction, losses, 1.0)
+    inward = (entries("reference", reference, losses, 0.0) - losses) / along
+    depth = only(present, inward, torch.inf).amin()
     inside = depth > 0
     safe = torch.where(inside, depth, 1.0)
     if transform == "log":
@@ -66,11 +92,11 @@ def _in_direction(
 
 
 def hypervolume(
-    reference: Vector | None = None,
+    reference: Numbers | None = None,
     *,
     variant: str = "log",
     slack: Number = 1.1,
-    direction: Vector | None = None,
+    direction: Numbers | None = None,
     transform: str = "power",
 ) -> Scalarizer:
     r"""Enlarge the volume that the losses dominate below a reference point.
@@ -132,9 +158,8 @@ def hypervolume(
             "`reference` must be given to variant='random', got None. "
             "Pass a point above all losses, such as 1.1 times the first of them."
         )
+    options = {"reference": corner, "variant": variant, "transform": transform}
     fixed = optional("direction", direction, low=0)
     if fixed is None:
-        update = partial(_update, reference=corner, transform=transform)
-        return Scalarizer("hypervolume", _init, update)
-    options = {"reference": corner, "direction": fixed, "transform": transform}
-    return pure("hypervolume", partial(_in_direction, **options))
+        return Scalarizer("hypervolume", _init, partial(_update, **options))
+    return pure("hypervolume", partial(_in_direction, direction=fixed, **options))

@@ -7,23 +7,25 @@ from functools import partial
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Vector, entries, pure
+from torchjd_func.scalarization._common import Numbers, count, entries, pure
 
 
-def _mean(losses: Tensor) -> Tensor:
+def _mean(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Average the losses."""
-    return losses.mean()
+    return only(present, losses).sum() / count(losses, present)
 
 
-def _sum(losses: Tensor) -> Tensor:
+def _sum(losses: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Add the losses."""
-    return losses.sum()
+    return only(present, losses).sum()
 
 
-def _constant(losses: Tensor, *, weights: Tensor) -> Tensor:
+def _constant(losses: Tensor, *, weights: Vector, present: Tensor | None = None) -> Tensor:
     """Add the weighted losses."""
-    return (entries("weights", weights, losses, 1.0) * losses).sum()
+    return only(present, entries("weights", weights, losses, 1.0) * losses).sum()
 
 
 def mean() -> Scalarizer:
@@ -72,7 +74,7 @@ def sum() -> Scalarizer:
     return pure("sum", _sum)
 
 
-def constant(weights: Vector) -> Scalarizer:
+def constant(weights: Numbers) -> Scalarizer:
     r"""Combine the losses with fixed weights.
 
     $$s = \sum_i w_i L_i, \qquad \frac{\partial s}{\partial L_i} = w_i.$$

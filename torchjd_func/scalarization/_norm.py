@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     log_mean_exp,
     number,
@@ -25,11 +27,16 @@ from torchjd_func.scalarization._common import (
 
 
 def _p_norm(
-    losses: Tensor, *, p: Number, weights: Tensor | None, reference: Tensor | None
+    losses: Tensor,
+    *,
+    p: Number,
+    weights: Vector | None,
+    reference: Vector | None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Take the norm of the weighted gaps relative to the largest of them."""
     gaps = losses - entries("reference", reference, losses, 0.0)
-    sizes = weights_or_uniform(weights, losses) * gaps.abs()
+    sizes = only(present, weights_or_uniform(weights, losses, present) * gaps.abs())
     largest, power = sizes.detach().amax(), number(p, losses)
     defined = largest > 0
     relative = sizes / torch.where(defined, largest, 1.0)
@@ -37,14 +44,17 @@ def _p_norm(
     return largest * total ** (1 / power)
 
 
-def _power_mean(losses: Tensor, *, p: Number, weights: Tensor | None) -> Tensor:
+def _power_mean(
+    losses: Tensor, *, p: Number, weights: Vector | None, present: Tensor | None = None
+) -> Tensor:
     """Take the generalised mean in the logarithms of the losses."""
-    w = weights_or_uniform(weights, losses)
-    return log_mean_exp(losses.log(), w / w.sum(), number(p, losses)).exp()
+    w = weights_or_uniform(weights, losses, present)
+    shares = w / only(present, w).sum()
+    return log_mean_exp(losses.log(), shares, number(p, losses), present).exp()
 
 
 def p_norm(
-    p: Number = 2.0, weights: Vector | None = None, reference: Vector | None = None
+    p: Number = 2.0, weights: Numbers | None = None, reference: Numbers | None = None
 ) -> Scalarizer:
     r"""Take a weighted norm of the distance from an ideal point.
 
@@ -85,7 +95,7 @@ def p_norm(
     return pure("p_norm", partial(_p_norm, **options))
 
 
-def power_mean(p: Number, weights: Vector | None = None) -> Scalarizer:
+def power_mean(p: Number, weights: Numbers | None = None) -> Scalarizer:
     r"""Take a generalised mean of the losses.
 
     $$s = \Big(\frac{\sum_i w_i L_i^p}{\sum_i w_i}\Big)^{1/p}, \qquad

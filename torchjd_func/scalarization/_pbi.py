@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     number,
     optional,
@@ -26,11 +28,16 @@ from torchjd_func.scalarization._common import (
 
 
 def _pbi(
-    losses: Tensor, *, weights: Tensor | None, reference: Tensor | None, theta: Number
+    losses: Tensor,
+    *,
+    weights: Vector | None,
+    reference: Vector | None,
+    theta: Number,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Add the penalised distance from the ray to the distance along it."""
-    gaps = losses - entries("reference", reference, losses, 0.0)
-    w = weights_or_uniform(weights, losses)
+    gaps = only(present, losses - entries("reference", reference, losses, 0.0))
+    w = only(present, weights_or_uniform(weights, losses, present))
     direction = w / vector_norm(w)
     along = (gaps * direction).sum()
     across = gaps - along * direction
@@ -41,7 +48,7 @@ def _pbi(
 
 
 def pbi(
-    weights: Vector | None = None, reference: Vector | None = None, *, theta: Number = 5.0
+    weights: Numbers | None = None, reference: Numbers | None = None, *, theta: Number = 5.0
 ) -> Scalarizer:
     r"""Go down along a preferred ray, and stay close to it.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
 from torchjd_func.random import normal, split
+from torchjd_func.scalarization._common import present_softmax
 
 
 class RandomState(NamedTuple):
@@ -27,10 +27,13 @@ def _init(losses: Tensor, key: Tensor | None) -> RandomState:
     return RandomState(_check.key_present("random", key))
 
 
-def _update(losses: Tensor, state: RandomState) -> tuple[Tensor, RandomState]:
+def _update(
+    losses: Tensor, state: RandomState, *, present: Tensor | None = None
+) -> tuple[Tensor, RandomState]:
     """Draw weights on the simplex."""
+    _check.state_type("random", state, RandomState)
     next_key, draw = split(state.key)
-    weights = torch.softmax(normal(draw, losses.shape, dtype=losses.dtype), 0)
+    weights = present_softmax(normal(draw, losses.shape, dtype=losses.dtype), present)
     return (weights * losses).sum(), RandomState(next_key)
 
 

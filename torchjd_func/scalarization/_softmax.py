@@ -9,24 +9,32 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, log_mean_exp, number, pure
+from torchjd_func.scalarization._common import (
+    Number,
+    count,
+    log_mean_exp,
+    number,
+    present_softmax,
+    pure,
+)
 
 VARIANTS = ("boltzmann", "detached", "log_sum_exp", "log_mean_exp")
 
 
-def _softmax(losses: Tensor, *, kappa: Number, variant: str) -> Tensor:
+def _softmax(
+    losses: Tensor, *, kappa: Number, variant: str, present: Tensor | None = None
+) -> Tensor:
     """Average with exponential weights, or take the logarithm of the exponentials."""
-    m, sharpness = losses.shape[0], number(kappa, losses)
+    m, sharpness = count(losses, present), number(kappa, losses)
     if variant in ("boltzmann", "detached"):
-        weights = torch.softmax(sharpness * losses, 0)
+        weights = present_softmax(sharpness * losses, present)
         return ((weights if variant == "boltzmann" else weights.detach()) * losses).sum()
-    mean = log_mean_exp(losses, torch.full_like(losses, 1 / m), sharpness)
-    return mean if variant == "log_mean_exp" else mean + math.log(m) / sharpness
+    mean = log_mean_exp(losses, (1 / m).expand(losses.shape), sharpness, present)
+    return mean if variant == "log_mean_exp" else mean + m.log() / sharpness
 
 
 def softmax(kappa: Number = 1.0, *, variant: str = "boltzmann") -> Scalarizer:

@@ -6,17 +6,17 @@ Multi-Objective Optimization, ICML 2024, arXiv:2402.19078.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
+    count,
     entries,
     log_mean_exp,
     number,
@@ -28,32 +28,40 @@ from torchjd_func.scalarization._common import (
 _EPS = 1e-20  # of the multi-task code: y = log(L / nadir + eps)
 
 
-def _soft_maximum(values: Tensor, mu: Number) -> Tensor:
+def _soft_maximum(values: Tensor, mu: Number, present: Tensor | None) -> Tensor:
     """Return `mu log sum exp(values / mu)`."""
-    m, width = values.shape[0], number(mu, values)
-    return log_mean_exp(values, torch.full_like(values, 1 / m), 1 / width) + width * math.log(m)
+    m, width = count(values, present), number(mu, values)
+    mean = log_mean_exp(values, (1 / m).expand(values.shape), 1 / width, present)
+    return mean + width * m.log()
 
 
 def _stch(
-    losses: Tensor, *, weights: Tensor | None, reference: Tensor | None, mu: Number
+    losses: Tensor,
+    *,
+    weights: Vector | None,
+    reference: Vector | None,
+    mu: Number,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Take the soft maximum of the weighted gaps."""
     gaps = losses - entries("reference", reference, losses, 0.0)
-    return _soft_maximum(weights_or_uniform(weights, losses) * gaps, mu)
+    return _soft_maximum(weights_or_uniform(weights, losses, present) * gaps, mu, present)
 
 
-def _stch_nadir(losses: Tensor, *, nadir: Tensor, mu: Number) -> Tensor:
+def _stch_nadir(
+    losses: Tensor, *, nadir: Vector, mu: Number, present: Tensor | None = None
+) -> Tensor:
     """Take the soft maximum of the logarithms of the losses relative to the nadir."""
     ratio = losses / entries("nadir", nadir, losses, 1.0)
-    return losses.shape[0] * _soft_maximum((ratio + _EPS).log(), mu)
+    return count(losses, present) * _soft_maximum((ratio + _EPS).log(), mu, present)
 
 
 def stch(
     mu: Number = 0.1,
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
-    nadir: Vector | None = None,
+    nadir: Numbers | None = None,
 ) -> Scalarizer:
     r"""Take a smooth maximum of the weighted distances from an ideal point.
 

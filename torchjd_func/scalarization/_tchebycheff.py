@@ -10,13 +10,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._names import Vector
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import (
     Number,
-    Vector,
+    Numbers,
     entries,
     number,
     optional,
@@ -25,51 +28,55 @@ from torchjd_func.scalarization._common import (
 )
 
 
-def _gaps(losses: Tensor, reference: Tensor | None, absolute: bool) -> Tensor:
+def _gaps(losses: Tensor, reference: Vector | None, absolute: bool) -> Tensor:
     """Return the distance of each loss from the reference."""
     gaps = losses - entries("reference", reference, losses, 0.0)
     return gaps.abs() if absolute else gaps
 
 
-def _weigh(gaps: Tensor, weights: Tensor | None, convention: str) -> Tensor:
+def _weigh(gaps: Tensor, weights: Vector | None, convention: str, present: Tensor | None) -> Tensor:
     """Multiply or divide by the weights."""
-    w = weights_or_uniform(weights, gaps)
+    w = weights_or_uniform(weights, gaps, present)
     return gaps * w if convention == "multiply" else gaps / w
 
 
 def _tchebycheff(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Vector | None,
+    reference: Vector | None,
     convention: str,
     absolute: bool,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Take the largest weighted gap."""
-    return _weigh(_gaps(losses, reference, absolute), weights, convention).amax()
+    gaps = _gaps(losses, reference, absolute)
+    return only(present, _weigh(gaps, weights, convention, present), -torch.inf).amax()
 
 
 def _augmented(
     losses: Tensor,
     *,
-    weights: Tensor | None,
-    reference: Tensor | None,
+    weights: Vector | None,
+    reference: Vector | None,
     convention: str,
     absolute: bool,
     rho: Number,
     augmentation: str,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Add a small multiple of the sum to the largest weighted gap."""
     gaps = _gaps(losses, reference, absolute)
-    weighted = _weigh(gaps, weights, convention)
-    added = weighted if augmentation == "weighted" else gaps
-    return weighted.amax() + number(rho, losses) * added.sum()
+    weighted = _weigh(gaps, weights, convention, present)
+    added = only(present, weighted if augmentation == "weighted" else gaps)
+    return only(present, weighted, -torch.inf).amax() + number(rho, losses) * added.sum()
 
 
 def _options(
-    weights: Vector | None, reference: Vector | None, convention: str, absolute: bool
+    weights: Numbers | None, reference: Numbers | None, convention: str, absolute: bool
 ) -> dict[str, Any]:
     """Check what the sharp forms have in common."""
+    _check.flag("absolute", absolute)
     _check.choice("convention", convention, ("multiply", "divide"))
     return {
         "weights": optional("weights", weights, low=0),
@@ -80,8 +87,8 @@ def _options(
 
 
 def tchebycheff(
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
     convention: str = "multiply",
     absolute: bool = False,
@@ -124,8 +131,8 @@ def tchebycheff(
 
 
 def augmented_tchebycheff(
-    weights: Vector | None = None,
-    reference: Vector | None = None,
+    weights: Numbers | None = None,
+    reference: Numbers | None = None,
     *,
     rho: Number = 0.05,
     augmentation: str = "weighted",

@@ -7,6 +7,7 @@ Learning, ICLR 2021.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,10 +16,22 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
 from torchjd_func.scalarization._common import Number, entries, number
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
+
+
+class Kinds(NamedTuple):
+    """What each loss is, by name, and the factor that it gets for that."""
+
+    names: str | tuple[str, ...]
+    factor: float | Tensor  # or (m,)
+
+    def __repr__(self) -> str:
+        """Return the names, as they were given."""
+        return repr(self.names if isinstance(self.names, str) else list(self.names))
 
 
 class UWState(NamedTuple):
@@ -38,12 +51,17 @@ def _uw_init(losses: Tensor, key: Tensor | None, *, start: Number) -> UWState:
     return UWState(number(start, losses).expand(losses.shape).clone())
 
 
-def _uw_update(losses: Tensor, state: UWState, *, factor: Tensor | float) -> tuple[Tensor, UWState]:
+def _uw_update(
+    losses: Tensor, state: UWState, *, kind: Kinds, present: Tensor | None = None
+) -> tuple[Tensor, UWState]:
     """Add the negative log-likelihoods, up to constants."""
+    _check.state_type("uw", state, UWState)
     _check.state("uw", "log_variance", state.log_variance, losses.shape)
-    wanted = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
-    scaled = entries("kind", wanted, losses, 1.0) * torch.exp(-state.log_variance) * losses
-    return (scaled + state.log_variance / 2).sum(), state
+    factor = kind.factor
+    if isinstance(factor, Tensor):
+        factor = entries("kind", factor, losses, 1.0)
+    scaled = factor * torch.exp(-state.log_variance) * losses
+    return only(present, scaled + state.log_variance / 2).sum(), state
 
 
 def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
@@ -51,10 +69,13 @@ def _imtl_l_init(losses: Tensor, key: Tensor | None) -> IMTLLState:
     return IMTLLState(torch.zeros_like(losses))
 
 
-def _imtl_l_update(losses: Tensor, state: IMTLLState) -> tuple[Tensor, IMTLLState]:
+def _imtl_l_update(
+    losses: Tensor, state: IMTLLState, *, present: Tensor | None = None
+) -> tuple[Tensor, IMTLLState]:
     """Add the scaled losses, less the logarithms of the scales."""
+    _check.state_type("imtl_l", state, IMTLLState)
     _check.state("imtl_l", "log_scale", state.log_scale, losses.shape)
-    return (torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
+    return only(present, torch.exp(state.log_scale) * losses - state.log_scale).sum(), state
 
 
 def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scalarizer:
@@ -97,12 +118,11 @@ def uw(kind: str | Sequence[str] = "regression", *, start: Number = 0.0) -> Scal
         >>> torch.func.grad(loss)((params, state), torch.tensor([1.0, 2.0]))
         (tensor([-1., -2.]), UWState(log_variance=tensor([ 0.0000, -1.5000])))
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    for one in kinds:
-        _check.choice("kind", one, tuple(_FACTORS))
+    _check.interval("start", start, -math.inf, open_low=True)
+    kinds = _check.choices("kind", kind, _FACTORS)
     factors = torch.tensor([_FACTORS[one] for one in kinds], dtype=torch.float64)
-    factor = _FACTORS[kind] if isinstance(kind, str) else factors
-    return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, factor=factor))
+    known = Kinds(kind, _FACTORS[kind]) if isinstance(kind, str) else Kinds(kinds, factors)
+    return Scalarizer("uw", partial(_uw_init, start=start), partial(_uw_update, kind=known))
 
 
 def imtl_l() -> Scalarizer:

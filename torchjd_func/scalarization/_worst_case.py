@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._present import only
 from torchjd_func._types import Scalarizer
-from torchjd_func.scalarization._common import Number, number, pure
+from torchjd_func.scalarization._common import Number, count, number, pure
 
 
 class GroupDROState(NamedTuple):
@@ -25,23 +26,23 @@ class GroupDROState(NamedTuple):
     log_weights: Tensor  # (m,), logarithms of weights that sum to 1
 
 
-def _cvar(losses: Tensor, *, alpha: Number) -> Tensor:
+def _cvar(losses: Tensor, *, alpha: Number, present: Tensor | None = None) -> Tensor:
     """Average the worst share of the losses; the last of them may count in part."""
-    m = losses.shape[0]
-    return _top(losses, number(alpha, losses) * m)
+    return _top(losses, number(alpha, losses) * count(losses, present), present)
 
 
-def _top_k(losses: Tensor, *, k: int) -> Tensor:
+def _top_k(losses: Tensor, *, k: int, present: Tensor | None = None) -> Tensor:
     """Average the `k` largest losses."""
     _check.interval("k", k, 1, losses.shape[0])
-    return _top(losses, number(k, losses))
+    return _top(losses, count(losses, present).clamp(max=k), present)
 
 
-def _top(losses: Tensor, count: Tensor) -> Tensor:
-    """Average the `count` largest losses, `count` being any positive number."""
-    rank = torch.arange(losses.shape[0], dtype=losses.dtype, device=losses.device)
-    weights = (count - rank).clamp(0, 1) / count
-    return (weights * losses.sort(descending=True, stable=True).values).sum()
+def _top(losses: Tensor, size: Tensor, present: Tensor | None) -> Tensor:
+    """Average the `size` largest losses, `size` being any positive number."""
+    place = torch.arange(losses.shape[0], dtype=losses.dtype, device=losses.device)
+    weights = (size - place).clamp(0, 1) / size
+    ordered = only(present, losses, -torch.inf).sort(descending=True, stable=True).values
+    return (weights * torch.where(weights > 0, ordered, 0.0)).sum()
 
 
 def _init(losses: Tensor, key: Tensor | None) -> GroupDROState:
@@ -49,12 +50,19 @@ def _init(losses: Tensor, key: Tensor | None) -> GroupDROState:
     return GroupDROState(torch.full_like(losses, -math.log(losses.shape[0])))
 
 
-def _update(losses: Tensor, state: GroupDROState, *, eta: Number) -> tuple[Tensor, GroupDROState]:
-    """Step the weights up the losses, and use them."""
+def _update(
+    losses: Tensor, state: GroupDROState, *, eta: Number, present: Tensor | None = None
+) -> tuple[Tensor, GroupDROState]:
+    """Step the weights up the losses, and use them; what is absent keeps its weight."""
+    _check.state_type("group_dro", state, GroupDROState)
     _check.state("group_dro", "log_weights", state.log_weights, losses.shape)
     logits = state.log_weights.detach() + number(eta, losses) * losses.detach()
-    log_weights = torch.log_softmax(logits, 0)
-    return (log_weights.exp() * losses).sum(), GroupDROState(log_weights)
+    log_shares = torch.log_softmax(only(present, logits, -torch.inf), 0)
+    loss = (log_shares.exp() * losses).sum()
+    if present is None:
+        return loss, GroupDROState(log_shares)
+    total = only(present, state.log_weights.detach(), -torch.inf).logsumexp(0)
+    return loss, GroupDROState(torch.where(present, log_shares + total, state.log_weights))
 
 
 def cvar(alpha: Number = 0.5, *, k: int | None = None) -> Scalarizer:
@@ -69,7 +77,7 @@ def cvar(alpha: Number = 0.5, *, k: int | None = None) -> Scalarizer:
 
     Args:
         alpha: Share of the losses that count, above 0, at most 1. A tensor may be vmapped.
-        k: Number of losses that count, instead of a share.
+        k: Number of losses that count, instead of a share; all, where fewer are present.
 
     Returns:
         The Scalarizer, without state.

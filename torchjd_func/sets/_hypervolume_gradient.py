@@ -146,7 +146,8 @@ def hypervolume_gradient(
                 [2., 2.],
                 [1., 1.]])
     """
+    _check.flag("normalize", normalize)
     corner = _check.vector("reference", reference)
-    factor = _check.interval("slack", slack, 1, open_low=True)
+    factor = _check.interval("slack", slack, 1, open_low=True, optional=True)
     update = partial(_update, reference=corner, slack=factor, normalize=normalize)
     return SetRule("hypervolume_gradient", no_state, update, needs="size")

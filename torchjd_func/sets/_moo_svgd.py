@@ -100,5 +100,5 @@ def moo_svgd(bandwidth: float | Tensor | None = None) -> SetRule:
                 [-0.3091,  0.6320],
                 [ 0.5514,  0.7749]])
     """
-    h = _check.interval("bandwidth", bandwidth, 0, open_low=True)
+    h = _check.interval("bandwidth", bandwidth, 0, open_low=True, optional=True)
     return SetRule("moo_svgd", no_state, partial(_update, bandwidth=h))

@@ -18,6 +18,7 @@ from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func._lift import statistic_like
+from torchjd_func._repr import in_one_line
 from torchjd_func._types import Needs, PyTree, State
 
 
@@ -94,9 +95,7 @@ class SetRule:
         weights, state = self.weighting(gramians, state, losses=losses)
         return rebuild(combine(flat, weights)), state
 
-    def __repr__(self) -> str:
-        """Return the name in one line."""
-        return f"SetRule({self.name})"
+    __repr__ = in_one_line
 
 
 def combine(flat: list[Tensor], weights: Tensor) -> list[Tensor]:

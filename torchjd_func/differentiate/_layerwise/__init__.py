@@ -22,7 +22,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     spread,
 )
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._planner import Larger, Problem, run
+from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
 
@@ -43,6 +43,7 @@ __all__ = [
     "layers",
     "leaf_costs",
     "name_of",
+    "plan",
     "rule_names",
     "run",
     "spread",

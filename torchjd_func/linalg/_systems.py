@@ -6,22 +6,16 @@ import numpy as np
 import torch
 
 from torchjd_func._host import Array
-from torchjd_func.linalg._gramian import sure_inverse
 
-# Largest relative KKT residual of a solution that is called converged.
-KKT_TOL = 1e-8
-# Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
-SIGN_TOL = 1e-12
+# Systems are solved whole up to this size, or in a batch of this many multiplications; beyond, the
+# support is cut out.
+SMALL, LIGHT = 24, 1_000_000
+# From this many systems on torch solves them faster than numpy.
+MANY = 256
+# Numbers in the largest batch of systems that are cut out.
+BLOCK = 2_000_000
 # A pivot of the Cholesky factor (of a unit diagonal) below this marks a dependent row.
 RANK_TOL = 1e-12
-# An unknown this large (of a unit diagonal, `max|q| = 1`) is the rounding of an infinite one.
-LARGEST = 1e8
-# With this condition at most, and so many right-hand sides, a matrix is worth inverting.
-CONDITION, MANY = 1e6, 32
-# A residual of this size (of `max|q| = 1`) is not worth another round.
-EXACT = 1e-14
-# Numbers in the largest batch of cut-out systems.
-BLOCK = 2_000_000
 
 
 def largest(x: Array) -> Array:
@@ -46,46 +40,60 @@ def residual(matrices: Array, which: Array, vectors: Array, z: Array) -> Array:
     return largest(np.minimum(z, push(matrices, which, z) + vectors)) / (1 + largest(z))
 
 
+def complementary(
+    matrices: Array, which: Array, right: Array, free: Array, minus: Array
+) -> tuple[Array, Array]:
+    """Return `x_F` and the slopes of the others, in one array, none negative at a solution.
+
+    Args:
+        matrices: `(P, m, m)`.
+        which: `(N,)`.
+        right: `(N, m, 2)`: `-q`, and a vector like no other.
+        free: `(N, m)`, the support.
+        minus: `(m, m)`, minus the identity.
+
+    Returns:
+        The array, and the size of what solves the system for the second vector: it is blown up
+        where the rows of the support are dependent.
+    """
+    n, m = free.shape
+    if m <= SMALL or n * m**3 <= LIGHT:
+        matrix = matrices if len(matrices) == 1 else matrices[which]
+        # Of `Q x - y = -q`, the columns of what is not zero.
+        system = np.where(free[:, None, :], matrix, minus)
+        try:
+            solved = _solve_each(system, right)
+            return solved[:, :, 0], largest(solved[:, :, 1])
+        except np.linalg.LinAlgError:
+            pass
+    x, independent = cut_out(matrices, which, free, right[:, :, 0])
+    slope = push(matrices, which, x) - right[:, :, 0]
+    return np.where(free, x, slope), np.where(independent, 0.0, np.inf)
+
+
+def _solve_each(systems: Array, right: Array) -> Array:
+    """Solve `(n, m, m)` systems: torch takes longer to start, and less for each."""
+    if len(systems) < MANY:
+        return np.linalg.solve(systems, right)
+    solved, info = torch.linalg.solve_ex(torch.from_numpy(systems), torch.from_numpy(right))
+    solved[info != 0] = torch.inf
+    return solved.numpy()
+
+
 def cut_out(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Solve on the support, by Cholesky: in systems of its size, or of what it leaves out.
+    """Solve on the support by Cholesky, in systems of its size, in batches of similar size.
 
     Returns:
         `x`, zero off the support, and whether the rows of the support are independent.
     """
-    large = 3 * free.sum(axis=1) > 2 * free.shape[1]
-    many = len(matrices) == 1 and large.sum() >= MANY
-    inverse = sure_inverse(matrices[0], 1 / CONDITION) if many else None
-    if inverse is None:
-        return _in_blocks(matrices, which, free, right)
-    x, independent, small = np.zeros_like(right), np.ones(len(right), dtype=bool), ~large
-    x[large] = _left_out(matrices[0], inverse, free[large], right[large])
-    x[small], independent[small] = _in_blocks(matrices, which[small], free[small], right[small])
-    return x, independent
-
-
-def _left_out(matrix: Array, inverse: Array, free: Array, right: Array) -> Array:
-    """Solve on large supports by small systems off them: `x = H (b + l)` with `x` zero there."""
-    x, which = np.zeros_like(right), np.zeros(len(right), dtype=int)
-    for _ in range(2):  # the second round refines the first, where that is not rounding
-        left = np.where(free, right - x @ matrix, 0.0)
-        if np.abs(left).max(initial=0.0) <= EXACT:
-            break
-        whole = left @ inverse
-        beyond, _ = _in_blocks(inverse[None], which, ~free, -whole)
-        x = np.where(free, x + whole + beyond @ inverse, 0.0)
-    return x
-
-
-def _in_blocks(matrices: Array, which: Array, free: Array, right: Array) -> tuple[Array, Array]:
-    """Solve on the support, in systems of its size, in batches of similar size."""
     x, independent = np.zeros_like(right), np.ones(len(right), dtype=bool)
     counts = free.sum(axis=1)
     order = np.argsort(counts, kind="stable")
     step = max(1, BLOCK // max(1, int(counts.max(initial=0))) ** 2)
     for start in range(0, len(order), step):
         block = order[start : start + step]
-        found = _cut_out_block(matrices, which[block], free[block], right[block])
-        x[block], independent[block] = found
+        part = _cut_out_block(matrices, which[block], free[block], right[block])
+        x[block], independent[block] = part
     return x, independent
 
 
@@ -96,7 +104,9 @@ def _cut_out_block(matrices: Array, which: Array, free: Array, right: Array) -> 
         return np.zeros_like(right), np.ones(len(right), dtype=bool)
     places = np.argsort(~free, axis=1, kind="stable")[:, :size]
     valid = np.take_along_axis(free, places, axis=1)
-    small = matrices[which[:, None, None], places[:, :, None], places[:, None, :]]
+    m = free.shape[1]
+    rows = (which * m)[:, None] + places
+    small = matrices.take(rows[:, :, None] * m + places[:, None, :])
     small = np.where(valid[:, :, None] & valid[:, None, :], small, np.eye(size))
     reduced = np.where(valid, np.take_along_axis(right, places, axis=1), 0.0)
     factor, info = torch.linalg.cholesky_ex(torch.from_numpy(small))

@@ -1,16 +1,30 @@
-"""Objectives whose structure is part of their type, so that transforms can use it."""
+"""Objectives with one loss for each example, which depends on this example alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import Ranks
+from torchjd_func.differentiate._linearized import Linearized
+from torchjd_func.differentiate._objective import (
+    Function,
+    linearize_by_layers,
+    plan_by_layers,
+    linearize_whole,
+    name_of,
+    rows_like,
+)
+from torchjd_func.differentiate._request import Request
+
+PyTree = Any
 
 
 class Example(NamedTuple):
@@ -46,11 +60,21 @@ class InstanceWise:
     in_dims: tuple[Any, ...] | None = None
     check: bool = True
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
-        return self.fn(*args)
+        objective, given = self.by_position(args, kwargs)
+        return objective.fn(*given)
 
-    def wrap(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> InstanceWise:
+    def linearize(self, request: Request) -> Linearized:
+        """Go layer by layer, or through the whole function."""
+        objective, args = self.by_position(request.args, request.kwargs)
+        argnums = _check.normalised(request.argnums, len(request.args))
+        request = request._replace(args=args, kwargs={}, argnums=argnums)
+        if objective.ranks is not None or request.route in ("auto", "layerwise"):
+            return linearize_by_layers(objective, request)
+        return linearize_whole(objective.fn, request, _check.one_for_each_example)
+
+    def wrap(self, change: Callable[[Function], Function]) -> InstanceWise:
         """Return the objective of the changed function, with the same structure."""
         if self.example is None:
             options = {"ranks": self.ranks, "in_dims": self.in_dims, "check": self.check}
@@ -58,38 +82,53 @@ class InstanceWise:
         fn, in_dims, randomness = self.example
         return replace(per_example(change(fn), in_dims, randomness), ranks=self.ranks)
 
+    def by_position(
+        self, args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[InstanceWise, tuple[Any, ...]]:
+        """Return the objective that takes keyword arguments by position, and all arguments."""
+        if not kwargs:
+            return self, args
+        names, given = tuple(sorted(kwargs)), (*args, *(kwargs[name] for name in sorted(kwargs)))
+        plans = {} if torch.compiler.is_compiling() else self.plans.setdefault(names, {})
+        change = partial(partial, _call_by_name, names)
+        if self.example is None:
+            dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))
+            return replace(self, fn=change(self.fn), plans=plans, in_dims=dims), given
+        fn, _, randomness = self.example
+        dims = (*self.example.dims(len(args)), *(_batched(x) for x in given[len(args) :]))
+        mapped = per_example(change(fn), dims, randomness)
+        return replace(mapped, ranks=self.ranks, plans=plans), given
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows of all examples, those of other processes included."""
+        return rows_like(primals, m if self.ranks is None else m * self.ranks.size())
+
+    def plan(self, request: Request) -> None:
+        """Find out what layer-by-layer routes need to know, for graphs to replay it."""
+        layered = self.ranks is not None or request.route in ("auto", "layerwise")
+        if layered and not torch.compiler.is_compiling():
+            plan_by_layers(self, request)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether other processes have examples."""
+        return self.ranks is not None
+
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
-        return f"InstanceWise({getattr(self.fn, '__name__', repr(self.fn))})"
+        return f"InstanceWise({name_of(self.fn)})"
 
 
-@dataclass(frozen=True, eq=False, slots=True, repr=False)
-class MultiTask:
-    """An objective `((shared, {name: head_params}), batch) -> {name: loss}` of shared features."""
-
-    trunk: Callable[..., Any]
-    heads: Mapping[str, Callable[..., Tensor]]
-    has_aux: bool = False
-    scale_heads: bool = False
-
-    def __call__(self, params: tuple[Any, Mapping[str, Any]], batch: Any) -> Any:
-        """Return the dict of losses (and `aux`, if the trunk has one)."""
-        shared, head_params = _check.multitask_params(params, self.heads)
-        out = self.trunk(shared, batch)
-        features, aux = _check.aux_pair(out) if self.has_aux else (out, None)
-        losses = {
-            name: head(head_params[name], features, batch) for name, head in self.heads.items()
-        }
-        return (losses, aux) if self.has_aux else losses
-
-    def __repr__(self) -> str:
-        """Return the tasks in one line."""
-        return f"MultiTask({', '.join(self.heads)})"
+def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:
+    """Hand the last arguments over by name."""
+    count = len(args) - len(names)
+    return fn(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
 
-def is_gathered(fn: Callable[..., Any]) -> bool:
-    """Say whether an objective has losses on other ranks."""
-    return isinstance(fn, InstanceWise) and fn.ranks is not None
+def _batched(value: Any) -> int | None:
+    """Return the dimension of a keyword argument that counts the examples, if it has any."""
+    leaves = _tree.leaves(value)
+    return 0 if leaves and all(isinstance(x, Tensor) and x.ndim for x in leaves) else None
 
 
 def instancewise(
@@ -130,7 +169,8 @@ def per_example(
     Args:
         fn: `fn(params, *example) -> ()`, or `((), aux)`.
         in_dims: As for `torch.func.vmap`, for all arguments, `params` included. By default `params`
-            is not batched, and all other arguments are over dimension 0.
+            is not batched, and all other arguments are over dimension 0. So are keyword arguments
+            that are tensors, but 0-d ones, which all examples share, as they do other values.
         randomness: As for `torch.func.vmap`: `"error"`, `"different"` or `"same"`.
 
     Returns:
@@ -151,47 +191,3 @@ def per_example(
         return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
 
     return InstanceWise(batched, example)
-
-
-def multitask(
-    trunk: Callable[..., Any],
-    heads: Mapping[str, Callable[..., Tensor]],
-    *,
-    has_aux: bool = False,
-    scale_heads: bool = False,
-) -> MultiTask:
-    """Declare that tasks share features, and nothing else.
-
-    The Jacobian and the Gramian of such an objective are those of the shared parameters, by the
-    chain rule through the features, each head traversed once. The gradient of a head is the plain
-    gradient of its own loss. A scalarizer sees an ordinary objective: it weighs heads too.
-    Whatever a trunk or a head closes over instead of taking as parameters is frozen.
-
-    Args:
-        trunk: `trunk(shared, batch) -> features`, a floating tensor or a pytree of such; a task
-            need not use all of them.
-        heads: `{name: head}` with `head(head_params, features, batch) -> ()`.
-        has_aux: Whether the trunk returns `(features, aux)`; the objective then returns
-            `(losses, aux)`, and transforms are called with `has_aux=True` as well.
-        scale_heads: Whether the gradient of head i is multiplied by weight i too, as if the sum of
-            the weighted losses was differentiated. Only for methods with a weighting.
-
-    Returns:
-        The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
-        as a dict, and are counted in the order of the sorted names.
-
-    Raises:
-        TypeError: If `heads` is not a dict.
-        ValueError: If there is no head; from transforms, if a tensor is both shared and in a head.
-
-    Example:
-        >>> import torch, torchjd_func as jd
-        >>> heads = {"a": lambda p, z, batch: (p * z).sum(), "b": lambda p, z, batch: z.sum()}
-        >>> objective = jd.multitask(lambda w, batch: batch @ w, heads)
-        >>> params = (torch.ones(2), {"a": torch.tensor(3.0), "b": {}})
-        >>> jd.jac(objective)(params, torch.eye(2))
-        tensor([[3., 3.],
-                [1., 1.]])
-    """
-    _check.heads(heads)
-    return MultiTask(trunk, dict(heads), has_aux, scale_heads)

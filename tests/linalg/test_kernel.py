@@ -1,0 +1,102 @@
+"""The kernel for a GPU: under Triton's interpreter where there is none, else on the device.
+
+Last seen to pass on an NVIDIA H100 (torch 2.11) on 2026-11-26, in an earlier form with one launch.
+"""
+
+import pytest
+import torch
+
+import torchjd_func as jd
+from tests import oracles
+from tests.matrices import KINDS, matrix
+
+pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
+
+from torchjd_func.linalg import _kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RIDGE = 1e-11
+
+
+def solve(gramian, linear, ridge=RIDGE):
+    """Solve problems that share a matrix; return the solution, its support and its residual."""
+    which = torch.zeros(len(linear), dtype=torch.int64, device=DEVICE)
+    z, free, residual, _ = _kernel.solve_kernel(
+        gramian.unsqueeze(0).to(DEVICE), which, linear.to(DEVICE), ridge
+    )
+    return z.cpu(), free.cpu(), residual.cpu()
+
+
+def balanced(m, n, noise, seed):
+    """Return rows of which a positive combination is nearly zero."""
+    rows = matrix("gaussian", m, n, seed)
+    return torch.cat([-rows[1:].mean(0, keepdim=True) + noise * rows[:1], rows[1:]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (3, 5), (5, 3), (8, 4)])
+def test_projections_equal_enumeration(kind, m, n):
+    jac = matrix(kind, m, n, seed=m)
+    gramian = jac @ jac.mT
+    z, free, residual = solve(gramian, gramian)
+    assert (residual <= 1e-10).all()
+    assert (z >= 0).all()
+    assert ((z > 0) <= free).all()
+    for start, dual in zip(torch.eye(m, dtype=torch.float64), z, strict=True):
+        want = oracles.enumerate_nnqp(gramian, gramian @ start)
+        length = jac.norm(dim=1).max()
+        # Of dependent rows the combination is determined, not the coordinates: to a root of the
+        # ridge near balance.
+        assert (jac.mT @ (dual - want)).norm() <= 1e-5 * length
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "balanced"])
+def test_conditions_of_optimality_hold(kind):
+    m = 16
+    jac = balanced(m, 12, 1e-7, 1) if kind == "balanced" else matrix(kind, m, 12, seed=7)
+    gramian = jac @ jac.mT
+    z, _, residual = solve(gramian, gramian[:4])
+    assert (residual <= 1e-10).all()
+    projected = jac[:4] + z @ jac
+    squares = jac.square().sum(1)
+    assert ((projected @ jac.mT) >= -1e-5 * squares.max()).all()
+    assert (projected.norm(dim=1) <= (1 + 1e-5) * jac[:4].norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_variable_at_a_time_where_exchanging_stalls(seed):
+    jac = matrix("gaussian", 8, 5, seed)
+    gramian = jac @ jac.mT
+    which = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    matrices, linear = gramian.unsqueeze(0).to(DEVICE), gramian[:4].to(DEVICE)
+    at_once = _kernel.solve_kernel(matrices, which, linear, RIDGE)
+    results = [torch.full_like(value, -1) for value in at_once]
+    _kernel.launch(matrices, which, linear, RIDGE, results, drive=True)
+    torch.testing.assert_close(results[0] @ jac.to(DEVICE), at_once[0] @ jac.to(DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_stays_its_own():
+    gramian = torch.stack([matrix("gaussian", 4, 4) @ matrix("gaussian", 4, 4).mT] * 2).to(DEVICE)
+    gramian[1, 0, 0] = torch.nan
+    linear = -torch.ones(3, 4, dtype=torch.float64, device=DEVICE)
+    linear[2, 1] = torch.inf
+    which = torch.tensor([0, 1, 0], device=DEVICE)
+    z, _, residual, _ = _kernel.solve_kernel(gramian, which, linear, RIDGE)
+    assert z[0].isfinite().all() and residual[0] < 1e-12
+    assert z[1:].isnan().all() and residual[1:].isnan().all()
+
+
+def test_unbounded_is_not_a_number():
+    gramian = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    linear = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    z, _, residual = solve(gramian, linear)
+    assert z.isnan().all() or residual > 1e-8 or z.abs().max() > 1e6
+
+
+def test_agrees_with_the_solver_of_the_host():
+    jac = matrix("gaussian", 12, 20, seed=3)
+    gramian = jac @ jac.mT
+    z, _, _ = solve(gramian, gramian)
+    torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian).value, rtol=1e-9, atol=1e-11)

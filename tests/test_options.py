@@ -1,0 +1,57 @@
+"""Each option of each factory, given values of all types: taken so that it works, or refused."""
+
+# Wrong types are the point here.
+# pyright: reportArgumentType=false
+
+import pytest
+
+import torchjd_func as jd
+from tests import registry, scalarizer_registry
+from tests.wrong import (
+    ARGUMENTS,
+    OPTIONS,
+    RULES,
+    SCALARIZERS,
+    VALUES,
+    M,
+    called,
+    complaint,
+    option_complaint,
+)
+
+GIVEN = [registry.METHODS[name] for name in RULES]
+GIVEN += [scalarizer_registry.METHODS[name] for name in SCALARIZERS]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[".".join(pair) for pair in OPTIONS])
+def test_an_option_works_or_is_refused(name, option):
+    complaints = {label: option_complaint(name, option, value) for label, value in VALUES.items()}
+    assert {label: text for label, text in complaints.items() if text} == {}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("method", GIVEN, ids=[*RULES, *(f"scalarizers.{s}" for s in SCALARIZERS)])
+def test_an_argument_works_or_is_refused(method, argument):
+    rule = method.make(M)
+    complaints = {
+        label: complaint(lambda value=value: called(rule, argument, value))
+        for label, value in VALUES.items()
+    }
+    assert {label: text for label, text in complaints.items() if text} == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: jd.cagrad("0.5"), TypeError, "`c` must be a number.*got '0.5'.*float"),
+        (lambda: jd.cagrad(-1.0), ValueError, r"`c` must be in \[0, inf\), got -1.0"),
+        (lambda: jd.imtl_g(safe="no"), TypeError, "`safe` must be True or False"),
+        (lambda: jd.upgrad(object()), TypeError, "`preference` must be 1-D.*got object"),
+        (lambda: jd.upgrad([1.0, float("nan")]), ValueError, "`preference`.*nan"),
+        (lambda: jd.krum(1.0), ValueError, "`n_byzantine` must be an int"),
+        (lambda: jd.graddrop(f=3), TypeError, "`f` must be a function"),
+    ],
+)
+def test_an_error_says_what_came_and_what_to_do(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

@@ -1,0 +1,309 @@
+"""A good rule passes `jd.testing.check`; a rule with one fault fails the check that is about it."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import torchjd_func as jd
+from torchjd_func import _tree
+from torchjd_func.testing import CHECKS, Case
+
+
+def no_state(like, key):
+    return ()
+
+
+def weighting(update, init=no_state, name="mine", **options):
+    return jd.weighted(jd.Weighting(name, init, update, **options))
+
+
+def stateless(fn, **options):
+    return jd.weighted(jd.stateless("mine", fn, **options))
+
+
+def agreement(gramian, present=None):
+    """The share of gradients that each does not conflict with."""
+    there = torch.ones_like(gramian[0]) if present is None else present.double()
+    return there * ((gramian >= 0) * there).sum(1) * gramian[0].isfinite().all() / there.sum() ** 2
+
+
+def averaged(gramian, present=None):
+    there = torch.ones_like(gramian[0]) if present is None else present.double()
+    return there / there.sum()
+
+
+class Memory(NamedTuple):
+    """A running mean of the squared lengths."""
+
+    squares: torch.Tensor  # (m,)
+    steps: torch.Tensor  # ()
+
+
+def start(statistic, key):
+    zeros = statistic.new_zeros(len(statistic), dtype=torch.float64)
+    return Memory(zeros, zeros.new_zeros((), dtype=torch.int64))
+
+
+def remember(gramian, state, losses, present=None):
+    there = torch.ones_like(state.squares) if present is None else present.double()
+    moved = torch.lerp(state.squares, gramian.diagonal(), 0.1)
+    squares = torch.where(there > 0, moved, state.squares)
+    weights = there / (1 + squares)
+    return weights, Memory(squares, state.steps + 1)
+
+
+class Source(NamedTuple):
+    """A key."""
+
+    key: torch.Tensor
+
+
+def drawn(gramian, state, losses, present=None):
+    key, draw = jd.random.split(state.key)
+    weights = jd.random.uniform(draw, (len(gramian),), dtype=gramian.dtype)
+    return weights if present is None else weights * present, Source(key)
+
+
+def source(statistic, key):
+    if key is None:
+        raise ValueError("key")
+    return Source(key)
+
+
+def power(losses, state, present=None):
+    there = torch.ones_like(losses) if present is None else present.to(losses.dtype)
+    return (there * losses).square().sum().sqrt(), state
+
+
+GOOD = {
+    "weighting": (jd.stateless("mine", averaged), {"equivariant": True, "degree": 1}),
+    "aggregator": (stateless(agreement), {"equivariant": True, "degree": 1, "weighted": True}),
+    "state": (weighting(remember, start), {"equivariant": True}),
+    "random": (weighting(drawn, source), {"random": True}),
+    "factory": (
+        lambda m: stateless(lambda gramian: torch.arange(1.0, m + 1.0).double()),
+        {"present": False, "degree": 1, "linear_under_scaling": True},
+    ),
+    "numbers": (
+        stateless(lambda gramian: gramian.new_tensor([1.0, 2.0, 3.0, 4.0])),
+        {"m": 4, "present": False},
+    ),
+    "scalarizer": (
+        jd.Scalarizer("mine", no_state, power),
+        {"equivariant": True, "degree": 1},
+    ),
+    "of the library": (jd.upgrad(), {"present": False, "non_conflicting": True, "weighted": True}),
+}
+
+
+@pytest.mark.parametrize(("rule", "claims"), GOOD.values(), ids=GOOD.keys())
+def test_a_good_rule_passes(rule, claims, device):
+    jd.testing.check(rule, device=device, **claims)
+
+
+def halved(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.div_(2).sum(0), jac), state
+
+
+def scaled_in_place(gramian):
+    return gramian.mul_(2.0)[0]
+
+
+calls = []
+
+
+def counted(gramian):
+    calls.append(0)
+    return torch.full_like(gramian[0], len(calls))
+
+
+def global_draw(gramian):
+    return torch.rand(len(gramian)).double()
+
+
+def growing(gramian, state, losses):
+    return gramian[0], (torch.ones(1),) if state == () else state
+
+
+def python_counter(gramian, state, losses):
+    return torch.ones_like(gramian[0]), (state[0] + 1,)
+
+
+def curious(jac, key):
+    return (jac[:, 0].double(),)
+
+
+def curious_weighting(statistic, key):
+    return Memory(statistic.diagonal().double(), torch.tensor(0))
+
+
+def any_state(gramian, state, losses):
+    return torch.ones_like(gramian[0]), state
+
+
+def narrow(jac, state, losses):
+    return jac.mean(0) if isinstance(jac, torch.Tensor) else jac["z"][0].mean(0), state
+
+
+def widened(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.double().mean(0), jac), state
+
+
+def first_leaf(jac, state, losses):
+    first = _tree.leaves(jac)[0].flatten(1).norm(dim=1)
+    weights = (first / first.sum()).to(first.dtype)
+    return _tree.weighted_sum(jac, weights), state
+
+
+def silent_losses(gramian, state, losses):
+    return torch.ones_like(gramian[0]) if losses is None else losses, state
+
+
+def unguarded(gramian):
+    return 1 / gramian.diagonal()
+
+
+def uphill(gramian):
+    return -torch.ones_like(gramian[0])
+
+
+def read_out(gramian):
+    return gramian[0] * 0 + gramian.trace().item()
+
+
+def branching(gramian):
+    return gramian[0] if gramian.trace() > 1 else 2 * gramian[0]
+
+
+def unbatched(gramian):
+    out = torch.zeros(len(gramian), dtype=gramian.dtype)
+    out[gramian.diagonal().argmax()] = 1
+    return out
+
+
+def constant_part(gramian):
+    return gramian.diagonal().detach()
+
+
+def root_of_zero(gramian):
+    return torch.where(gramian > 1e9, (gramian - gramian).sqrt(), gramian).sum(0)
+
+
+def cleaned(gramian):
+    return 0 * torch.nan_to_num(gramian).sum(0) + 1
+
+
+def hides_nan(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.nan_to_num(0, 0, 0).mean(0), jac), state
+
+
+def ignores_present(gramian, present=None):
+    return torch.full_like(gramian[0], 1 / len(gramian))
+
+
+def first_wins(gramian):
+    return torch.cat([gramian.new_ones(1), gramian.new_zeros(len(gramian) - 1)])
+
+
+def absolute(gramian):
+    return 1 / (gramian.diagonal() + 1)
+
+
+def normalized(gramian):
+    return 1 / gramian.diagonal().clamp(min=1e-300).sqrt()
+
+
+def shifted(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.sum(0) + leaf.norm(), jac), state
+
+
+def aggregator(update, init=no_state):
+    return jd.Aggregator("mine", init, update)
+
+
+def two_routes(statistic, state, losses):
+    return torch.ones_like(statistic[0]), state
+
+
+def mean_of_rows(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.mean(0), jac), state
+
+
+FAULTS = {
+    "call": (aggregator(narrow), {}, "structure"),
+    "purity": (aggregator(halved), {}, "numbers in the first argument"),
+    "purity (Gramian)": (stateless(scaled_in_place, widen=False), {}, "numbers in the Gramian"),
+    "repeatable": (stateless(counted), {}, "same call"),
+    "repeatable (generator)": (stateless(global_draw), {}, "global generator"),
+    "state": (weighting(growing), {}, "structure"),
+    "state (a number)": (weighting(python_counter, lambda s, key: (0,)), {}, r"holds \[0\]"),
+    "fresh state": (aggregator(mean_of_rows, curious), {}, "states of other numbers"),
+    "fresh state (Gramian)": (weighting(remember, curious_weighting), {}, "another Gramian"),
+    "fresh state (key)": (jd.rlw(), {"random": False}, "random=True"),
+    "state size": (weighting(any_state, start), {}, "no error for a state of another size"),
+    "dtypes": (aggregator(widened), {}, "float64.* for torch.float32"),
+    "pytree": (aggregator(first_leaf), {}, "pytree"),
+    "losses": (weighting(silent_losses), {"needs_losses": True}, "no error for missing losses"),
+    "zero": (stateless(unguarded), {}, "torch.where"),
+    "one objective": (stateless(uphill), {}, "cosine -1"),
+    "one objective (too few)": (jd.mean(), {"min_m": 2}, "no error for one objective"),
+    "repr": (jd.weighted(jd.stateless("two\nlines", averaged)), {}, "one line"),
+    "compile": (stateless(branching), {}, "`if` on a tensor"),
+    "vmap": (stateless(read_out), {}, r"\.item\(\)"),
+    "vmap (in place)": (stateless(unbatched), {}, "in place"),
+    "vmap (a branch)": (stateless(branching), {}, "torch.where for `if`"),
+    "routes": (
+        jd.Aggregator(
+            "mine",
+            no_state,
+            mean_of_rows,
+            jd.Weighting("mine", lambda s, key: (), two_routes),
+        ),
+        {},
+        "route",
+    ),
+    "derivative": (stateless(constant_part), {}, "differences"),
+    "derivative (not finite)": (stateless(root_of_zero), {}, "nan"),
+    "non-finite rows": (aggregator(hides_nan), {}, "finite result"),
+    "absent rows": (stateless(ignores_present), {"present": True}, "absent"),
+    "absent rows (not taken)": (stateless(lambda g: g[0]), {"present": True}, "present=None"),
+    "permutation": (stateless(first_wins), {"equivariant": True}, "another order"),
+    "scale": (stateless(absolute), {"degree": 1}, "at the scale"),
+    "non-conflicting": (jd.mean(), {"non_conflicting": True}, "cosine"),
+    "linear under scaling": (
+        stateless(normalized),
+        {"linear_under_scaling": True},
+        "sums of scaled",
+    ),
+    "weighted": (aggregator(shifted), {"weighted": True}, "span"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named(name):
+    rule, claims, message = FAULTS[name]
+    case = Case(lambda m: rule, **({"present": False} | claims))
+    check = CHECKS[name.split(" (")[0]]
+    assert check.applies(case)
+    with pytest.raises(AssertionError, match=message) as caught:
+        check(case)
+    text = str(caught.value)
+    assert text.startswith(f"`{rule.name}` must {check.must}, got ")
+    assert text.endswith(f". {check.remedy}")
+
+
+def test_every_check_has_a_faulty_rule():
+    assert {name.split(" (")[0] for name in FAULTS} == set(CHECKS)
+
+
+def test_all_failures_are_listed():
+    with pytest.raises(AssertionError, match=r"^\d+ of \d+ checks failed") as caught:
+        jd.testing.check(stateless(branching), present=False, degree=7)
+    for name in ("compile", "vmap", "scale"):
+        assert f"\n- {name}: `mine` must" in str(caught.value)
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(TypeError, match="rule"):
+        jd.testing.check(lambda m: 3)

@@ -1,0 +1,132 @@
+"""What loops of plain autograd hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchjd_func._check._messages import describe, fail
+
+REDUCERS = {
+    "DistributedDataParallel": (
+        "Its hooks, which average gradients, do not run here: run and pass the module inside, "
+        "`model.module`, and wrap the rule in jd.distributed.data_parallel."
+    ),
+    "FullyShardedDataParallel": "Use jd.distributed.sharded.",
+    "FSDPModule": "Use jd.distributed.sharded.",
+}
+
+
+def local(path: str, modules: Iterable[nn.Module]) -> None:
+    """Check that no module reduces its gradients by hooks of its own."""
+    for module in modules:
+        for kind in type(module).__mro__:
+            if kind.__name__ in REDUCERS:
+                rule = "not be wrapped for several processes"
+                remedy = REDUCERS[kind.__name__]
+                fail(ValueError, _at("target", path), rule, kind.__name__, remedy)
+
+
+def _at(name: str, path: str) -> str:
+    """Name a part of an argument."""
+    return f"`{name}` at {path!r}" if path else f"`{name}`"
+
+
+def leaf_parameter(name: str, path: str, value: Any) -> None:
+    """Check that a target has a `.grad` that optimisers read."""
+    where = _at(name, path)
+    if not isinstance(value, Tensor):
+        remedy = "Pass modules, or the parameters of modules."
+        fail(TypeError, where, "be a parameter or a module", describe(value), remedy)
+    if not value.is_leaf:
+        remedy = "Pass the parameter that it was computed from, whose `.grad` optimisers read."
+        fail(
+            ValueError, where, "be a leaf, such as a parameter", "the result of a function", remedy
+        )
+
+
+def trainable(params: Sequence[Any]) -> None:
+    """Check that there is something to train, and that it is whole."""
+    if any(hasattr(param, "placements") for param in params):
+        remedy = "Use jd.distributed.sharded."
+        fail(ValueError, "`target`", "hold parameters of one process", "a DTensor", remedy)
+    if not params:
+        remedy = "Pass the model itself: the parameters of jd.functionalize are detached from it."
+        rule = "hold parameters that require a gradient"
+        fail(ValueError, "`target`", rule, "none", remedy)
+
+
+def assignable(path: str, param: Tensor, grad: Any) -> None:
+    """Check that a gradient fits its parameter."""
+    if not isinstance(grad, Tensor):
+        remedy = "Pass the pytree that jd.grad returned for these parameters."
+        fail(ValueError, _at("grads", path), "be a tensor or None", describe(grad), remedy)
+    if not param.requires_grad:
+        rule, remedy = (
+            f"require a gradient at {path!r}",
+            "Pass the model itself: the parameters of jd.functionalize are detached from it, and "
+            "no optimizer has them. Leave frozen parameters out of `grads`.",
+        )
+        fail(ValueError, "`target`", rule, "requires_grad=False", remedy)
+    if grad.shape != param.shape:
+        rule, remedy = (
+            f"have shape {tuple(param.shape)} at {path!r}",
+            "Pass what belongs to these parameters and losses.",
+        )
+        fail(ValueError, "`grads`", rule, tuple(grad.shape), remedy)
+
+
+def owned(path: str, is_owned: bool) -> None:
+    """Check that an optimiser steps a parameter."""
+    if not is_owned:
+        remedy = (
+            "Make the optimizer from these parameters, after model.to(...), or add them by its "
+            "add_param_group."
+        )
+        got = "one that it does not have"
+        fail(ValueError, _at("target", path), "be a parameter of `optimizer`", got, remedy)
+
+
+def reaches(name: str, path: str, depends: bool) -> None:
+    """Check that a loss can be differentiated with respect to what is trained."""
+    if not depends:
+        where = _at(name, path)
+        remedy = (
+            "Compute it by the modules of `target`, outside torch.no_grad() and without detach(); "
+            "say by `present` that a batch does not have it."
+        )
+        rule = "depend on parameters of `target` that require a gradient"
+        fail(ValueError, where, rule, "none of them", remedy)
+
+
+def visible(node: str) -> None:
+    """Check that a node of the graph does not hide parameters from it."""
+    if node == "CheckpointFunctionBackward":
+        rule = "not be computed by reentrant checkpoints, which hide their parameters"
+        remedy = "Call torch.utils.checkpoint.checkpoint with use_reentrant=False."
+        fail(ValueError, "`losses`", rule, node, remedy)
+
+
+def apart(path: str, other_ways: bool) -> None:
+    """Check that a loss reaches shared parameters through the features alone."""
+    if other_ways:
+        rule = "reach the parameters that `features` depend on through `features` alone"
+        remedy = "Pass all tensors that the heads take from the trunk as `features`."
+        fail(ValueError, _at("losses", path), rule, "another way", remedy)
+
+
+def independent_feature(path: str, independent: bool) -> None:
+    """Check that a feature is not computed from another one."""
+    if not independent:
+        rule, got = "not be computed from another feature", "one that is"
+        remedy = "Hand the heads a copy of the other, feature.clone(), and pass that."
+        fail(ValueError, _at("features", path), rule, got, remedy)
+
+
+def unscaled(name: str, spans: bool) -> None:
+    """Check that a gradient scaler is not used with a rule over several processes."""
+    if spans:
+        rule, remedy = "be left out with a rule over several processes", "Train in bfloat16."
+        fail(ValueError, "`scaler`", rule, f"one, and `{name}`", remedy)

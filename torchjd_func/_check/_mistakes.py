@@ -1,0 +1,78 @@
+"""What torch says of common mistakes in an objective, and what to do about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from torchjd_func._check._messages import describe, fail
+
+
+def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> NoReturn:
+    """Raise an error that says what to do, if the mistake is a known one; else the error itself."""
+    text = str(error)
+    if " must " in text and ", got " in text:  # it says what to do
+        raise error
+    named = list(zip(paths, leaves, strict=True))
+    for path, leaf in named:
+        if type(leaf).__module__ == "numpy":
+            rule, remedy = "hold tensors", "Convert arrays first: torch.as_tensor(x)."
+            _say(error, "the arguments of the objective", rule, f"an array at {path!r}", remedy)
+    tensors = [(path, leaf) for path, leaf in named if isinstance(leaf, Tensor)]
+    if "device" in text or "meta" in text:
+        _differ(error, tensors, "be on one device", "device", "Move them: x.to(device).")
+    if "dtype" in text or "scalar type" in text or "to have the same type" in text:
+        floating = [(path, leaf) for path, leaf in tensors if leaf.is_floating_point()]
+        remedy = "Convert the batch: x.to(torch.float32), or use jd.cast_floating."
+        _differ(error, floating, "have one floating-point dtype", "dtype", remedy)
+    for signs, rule, remedy in _KNOWN:
+        if any(sign in text for sign in signs):
+            _say(error, "the objective", rule, f"{text.strip().splitlines()[0]!r}", remedy)
+    raise error
+
+
+def _differ(
+    error: Exception, tensors: Sequence[tuple[str, Any]], rule: str, attribute: str, remedy: str
+) -> None:
+    """Raise if some tensors differ in an attribute."""
+    first: dict[Any, str] = {}
+    for path, leaf in tensors:
+        first.setdefault(getattr(leaf, attribute), f"{describe(leaf)} on {leaf.device} at {path!r}")
+    if len(first) > 1:
+        _say(error, "the arguments of the objective", rule, " and ".join(first.values()), remedy)
+
+
+def _say(error: Exception, name: str, rule: str, got: str, remedy: str) -> NoReturn:
+    """Raise the kind of an error, in the style of the library."""
+    try:
+        fail(TypeError if isinstance(error, TypeError) else ValueError, name, rule, got, remedy)
+    except (TypeError, ValueError) as said:
+        raise said from error
+
+
+_KNOWN = (
+    (
+        ("saved tensor hooks",),
+        "not save tensors by hooks, as torch.utils.checkpoint does",
+        "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "
+        "leave checkpoints out and use jd.accumulate or chunk_size.",
+    ),
+    (
+        ("more than 1 value per channel", "batch_norm", "running_mean", "num_batches_tracked"),
+        "normalise without the rest of the batch, and without overwriting statistics",
+        "Use model.eval() or GroupNorm; for BatchNorm in training, an objective of the whole batch "
+        "without jd.per_example or jd.instancewise, and jd.functionalize, which returns buffers.",
+    ),
+    (
+        ("in-place", "inplace", "mutate a captured"),
+        "not overwrite parameters, arguments or what it closes over",
+        "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",
+    ),
+    (
+        ("required positional argument",),
+        "be given all its arguments",
+        "What jd.grad returns takes the state first: step(None, params, x) at the first call.",
+    ),
+)

@@ -1,0 +1,84 @@
+"""What functions of plain numbers are given: metrics, seeds, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func._check._messages import describe, fail, holds_numbers
+from torchjd_func._check._methods import floating
+
+
+def metric(name: str, value: Any) -> Tensor:
+    """Return a floating tensor whose last axis counts something."""
+    floating(f"`{name}`", value)
+    if value.ndim == 0 or value.shape[-1] == 0:
+        remedy = "The last axis counts the metrics."
+        fail(ValueError, f"`{name}`", "have a last axis that is not empty", describe(value), remedy)
+    return value
+
+
+def flags(name: str, value: Any, like: Tensor) -> Tensor:
+    """Return a bool for each entry of the last axis of `like`."""
+    size, remedy = like.shape[-1], "Pass one for each metric."
+    dense = isinstance(value, Tensor) and holds_numbers(value)
+    if not dense and not (isinstance(value, list | tuple) and all(_is_flag(x) for x in value)):
+        fail(TypeError, f"`{name}`", f"hold {size} bools", describe(value), remedy)
+    kept = torch.as_tensor(value, dtype=torch.bool, device=like.device)
+    if tuple(kept.shape) != (size,):
+        fail(ValueError, f"`{name}`", f"hold {size} bools", describe(kept), remedy)
+    return kept
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | int)
+
+
+def same_size(name: str, got: int, want: int) -> None:
+    """Check that there is one entry for each metric."""
+    if got != want:
+        rule = f"have one entry for each of the {want} metrics"
+        fail(ValueError, f"`{name}`", rule, got, "Metrics are the last axis.")
+
+
+def points(value: Any, reference: Any) -> None:
+    """Check that `value` is a set of points of the dimension of `reference`."""
+    floating("`points`", value)
+    floating("`reference`", reference)
+    if value.ndim != 2 or reference.ndim != 1 or value.shape[1] != reference.shape[0]:
+        got = f"shapes {tuple(value.shape)} and {tuple(reference.shape)}"
+        remedy = "For several sets use torch.func.vmap."
+        fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
+    metric("reference", reference)
+
+
+def in_the_plane(name: str, value: Any, ndims: tuple[int, ...]) -> None:
+    """Check for points or vectors with two coordinates, which can be drawn."""
+    floating(f"`{name}`", value)
+    if value.ndim not in ndims or value.shape[-1] != 2:
+        got, remedy = describe(value), "Pass two coordinates of each."
+        fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
+
+
+def whole(name: str, value: Any) -> Any:
+    """Return an int, or a 0-d tensor of integers."""
+    if isinstance(value, Tensor):
+        inexact = value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+        fine = not inexact and value.ndim == 0 and holds_numbers(value)
+    else:
+        fine = isinstance(value, int) and not isinstance(value, bool)
+    if not fine:
+        remedy = "For several use torch.func.vmap over a tensor."
+        fail(TypeError, f"`{name}`", "be an int, or a 0-d tensor of one", describe(value), remedy)
+    return value
+
+
+def shape(value: Any) -> None:
+    """Check that `value` is a shape."""
+    sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not sequence or not all(isinstance(size, int) and size >= 0 for size in value):
+        rule, remedy = "be a tuple of ints, none negative", "Use () for one number."
+        fail(TypeError, "`shape`", rule, repr(value), remedy)

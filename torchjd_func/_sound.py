@@ -1,0 +1,77 @@
+"""What is not finite: it comes out as not-a-number, and leaves the state as it was.
+
+So an overflow is seen in the result, a step that is skipped is forgotten, and of a population that
+is mapped only the member that diverged is lost.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjd_func import _host, _present, _tree
+
+PyTree = Any
+State = Any
+
+
+def weigh(
+    rule: Any, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor | None
+) -> tuple[Tensor, State]:
+    """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
+    # Decompositions raise on what is not finite, for all members of a batch.
+    sound = None if rule.robust or rule.needs == "size" else finite(statistic, losses)
+    if sound is not None:
+        identity = torch.eye(len(statistic), dtype=statistic.dtype, device=statistic.device)
+        statistic = torch.where(sound, statistic, identity)
+        losses = None if losses is None else torch.where(sound, losses, 1)
+    weights, after = _present.update(rule, statistic, state, losses, present=present)
+    if sound is not None:
+        weights = torch.where(sound, weights, torch.nan)
+    return weights, keep(weights, after, state)
+
+
+def keep(result: PyTree, after: State, before: State) -> State:
+    """Return the next state; that of before if the result is not finite."""
+    if isinstance(after, tuple) and not after:
+        return after
+    sound = finite(*_tree.leaves(result))
+    return after if sound is None else _tree.map(partial(torch.where, sound), after, before)
+
+
+def finite(*tensors: Tensor | None) -> Tensor | None:
+    """Say `()` whether all numbers are finite; `None` if that is known without waiting."""
+    flags = []
+    for x in tensors:
+        if x is None:
+            continue
+        numbers = _host.numbers(x)
+        if numbers is None or not np.isfinite(numbers).all():
+            flags.append(x.isfinite().all())
+    return torch.stack(flags).all() if flags else None
+
+
+def masked_weights(
+    weighting: Any, matrix: Tensor, state: State, losses: Tensor | None, present: Tensor
+) -> tuple[Tensor, State]:
+    """Weigh what is there: all else is taken out before, and gets the weight 0."""
+    seen = matrix if weighting.needs == "size" else _present.statistic(matrix, present)
+    known, counted = _present.losses(losses, present), _present.usable(present)
+    weights, after = weigh(weighting, seen, state, known, counted)
+    return torch.where(present, weights, 0), _present.kept(present, after, state)
+
+
+def masked_grads(
+    aggregator: Any, jac: PyTree, state: State, losses: Tensor | None, present: Tensor
+) -> tuple[PyTree, State]:
+    """Aggregate what is there: all else is taken out before."""
+    seen, known = _present.rows(jac, present), _present.losses(losses, present)
+    counted = _present.usable(present)
+    grads, after = _present.update(aggregator, seen, state, known, present=counted)
+    after = keep(grads, after, state)
+    grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
+    return grads, _present.kept(present, after, state)

@@ -1,0 +1,48 @@
+"""Under torch.autocast the objective runs as it says, and all else in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from torchjd_func.differentiate._norms import NormsInOnePrecision
+
+Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of device, and the precision on them
+
+
+def around() -> Autocast:
+    """Return what autocast is in force where a transformed function is called."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Keep autocast off pullbacks, products and rules."""
+    return _off() if around() else nullcontext()
+
+
+def as_called(autocast: Autocast) -> AbstractContextManager[object]:
+    """Run an objective as where the transformed function was called."""
+    return _on(autocast) if autocast else NormsInOnePrecision()
+
+
+@contextmanager
+def _off() -> Generator[None]:
+    """Switch autocast off."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def _on(autocast: Autocast) -> Generator[None]:
+    """Switch autocast on again."""
+    kinds = dict(autocast)
+    with _of("cpu", kinds), _of("cuda", kinds), NormsInOnePrecision():
+        yield
+
+
+def _of(kind: str, kinds: dict[str, torch.dtype]) -> AbstractContextManager[object]:
+    """Return the autocast of one kind of device."""
+    return torch.autocast(kind, dtype=kinds[kind]) if kind in kinds else nullcontext()

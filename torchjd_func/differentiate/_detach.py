@@ -1,0 +1,41 @@
+"""Values in, values out: plain autograd is stripped, what torch.func tracks is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import debug_unwrap
+
+from torchjd_func import _tree
+
+PyTree = Any
+
+
+def detached(tree: PyTree) -> PyTree:
+    """Return a pytree whose tensors keep no graph of plain autograd; as it is, if none does."""
+    if torch.compiler.is_compiling():  # importing this module earlier would load the compiler
+        from torchjd_func.differentiate._detach_compiled import detach
+    else:
+        detach = detach_plain
+    flat, rebuild = _tree.flatten(tree)
+    known = {leaf: detach(leaf) for leaf in flat if isinstance(leaf, Tensor)}
+    if all(leaf is value for leaf, value in known.items()):
+        return tree
+    return rebuild([known.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat])
+
+
+def detach_plain(x: Tensor) -> Tensor:
+    """Detach a tensor that requires a gradient of plain autograd alone."""
+    return x.detach() if _is_plain(x) else x
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients."""
+    # The wrappers of grad, vjp and jvp have as many dimensions as what they wrap: these are left
+    # alone, since detaching them would cut what is tracked.
+    inner = debug_unwrap(x, recurse=False)
+    while inner is not x and inner.ndim == x.ndim + 1:
+        x, inner = inner, debug_unwrap(inner, recurse=False)
+    return inner is x and x.requires_grad

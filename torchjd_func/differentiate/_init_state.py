@@ -1,0 +1,109 @@
+"""The initial state of a rule, from the shapes of the losses of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchjd_func import _check, _names, _tree
+from torchjd_func._types import Aggregator, Scalarizer, Weighting
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._grad import check_names
+from torchjd_func.differentiate._linearized import split_aux
+from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._routes import validate
+from torchjd_func.differentiate._untouched import untouched
+
+PyTree = Any
+
+
+def init_state(
+    rule: Aggregator | Scalarizer | Weighting,
+    fn: Callable[..., Any],
+    *args: Any,
+    key: Tensor | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    route: str = "auto",
+) -> Any:
+    """Return the initial state of `rule` for the objective `fn`.
+
+    The objective runs on shapes alone, and for real where it reads values. Modules that it reaches,
+    their caches and buffers, and random generators are left as they were.
+
+    Args:
+        rule: As for `jd.grad`; or a Weighting, as for `jd.double_sampling`.
+        fn: The objective.
+        *args: Arguments of `fn`, such as the first batch; bind keyword arguments with
+            `functools.partial`.
+        key: `(2,)`, from `jd.random.key`; random methods need it.
+        argnums: As for `jd.jac`.
+        has_aux: As for `jd.jac`.
+        route: As for `jd.grad`; it changes no state.
+
+    Returns:
+        The state, for `jd.grad(fn, rule)` or `jd.double_sampling(fn, rule)`.
+
+    Raises:
+        ValueError: If a random method is given no key.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> jd.init_state(jd.upgrad(), lambda x: x.square(), torch.ones(3))
+        ()
+    """
+    _check.rule(rule, (Aggregator, Scalarizer, Weighting))
+    validate(route, None)
+    objective, args = as_objective(fn), detached(args)
+    positions = _check.argnums(argnums, len(args))
+    primals = tuple(args[i] for i in positions)
+    primals = primals if isinstance(argnums, tuple) else primals[0]
+    losses = _losses_like(objective, args, has_aux)
+    check_names(_names.named_options(rule), losses)
+    objective.plan(Request(args, argnums, has_aux, route))
+    if isinstance(rule, Scalarizer):
+        return rule.init(losses, key=key)
+    jac = objective.rows_like(primals, sum(leaf.numel() for leaf in _tree.leaves(losses)))
+    if isinstance(rule, Weighting):
+        m = _tree.leading_size(jac)
+        return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
+    return rule.init(jac, key=key)
+
+
+def _losses_like(fn: Any, args: tuple[Any, ...], has_aux: bool) -> PyTree:
+    """Return placeholders for the losses of an objective."""
+    if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
+        args = _tree.map(_empty_like, args) if fn.spans_processes else args
+        return split_aux(fn(*args), has_aux)[0]
+    with untouched(fn, args):
+        losses, _ = split_aux(_evaluated(fn, args), has_aux)
+    return _tree.map(
+        lambda leaf: torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape),
+        losses,
+    )
+
+
+def _evaluated(fn: Any, args: tuple[Any, ...]) -> Any:
+    """Run on shapes; for real, if that fails, as it does where values are read."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return fn(*_tree.map(_empty_like, args))
+    except Exception:
+        return fn(*_tree.map(_whole, args))
+
+
+def _empty_like(leaf: Any) -> Any:
+    """Return a tensor of the same shape, under a mode that allocates nothing."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+
+
+def _whole(leaf: Any) -> Any:
+    """Return a tensor of which other processes may have parts."""
+    return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf

@@ -1,0 +1,358 @@
+"""Objectives of tasks that share features, by the chain rule through the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _present, _tree
+from torchjd_func.differentiate._autocast import Autocast, as_called
+from torchjd_func.differentiate._layered import in_one_precision
+from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
+from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
+from torchjd_func.differentiate._mask import all_absent, masked
+from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
+from torchjd_func.differentiate._pullback import (
+    basis,
+    call,
+    packing,
+    pull_rows,
+    times,
+    unscaled,
+    vjp_aux,
+)
+from torchjd_func.differentiate._request import Request, bind, chosen
+from torchjd_func.differentiate._where import features
+
+PyTree = Any
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class MultiTask:
+    """An objective `((shared, {name: head_params}), batch) -> {name: loss}` of shared features."""
+
+    trunk: Callable[..., Any]
+    heads: Mapping[str, Callable[..., Any]]
+    has_aux: bool = False
+    scale_heads: bool = False
+
+    def __call__(
+        self, params: tuple[Any, Mapping[str, Any]], batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Return the dict of losses (and `aux`, if the trunk has one)."""
+        shared, head_params = _check.multitask_params(params, self.heads)
+        z, aux = self.features(shared, batch, kwargs)
+        losses = {
+            name: head(head_params[name], z, batch, **kwargs) for name, head in self.heads.items()
+        }
+        return (losses, aux) if self.has_aux else losses
+
+    def features(self, shared: PyTree, batch: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the features, and the auxiliary output, which is `()` if there is none."""
+        out = call(self.trunk, (shared, batch), kwargs)
+        z, aux = _check.aux_pair(out) if self.has_aux else (out, ())
+        _check.features(_tree.paths(z), _tree.leaves(z))
+        return z, aux
+
+    def linearize(self, request: Request) -> Linearized:
+        """Use the chain rule through the features: each head is traversed once."""
+        return _linearize(self, request)
+
+    def wrap(self, change: Callable[[Function], Function]) -> MultiTask:
+        """Return the objective of the changed trunk and heads."""
+        heads = {name: change(head) for name, head in self.heads.items()}
+        return MultiTask(change(self.trunk), heads, self.has_aux, self.scale_heads)
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows of the shared parameters."""
+        return rows_like(primals[0], m)
+
+    def plan(self, request: Request) -> None:
+        """Remember nothing."""
+
+    @property
+    def spans_processes(self) -> bool:
+        """It does not."""
+        return False
+
+    def __repr__(self) -> str:
+        """Return the tasks in one line."""
+        return f"MultiTask({', '.join(self.heads)})"
+
+
+class _Pulled(NamedTuple):
+    """What heads make of the features, all of it constants of derivatives."""
+
+    losses: dict[str, PyTree]
+    vector: Tensor  # (m,)
+    present: Tensor | None  # (m,) bool
+    cotangents: PyTree  # the gradients by the features, (m, ...)
+    rows: dict[str, PyTree]  # by the parameters of each head, (k, ...)
+    counts: tuple[int, ...]
+
+
+def _linearize(fn: MultiTask, request: Request) -> Linearized:
+    """Run the trunk, and pull back through each head by itself."""
+    shared, head_params, batch, kwargs = _arguments(fn, request)
+    bound = bind(request._replace(args=(shared,)))
+    where = None if request.alone else request.where
+    by_leaves = None if where is features else where
+    places = () if by_leaves is None else chosen(by_leaves, bound.paths)
+    partly = by_leaves is not None and request.route in ("auto", "jacobian")
+
+    def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
+        """Return features and auxiliary output."""
+        with as_called(request.autocast):
+            z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
+        if request.route != "layerwise":  # which runs it for its shapes, too
+            _check.dependent(any(leaf.requires_grad for leaf in _tree.leaves(z)))
+        return z, aux
+
+    def heads(z: PyTree) -> _Pulled:
+        """Pull back through all heads."""
+        return _pull_heads(fn, head_params, z, batch, kwargs, request)
+
+    if partly:
+        pull, aux, pulled, rows = _nested(trunk, heads, bound.leaves, places, request)
+        seen, layers = Seen(places, rows), None
+    else:
+        z, pull, aux, pull_layers = _run_trunk(trunk, bound.leaves, batch, request.route)
+        pulled = heads(z)
+        layers = pull_layers(pulled.cotangents, pulled.vector) if pull_layers else None
+        by_features = Seen(rows=unscaled(_tree.leaves(pulled.cotangents), request.scale))
+        seen = by_features if where is features else Seen(places) if places else None
+    pullback = partial(_through, pull, pulled.cotangents, request.scale)
+    jacobian = by_pullback(pullback, pulled.vector, request.chunk_size)
+    return Linearized(
+        losses=pulled.losses,
+        aux=aux,
+        vector=pulled.vector,
+        present=pulled.present,
+        leaves=Leaves(bound.paths, bound.rebuild),
+        jacobian=jacobian._replace(layers=layers, scale=request.scale),
+        seen=seen,
+        heads=Heads(pulled.rows, pulled.counts, fn.scale_heads or not request.rows),
+    )
+
+
+def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, PyTree], Any, Any]:
+    """Return shared parameters, those of heads, the batch, and what else goes by name."""
+    kwargs = dict(request.kwargs)
+    batch = [*request.args[1:], *([kwargs.pop("batch")] if "batch" in kwargs else [])]
+    if request.argnums != 0 or len(batch) != 1:
+        rule = "be 0, of the two arguments (params, batch) of a multi-task objective"
+        got, remedy = f"{request.argnums} of {1 + len(batch)}", "Close over what is a constant."
+        _check.fail(ValueError, "`argnums`", rule, got, remedy)
+    _check.choice("has_aux", request.has_aux, (fn.has_aux,))
+    shared, head_params = _check.multitask_params(request.args[0], fn.heads)
+    _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
+    return shared, head_params, batch[0], kwargs
+
+
+def _pull_heads(
+    fn: MultiTask,
+    params: Mapping[str, PyTree],
+    z: PyTree,
+    batch: Any,
+    kwargs: Mapping[str, Any],
+    request: Request,
+) -> _Pulled:
+    """Pull unit cotangents of the losses of each head back, to it and to the features."""
+    by_name = isinstance(request.present, Mapping)
+    if by_name:
+        _check.names("present", request.present, fn.heads)
+    found: dict[str, _Head] = {}
+    for name in sorted(fn.heads):
+        flags = request.present[name] if by_name else None
+        head = partial(_call_head, fn.heads[name], batch, kwargs, flags, request.autocast)
+        found[name] = (
+            _skip_head(params[name], z, flags)
+            if all_absent(flags)
+            else _pull_head(head, params[name], z, request)
+        )
+    _check.dependent(any(head.dependent for head in found.values()))
+    losses = {name: head.losses for name, head in found.items()}
+    vector = torch.cat([head.vector for head in found.values()])
+    cotangents = _tree.cat([head.cotangents for head in found.values()])
+    rows = {name: head.rows for name, head in found.items()}
+    counts = tuple(len(head.vector) for head in found.values())
+    present = None if by_name else masked(losses, request.present)[1]
+    if by_name:
+        present = torch.cat([head.present for head in found.values()])
+    if present is not None:
+        vector = torch.where(present, vector, 0)
+        cotangents = _present.rows(cotangents, present)
+        parts = zip(rows, present.split(counts), strict=True)
+        rows = {name: _present.rows(rows[name], part) for name, part in parts}
+    return _Pulled(losses, vector, present, cotangents, rows, counts)
+
+
+class _Head(NamedTuple):
+    """What one head makes of the features."""
+
+    losses: PyTree
+    vector: Tensor  # (k,)
+    present: Tensor  # (k,) bool
+    cotangents: PyTree  # the gradients by the features, (k, ...)
+    rows: PyTree  # by its own parameters, (k, ...)
+    dependent: bool
+
+
+def _call_head(
+    head: Callable[..., Any],
+    batch: Any,
+    kwargs: Mapping[str, Any],
+    flags: Any,
+    autocast: Autocast,
+    given: Any,
+) -> tuple[Tensor, Any]:
+    """Return the losses of a head, as one vector, and what else is to be known of them."""
+    params, z = given
+    with as_called(autocast):
+        losses = call(head, (params, z, batch), kwargs)
+    _check.losses(_tree.paths(losses), _tree.leaves(losses))
+    vector, present = masked(losses, flags)
+    present = torch.ones_like(vector, dtype=torch.bool) if present is None else present
+    return vector, (losses, present, vector.requires_grad)
+
+
+def _pull_head(
+    head: Callable[[Any], tuple[Tensor, Any]], params: PyTree, z: PyTree, request: Request
+) -> _Head:
+    """Run a head, and pull unit cotangents of its losses back."""
+    vector, pull, (losses, present, dependent) = vjp_aux(head, (params, z))
+    unit = basis(vector) if request.scale is None else times(request.scale, basis(vector))
+    rows, cotangents = pull_rows(
+        lambda row: pull(row)[0], unit, 1 if len(vector) == 1 else request.chunk_size
+    )
+    return _Head(losses, vector, present, cotangents, unscaled(rows, request.scale), dependent)
+
+
+def _skip_head(params: PyTree, z: PyTree, flags: Any) -> _Head:
+    """Leave a head out that is known to be absent: its losses are not a number."""
+    like = _tree.leaves(z)[0]
+    count, missing = len(_tree.leaves(flags)), like.new_full((), torch.nan)
+    missing = missing.real if missing.is_complex() else missing
+    return _Head(
+        losses=_tree.map(lambda _: missing, flags),
+        vector=missing.new_zeros(count),
+        present=torch.zeros(count, dtype=torch.bool, device=like.device),
+        cotangents=_tree.map(lambda leaf: leaf.new_zeros(count, *leaf.shape), z),
+        rows=_tree.map(lambda _: None, params),
+        dependent=False,
+    )
+
+
+def _nested(
+    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
+    heads: Callable[[PyTree], _Pulled],
+    leaves: list[Tensor],
+    places: tuple[int, ...],
+    request: Request,
+) -> tuple[Callable[[PyTree], list[Tensor]], PyTree, _Pulled, list[Tensor]]:
+    """Pull rows back to some leaves, inside what is pulled back to all of them once."""
+
+    def from_leaves(leaves: list[Tensor]) -> tuple[PyTree, Any]:
+        """Return the features, and the rows of the chosen leaves beside them."""
+        some = [leaves[place] for place in places]
+        z, pull, aux = vjp_aux(lambda some: trunk(filled(leaves, places, some)), some)
+        pulled = heads(z)
+        through = partial(_through, lambda x: pull(x)[0], pulled.cotangents, request.scale)
+        rows = pull_rows(through, basis(pulled.vector), request.chunk_size)
+        return z, (aux, pulled, rows)
+
+    _, pull, (aux, pulled, rows) = vjp_aux(from_leaves, leaves)
+    return lambda cotangent: pull(cotangent)[0], aux, pulled, rows
+
+
+def _through(
+    pull: Callable[[PyTree], list[Tensor]],
+    cotangents: PyTree,
+    scale: Tensor | None,
+    weights: Tensor,
+) -> list[Tensor]:
+    """Pull a combination of the losses' gradients by the features back through the trunk."""
+    return unscaled(pull(_tree.weighted_sum(cotangents, weights)), scale)
+
+
+def _run_trunk(
+    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
+    flat: list[Tensor],
+    batch: PyTree,
+    route: str,
+) -> tuple[PyTree, Callable[[PyTree], list[Tensor]], PyTree, Callable[..., Layers] | None]:
+    """Return features, the trunk's pullback, auxiliary output, and its layers if wanted."""
+    if route != "layerwise":
+        z, pull, aux = vjp_aux(trunk, flat)
+        return z, lambda cotangent: pull(cotangent)[0], aux, None
+    packed, unpack = packing(trunk)
+    inputs = _tree.tensors(batch)
+    recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
+    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
+
+    def pull_back(cotangent: PyTree) -> list[Tensor]:
+        """Pull one cotangent of the features back."""
+        found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
+        return combine(found, flat[0].new_ones(1, 1), (tuple(range(len(flat))),))
+
+    return recorded.outputs, pull_back, unpack(recorded.aux), partial(_layers, recorded)
+
+
+def _layers(recorded: Any, cotangents: PyTree, vector: Tensor) -> Layers:
+    """Pull the gradients by the features back, layer by layer."""
+    return in_one_precision(layers(recorded, cotangents, None, len(vector)))
+
+
+def multitask(
+    trunk: Callable[..., Any],
+    heads: Mapping[str, Callable[..., Any]],
+    *,
+    has_aux: bool = False,
+    scale_heads: bool = False,
+) -> MultiTask:
+    """Declare that tasks share features, and nothing else.
+
+    The Jacobian and the Gramian of such an objective are those of the shared parameters, by the
+    chain rule through the features, each head traversed once for each of its losses. The gradient
+    of a head is the plain gradient of its own losses, added up. A scalarizer sees an ordinary
+    objective: it weighs heads too. Whatever a trunk or a head closes over instead of taking as
+    parameters is frozen.
+
+    With `present={name: bool}` of Python bools, an absent head is not run: its loss is NaN, and its
+    gradients are `None`, so that optimizers skip it. With tensors it runs, and they are zeros.
+
+    Args:
+        trunk: `trunk(shared, batch) -> features`, a floating tensor or a pytree of such; a task
+            need not use all of them.
+        heads: `{name: head}` with `head(head_params, features, batch) -> ()`; or a tensor, or a
+            pytree, of several losses. Keyword arguments of a transformed function go to the trunk
+            and to all heads.
+        has_aux: Whether the trunk returns `(features, aux)`; the objective then returns
+            `(losses, aux)`, and transforms are called with `has_aux=True` as well.
+        scale_heads: Whether the gradient of head i is multiplied by weight i too, as if the sum of
+            the weighted losses was differentiated. Only for methods with a weighting.
+
+    Returns:
+        The objective, called as `objective((shared, {name: head_params}), batch)`; losses come back
+        as a dict, and are counted in the order of the sorted names.
+
+    Raises:
+        TypeError: If `heads` is not a dict.
+        ValueError: If there is no head; from transforms, if a tensor is both shared and in a head.
+
+    Example:
+        >>> import torch, torchjd_func as jd
+        >>> heads = {"a": lambda p, z, batch: (p * z).sum(), "b": lambda p, z, batch: z.sum()}
+        >>> objective = jd.multitask(lambda w, batch: batch @ w, heads)
+        >>> params = (torch.ones(2), {"a": torch.tensor(3.0), "b": {}})
+        >>> jd.jac(objective)(params, torch.eye(2))
+        tensor([[3., 3.],
+                [1., 1.]])
+    """
+    _check.heads(heads)
+    return MultiTask(trunk, dict(heads), has_aux, scale_heads)

@@ -1,0 +1,219 @@
+"""What transforms ask of objectives, and objectives without a structure of their own.
+
+An objective knows how to linearize itself, and a combinator asks what it wraps to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import as_called
+from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
+from torchjd_func.differentiate._mask import masked
+from torchjd_func.differentiate._pullback import basis, call, pull_rows, scaled, vjp_aux
+from torchjd_func.differentiate._request import Bound, Request, bind, chosen
+
+PyTree = Any
+Function = Callable[..., Any]
+
+
+class Objective(Protocol):
+    """A function of parameters and a batch that returns losses."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the losses (and `aux`, if there is one)."""
+        ...
+
+    def linearize(self, request: Request) -> Linearized:
+        """Run once, and keep what is needed to pull weights back."""
+        ...
+
+    def wrap(self, change: Callable[[Function], Function]) -> Function:
+        """Return the objective of changed functions, with the same structure."""
+        ...
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows that a rule is given, of `m` losses of this process."""
+        ...
+
+    def plan(self, request: Request) -> None:
+        """Find out before the first call what is worth remembering; it changes no result."""
+        ...
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether losses or parameters are those of several processes."""
+        ...
+
+
+def as_objective(fn: Function | Objective) -> Any:
+    """Return an objective that can linearize itself."""
+    return fn if hasattr(fn, "linearize") else Plain(fn)
+
+
+def name_of(fn: Any) -> str:
+    """Return the name of a function, or how an objective shows itself."""
+    return getattr(fn, "__name__", repr(fn))
+
+
+def rows_like(primals: PyTree, m: int) -> PyTree:
+    """Return placeholders for the rows of all leaves."""
+    _check.params("the differentiated argument", _tree.paths(primals), _tree.leaves(primals))
+    return _tree.map(lambda leaf: _tree.placeholder(leaf, (m, *leaf.shape)), primals)
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class Plain:
+    """An objective of which nothing is known."""
+
+    fn: Function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns."""
+        return self.fn(*args, **kwargs)
+
+    def linearize(self, request: Request) -> Linearized:
+        """Pull back through the whole function."""
+        if request.route == "layerwise":
+            return linearize_by_layers(self, request)
+        return linearize_whole(self.fn, request)
+
+    def wrap(self, change: Callable[[Function], Function]) -> Function:
+        """Return the changed function."""
+        return change(self.fn)
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows of all leaves."""
+        return rows_like(primals, m)
+
+    def plan(self, request: Request) -> None:
+        """Remember nothing."""
+
+    @property
+    def spans_processes(self) -> bool:
+        """It does not."""
+        return False
+
+    def __repr__(self) -> str:
+        """Return the name of the function."""
+        return name_of(self.fn)
+
+
+def linearize_by_layers(fn: Objective, request: Request) -> Linearized:
+    """Keep what each use of a parameter was applied to."""
+    from torchjd_func.differentiate._layered import linearize_layers
+
+    return linearize_layers(fn, request)
+
+
+def plan_by_layers(fn: Objective, request: Request) -> None:
+    """Find out how a run goes, layer by layer."""
+    from torchjd_func.differentiate._layered import plan_layers
+
+    plan_layers(fn, request)
+
+
+def spelled_out() -> Any:
+    """Return the mode in which torch mistakes no derivative."""
+    from torchjd_func.differentiate._layerwise import Spelled
+
+    return Spelled()
+
+
+def linearize_whole(
+    fn: Function, request: Request, check: Callable[[PyTree], None] | None = None
+) -> Linearized:
+    """Run the objective once under `torch.func.vjp`."""
+    bound = bind(request)
+    where = None if request.alone else request.where
+    if where is not None and request.route != "product":
+        return _linearize_nested(fn, request, bound, chosen(where, bound.paths), check)
+
+    def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
+        """Return the losses as one vector, for torch.func to differentiate."""
+        return _evaluate(fn, request, bound.fill(leaves), check)
+
+    vector, pull, (losses, aux, present) = vjp_aux(from_leaves, bound.leaves)
+    pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
+    return Linearized(
+        losses=losses,
+        aux=aux,
+        vector=vector,
+        present=present,
+        leaves=Leaves(bound.paths, bound.rebuild),
+        jacobian=by_pullback(pullback, vector, request.chunk_size),
+        seen=None if where is None else Seen(chosen(where, bound.paths)),
+    )
+
+
+def by_pullback(
+    pullback: Callable[[Tensor], list[Tensor]], vector: Tensor, chunk_size: int | None
+) -> Jacobian:
+    """Return the Jacobian whose rows are the pullbacks of unit cotangents."""
+    return Jacobian(pullback, lambda: pull_rows(pullback, basis(vector), chunk_size))
+
+
+def _evaluate(
+    fn: Function,
+    request: Request,
+    args: tuple[Any, ...],
+    check: Callable[[PyTree], None] | None,
+) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
+    """Return the losses as one vector; losses, aux and which there are."""
+    with as_called(request.autocast), spelled_out():
+        losses, aux = split_aux(call(fn, args, request.kwargs), request.has_aux)
+    if check is not None:
+        check(losses)
+    vector, present = masked(losses, request.present)
+    # Inside torch.func.vjp, also where the losses depend on tensors of plain autograd.
+    _check.dependent(vector.requires_grad)
+    return vector, (losses, aux, present)
+
+
+def _linearize_nested(
+    fn: Function,
+    request: Request,
+    bound: Bound,
+    places: tuple[int, ...],
+    check: Callable[[PyTree], None] | None,
+) -> Linearized:
+    """Pull rows back to some leaves, inside what is pulled back to all of them once."""
+
+    def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, Any]:
+        """Return the losses, and the rows of the chosen leaves beside them."""
+
+        def from_some(some: list[Tensor]) -> tuple[Tensor, Any]:
+            """Return the losses as a function of the chosen leaves."""
+            args = bound.fill(filled(leaves, places, some))
+            return _evaluate(fn, request, args, check)
+
+        some = [leaves[place] for place in places]
+        vector, pull, out = vjp_aux(from_some, some)
+        pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
+        rows = pull_rows(pullback, basis(vector), request.chunk_size)
+        return vector, (out, rows)
+
+    vector, pull, ((losses, aux, present), rows) = vjp_aux(from_leaves, bound.leaves)
+    pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
+    return Linearized(
+        losses=losses,
+        aux=aux,
+        vector=vector,
+        present=present,
+        leaves=Leaves(bound.paths, bound.rebuild),
+        jacobian=by_pullback(pullback, vector, request.chunk_size),
+        seen=Seen(places, rows),
+    )
+
+
+def filled(leaves: list[Tensor], places: tuple[int, ...], some: list[Tensor]) -> list[Tensor]:
+    """Return leaves with others in some places."""
+    filled = list(leaves)
+    for place, leaf in zip(places, some, strict=True):
+        filled[place] = leaf
+    return filled

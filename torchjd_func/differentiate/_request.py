@@ -1,0 +1,81 @@
+"""What a transform asks of an objective, and the leaves that are differentiated for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import Autocast
+
+PyTree = Any
+Where = Callable[[str], bool]
+
+
+class Request(NamedTuple):
+    """One call of a transformed function."""
+
+    args: tuple[Any, ...]
+    argnums: int | tuple[int, ...] = 0
+    has_aux: bool = False
+    route: str = "jacobian"
+    chunk_size: int | None = None
+    kwargs: Mapping[str, Any] = {}
+    where: Where | None = None  # the leaves that weights come from; `None` for all
+    alone: bool = False  # whether these leaves are all that is differentiated
+    present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all
+    size: Any = None  # how many examples this process has, for means over processes
+    scale: Tensor | None = None  # a factor of the losses in the backward pass alone
+    autocast: Autocast = ()  # where the transformed function was called
+    rows: bool = True  # whether anybody looks at rows, or one combination of them is all
+
+
+class Bound(NamedTuple):
+    """The leaves that are differentiated, and how they are put back."""
+
+    leaves: list[Tensor]
+    paths: list[str]
+    rebuild: Callable[[Sequence[Any]], PyTree]  # the argument, with None for other leaves
+    fill: Callable[..., tuple[Any, ...]]  # leaves (and other arguments) -> all arguments
+
+
+def bind(request: Request) -> Bound:
+    """Return the differentiated leaves."""
+    args, argnums = request.args, request.argnums
+    positions = _check.argnums(argnums, len(args))
+    several = isinstance(argnums, tuple)
+    primals = tuple(args[i] for i in positions) if several else args[positions[0]]
+    flat, rebuild = _tree.flatten(primals)
+    paths = _tree.paths(primals)
+    places = range(len(flat))
+    if request.alone and request.where is not None:
+        places = chosen(request.where, paths)
+    kept = [flat[i] for i in places]
+    names = [paths[i] for i in places]
+    _check.params(f"argument {argnums}", names, kept)
+
+    def spread(leaves: Sequence[Any], others: Sequence[Any]) -> PyTree:
+        """Put leaves in their places among others."""
+        filled = list(others)
+        for place, leaf in zip(places, leaves, strict=True):
+            filled[place] = leaf
+        return rebuild(filled)
+
+    def fill(leaves: Sequence[Tensor], given: tuple[Any, ...] = args) -> tuple[Any, ...]:
+        """Return all arguments."""
+        value = spread(leaves, flat)
+        filled = list(given)
+        for position, part in zip(positions, value if several else (value,), strict=True):
+            filled[position] = part
+        return tuple(filled)
+
+    return Bound(kept, names, lambda leaves: spread(leaves, [None] * len(flat)), fill)
+
+
+def chosen(where: Where, paths: Sequence[str]) -> tuple[int, ...]:
+    """Return the places of the leaves that a predicate of paths names."""
+    places = tuple(place for place, path in enumerate(paths) if where(path))
+    _check.some_named("where", places, paths)
+    return places

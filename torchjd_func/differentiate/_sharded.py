@@ -1,0 +1,125 @@
+"""Objectives of parameters of which each process keeps a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._types import Aggregator
+from torchjd_func.differentiate._linearized import (
+    Contraction,
+    Groups,
+    Jacobian,
+    Leaves,
+    Linearized,
+    Shards,
+)
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._pullback import basis, pull_rows
+from torchjd_func.differentiate._request import Request, bind, chosen
+
+PyTree = Any
+Leafwise = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Parts(NamedTuple):
+    """Parameters, leaf by leaf, of which this process keeps a part."""
+
+    own: Leafwise  # gradients by them, or rows of such -> this process's parts of the means
+    wrap: Leafwise  # parts, or their rows, placed as the leaves are
+    mean: Callable[[Tensor], Tensor]  # of the losses, over processes
+    contract: Callable[[Contraction, Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
+    by_rows: Callable[[Aggregator], Callable[..., tuple[PyTree, Any]]]  # the rule, on placed rows
+    some: Callable[[Sequence[int]], Any]  # the same for some of the leaves
+
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class Sharded:
+    """An objective of whole parameters and of a part of the batch.
+
+    Attributes:
+        fn: The objective on one process.
+        parts: `leaves -> Parts` of the differentiated argument.
+        gather: `leaves -> whole leaves`.
+        like: `leaf -> placeholder` of the whole leaf, without its memory.
+    """
+
+    fn: Objective
+    parts: Callable[[list[Tensor]], Parts]
+    gather: Leafwise
+    like: Callable[[Tensor], Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the losses of this process, of whole parameters."""
+        return self.fn(*args, **kwargs)
+
+    def linearize(self, request: Request) -> Linearized:
+        """Differentiate by whole parameters; of gradients this process keeps its parts."""
+        _check.shards_route(request.route)
+        everything = bind(request._replace(where=None))
+        parts = self.parts(everything.leaves)
+        whole = request._replace(args=everything.fill(self.gather(everything.leaves)))
+        linear = self.fn.linearize(whole)
+        if request.alone and request.where is not None:
+            parts = parts.some(chosen(request.where, everything.paths))
+        return _shared_out(linear, parts, request)
+
+    def wrap(self, change: Callable[[Function], Function]) -> Sharded:
+        """Return the sharded objective of the changed function."""
+        return Sharded(as_objective(self.fn.wrap(change)), self.parts, self.gather, self.like)
+
+    def rows_like(self, primals: PyTree, m: int) -> PyTree:
+        """Return placeholders for the rows of whole parameters."""
+        return self.fn.rows_like(_tree.map(self.like, primals), m)
+
+    def plan(self, request: Request) -> None:
+        """Remember nothing."""
+
+    @property
+    def spans_processes(self) -> bool:
+        """It does."""
+        return True
+
+    def __repr__(self) -> str:
+        """Return the inner objective in one line."""
+        return f"Sharded({name_of(self.fn)})"
+
+
+def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearized:
+    """Return means over processes, of which this process has its parts."""
+    vector = parts.mean(linear.vector)
+    rebuild, pull, seen = linear.leaves.rebuild, linear.jacobian.pullback, linear.seen
+
+    def rows() -> list[Tensor]:
+        """Pull back, and scatter each chunk of rows at once."""
+        return pull_rows(pull, basis(linear.vector), request.chunk_size, parts.own)
+
+    seen_parts = parts
+    if seen is not None and seen.rows is not None:
+        seen_parts = parts.some(seen.places)
+        seen = seen._replace(rows=seen_parts.own(seen.rows))
+    return linear._replace(
+        losses=_tree.unravel(linear.losses, vector),
+        vector=vector,
+        leaves=Leaves(linear.leaves.paths, lambda leaves: rebuild(parts.wrap(list(leaves)))),
+        jacobian=Jacobian(lambda weights: parts.own(pull(weights)), rows),
+        seen=seen,
+        shards=Shards(parts.contract, partial(_contract_seen, seen_parts.contract), parts.by_rows),
+    )
+
+
+def _contract_seen(
+    contract: Callable[[Contraction, Groups], tuple[Tensor, Any]], rows: list[Tensor]
+) -> Tensor:
+    """Return the Gramian of rows of which each process has parts."""
+
+    def route(groups: Groups) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
+        """Contract the leaves of each group."""
+        return _tree.gramians(_tree.blocks(rows, groups), groups), lambda weights: weights
+
+    return contract(route, (tuple(range(len(rows))),))[0][0]

@@ -1,0 +1,52 @@
+"""What all transforms do at a call: values in, values out, and the reserved keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torchjd_func import _check
+from torchjd_func.differentiate._autocast import around, full_precision
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._linearized import Linearized
+from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._request import Request, Where
+
+
+class Options(NamedTuple):
+    """What a transform was made with."""
+
+    argnums: int | tuple[int, ...]
+    has_aux: bool
+    route: str = "auto"
+    chunk_size: int | None = None
+    where: Where | None = None
+    alone: bool = False  # whether nothing but the leaves of `where` is differentiated
+    rows: bool = True  # whether anybody looks at rows
+    spans: bool = False  # whether the rule works over processes
+
+
+def linearize(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> Linearized:
+    """Let an objective linearize itself at some arguments."""
+    objective = as_objective(fn)
+    named = dict(kwargs)
+    present, size = named.pop("present", None), named.pop("size", None)
+    _check.size(size, options.spans or objective.spans_processes)
+    request = Request(
+        args=detached(args),
+        argnums=options.argnums,
+        has_aux=options.has_aux,
+        route=options.route,
+        chunk_size=options.chunk_size,
+        kwargs=detached(named),
+        where=options.where,
+        alone=options.alone,
+        present=present,
+        size=size,
+        autocast=around(),
+        rows=options.rows,
+    )
+    with full_precision():
+        return objective.linearize(request)

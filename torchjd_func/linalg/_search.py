@@ -1,0 +1,181 @@
+"""The search for solutions: one operation that is opaque to compilers, and branches on values.
+
+Which solver serves which device is decided in `dispatch`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjd_func._host import Array
+from torchjd_func.linalg._pivoting import regular, ridged
+from torchjd_func.linalg._systems import RANK_TOL, cut_out, largest, residual
+from torchjd_func.linalg._two import solve_two
+
+# Divides by this instead of by zero.
+TINY = np.finfo(np.float64).tiny
+# Largest relative residual of the conditions of a solution that is called converged, or twice the
+# ridge if that is more.
+KKT_TOL = 1e-8
+
+
+class Answer(NamedTuple):
+    """What was found for each of `N` problems."""
+
+    value: Array  # (N, m); not-a-number if it did not converge
+    support: Array  # (N, m) bool
+    converged: Array  # (N,) bool
+    iterations: Array  # (N,) int64: linear systems solved
+    fallback: Array  # (N,) bool: rows are dependent, so a ridge was needed
+
+
+@torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
+def search(
+    matrix: Tensor, vector: Tensor, ridge: float, solver: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solve each problem of a batch.
+
+    Args:
+        matrix: `(..., m, m)` float64.
+        vector: `(..., m)` float64; as many leading dimensions, each equal or 1.
+        ridge: The rounding of the entries of `matrix`, relative to the diagonal.
+        solver: As for `nnqp`.
+
+    Returns:
+        The fields of `Answer`, for each problem.
+    """
+    return dispatch(matrix, vector, ridge, solver)
+
+
+def dispatch(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
+    """Solve on the host, in numpy; what is on another device goes there and back."""
+    matrices, vectors = (x.detach().cpu().numpy() for x in (matrix, vector))
+    answer = on_host(matrices, vectors, ridge, solver)
+    return tuple(torch.from_numpy(np.asarray(part)).to(matrix.device) for part in answer)
+
+
+@search.register_fake
+def _fake(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
+    """Tell the compiler the shapes."""
+    shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
+    value = vector.new_empty((*shape, vector.shape[-1]))
+    flag = vector.new_empty(shape, dtype=torch.bool)
+    return value, value.new_empty(value.shape, dtype=torch.bool), flag, flag.long(), flag.clone()
+
+
+@search.register_vmap
+def _vmap(info: Any, in_dims: Any, matrix: Tensor, vector: Tensor, *options: Any) -> Any:
+    """Solve one larger batch."""
+    return search(*align(in_dims, matrix, vector), *options), (0,) * 5
+
+
+def align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+    """Bring mapped dimensions to the front; tensors that are not mapped get one of size 1."""
+    pairs = zip(tensors, in_dims, strict=False)
+    return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+
+
+@np.errstate(all="ignore")  # what is not finite is said in the answer
+def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answer:
+    """Number matrices and problems, and solve them; parts of the answer have their shape."""
+    m = vectors.shape[-1]
+    if matrices.ndim == 2:
+        shape, numbers = vectors.shape[:-1], 0
+    else:
+        shape = np.broadcast_shapes(matrices.shape[:-2], vectors.shape[:-1])
+        numbers = np.arange(math.prod(matrices.shape[:-2])).reshape(matrices.shape[:-2])
+    which = np.empty(shape, dtype=np.int64)
+    which[...] = numbers
+    if vectors.shape[:-1] != shape:
+        vectors = np.broadcast_to(vectors, (*shape, m))
+    answer = _solve(
+        matrices.reshape(math.prod(matrices.shape[:-2]), m, m),
+        which.reshape(-1),
+        vectors.reshape(math.prod(shape), m),
+        ridge,
+        solver,
+    )
+    if len(shape) == 1:
+        return answer
+    return Answer(*(part.reshape((*shape, *part.shape[1:])) for part in answer))
+
+
+def nearest_on_host(gramians: Array, ridge: float, solver: str = "auto") -> Answer:
+    """Find min-norm points of Gramians `(..., m, m)`; see `nearest`."""
+    diagonal = gramians.diagonal(0, -2, -1)
+    shortest = np.where(diagonal > 0, diagonal, np.inf).min(axis=-1, initial=np.inf)[..., None]
+    kappa = np.where(shortest < np.inf, shortest, 1.0)
+    answer = on_host(gramians + kappa[..., None], 0 * diagonal - kappa, ridge, solver)
+    return answer._replace(value=answer.value / answer.value.sum(axis=-1)[..., None])
+
+
+def _solve(matrices: Array, which: Array, vectors: Array, ridge: float, solver: str) -> Answer:
+    """Scale to a unit diagonal and `max|q| = 1`, search, and scale back."""
+    if solver == "auto" and vectors.min(initial=0.0) >= 0 and np.isfinite(matrices).all():
+        return _nothing_to_do(vectors)
+    if solver == "auto" and vectors.size <= 4 and vectors.shape[1] == 2:
+        value = solve_two(matrices[which[0]], vectors) if len(matrices) == 1 else None
+        if value is not None:
+            ones = np.ones(len(value), dtype=np.int64)
+            return Answer(value, value > 0, ones > 0, ones, ones < 0)
+    diagonal = matrices.diagonal(axis1=1, axis2=2)
+    scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    unit = matrices * (scales[:, :, None] * scales[:, None, :])
+    scale = scales if len(scales) == 1 else scales[which]
+    linear = vectors * scale
+    size = np.maximum(largest(linear), TINY)[:, None]
+    linear /= size
+    z, support, iterations, fallback = _search(unit, which, linear, ridge, solver)
+    met = residual(unit, which, linear, z) <= max(KKT_TOL, 2 * ridge)
+    # With a ridge a solution may be as long as the root of one over it; an infinite one is longer.
+    sound = met & (largest(z) < ridge**-0.75)
+    value = z * (scale * size)
+    if not sound.all():
+        value[~sound] = np.nan
+    return Answer(value, support, sound, iterations, fallback)
+
+
+def _nothing_to_do(vectors: Array) -> Answer:
+    """Return zero, which is the answer where no slope is negative: nothing conflicts."""
+    n = len(vectors)
+    true, zero = np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64)
+    return Answer(0 * vectors, np.zeros(vectors.shape, dtype=bool), true, zero, ~true)
+
+
+def _search(
+    matrices: Array, which: Array, vectors: Array, ridge: float, solver: str
+) -> tuple[Array, Array, Array, Array]:
+    """Find the solutions: `(z, support, iterations, fallback)`."""
+    if solver != "auto":
+        support = _reference(matrices, which, vectors, solver)
+        z, _ = cut_out(matrices, which, support, -vectors)
+        ones = np.ones(len(z), dtype=np.int64)
+        return z.clip(min=0), support, ones, ones > 0
+    z, support, iterations, done = regular(matrices, which, vectors, ridge)
+    left = np.flatnonzero(~done)
+    if len(left):
+        finite = np.isfinite(matrices).all(axis=(1, 2))[which[left]]
+        left = left[finite & np.isfinite(vectors[left]).all(axis=1)]
+    if len(left):
+        used, own = np.unique(which[left], return_inverse=True)
+        z[left], support[left], extra = ridged(matrices[used], own, vectors[left], ridge)
+        iterations[left] += extra
+    return z.clip(min=0), support, iterations, ~done
+
+
+def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
+    """Ask a solver of qpsolvers, one problem at a time, which unknowns are positive."""
+    import qpsolvers  # takes as long to import as all of this package
+
+    ridge, zero = RANK_TOL * np.eye(vectors.shape[1]), np.zeros(vectors.shape[1])
+    support = np.zeros(vectors.shape, dtype=bool)
+    for index, (matrix, vector) in enumerate(zip(matrices[which], vectors, strict=True)):
+        answer = qpsolvers.solve_qp(matrix + ridge, vector, lb=zero, solver=solver)
+        z = zero if answer is None else answer
+        support[index] = z > np.maximum(matrix @ z + vector, 0)
+    return support
