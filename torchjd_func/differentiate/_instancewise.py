@@ -17,9 +17,9 @@ from torchjd_func.differentiate._linearized import Linearized
 from torchjd_func.differentiate._objective import (
     Function,
     linearize_by_layers,
-    plan_by_layers,
     linearize_whole,
     name_of,
+    plan_by_layers,
     rows_like,
 )
 from torchjd_func.differentiate._request import Request

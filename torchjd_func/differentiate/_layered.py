@@ -175,7 +175,7 @@ def _problem(
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
     def call(
-        given: tuple[Any, ...], leaves: Sequence[Tensor], *example: Any
+        given: tuple[Any, ...], present: Any, leaves: Sequence[Tensor], *example: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = given if batch is None else batch.fill(given, example)
@@ -188,16 +188,16 @@ def _problem(
             return losses, tensors
         if isinstance(fn, InstanceWise):
             _check.one_for_each_example(losses)
-        return masked(losses, request.present)[0], tensors
+        return masked(losses, present)[0], tensors
 
     problem = Problem(
-        call=partial(call, args),
+        call=partial(call, args, request.present),
         leaves=bound.leaves,
         kind=kind,
         size=0 if batch is None else _batch_size(batch),
         inputs=_tree.tensors((args, dict(request.kwargs))),
         batch=batch,
-        larger=partial(_larger, fn, args, positions, partial(call)),
+        larger=partial(_larger, fn, args, positions, call),
         check=check and isinstance(fn, InstanceWise) and fn.check and request.present is None,
         names=bound.paths,
     )
@@ -252,7 +252,7 @@ def _larger(
             for place in places:
                 grow = partial(_grow, dim=dims[place], size=size)
                 grown[place] = _tree.map(grow, args[place])
-            yield Larger(size, partial(call, tuple(grown)), _tree.tensors(tuple(grown)))
+            yield Larger(size, partial(call, tuple(grown), None), _tree.tensors(tuple(grown)))
 
 
 def _grow(leaf: Any, *, dim: int, size: int) -> Any:

@@ -63,9 +63,13 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
 
 
 def _tolerance(found: Layers, leaf: int) -> tuple[float, float]:
-    """Return the tolerance of the least precise of the dtypes that a leaf is used in."""
-    steps = [found.uses[piece.use].step for piece in found.pieces.get(leaf, [])]
-    dtypes = {found.values[leaf].dtype, *(step.dtype for step in steps)}
+    """Return the tolerance of the least precise dtype of the run, as autocast mixes them."""
+    tensors = [
+        found.values[leaf],
+        *found.cotangents,
+        *(x for use in found.uses for x in use.arrays),
+    ]
+    dtypes = {x.dtype for x in tensors if x.is_floating_point() or x.is_complex()}
     return max((_TOLERANCES.get(dtype, 1e-3), torch.finfo(dtype).eps) for dtype in dtypes)
 
 
