@@ -72,6 +72,26 @@ def same_losses(sizes: Sequence[int]) -> None:
         fail(ValueError, "`fn`", rule, list(sizes), remedy)
 
 
+def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
+    """Return the warning that a loss depends on more than its own example, or seems to."""
+    pairs = ", ".join(f"{name!r} ({where})" for name, where in zip(names, operations, strict=True))
+    return (
+        f"The Gramian of an instance-wise objective is not the sum over uses of {pairs}: losses "
+        "depend on other examples, or these operations are used in an unknown way. Their rows are "
+        "computed by one backward pass for each loss, which is right and slower. "
+        "jd.check_instancewise tells which examples are mixed; jd.explain_gramian shows the cost."
+    )
+
+
+def hidden_from_graph() -> str:
+    """Return the warning that a compiled function costs a backward pass for each loss."""
+    return (
+        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
+        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
+        "with the same shapes before compiling; the graph then replays what was found out."
+    )
+
+
 def not_instancewise(name: str, fn: Any, kind: type) -> None:
     """Check that the losses of an objective are not one for each example."""
     if isinstance(fn, kind):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._heads import Pulled, pull_heads
-from torchjd_func.differentiate._layered import in_one_precision, run
-from torchjd_func.differentiate._layerwise import Layers, Layout, combine, layers
+from torchjd_func.differentiate._layered import in_one_precision
+from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
 from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
 from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
 from torchjd_func.differentiate._pullback import (
@@ -185,8 +185,8 @@ def _run_trunk(
         return z, lambda cotangent: pull(cotangent)[0], aux, None
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
-    recorded = run(packed, flat, Layout("shared", 0), [], [*flat, *inputs], None, {})
-    _check.dependent(bool(recorded.uses or recorded.traced))
+    recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
+    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
