@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_every_transform_equals_one_process(world, layout, backend):
 
 def options(fn, params, batch):
     """Return what options, combinators and scalarizers make of an objective."""
-    some = {"where": lambda path: path.startswith("trunk")}
+    some: Any = {"where": lambda path: path.startswith("trunk")}
     mask = torch.tensor([True, False, True])
     scaled = jd.loss_scale.scaled(fn, jd.loss_scale.init(2.0**10))
     jac = jd.jac(fn, **some)(params, batch)

@@ -107,10 +107,11 @@ def test_batches_broadcast_as_on_the_host():
     jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(3)])
     gramians = jacs @ jacs.mT
     problems = gramians.unsqueeze(1), gramians
+    matrices, vectors = problems
     value, support, converged, pivots, dependent = _device.on_device(
-        *(x.to(DEVICE) for x in problems), RIDGE
+        matrices.to(DEVICE), vectors.to(DEVICE), RIDGE
     )
-    want = on_host(*(x.numpy() for x in problems), RIDGE, "auto")
+    want = on_host(matrices.numpy(), vectors.numpy(), RIDGE, "auto")
     torch.testing.assert_close(value.cpu(), torch.from_numpy(want.value), rtol=1e-9, atol=1e-11)
     assert support.cpu().tolist() == want.support.tolist()
     assert converged.all() and not dependent.any()

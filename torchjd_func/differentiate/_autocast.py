@@ -18,21 +18,9 @@ def around() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-def full_precision() -> AbstractContextManager[None]:
-    """Keep autocast off pullbacks, products and rules."""
-    return _off() if around() else nullcontext()
-
-
 def as_called(autocast: Autocast) -> AbstractContextManager[object]:
     """Run an objective as where the transformed function was called."""
     return _on(autocast) if autocast else _norms()
-
-
-@contextmanager
-def _off() -> Generator[None]:
-    """Switch autocast off."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 @contextmanager
