@@ -77,7 +77,7 @@ class Draw:
         """Return losses as a vector or as a tree."""
         if self.source.random() < 0.5:
             return self.positive()
-        return {"b": self.tensor(()), "a": self.positive()[: max(self.m - 1, 0)]}
+        return {"b": self.tensor(), "a": self.positive()[: max(self.m - 1, 0)]}
 
     def gramian(self) -> Any:
         """Return `(m, m)`, positive semidefinite or not."""
