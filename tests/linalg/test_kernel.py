@@ -117,6 +117,14 @@ def test_batches_broadcast_as_on_the_host():
     assert pivots.shape == (3, 4)
 
 
+def test_one_problem_has_no_leading_dimension():
+    gramian = matrix("gaussian", 3, 4) @ matrix("gaussian", 3, 4).mT
+    linear = -torch.ones(3, dtype=torch.float64)
+    value, _, converged, *_ = _device.on_device(gramian.to(DEVICE), linear.to(DEVICE), RIDGE)
+    assert value.shape == (3,) and converged.shape == ()
+    torch.testing.assert_close(value.cpu(), jd.linalg.nnqp(gramian, linear).value)
+
+
 def test_dependent_rows_are_said_to_be():
     rows = matrix("low_rank", 6, 8)
     gramian = (rows @ rows.mT).to(DEVICE)

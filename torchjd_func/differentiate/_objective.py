@@ -106,9 +106,24 @@ class Plain:
 
 def linearize_by_layers(fn: Objective, request: Request) -> Linearized:
     """Keep what each use of a parameter was applied to."""
+    # Here, since layers know instance-wise objectives, and these know this module.
     from torchjd_func.differentiate._layered import linearize_layers
 
     return linearize_layers(fn, request)
+
+
+def plan_by_layers(fn: Objective, request: Request) -> None:
+    """Find out how a run goes, layer by layer."""
+    from torchjd_func.differentiate._layered import plan_layers
+
+    plan_layers(fn, request)
+
+
+def spelled_out() -> Any:
+    """Return the mode in which torch mistakes no derivative."""
+    from torchjd_func.differentiate._layerwise import Spelled
+
+    return Spelled()
 
 
 def linearize_whole(
@@ -151,7 +166,7 @@ def _evaluate(
     check: Callable[[PyTree], None] | None,
 ) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
     """Return the losses as one vector; losses, aux and which there are."""
-    with as_called(request.autocast):
+    with as_called(request.autocast), spelled_out():
         losses, aux = split_aux(call(fn, args, request.kwargs), request.has_aux)
     if check is not None:
         check(losses)

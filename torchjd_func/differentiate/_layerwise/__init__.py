@@ -8,6 +8,8 @@ Four steps, each in its place:
 4. assembly (`_layers`): Gramians, rows and weighted gradients of whole parameters.
 """
 
+from torchjd_func.differentiate._layerwise._attention import Spelled
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
     combine,
@@ -19,27 +21,30 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
     spread,
 )
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
-from torchjd_func.differentiate._layerwise._record import PlanChanged
-from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
-from torchjd_func.differentiate._layerwise._watch import Layout, Plan
+from torchjd_func.differentiate._layerwise._record import Batch, Recorded
 
 __all__ = [
     "Batch",
+    "Larger",
     "Layers",
     "Layout",
     "Plan",
-    "PlanChanged",
+    "Problem",
     "Ranks",
     "Recorded",
+    "Spelled",
     "combine",
     "cross_gramians",
     "gramians",
     "jacobian",
     "layers",
     "leaf_costs",
-    "record",
+    "name_of",
+    "plan",
     "rule_names",
-    "scout",
+    "run",
     "spread",
 ]
