@@ -5,13 +5,9 @@ import torch
 
 from tests.fuzz import Call, draw_call, fault, faults
 
-# Of rows that are not finite: decompositions refuse them, and an index is taken from them.
-KNOWN = ("LinAlgError", "index -1 is out of bounds")
-
 
 def test_drawn_calls_return_or_say_what_is_wrong():
-    found = [entry for entry in faults(1500, seed=1) if not any(k in entry[2] for k in KNOWN)]
-    assert found == []
+    assert faults(1500, seed=1) == []
 
 
 def test_draws_are_reproducible():

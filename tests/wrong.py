@@ -69,6 +69,7 @@ REQUIRED: dict[str, Any] = {
     "preference": [1.0] * M,
     "preferences": torch.eye(M)[:3],
     "trim_number": 1,
+    "max_norm": 1.0,
     "n_byzantine": 1,
     "p": 2.0,
     "lambda_": 0.5,

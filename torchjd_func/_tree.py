@@ -308,7 +308,8 @@ def _sums(weights: Tensor, matrices: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> Any:
     """Return a context in which products keep their dtype, whatever autocast is asked for."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # `torch.amp.is_autocast_available` cannot be traced (torch 2.11).
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

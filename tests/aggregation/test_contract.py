@@ -7,22 +7,12 @@ import torch
 
 import torchjd_func as jd
 from tests.matrices import B
-from tests.registry import METHODS, exported
+from tests.registry import METHODS
 from torchjd_func.testing import CHECKS
 from torchjd_func.testing._contract import other_state
 
-# Decompositions and indexing raise for all problems of a batch; one method returns zeros.
-RAISES = pytest.mark.xfail(strict=True, reason="a row that is not finite raises, or is not seen")
-RAISING = ("imtl_g", "aligned_mtl", "config", "config_momentum", "modo", "sdmgrad", "moco")
-
-
-def marks(check: str, name: str) -> list[pytest.MarkDecorator]:
-    raising = exported(name) in RAISING or name == "grouped[moco]"
-    return [RAISES] * (check == "non-finite rows" and raising and "softmax" not in name)
-
-
 PAIRS = [
-    pytest.param(method, CHECKS[check], id=f"{check}-{name}", marks=marks(check, name))
+    pytest.param(method, CHECKS[check], id=f"{check}-{name}")
     for name, method in METHODS.items()
     for check in CHECKS
     if CHECKS[check].applies(method)

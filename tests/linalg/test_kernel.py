@@ -12,7 +12,8 @@ from tests.matrices import KINDS, matrix
 
 pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
 
-from torchjd_func.linalg import _kernel
+from torchjd_func.linalg import _device, _kernel
+from torchjd_func.linalg._search import on_host
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RIDGE = 1e-11
@@ -21,7 +22,7 @@ RIDGE = 1e-11
 def solve(gramian, linear, ridge=RIDGE):
     """Solve problems that share a matrix; return the solution, its support and its residual."""
     which = torch.zeros(len(linear), dtype=torch.int64, device=DEVICE)
-    z, free, residual, _ = _kernel.solve_kernel(
+    z, free, residual, *_ = _kernel.solve_kernel(
         gramian.unsqueeze(0).to(DEVICE), which, linear.to(DEVICE), ridge
     )
     return z.cpu(), free.cpu(), residual.cpu()
@@ -83,7 +84,7 @@ def test_what_is_not_finite_stays_its_own():
     linear = -torch.ones(3, 4, dtype=torch.float64, device=DEVICE)
     linear[2, 1] = torch.inf
     which = torch.tensor([0, 1, 0], device=DEVICE)
-    z, _, residual, _ = _kernel.solve_kernel(gramian, which, linear, RIDGE)
+    z, _, residual, *_ = _kernel.solve_kernel(gramian, which, linear, RIDGE)
     assert z[0].isfinite().all() and residual[0] < 1e-12
     assert z[1:].isnan().all() and residual[1:].isnan().all()
 
@@ -100,3 +101,32 @@ def test_agrees_with_the_solver_of_the_host():
     gramian = jac @ jac.mT
     z, _, _ = solve(gramian, gramian)
     torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian).value, rtol=1e-9, atol=1e-11)
+
+
+def test_batches_broadcast_as_on_the_host():
+    jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(3)])
+    gramians = jacs @ jacs.mT
+    problems = gramians.unsqueeze(1), gramians
+    value, support, converged, pivots, dependent = _device.on_device(
+        *(x.to(DEVICE) for x in problems), RIDGE
+    )
+    want = on_host(*(x.numpy() for x in problems), RIDGE, "auto")
+    torch.testing.assert_close(value.cpu(), torch.from_numpy(want.value), rtol=1e-9, atol=1e-11)
+    assert support.cpu().tolist() == want.support.tolist()
+    assert converged.all() and not dependent.any()
+    assert pivots.shape == (3, 4)
+
+
+def test_one_problem_has_no_leading_dimension():
+    gramian = matrix("gaussian", 3, 4) @ matrix("gaussian", 3, 4).mT
+    linear = -torch.ones(3, dtype=torch.float64)
+    value, _, converged, *_ = _device.on_device(gramian.to(DEVICE), linear.to(DEVICE), RIDGE)
+    assert value.shape == (3,) and converged.shape == ()
+    torch.testing.assert_close(value.cpu(), jd.linalg.nnqp(gramian, linear).value)
+
+
+def test_dependent_rows_are_said_to_be():
+    rows = matrix("low_rank", 6, 8)
+    gramian = (rows @ rows.mT).to(DEVICE)
+    parts = _device.on_device(gramian.unsqueeze(0), gramian, RIDGE)
+    assert parts[2].all() and parts[4].any()

@@ -149,11 +149,12 @@ def size(value: Any, spans: bool) -> None:
         fail(ValueError, "`size`", rule, value, remedy)
 
 
-def not_features(used: bool) -> None:
+def not_features(used: bool, got: str) -> None:
     """Check that weights are not asked for by features where there are none."""
     if used:
         name, rule = "`where=jd.features`", "be used in jd.grad, for an objective of jd.multitask"
-        fail(ValueError, name, rule, "jd.gramian_vjp", "Pass a predicate of paths.")
+        remedy = "Pass a predicate of paths: lambda path: path.startswith('encoder')."
+        fail(ValueError, name, rule, got, remedy)
 
 
 def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None:

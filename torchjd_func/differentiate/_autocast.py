@@ -25,7 +25,7 @@ def full_precision() -> AbstractContextManager[None]:
 
 def as_called(autocast: Autocast) -> AbstractContextManager[object]:
     """Run an objective as where the transformed function was called."""
-    return _on(autocast) if autocast else NormsInOnePrecision()
+    return _on(autocast) if autocast else _norms()
 
 
 @contextmanager
@@ -39,8 +39,13 @@ def _off() -> Generator[None]:
 def _on(autocast: Autocast) -> Generator[None]:
     """Switch autocast on again."""
     kinds = dict(autocast)
-    with _of("cpu", kinds), _of("cuda", kinds), NormsInOnePrecision():
+    with _of("cpu", kinds), _of("cuda", kinds), _norms():
         yield
+
+
+def _norms() -> AbstractContextManager[object]:
+    """Let norms take a mixture of precisions, as compiled ones do by Inductor (torch 2.13)."""
+    return nullcontext() if torch.compiler.is_compiling() else NormsInOnePrecision()
 
 
 def _of(kind: str, kinds: dict[str, torch.dtype]) -> AbstractContextManager[object]:

@@ -163,7 +163,7 @@ def gramian_vjp(
         tensor([1.8000, 0.6000])
     """
     validate(route, chunk_size)
-    _check.not_features(where is features)
+    _check.not_features(where is features, "jd.gramian_vjp")
     options = Options(argnums, has_aux, route, chunk_size, where)
     linear = linearize(fn, primals, {"present": present}, options)
     with full_precision():

@@ -32,6 +32,8 @@ class NormsInOnePrecision(TorchFunctionMode):
     ) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # cannot be traced in a mode (torch 2.13)
+            func = torch.unflatten
         if func in _NORMS:
             return _in_one_precision(func, args, kwargs)
         if func is Tensor.unflatten:  # the method cannot be traced (torch 2.13)

@@ -13,7 +13,7 @@ the host, and a CUDA graph can capture it. Triton comes with every CUDA build of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,7 +59,8 @@ def _pivot(T, q, free, i, same, p):
     c = _along_rows(tl.where(isp, 1.0, column), same)
     T = tl.where(i[:, None] == p, 0.0, T) - c[:, None] * r[None, :]
     T = tl.where(isp[None, :], c[:, None] / at, T)
-    return T, q, free ^ isp
+    entering = _at(tl.where(free, 0.0, 1.0), isp) > 0.0
+    return T, q, free ^ isp, tl.where(entering, at, 1.0)
 
 
 @triton.jit
@@ -96,6 +97,7 @@ def _exchange(T, q, free, i, same, M: tl.constexpr, RIDGE: tl.constexpr):
     best = M + 1
     chances = 3
     pivots = 0
+    least = 1.0 + 0.0 * tl.max(q, axis=0)
     state = 0  # 0 running, 1 solved, 2 stalled
     while state == 0:
         if tl.sum(pending.to(tl.int32), axis=0) == 0:
@@ -116,9 +118,10 @@ def _exchange(T, q, free, i, same, M: tl.constexpr, RIDGE: tl.constexpr):
             if _at(tl.sum(tl.where(i[:, None] == p, T, 0.0), axis=0), i == p) < 1e-3 * RIDGE:
                 state = 2
             else:
-                T, q, free = _pivot(T, q, free, i, same, p)
+                T, q, free, at = _pivot(T, q, free, i, same, p)
+                least = tl.minimum(least, at)
                 pivots += 1
-    return T, q, free, pivots, state
+    return T, q, free, pivots, least, state
 
 
 @triton.jit
@@ -127,6 +130,7 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
     drive = -1
     moved = 0.0 * tl.max(q, axis=0)
     pivots = 0
+    least = 1.0 + moved
     state = 0  # 0 running, 1 solved, 2 failed
     while state == 0:
         if drive < 0:
@@ -155,12 +159,13 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
             if (tl.minimum(step, whole) == float("inf")) | (pivots >= LIMIT):
                 state = 2
             else:
-                T, q, free = _pivot(T, q, free, i, same, p)
+                T, q, free, at = _pivot(T, q, free, i, same, p)
+                least = tl.minimum(least, at)
                 pivots += 1
                 if p == drive:
                     q = tl.where(i == p, q + moved, q)
                     drive = -1
-    return T, q, free, pivots, state
+    return T, q, free, pivots, least, state
 
 
 @triton.jit
@@ -172,6 +177,7 @@ def _solve(
     FREE,
     RESIDUAL,
     PIVOTS,
+    LEAST,
     m,
     LIMIT,
     RIDGE: tl.constexpr,
@@ -198,22 +204,31 @@ def _solve(
     linear = tl.where(on, linear / size, 1.0)
     T = _unit(G, base, m, i, s_rows, s, M) + tl.where(same, RIDGE, 0.0)
     if DRIVE:
-        T, q, free, pivots, state = _drive(T, linear, i < 0, i, same, LIMIT, M, RIDGE)
+        T, q, free, pivots, least, state = _drive(T, linear, i < 0, i, same, LIMIT, M, RIDGE)
     else:
-        T, q, free, pivots, state = _exchange(T, linear, i < 0, i, same, M, RIDGE)
+        T, q, free, pivots, least, state = _exchange(T, linear, i < 0, i, same, M, RIDGE)
     x, residual = _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M)
     residual = tl.where(state == 1, residual, float("nan"))
     tl.store(Z + pid * m + i, x * s * size + 0.0 * residual, mask=on)
     tl.store(FREE + pid * m + i, free, mask=on)
     tl.store(RESIDUAL + pid, residual)
+    tl.store(LEAST + pid, least)
     # Negative: this many, and not solved.
     pivots = tl.where(DRIVE, pivots - before, pivots)
     tl.store(PIVOTS + pid, tl.where((state == 1) | DRIVE, pivots, -1 - pivots))
 
 
-def solve_kernel(
-    matrices: Tensor, which: Tensor, vectors: Tensor, ridge: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Solved(NamedTuple):
+    """What the kernel finds for each of `p` problems."""
+
+    value: Tensor  # (p, m); not-a-number where it is not solved
+    support: Tensor  # (p, m) bool
+    residual: Tensor  # (p,), relative, of the conditions of optimality without the ridge
+    pivots: Tensor  # (p,) int32
+    least: Tensor  # (p,), the smallest pivot that came in; about the ridge for dependent rows
+
+
+def solve_kernel(matrices: Tensor, which: Tensor, vectors: Tensor, ridge: float) -> Solved:
     """Minimise `z'Qz / 2 + q'z` over `z >= 0`, for many small problems at once.
 
     Args:
@@ -223,18 +238,18 @@ def solve_kernel(
         ridge: What is added to the unit diagonal, of the size of the rounding of the matrices.
 
     Returns:
-        `z` `(p, m)`, not-a-number where unsolved; its support `(p, m)` bool; the relative residual
-        `(p,)` of the conditions of optimality without the ridge; and pivots `(p,)` int32.
+        What was found for each problem.
     """
     results = [
         torch.empty_like(vectors),
         torch.empty(vectors.shape, dtype=torch.bool, device=vectors.device),
         vectors.new_empty((len(vectors),)),
         torch.empty((len(vectors),), dtype=torch.int32, device=vectors.device),
+        vectors.new_empty((len(vectors),)),
     ]
     for drive in (False, True) if len(vectors) else ():
         launch(matrices, which, vectors, ridge, results, drive=drive)
-    return results[0], results[1], results[2], results[3]
+    return Solved(*results)
 
 
 def launch(
@@ -250,6 +265,6 @@ def launch(
     p, m = vectors.shape
     size = max(2, triton.next_power_of_2(m))
     warps = 1 if size <= 16 else 4 if size <= 32 else 8  # measured on an H100
-    problems = matrices.contiguous(), which, vectors.contiguous()
+    problems = (x.contiguous() for x in (matrices, which, vectors))
     kernel: Any = _solve
     kernel[p,](*problems, *results, m, 40 * m + 40, ridge, size, drive, num_warps=warps)

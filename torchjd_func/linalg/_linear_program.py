@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.linalg._nnqp import Solution
-from torchjd_func.linalg._search import KKT_TOL
+from torchjd_func.linalg._systems import KKT_TOL
 
 # Up to this many bases all are tried; beyond, the simplex method walks.
 MAX_ENUMERATED = 256

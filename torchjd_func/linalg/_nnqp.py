@@ -211,8 +211,10 @@ def _on_support(matrix: Tensor, support: Tensor) -> Callable[[Tensor], Tensor]:
 
     def solve(right: Tensor) -> Tensor:
         """Solve one system."""
-        masked = torch.where(support, right, 0.0)
-        return torch.cholesky_solve(masked.unsqueeze(-1), factor).squeeze(-1)
+        masked = torch.where(support, right, 0.0).unsqueeze(-1)
+        # `cholesky_solve` cannot be captured in a CUDA graph (torch 2.13).
+        half = torch.linalg.solve_triangular(factor, masked, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
 
     return solve
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
-from torchjd_func.linalg._search import KKT_TOL, align
+from torchjd_func.linalg._search import align
+from torchjd_func.linalg._systems import KKT_TOL
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
 # convex hull of the unit rows is taken to contain 0.

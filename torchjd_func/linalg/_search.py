@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from torchjd_func._host import Array
+from torchjd_func.linalg._device import on_device, takes
 from torchjd_func.linalg._pivoting import regular, ridged
-from torchjd_func.linalg._systems import RANK_TOL, cut_out, largest, residual
+from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual
 from torchjd_func.linalg._two import solve_two
 
 # Divides by this instead of by zero.
 TINY = np.finfo(np.float64).tiny
-# Largest relative residual of the conditions of a solution that is called converged, or twice the
-# ridge if that is more.
-KKT_TOL = 1e-8
 
 
 class Answer(NamedTuple):
@@ -53,7 +51,9 @@ def search(
 
 
 def dispatch(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
-    """Solve on the host, in numpy; what is on another device goes there and back."""
+    """Solve in a kernel what fits one, else on the host, in numpy, which may be there and back."""
+    if takes(vector, solver):
+        return on_device(matrix.detach(), vector.detach(), ridge)
     matrices, vectors = (x.detach().cpu().numpy() for x in (matrix, vector))
     answer = on_host(matrices, vectors, ridge, solver)
     return tuple(torch.from_numpy(np.asarray(part)).to(matrix.device) for part in answer)

@@ -16,6 +16,9 @@ MANY = 256
 BLOCK = 2_000_000
 # A pivot of the Cholesky factor (of a unit diagonal) below this marks a dependent row.
 RANK_TOL = 1e-12
+# Largest relative residual of the conditions of a solution that is called converged, or twice the
+# ridge if that is more.
+KKT_TOL = 1e-8
 
 
 def largest(x: Array) -> Array:
