@@ -119,13 +119,6 @@ def plan_by_layers(fn: Objective, request: Request) -> None:
     plan_layers(fn, request)
 
 
-def spelled_out() -> Any:
-    """Return the mode in which torch mistakes no derivative."""
-    from torchjd_func.differentiate._layerwise import Spelled
-
-    return Spelled()
-
-
 def linearize_whole(
     fn: Function, request: Request, check: Callable[[PyTree], None] | None = None
 ) -> Linearized:
@@ -166,7 +159,7 @@ def _evaluate(
     check: Callable[[PyTree], None] | None,
 ) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
     """Return the losses as one vector; losses, aux and which there are."""
-    with as_called(request.autocast), spelled_out():
+    with as_called(request.autocast):
         losses, aux = split_aux(call(fn, args, request.kwargs), request.has_aux)
     if check is not None:
         check(losses)

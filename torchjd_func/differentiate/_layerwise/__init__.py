@@ -1,14 +1,21 @@
 """Gramians and pullbacks of an objective, layer by layer, from one pass through its activations.
 
-Four steps, each in its place:
+The way of a call:
 
-1. capture (`_watch`, `_scout`, `_record`): which operations use parameters, and on what;
-2. rules (`_rules`, `_attention`, and `_local` for all else): the gradient rows of each use;
-3. contraction (`_forms`): inner products and sums of rows that are kept as factors;
-4. assembly (`_layers`): Gramians, rows and weighted gradients of whole parameters.
+1. `_planner.run` looks for a plan of an earlier run of the same shapes, or makes one: it watches
+   the objective with one example more and with this batch (`_operations` sees where examples lie),
+   and `_decide` what each operation on parameters becomes: a use whose derivative has a form, a
+   function of parameters alone (`_sources`), or nothing known.
+2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`. Uses take aliases of
+   parameters; a parameter that autograd reaches on another way has all its rows by autograd. A run
+   that goes another way than planned (`_plan`) is planned again.
+3. `_proof` holds a new plan against one plain backward pass. What fails is left to autograd.
+4. `_layers` pulls ones back through activations alone: rows of a use are a form (`_forms`) of
+   what it was applied to (`_rules`, `_convolutions`, `_local`), and contracts forms to Gramians,
+   rows and weighted gradients, over processes too (`_ranks`).
 """
 
-from torchjd_func.differentiate._layerwise._attention import Spelled
+from torchjd_func.differentiate._layerwise._attention import spelled
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
@@ -35,7 +42,6 @@ __all__ = [
     "Problem",
     "Ranks",
     "Recorded",
-    "Spelled",
     "combine",
     "cross_gramians",
     "gramians",
@@ -46,5 +52,6 @@ __all__ = [
     "plan",
     "rule_names",
     "run",
+    "spelled",
     "spread",
 ]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise._functions import name_of
 
@@ -122,16 +121,6 @@ def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """Return a function that torch differentiates right, also if it is mapped over."""
     name = name_of(func)
     return _SPELLED[name] if name in _SPELLED and (mapped or name in _MISTAKEN) else func
-
-
-class Spelled(TorchFunctionMode):
-    """Spells out the functions whose derivative torch mistakes."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run one operation."""
-        return spelled(func, False)(*args, **(kwargs or {}))
 
 
 def _project(apply: Apply, given: Given) -> list[Tensor]:
