@@ -39,7 +39,7 @@ class Draw:
 
     def tensor(self, *shape: int) -> torch.Tensor:
         """Return a tensor of some dtype, layout and scale."""
-        base = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        base = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         base = base * 10.0 ** self.source.choice([0, 0, 0, -6, 6])
         if self.source.random() < 0.1:
             base = base * self.source.choice([0.0, torch.inf, torch.nan])
@@ -77,7 +77,7 @@ class Draw:
         """Return losses as a vector or as a tree."""
         if self.source.random() < 0.5:
             return self.positive()
-        return {"b": self.tensor(()), "a": self.positive()[: max(self.m - 1, 0)]}
+        return {"b": self.tensor(), "a": self.positive()[: max(self.m - 1, 0)]}
 
     def gramian(self) -> Any:
         """Return `(m, m)`, positive semidefinite or not."""

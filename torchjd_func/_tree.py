@@ -6,9 +6,7 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +14,10 @@ import optree
 import torch
 from torch import Tensor
 
+from torchjd_func._precision import accumulation_dtype, product, sums
+
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
-CAST, MOST_BLOCKS = 2**17, 16  # numbers in a block that is cast, and blocks in compiled code
 SMALL = 2**14  # numbers in a row of a leaf, about where copying them costs as much as calling torch
 
 
@@ -158,11 +157,6 @@ def mean(trees: list[PyTree]) -> PyTree:
     return trees[0] if len(trees) == 1 else map(lambda *terms: sum(terms) / len(terms), *trees)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the real dtype in which sums over numbers of `dtype` are kept: float32 or better."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 def wide(leaf: Tensor) -> Tensor:
     """Return `leaf` in the dtype in which sums over it are kept."""
     return leaf.to(accumulation_dtype(leaf.dtype))
@@ -207,33 +201,6 @@ def cross_gramian(jac_1: PyTree, jac_2: PyTree) -> Tensor:
     return functools.reduce(torch.add, [product(matrix(a), matrix(b)) for a, b in pairs])
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a b^T` of real matrices `(..., m, n)`, in float64.
-
-    A Gramian holds squares: in the dtype of the rows half of their digits would be lost.
-    """
-    parts = zip(_parts(a), _parts(b), strict=True)
-    terms = [(x, x if a is b else y) for x, y in parts]
-    return functools.reduce(torch.add, [_wide_product(*pair) for pair in terms])
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a b^T` in float64; each is cast once."""
-    wide = a.double()
-    return wide @ (wide if a is b else b.double()).mT
-
-
-def _parts(matrices: Tensor) -> tuple[Tensor, ...]:
-    """Cut the columns into blocks that can be cast to float64 in the cache."""
-    if matrices.dtype == torch.float64:
-        return (matrices,)
-    rows, n = math.prod(matrices.shape[:-1]), matrices.shape[-1]
-    width = max(1, CAST // max(1, rows))
-    if torch.compiler.is_compiling():  # each block is code
-        width = max(width, -(-n // MOST_BLOCKS))
-    return matrices.split(width, dim=-1) if n > width else (matrices,)
-
-
 def gramian(jac: PyTree) -> Tensor:
     """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
     own = [matrix(leaf) for leaf in leaves(jac)]
@@ -269,14 +236,14 @@ def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
 
     def combine(leaf: Tensor) -> Tensor:
         if leaf.is_complex():
-            return row_like(_sums(weights.unsqueeze(0), matrix(leaf)).squeeze(0), leaf)
-        row = _sums(weights.unsqueeze(0), matrix(leaf))
+            return row_like(sums(weights.unsqueeze(0), matrix(leaf)).squeeze(0), leaf)
+        row = sums(weights.unsqueeze(0), matrix(leaf))
         return row.reshape(leaf.shape[1:]).to(leaf.dtype)
 
     return map(combine, jac)
 
 
-def weighted_sums(
+def weightedsums(
     parts: list[Block], groups: Groups, weights: Tensor, like: list[Tensor]
 ) -> dict[int, Tensor]:
     """Return `J^T weights` of the leaves of groups, each by the weights `(g, m)` of its group."""
@@ -285,32 +252,14 @@ def weighted_sums(
     found: dict[int, Tensor] = {}
     for places, matrices in parts:
         shares = torch.stack([owned[i] for i in places]).unsqueeze(1)
-        sums = _sums(shares, matrices).squeeze(1).unbind()
-        found.update({i: row_like(row, like[i]) for i, row in zip(places, sums, strict=True)})
+        totals = sums(shares, matrices).squeeze(1).unbind()
+        found.update({i: row_like(row, like[i]) for i, row in zip(places, totals, strict=True)})
     return found
 
 
-def row_sums(jac: PyTree, weights: Tensor) -> list[Tensor]:
+def rowsums(jac: PyTree, weights: Tensor) -> list[Tensor]:
     """Return the real leaves of `W J`, `(k, n)` in float64, for weights `(k, m)`."""
-    return [_sums(weights.double(), matrix(leaf)) for leaf in leaves(jac)]
-
-
-def _sums(weights: Tensor, matrices: Tensor) -> Tensor:
-    """Return `weights @ matrices`, `(..., k, n)`, in float64 if the weights are."""
-    dtype = torch.promote_types(accumulation_dtype(matrices.dtype), weights.dtype)
-    narrow = dtype != torch.float64
-    parts = (matrices,) if narrow else _parts(matrices)
-    with full_precision(matrices.device):
-        sums = [weights.to(dtype) @ part.to(dtype) for part in parts]
-    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)
-
-
-def full_precision(device: torch.device) -> Any:
-    """Return a context in which products keep their dtype, whatever autocast is asked for."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return [sums(weights.double(), matrix(leaf)) for leaf in leaves(jac)]
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:

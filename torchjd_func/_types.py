@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _names, _present, _sound, _tree
+from torchjd_func._precision import full_precision
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
 
@@ -182,7 +183,7 @@ class Aggregator:
         state = self.init(jac) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
-        with _tree.full_precision(leaves[0].device):
+        with full_precision():
             if self.average is not None:  # what any process has counts: masked there
                 return _present.update(self, jac, state, losses, present=mask)
             if mask is not None:

@@ -122,8 +122,8 @@ class Passes(torch.autograd.Function):
         return grads[0]
 
     @staticmethod
-    def vmap(info, in_dims, x):
-        return x.clone(), in_dims[0]
+    def vmap(info, in_dims, *args):
+        return args[0].clone(), in_dims[0]
 
 
 class TestFeatures:

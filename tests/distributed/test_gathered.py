@@ -147,6 +147,35 @@ def test_every_transform_equals_one_process(world):
         torch.testing.assert_close(rounded, want["bfloat16"], rtol=1e-2, atol=1e-2)
 
 
+def options(wrap, cut):
+    """Return what scales, scalarizers and norms make of an objective of examples."""
+    objective = wrap(jd.instancewise(squares))
+    params, batch = setting(2)
+    x, y = (cut(leaf) for leaf in batch)
+    scaled = jd.loss_scale.scaled(objective, jd.loss_scale.init(2.0**10))
+    present = cut(torch.arange(len(batch[0])) % 3 > 0)
+    return {
+        "scaled": jd.gramian(scaled)(params, x, y),
+        "scalarizer": jd.grad(objective, jd.scalarizers.mean())(None, params, x, y),
+        "norms": jd.row_norms(objective)(params, x, y),
+        "clipped": jd.grad(objective, jd.clipped_mean(1.0))(None, params, x, y),
+        "present": jd.grad(objective, jd.mgda())(None, params, x, y, present=present),
+    }
+
+
+def options_here():
+    """Run on this rank."""
+    return options(
+        jd.distributed.gathered, lambda leaf: leaf.chunk(dist.get_world_size())[dist.get_rank()]
+    )
+
+
+def test_options_equal_one_process():
+    want = options(lambda objective: objective, lambda leaf: leaf)
+    for found in workers.run(2, options_here):
+        assert_trees_close(found, want, rtol=1e-9, atol=1e-10)
+
+
 def attempts():
     """Return what is said of mistakes."""
     objective = jd.distributed.gathered(jd.instancewise(squares))

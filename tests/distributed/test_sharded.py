@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,39 @@ def test_every_transform_equals_one_process(world, layout, backend):
     want = transforms(objective(3), parameters(), data())
     for found in workers.run(world, transforms_here, layout, backend):
         assert_trees_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+def options(fn, params, batch):
+    """Return what options, combinators and scalarizers make of an objective."""
+    some: Any = {"where": lambda path: path.startswith("trunk")}
+    mask = torch.tensor([True, False, True])
+    scaled = jd.loss_scale.scaled(fn, jd.loss_scale.init(2.0**10))
+    jac = jd.jac(fn, **some)(params, batch)
+    assert jac.pop("gain") is None
+    return {
+        "where": jd.grad(fn, jd.mgda(), **some)(None, params, batch),
+        "gramian": jd.gramian(fn, **some)(params, batch),
+        "jac": jac,
+        "scalarizer": jd.grad(fn, jd.scalarizers.uw())(None, params, batch),
+        "accumulate": jd.grad(jd.accumulate(fn, 2), jd.upgrad())(None, params, batch),
+        "scaled": jd.grad(scaled, jd.upgrad())(None, params, batch),
+        "present": jd.grad(fn, jd.mgda())(None, params, batch, present=mask),
+        "keyword": jd.grad(fn, jd.mgda())(None, params, x=batch),
+        "norms": jd.row_norms(fn)(params, batch),
+        "clipped": jd.grad(fn, jd.clipped_mean(1.0))(None, params, batch),
+    }
+
+
+def options_here():
+    """Run on this rank."""
+    fn = jd.distributed.sharded(objective(3))
+    return whole(options(fn, placed(parameters(), "rows"), part(data())))
+
+
+def test_options_equal_one_process():
+    want = options(objective(3), parameters(), data())
+    for found in workers.run(2, options_here):
+        assert_trees_close(found, want, rtol=1e-9, atol=1e-10)
 
 
 NETS = {

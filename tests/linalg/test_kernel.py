@@ -107,14 +107,23 @@ def test_batches_broadcast_as_on_the_host():
     jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(3)])
     gramians = jacs @ jacs.mT
     problems = gramians.unsqueeze(1), gramians
+    matrices, vectors = problems
     value, support, converged, pivots, dependent = _device.on_device(
-        *(x.to(DEVICE) for x in problems), RIDGE
+        matrices.to(DEVICE), vectors.to(DEVICE), RIDGE
     )
-    want = on_host(*(x.numpy() for x in problems), RIDGE, "auto")
+    want = on_host(matrices.numpy(), vectors.numpy(), RIDGE, "auto")
     torch.testing.assert_close(value.cpu(), torch.from_numpy(want.value), rtol=1e-9, atol=1e-11)
     assert support.cpu().tolist() == want.support.tolist()
     assert converged.all() and not dependent.any()
     assert pivots.shape == (3, 4)
+
+
+def test_one_problem_has_no_leading_dimension():
+    gramian = matrix("gaussian", 3, 4) @ matrix("gaussian", 3, 4).mT
+    linear = -torch.ones(3, dtype=torch.float64)
+    value, _, converged, *_ = _device.on_device(gramian.to(DEVICE), linear.to(DEVICE), RIDGE)
+    assert value.shape == (3,) and converged.shape == ()
+    torch.testing.assert_close(value.cpu(), jd.linalg.nnqp(gramian, linear).value)
 
 
 def test_dependent_rows_are_said_to_be():

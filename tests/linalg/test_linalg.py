@@ -244,3 +244,15 @@ def test_derivatives_at_dependent_rows_are_those_of_the_update():
     torch.testing.assert_close(
         (torch.func.grad(loss)(jac) * step).sum(), slope, rtol=1e-5, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "rows", [[-3.0, 0, 3, 1, -1], [1.0, -1.0], [0.1, 0.2, -0.3], [7.0, -3.5, -3.5]]
+)
+def test_rows_that_balance_project_to_nothing(rows, dtype):
+    jac = torch.tensor(rows, dtype=dtype).unsqueeze(1)
+    uniform = torch.full((len(rows),), 1 / len(rows), dtype=dtype)
+    solution = jd.linalg.dual_cone_projection(jac @ jac.mT, uniform)
+    assert solution.converged
+    assert (jac.mT @ solution.value).abs() <= 100 * torch.finfo(dtype).eps * jac.norm()

@@ -89,6 +89,7 @@ from torchjd_func._check._objectives import (
     features,
     head_weights,
     heads,
+    hidden_from_graph,
     in_dims,
     like_losses,
     losses,
@@ -107,6 +108,7 @@ from torchjd_func._check._objectives import (
     tensors,
     two_batches,
     unique_names,
+    unproven,
 )
 from torchjd_func._check._options import (
     argnums,
@@ -185,6 +187,7 @@ __all__ = [
     "has_state",
     "head_weights",
     "heads",
+    "hidden_from_graph",
     "in_dims",
     "in_the_plane",
     "independent_feature",
@@ -278,6 +281,7 @@ __all__ = [
     "two_batch_weighting",
     "two_batches",
     "unique_names",
+    "unproven",
     "unscaled",
     "vector",
     "visible",

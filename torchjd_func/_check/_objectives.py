@@ -72,6 +72,26 @@ def same_losses(sizes: Sequence[int]) -> None:
         fail(ValueError, "`fn`", rule, list(sizes), remedy)
 
 
+def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
+    """Return the warning that a loss depends on more than its own example, or seems to."""
+    pairs = ", ".join(f"{name!r} ({where})" for name, where in zip(names, operations, strict=True))
+    return (
+        f"The Gramian of an instance-wise objective is not the sum over uses of {pairs}: losses "
+        "depend on other examples, or these operations are used in an unknown way. Their rows are "
+        "computed by one backward pass for each loss, which is right and slower. "
+        "jd.check_instancewise tells which examples are mixed; jd.explain_gramian shows the cost."
+    )
+
+
+def hidden_from_graph() -> str:
+    """Return the warning that a compiled function costs a backward pass for each loss."""
+    return (
+        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
+        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
+        "with the same shapes before compiling; the graph then replays what was found out."
+    )
+
+
 def not_instancewise(name: str, fn: Any, kind: type) -> None:
     """Check that the losses of an objective are not one for each example."""
     if isinstance(fn, kind):
@@ -129,11 +149,12 @@ def size(value: Any, spans: bool) -> None:
         fail(ValueError, "`size`", rule, value, remedy)
 
 
-def not_features(used: bool) -> None:
+def not_features(used: bool, got: str) -> None:
     """Check that weights are not asked for by features where there are none."""
     if used:
         name, rule = "`where=jd.features`", "be used in jd.grad, for an objective of jd.multitask"
-        fail(ValueError, name, rule, "jd.gramian_vjp", "Pass a predicate of paths.")
+        remedy = "Pass a predicate of paths: lambda path: path.startswith('encoder')."
+        fail(ValueError, name, rule, got, remedy)
 
 
 def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None:

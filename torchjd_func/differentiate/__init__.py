@@ -1,4 +1,18 @@
-"""Differentiate a vector of losses: Jacobians, Gramians, and update directions."""
+"""Differentiate a vector of losses: Jacobians, Gramians, and update directions.
+
+The way of a call, e.g. of what `grad_and_value` returns:
+
+1. `_verb.linearize` strips plain autograd, takes `present` and `size` out of the keyword arguments,
+   and asks the objective to linearize itself with a `Request`;
+2. an objective (`_objective.Plain`, `_instancewise`, `_multitask`, `_accumulate`, `_scaled`,
+   `_sharded`) runs once, through `torch.func.vjp` or layer by layer (`_layered`), and returns a
+   `Linearized`: losses, which of them there are, and the Jacobian as a linear map;
+3. `_routes` contracts that to Gramians of groups of leaves, with the pullback that goes with them;
+4. the rule weighs, the pullback is applied, and values come out.
+
+To add a kind of objective, write the methods of `_objective.Objective`; combinators ask for these
+and for nothing else.
+"""
 
 from torchjd_func.differentiate._accumulate import accumulate
 from torchjd_func.differentiate._cast import cast_floating

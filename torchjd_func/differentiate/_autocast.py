@@ -18,29 +18,22 @@ def around() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-def full_precision() -> AbstractContextManager[None]:
-    """Keep autocast off pullbacks, products and rules."""
-    return _off() if around() else nullcontext()
-
-
 def as_called(autocast: Autocast) -> AbstractContextManager[object]:
     """Run an objective as where the transformed function was called."""
-    return _on(autocast) if autocast else NormsInOnePrecision()
-
-
-@contextmanager
-def _off() -> Generator[None]:
-    """Switch autocast off."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+    return _on(autocast) if autocast else _norms()
 
 
 @contextmanager
 def _on(autocast: Autocast) -> Generator[None]:
     """Switch autocast on again."""
     kinds = dict(autocast)
-    with _of("cpu", kinds), _of("cuda", kinds), NormsInOnePrecision():
+    with _of("cpu", kinds), _of("cuda", kinds), _norms():
         yield
+
+
+def _norms() -> AbstractContextManager[object]:
+    """Let norms take a mixture of precisions, as compiled ones do by Inductor (torch 2.13)."""
+    return nullcontext() if torch.compiler.is_compiling() else NormsInOnePrecision()
 
 
 def _of(kind: str, kinds: dict[str, torch.dtype]) -> AbstractContextManager[object]:

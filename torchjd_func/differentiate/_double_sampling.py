@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._precision import full_precision
 from torchjd_func._types import Weighting
-from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, assemble
 from torchjd_func.differentiate._routes import contract_cross, pullback_of, validate, whole

@@ -18,6 +18,7 @@ from torchjd_func.differentiate._layerwise import (
     Recorded,
     layers,
     leaf_costs,
+    name_of,
     rule_names,
     spread,
 )
@@ -140,15 +141,15 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         remedy = "Declare it with jd.instancewise or jd.per_example."
         _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
     _check.integer("n_examples", n_examples)
-    seen = observe(as_objective(fn), Request(args, argnums, has_aux))
+    seen = observe(as_objective(fn), Request(args, argnums, has_aux), check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
     found = _layers(seen)
-    pulled = [recorded.pullback(row)[0] for row in basis(seen.vector)[chosen]]
+    pulled = [recorded.pull(row, True, ())[0] for row in basis(seen.vector)[chosen]]
     by_uses = [torch.stack(grads) for grads in zip(*pulled, strict=True)]
     paths = seen.bound.paths
     guilty = [
-        f"{recorded.uses[use].step.func.__name__} (parameter {paths[leaf]!r})"
+        f"{name_of(recorded.uses[use].step.func)} (parameter {paths[leaf]!r})"
         for leaf, pieces in sorted(found.pieces.items())
         for use in {piece.use for piece in pieces}
         if _strays(recorded, use, by_uses[use], chosen)
@@ -175,7 +176,7 @@ def _line(recorded: Recorded, found: Layers, leaf: int) -> tuple[str, str, int]:
     """Return rule, contraction and bytes of one leaf."""
     if leaf in found.rows:
         rows, reasons = found.rows[leaf], recorded.plan.reasons
-        rule = f"no rule for {reasons[leaf]}" if leaf in reasons else "no rule"
+        rule = reasons.get(leaf, "used where torch differentiates")
         return rule, "m backward passes", rows.numel() * rows.element_size()
     if leaf not in found.pieces:
         return "not used", "none", 0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _names, _tree
+from torchjd_func._precision import full_precision
 from torchjd_func._types import Aggregator, Scalarizer
-from torchjd_func.differentiate._autocast import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value

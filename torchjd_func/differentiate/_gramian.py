@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._request import Where
@@ -163,7 +163,7 @@ def gramian_vjp(
         tensor([1.8000, 0.6000])
     """
     validate(route, chunk_size)
-    _check.not_features(where is features)
+    _check.not_features(where is features, "jd.gramian_vjp")
     options = Options(argnums, has_aux, route, chunk_size, where)
     linear = linearize(fn, primals, {"present": present}, options)
     with full_precision():

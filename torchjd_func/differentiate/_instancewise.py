@@ -19,6 +19,7 @@ from torchjd_func.differentiate._objective import (
     linearize_by_layers,
     linearize_whole,
     name_of,
+    plan_by_layers,
     rows_like,
 )
 from torchjd_func.differentiate._request import Request
@@ -48,12 +49,16 @@ class InstanceWise:
         plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
             saves time, and changes no result.
         ranks: Who has the other examples of the batch (`jd.distributed.gathered`).
+        in_dims: Where the examples of each argument lie; `None` if dimension 0 of all of a size.
+        check: Whether layer-by-layer routes prove what they found out, once.
     """
 
     fn: Callable[..., Any]
     example: Example | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
     ranks: Ranks | None = None
+    in_dims: tuple[Any, ...] | None = None
+    check: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses, one for each example (and `aux`, if `fn` has one)."""
@@ -72,7 +77,8 @@ class InstanceWise:
     def wrap(self, change: Callable[[Function], Function]) -> InstanceWise:
         """Return the objective of the changed function, with the same structure."""
         if self.example is None:
-            return InstanceWise(change(self.fn), ranks=self.ranks)
+            options = {"ranks": self.ranks, "in_dims": self.in_dims, "check": self.check}
+            return InstanceWise(change(self.fn), **options)
         fn, in_dims, randomness = self.example
         return replace(per_example(change(fn), in_dims, randomness), ranks=self.ranks)
 
@@ -86,7 +92,8 @@ class InstanceWise:
         plans = {} if torch.compiler.is_compiling() else self.plans.setdefault(names, {})
         change = partial(partial, _call_by_name, names)
         if self.example is None:
-            return replace(self, fn=change(self.fn), plans=plans), given
+            dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))
+            return replace(self, fn=change(self.fn), plans=plans, in_dims=dims), given
         fn, _, randomness = self.example
         dims = (*self.example.dims(len(args)), *(_batched(x) for x in given[len(args) :]))
         mapped = per_example(change(fn), dims, randomness)
@@ -97,7 +104,10 @@ class InstanceWise:
         return rows_like(primals, m if self.ranks is None else m * self.ranks.size())
 
     def plan(self, request: Request) -> None:
-        """Nothing yet: the first call plans."""
+        """Find out what layer-by-layer routes need to know, for graphs to replay it."""
+        layered = self.ranks is not None or request.route in ("auto", "layerwise")
+        if layered and not torch.compiler.is_compiling():
+            plan_by_layers(self, request)
 
     @property
     def spans_processes(self) -> bool:
@@ -121,12 +131,22 @@ def _batched(value: Any) -> int | None:
     return 0 if leaves and all(isinstance(x, Tensor) and x.ndim for x in leaves) else None
 
 
-def instancewise(fn: Callable[..., Any]) -> InstanceWise:
+def instancewise(
+    fn: Callable[..., Any], in_dims: tuple[Any, ...] | None = None, *, check: bool = True
+) -> InstanceWise:
     """Declare that loss i of `fn` depends on example i alone.
 
+    Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
+    examples lie, and prove once for each new way that `fn` runs that what they found out is right.
+    What is not proven costs one backward pass for each loss, with a warning; it is never wrong.
+
     Args:
-        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`; dimension 0 of each argument in `batch`
-            counts the examples. Nothing may mix examples: no batch normalisation in training mode.
+        fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
+            normalisation in training mode.
+        in_dims: Where the examples of each argument lie, as for `torch.func.vmap`; `None` for an
+            argument without. By default dimension 0 of each tensor with as many entries as there
+            are losses.
+        check: Whether to prove. Without it, where `fn` mixes examples, results are wrong.
 
     Returns:
         The same function, as an objective that transforms know the structure of.
@@ -138,7 +158,7 @@ def instancewise(fn: Callable[..., Any]) -> InstanceWise:
         tensor([[4., 0.],
                 [0., 4.]])
     """
-    return InstanceWise(fn)
+    return InstanceWise(fn, in_dims=in_dims, check=check)
 
 
 def per_example(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchjd_func import _check
-from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, rows_of, value
 from torchjd_func.differentiate._request import Where

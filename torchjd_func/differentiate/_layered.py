@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +14,17 @@ from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
+    Larger,
     Layers,
     Layout,
-    Plan,
-    PlanChanged,
+    Problem,
     Recorded,
     combine,
     jacobian,
     layers,
-    record,
-    scout,
+    run,
 )
+from torchjd_func.differentiate._layerwise import plan as plan_run
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import masked
 from torchjd_func.differentiate._objective import Objective
@@ -33,7 +33,7 @@ from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
-Use = Any  # a recognised operation, of `_layerwise._watch`
+Use = Any  # a recognised operation, of `_layerwise._trace`
 Call = Callable[..., tuple[Any, list[Tensor]]]
 
 
@@ -50,7 +50,7 @@ class Observed(NamedTuple):
 def linearize_layers(fn: Objective, request: Request) -> Linearized:
     """Run the objective once and keep what each use of parameters was applied to."""
     recorded, vector, losses, aux, bound = observe(fn, request)
-    _check.dependent(bool(recorded.uses or recorded.traced))
+    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
     if ranks is not None:
         ranks.check(vector)
@@ -143,17 +143,42 @@ def _only_array(x: Tensor, axis: int | None, present: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x))
 
 
-def observe(fn: Objective, request: Request) -> Observed:
+def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     """Run the objective once, watching its parameters."""
     bound = bind(request)
+    problem, unpackers = _problem(fn, request, bound, check)
+    recorded = run(problem, _plans(fn, check))
+    losses, aux = unpackers[-1](recorded.aux)
+    if isinstance(fn, InstanceWise):
+        _check.one_for_each_example(losses)
+    return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
+
+
+def plan_layers(fn: Objective, request: Request) -> None:
+    """Plan a run, for graphs to replay."""
+    plan_run(_problem(fn, request, bind(request), True)[0], _plans(fn, True))
+
+
+def _plans(fn: Objective, check: bool) -> dict[Any, Any]:
+    """Return what is remembered of earlier runs; nothing for what is not to be proven."""
+    return fn.plans if isinstance(fn, InstanceWise) and check else {}
+
+
+def _problem(
+    fn: Objective, request: Request, bound: Bound, check: bool
+) -> tuple[Problem, list[Callable[[list[Tensor]], Any]]]:
+    """Return the objective at one point, and what unpacks the outputs of its latest run."""
     args = request.args
-    layout, examples, batch = _structure(fn, args, _check.argnums(request.argnums, len(args)))
+    positions = _check.argnums(request.argnums, len(args))
+    kind, batch = _structure(fn, args, positions)
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
 
-    def call(leaves: Sequence[Tensor], *example: Any) -> tuple[Tensor, list[Tensor]]:
+    def call(
+        given: tuple[Any, ...], present: Any, leaves: Sequence[Tensor], *example: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
-        given = args if batch is None else batch.fill(args, example)
+        given = given if batch is None else batch.fill(given, example)
         with as_called(request.autocast):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
@@ -163,80 +188,75 @@ def observe(fn: Objective, request: Request) -> Observed:
             return losses, tensors
         if isinstance(fn, InstanceWise):
             _check.one_for_each_example(losses)
-        return masked(losses, request.present)[0], tensors
+        return masked(losses, present)[0], tensors
 
-    plans = fn.plans if isinstance(fn, InstanceWise) else {}
-    inputs = _tree.tensors((args, dict(request.kwargs)))
-    recorded = run(call, bound.leaves, layout, examples, inputs, batch, plans)
-    losses, aux = unpackers[-1](recorded.aux)
-    if isinstance(fn, InstanceWise):
-        _check.one_for_each_example(losses)
-    return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
+    problem = Problem(
+        call=partial(call, args, request.present),
+        leaves=bound.leaves,
+        kind=kind,
+        size=0 if batch is None else _batch_size(batch),
+        inputs=_tree.tensors((args, dict(request.kwargs))),
+        batch=batch,
+        larger=partial(_larger, fn, args, positions, call),
+        check=check and isinstance(fn, InstanceWise) and fn.check and request.present is None,
+        names=bound.paths,
+    )
+    return problem, unpackers
 
 
 def _structure(
     fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
-) -> tuple[Layout, list[Tensor], Batch | None]:
-    """Return how the objective treats examples, the tensors that have them, and how to map."""
+) -> tuple[str, Batch | None]:
+    """Return how the objective treats examples, and how to map over them."""
+    if not isinstance(fn, InstanceWise):
+        return "shared", None
+    if fn.example is None:
+        return "batched", None
+    rest = tuple(place for place in range(len(args)) if place not in positions)
+    dims = fn.example.dims(len(args))
+    batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
+    if _batch_size(batch) and all(dims[position] is None for position in positions):
+        return "vmapped", batch
+    return "batched", None
+
+
+def _batch_size(batch: Batch) -> int:
+    """Return how many examples an objective of one example is mapped over."""
+    pairs = [(batch.dims[i], x) for i in batch.places for x in _tree.tensors(batch.args[i])]
+    sizes = [x.shape[dim] for dim, x in pairs if isinstance(dim, int)]
+    return sizes[0] if sizes else 0
+
+
+def _larger(
+    fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...], call: Call
+) -> Iterator[Larger]:
+    """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
-    found = [x for i in rest for x in _tree.leaves(args[i]) if isinstance(x, Tensor) and x.ndim]
-    example = fn.example if isinstance(fn, InstanceWise) else None
-    if example is not None:
-        dims = example.dims(len(args))
-        sizes = [x.shape[dims[i]] for i in rest for x in _tree.leaves(args[i]) if _maps(dims[i], x)]
-        if sizes and all(dims[position] is None for position in positions):
-            batch = Batch(example.fn, tuple(rest), args, dims, example.randomness)
-            return Layout("vmapped", sizes[0]), [], batch
-    if isinstance(fn, InstanceWise) and found:
-        return Layout("batched", found[0].shape[0]), found, None
-    return Layout("shared", 0), [], None
+    in_dims = fn.in_dims if isinstance(fn, InstanceWise) else None
+    if in_dims is not None:
+        _check.in_dims(in_dims, len(args))
+        dims = dict(enumerate(in_dims))
+        choices = [[place for place in rest if dims[place] is not None]]
+    else:
+        dims = dict.fromkeys(rest, 0)
+        choices = [rest[skipped:] for skipped in range(len(rest))]
+    for places in choices:
+        sizes = {
+            x.shape[dims[place]]: None
+            for place in places
+            for x in _tree.tensors(args[place])
+            if x.ndim > dims[place]
+        }
+        for size in reversed(list(sizes)):
+            grown = list(args)
+            for place in places:
+                grow = partial(_grow, dim=dims[place], size=size)
+                grown[place] = _tree.map(grow, args[place])
+            yield Larger(size, partial(call, tuple(grown), None), _tree.tensors(tuple(grown)))
 
 
-def _maps(dim: Any, x: Any) -> bool:
-    """Say whether `x` is mapped over one dimension."""
-    return isinstance(dim, int) and isinstance(x, Tensor)
-
-
-def run(
-    call: Call,
-    leaves: Sequence[Tensor],
-    layout: Layout,
-    examples: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    batch: Batch | None,
-    plans: dict[Any, Plan],
-) -> Recorded:
-    """Run an objective as planned, or plan first.
-
-    Args:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        layout: How the objective treats examples.
-        examples: Tensors that may have one row for each example.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
-        plans: What is remembered of earlier runs, by shapes.
-
-    Returns:
-        The recorded run.
-    """
-    key = None if torch.compiler.is_compiling() else _signature(leaves, layout, inputs)
-    plan = plans.get(key)
-    if plan is None:
-        plan = scout(call, leaves, layout, examples, inputs, batch)
-    try:
-        recorded = record(call, leaves, plan, batch)
-    except PlanChanged:
-        plan = scout(call, leaves, layout, examples, inputs, batch)
-        recorded = record(call, leaves, plan, batch)
-    if layout.kind == "batched" and recorded.outputs.shape[0] != layout.size:
-        layout = Layout("batched", recorded.outputs.shape[0])  # the first array has no examples
-        return run(call, leaves, layout, examples, inputs, batch, plans)
-    if key is not None:
-        plans[key] = plan
-    return recorded
-
-
-def _signature(leaves: Sequence[Tensor], layout: Layout, inputs: Sequence[Tensor]) -> Any:
-    """Return what the plan of an objective depends on, besides its code."""
-    return layout, tuple((tuple(x.shape), x.dtype, x.device) for x in (*leaves, *inputs))
+def _grow(leaf: Any, *, dim: int, size: int) -> Any:
+    """Repeat the last example of a tensor that has as many."""
+    if not isinstance(leaf, Tensor) or leaf.ndim <= dim or leaf.shape[dim] != size:
+        return leaf
+    return torch.cat([leaf, leaf.narrow(dim, size - 1, 1)], dim)

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
-from torchjd_func.differentiate._autocast import Autocast, as_called
-from torchjd_func.differentiate._layered import in_one_precision, run
-from torchjd_func.differentiate._layerwise import Layers, Layout, combine, layers
+from torchjd_func import _check, _tree
+from torchjd_func.differentiate._autocast import as_called
+from torchjd_func.differentiate._heads import Pulled, pull_heads
+from torchjd_func.differentiate._layered import in_one_precision
+from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
 from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
-from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
 from torchjd_func.differentiate._pullback import (
     basis,
     call,
     packing,
     pull_rows,
-    times,
     unscaled,
     vjp_aux,
 )
@@ -85,17 +83,6 @@ class MultiTask:
         return f"MultiTask({', '.join(self.heads)})"
 
 
-class _Pulled(NamedTuple):
-    """What heads make of the features, all of it constants of derivatives."""
-
-    losses: dict[str, PyTree]
-    vector: Tensor  # (m,)
-    present: Tensor | None  # (m,) bool
-    cotangents: PyTree  # the gradients by the features, (m, ...)
-    rows: dict[str, PyTree]  # by the parameters of each head, (k, ...)
-    counts: tuple[int, ...]
-
-
 def _linearize(fn: MultiTask, request: Request) -> Linearized:
     """Run the trunk, and pull back through each head by itself."""
     shared, head_params, batch, kwargs = _arguments(fn, request)
@@ -113,9 +100,9 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
             _check.dependent(any(leaf.requires_grad for leaf in _tree.leaves(z)))
         return z, aux
 
-    def heads(z: PyTree) -> _Pulled:
+    def heads(z: PyTree) -> Pulled:
         """Pull back through all heads."""
-        return _pull_heads(fn, head_params, z, batch, kwargs, request)
+        return pull_heads(fn.heads, head_params, z, batch, kwargs, request)
 
     if partly:
         pull, aux, pulled, rows = _nested(trunk, heads, bound.leaves, places, request)
@@ -154,107 +141,13 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
     return shared, head_params, batch[0], kwargs
 
 
-def _pull_heads(
-    fn: MultiTask,
-    params: Mapping[str, PyTree],
-    z: PyTree,
-    batch: Any,
-    kwargs: Mapping[str, Any],
-    request: Request,
-) -> _Pulled:
-    """Pull unit cotangents of the losses of each head back, to it and to the features."""
-    by_name = isinstance(request.present, Mapping)
-    if by_name:
-        _check.names("present", request.present, fn.heads)
-    found: dict[str, _Head] = {}
-    for name in sorted(fn.heads):
-        flags = request.present[name] if by_name else None
-        head = partial(_call_head, fn.heads[name], batch, kwargs, flags, request.autocast)
-        found[name] = (
-            _skip_head(params[name], z, flags)
-            if all_absent(flags)
-            else _pull_head(head, params[name], z, request)
-        )
-    _check.dependent(any(head.dependent for head in found.values()))
-    losses = {name: head.losses for name, head in found.items()}
-    vector = torch.cat([head.vector for head in found.values()])
-    cotangents = _tree.cat([head.cotangents for head in found.values()])
-    rows = {name: head.rows for name, head in found.items()}
-    counts = tuple(len(head.vector) for head in found.values())
-    present = None if by_name else masked(losses, request.present)[1]
-    if by_name:
-        present = torch.cat([head.present for head in found.values()])
-    if present is not None:
-        vector = torch.where(present, vector, 0)
-        cotangents = _present.rows(cotangents, present)
-        parts = zip(rows, present.split(counts), strict=True)
-        rows = {name: _present.rows(rows[name], part) for name, part in parts}
-    return _Pulled(losses, vector, present, cotangents, rows, counts)
-
-
-class _Head(NamedTuple):
-    """What one head makes of the features."""
-
-    losses: PyTree
-    vector: Tensor  # (k,)
-    present: Tensor  # (k,) bool
-    cotangents: PyTree  # the gradients by the features, (k, ...)
-    rows: PyTree  # by its own parameters, (k, ...)
-    dependent: bool
-
-
-def _call_head(
-    head: Callable[..., Any],
-    batch: Any,
-    kwargs: Mapping[str, Any],
-    flags: Any,
-    autocast: Autocast,
-    given: Any,
-) -> tuple[Tensor, Any]:
-    """Return the losses of a head, as one vector, and what else is to be known of them."""
-    params, z = given
-    with as_called(autocast):
-        losses = call(head, (params, z, batch), kwargs)
-    _check.losses(_tree.paths(losses), _tree.leaves(losses))
-    vector, present = masked(losses, flags)
-    present = torch.ones_like(vector, dtype=torch.bool) if present is None else present
-    return vector, (losses, present, vector.requires_grad)
-
-
-def _pull_head(
-    head: Callable[[Any], tuple[Tensor, Any]], params: PyTree, z: PyTree, request: Request
-) -> _Head:
-    """Run a head, and pull unit cotangents of its losses back."""
-    vector, pull, (losses, present, dependent) = vjp_aux(head, (params, z))
-    unit = basis(vector) if request.scale is None else times(request.scale, basis(vector))
-    rows, cotangents = pull_rows(
-        lambda row: pull(row)[0], unit, 1 if len(vector) == 1 else request.chunk_size
-    )
-    return _Head(losses, vector, present, cotangents, unscaled(rows, request.scale), dependent)
-
-
-def _skip_head(params: PyTree, z: PyTree, flags: Any) -> _Head:
-    """Leave a head out that is known to be absent: its losses are not a number."""
-    like = _tree.leaves(z)[0]
-    count, missing = len(_tree.leaves(flags)), like.new_full((), torch.nan)
-    missing = missing.real if missing.is_complex() else missing
-    return _Head(
-        losses=_tree.map(lambda _: missing, flags),
-        vector=missing.new_zeros(count),
-        present=torch.zeros(count, dtype=torch.bool, device=like.device),
-        cotangents=_tree.map(lambda leaf: leaf.new_zeros(count, *leaf.shape), z),
-        rows=_tree.map(lambda _: None, params),
-        dependent=False,
-    )
-
-
 def _nested(
     trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
-    heads: Callable[[PyTree], _Pulled],
+    heads: Callable[[PyTree], Pulled],
     leaves: list[Tensor],
     places: tuple[int, ...],
     request: Request,
-) -> tuple[Callable[[PyTree], list[Tensor]], PyTree, _Pulled, list[Tensor]]:
+) -> tuple[Callable[[PyTree], list[Tensor]], PyTree, Pulled, list[Tensor]]:
     """Pull rows back to some leaves, inside what is pulled back to all of them once."""
 
     def from_leaves(leaves: list[Tensor]) -> tuple[PyTree, Any]:
@@ -292,8 +185,8 @@ def _run_trunk(
         return z, lambda cotangent: pull(cotangent)[0], aux, None
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
-    recorded = run(packed, flat, Layout("shared", 0), [], [*flat, *inputs], None, {})
-    _check.dependent(bool(recorded.uses or recorded.traced))
+    recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
+    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from torchjd_func.differentiate._layerwise import spelled
+
 
 class NormsInOnePrecision(TorchFunctionMode):
     """Computes a normalisation in the widest precision of its arguments.
@@ -30,9 +32,13 @@ class NormsInOnePrecision(TorchFunctionMode):
     ) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # cannot be traced in a mode (torch 2.13)
+            func = torch.unflatten
         if func in _NORMS:
             return _in_one_precision(func, args, kwargs)
-        return func(*args, **kwargs)
+        if func is Tensor.unflatten:  # the method cannot be traced (torch 2.13)
+            func = torch.unflatten
+        return spelled(func, False)(*args, **kwargs)  # what torch mistakes on every route
 
 
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)

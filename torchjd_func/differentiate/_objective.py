@@ -106,9 +106,17 @@ class Plain:
 
 def linearize_by_layers(fn: Objective, request: Request) -> Linearized:
     """Keep what each use of a parameter was applied to."""
+    # Here, since layers know instance-wise objectives, and these know this module.
     from torchjd_func.differentiate._layered import linearize_layers
 
     return linearize_layers(fn, request)
+
+
+def plan_by_layers(fn: Objective, request: Request) -> None:
+    """Find out how a run goes, layer by layer."""
+    from torchjd_func.differentiate._layered import plan_layers
+
+    plan_layers(fn, request)
 
 
 def linearize_whole(

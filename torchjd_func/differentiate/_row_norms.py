@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
-from torchjd_func.differentiate._autocast import full_precision
+from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._layerwise import jacobian
 from torchjd_func.differentiate._linearized import Linearized, rows_of

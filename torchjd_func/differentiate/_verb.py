@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchjd_func import _check
-from torchjd_func.differentiate._autocast import around, full_precision
+from torchjd_func._precision import full_precision
+from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized
 from torchjd_func.differentiate._objective import as_objective

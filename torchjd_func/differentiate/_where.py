@@ -22,6 +22,9 @@ def features(path: str) -> bool:
     Args:
         path: Not looked at: this is a name for `where`, not a predicate to call.
 
+    Returns:
+        Nothing useful: it raises where it is called.
+
     Raises:
         ValueError: If it is used elsewhere.
 
@@ -42,8 +45,7 @@ def features(path: str) -> bool:
         >>> params = (torch.ones(2), {"a": torch.tensor(3.0), "b": {}})
         >>> step = jd.grad(objective, jd.mgda(), where=jd.features)
         >>> step(None, params, torch.eye(2))[0][0]
-        tensor([0., 3.])
+        tensor([-0.3600,  0.4800])
     """
-    name, rule = "`where=jd.features`", "be used in jd.grad, for an objective of jd.multitask"
-    remedy = "Pass a predicate of paths, such as lambda path: path.startswith('encoder')."
-    _check.fail(ValueError, name, rule, f"the path {path!r} of a parameter", remedy)
+    _check.not_features(True, f"the path {path!r} of a parameter")
+    return False

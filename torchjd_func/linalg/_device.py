@@ -27,10 +27,10 @@ def on_device(matrix: Tensor, vector: Tensor, ridge: float) -> tuple[Tensor, ...
     shape = torch.broadcast_shapes(leading, vector.shape[:-1])
     numbers = torch.arange(math.prod(leading), device=matrix.device).reshape(leading)
     which = numbers.expand(shape).reshape(-1)
-    vectors = vector.expand(*shape, m).reshape(-1, m)
+    vectors = vector.expand((*shape, m)).reshape(-1, m)
     solved = solve_kernel(matrix.reshape(-1, m, m), which, vectors, ridge)
     sound = solved.residual <= max(KKT_TOL, 2 * ridge)
     value = torch.where(sound.unsqueeze(-1), solved.value, torch.nan)
     dependent = solved.least < DEPENDENT * ridge
     parts = value, solved.support, sound, solved.pivots.to(torch.int64), dependent
-    return tuple(part.reshape(*shape, *part.shape[1:]) for part in parts)
+    return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)

@@ -105,9 +105,21 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.length("coordinates", coordinates, gramian.shape[-1])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     matrix, start = gramian.double(), coordinates.double()
-    vector = (start.unsqueeze(-2) @ matrix).squeeze(-2)
+    vector = _products_with(matrix, start, torch.finfo(gramian.dtype).eps)
     solution = solve(matrix, vector, ridge_of(gramian.dtype), solver)
     return cast(solution._replace(value=start + solution.value), dtype)
+
+
+def _products_with(gramian: Tensor, coordinates: Tensor, eps: float) -> Tensor:
+    """Return the products of the rows with `J'u`, 0 where only rounding is left of them.
+
+    Rounding alone has no solution: it is not of the form `G u`.
+    """
+    vector = (coordinates.unsqueeze(-2) @ gramian).squeeze(-2)
+    sizes = gramian.detach().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    terms = (coordinates.detach().abs() * sizes).sum(-1, keepdim=True)
+    rounding = gramian.shape[-1] * eps * sizes * terms
+    return torch.where(vector.detach().abs() <= rounding, 0.0, vector)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:

@@ -171,7 +171,7 @@ def drive(matrix: Array, vector: Array) -> tuple[Array, Array, int]:
         k, driven = int(pinned.argmin()), 0.0
         if pinned[k] >= -SIGN_TOL * (1 + np.where(free, value, 0.0).max()):
             return np.where(free, value, 0.0), free, pivots
-        while True:
+        while pivots < PIVOTS * (m + 1):
             column = np.where(free, tableau[:, k], 0.0)
             falling = column < -SIGN_TOL
             ratio = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)

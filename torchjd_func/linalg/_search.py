@@ -105,6 +105,7 @@ def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answe
     return Answer(*(part.reshape((*shape, *part.shape[1:])) for part in answer))
 
 
+@np.errstate(all="ignore")  # as above
 def nearest_on_host(gramians: Array, ridge: float, solver: str = "auto") -> Answer:
     """Find min-norm points of Gramians `(..., m, m)`; see `nearest`."""
     diagonal = gramians.diagonal(0, -2, -1)

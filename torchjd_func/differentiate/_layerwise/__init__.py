@@ -1,13 +1,22 @@
 """Gramians and pullbacks of an objective, layer by layer, from one pass through its activations.
 
-Four steps, each in its place:
+The way of a call:
 
-1. capture (`_watch`, `_scout`, `_record`): which operations use parameters, and on what;
-2. rules (`_rules`, `_attention`, and `_local` for all else): the gradient rows of each use;
-3. contraction (`_forms`): inner products and sums of rows that are kept as factors;
-4. assembly (`_layers`): Gramians, rows and weighted gradients of whole parameters.
+1. `_planner.run` looks for a plan of an earlier run of the same shapes, or makes one: it watches
+   the objective with one example more and with this batch (`_operations` sees where examples lie),
+   and `_decide` what each operation on parameters becomes: a use whose derivative has a form, a
+   function of parameters alone (`_sources`), or nothing known.
+2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`. Uses take aliases of
+   parameters; a parameter that autograd reaches on another way has all its rows by autograd. A run
+   that goes another way than planned (`_plan`) is planned again.
+3. `_proof` holds a new plan against one plain backward pass. What fails is left to autograd.
+4. `_layers` pulls ones back through activations alone: rows of a use are a form (`_forms`) of
+   what it was applied to (`_rules`, `_convolutions`, `_local`), and contracts forms to Gramians,
+   rows and weighted gradients, over processes too (`_ranks`).
 """
 
+from torchjd_func.differentiate._layerwise._attention import spelled
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
     combine,
@@ -19,17 +28,18 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
     spread,
 )
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
-from torchjd_func.differentiate._layerwise._record import PlanChanged
-from torchjd_func.differentiate._layerwise._run import Batch, Recorded, record, scout
-from torchjd_func.differentiate._layerwise._watch import Layout, Plan
+from torchjd_func.differentiate._layerwise._record import Batch, Recorded
 
 __all__ = [
     "Batch",
+    "Larger",
     "Layers",
     "Layout",
     "Plan",
-    "PlanChanged",
+    "Problem",
     "Ranks",
     "Recorded",
     "combine",
@@ -38,8 +48,10 @@ __all__ = [
     "jacobian",
     "layers",
     "leaf_costs",
-    "record",
+    "name_of",
+    "plan",
     "rule_names",
-    "scout",
+    "run",
+    "spelled",
     "spread",
 ]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchjd_func.differentiate._layerwise._functions import name_of
+
 Apply = Callable[..., Any]
 Given = dict[str, Any]
 
@@ -102,10 +104,23 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return out if bias is None else out + bias
 
 
-SPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.scaled_dot_product_attention: scores_and_values,
-    F.bilinear: bilinear,
+def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
+
+
+_SPELLED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": scores_and_values,
+    "bilinear": bilinear,
+    "cdist": distances,
 }
+_MISTAKEN = frozenset({"cdist"})  # spelled out always
+
+
+def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
+    """Return a function that torch differentiates right, also if it is mapped over."""
+    name = name_of(func)
+    return _SPELLED[name] if name in _SPELLED and (mapped or name in _MISTAKEN) else func
 
 
 def _project(apply: Apply, given: Given) -> list[Tensor]:

@@ -6,11 +6,13 @@ Products are taken in float32 or better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchjd_func import _tree
 
@@ -136,13 +138,31 @@ def _inner(a: Form, b: Form) -> Tensor:
         shape = (*a.values.shape[:2], *b.values.shape[:2])
         return torch.where(same, products, 0).reshape(shape).sum((1, 3))
     assert isinstance(a, Outer) and isinstance(b, Outer)
-    left, right = _pairs(a.left, b.left), _pairs(a.right, b.right)
+    first = (_rotated(a.left), _rotated(a.right))
+    left, right = map(_pairs, first, first if a is b else (_rotated(b.left), _rotated(b.right)))
     return (left * right).sum((0, 2, 4))
+
+
+def _rotated(x: Tensor) -> Tensor:
+    r"""Reflect positions, so that the first is their sum over $\sqrt t$.
+
+    Both factors are reflected, which changes no row. Where positions nearly cancel, as those of two
+    near inputs do, what is left is small, and products in float32 keep their digits.
+
+    Returns:
+        Factors of the same rows, in float32 or better.
+    """
+    x, t = _tree.wide(x), x.shape[1]
+    if t == 1:
+        return x
+    normal = x[:, :1] - x.sum(1, keepdim=True) / math.sqrt(t)
+    share = x.new_full((t, 1, 1), 1 / (math.sqrt(t) - 1))
+    return torch.addcmul(x, normal, F.pad(share[1:], (0, 0, 0, 0, 1, 0), value=-1.0))
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of all positions of `(e, t, g, q)` factors, `(g, e_a, t_a, e_b, t_b)`."""
-    first, second = (_tree.wide(x).permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
+    first, second = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
     return (first @ second.mT).reshape(-1, *a.shape[:2], *b.shape[:2])
 
 

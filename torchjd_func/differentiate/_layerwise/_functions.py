@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 
-def named(names: str) -> frozenset[Callable[..., Any]]:
+class Functions(NamedTuple):
+    """A set of functions; a compiler knows some by their names alone (torch 2.13)."""
+
+    functions: frozenset[Callable[..., Any]]
+    names: frozenset[str]
+
+    def __contains__(self, func: Any) -> bool:
+        """Say whether a function is among these."""
+        if torch.compiler.is_compiling():
+            return name_of(func) in self.names
+        return func in self.functions
+
+    def __or__(self, other: Functions) -> Functions:  # type: ignore[override]
+        """Return the functions of both."""
+        return Functions(self.functions | other.functions, self.names | other.names)
+
+
+def named(names: str) -> Functions:
     """Return what goes by these names on `torch`, on its tensors and among layers."""
     homes = (torch, torch.Tensor, F, torch.special, torch.linalg)
-    return frozenset(
-        getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)
-    )
+    found = {getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)}
+    return Functions(frozenset(found), frozenset(names.split()))
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """Return the name of an operation."""
+    return getattr(func, "__name__", "an operation")
+
+
+def is_getter(func: Callable[..., Any] | None) -> bool:
+    """Say whether a function reads an attribute."""
+    return getattr(func, "__name__", "") == "__get__"

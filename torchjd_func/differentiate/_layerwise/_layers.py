@@ -6,7 +6,7 @@ activations alone, yields the gradient by each use's output. All else is product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,13 @@ from torch.func import vmap
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
 from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
-from torchjd_func.differentiate._layerwise._run import Recorded
+from torchjd_func.differentiate._layerwise._record import Recorded
+from torchjd_func.differentiate._layerwise._rule import bind
 from torchjd_func.differentiate._layerwise._sources import Place, Source
-from torchjd_func.differentiate._layerwise._watch import Layout, Use
+from torchjd_func.differentiate._layerwise._trace import Use
 
 Groups = Sequence[Sequence[int]]
 
@@ -47,29 +50,44 @@ class Layers(NamedTuple):
 
 
 def layers(
-    recorded: Recorded,
-    cotangents: Any,
-    basis: Callable[[], Any] | None,
-    m: int,
-    ranks: Ranks | None = None,
+    recorded: Recorded, cotangents: Any, basis: Any, m: int, ranks: Ranks | None = None
 ) -> Layers:
-    """Pull cotangents back to the uses; leaves without a rule need the whole `basis`."""
-    plan = recorded.plan
+    """Pull cotangents back to the uses; leaves whose rows autograd computes need a whole basis.
+
+    Args:
+        recorded: A run of the objective.
+        cotangents: Of all losses at once, or `(m, ...)` of an objective without examples.
+        basis: `() -> (m, ...)`, one cotangent for each loss; `None` if `cotangents` are such.
+        m: How many losses there are.
+        ranks: Who has the rows of other examples.
+
+    Returns:
+        What was pulled back.
+    """
+    plan, pull = recorded.plan, recorded.pull
     if plan.layout.kind == "shared":
-        by_uses, by_leaves = vmap(recorded.pullback)(cotangents)
+        by_uses, by_leaves = vmap(lambda row: pull(row, True, plan.opaque))(cotangents)
     else:
-        by_uses, by_leaves = recorded.pullback(cotangents)
-    rows = {}
-    if recorded.traced:
-        if plan.layout.kind != "shared" and basis is not None:
-            by_leaves = vmap(recorded.pullback)(basis())[1]
-        rows = dict(zip(recorded.traced, by_leaves, strict=True))
-    cotangents = list(by_uses)
+        by_uses, by_leaves = pull(cotangents, True, ())
+        if plan.opaque and basis is not None:
+            by_leaves = vmap(lambda row: pull(row, False, plan.opaque)[1])(basis())
+    rows = dict(zip(plan.opaque, by_leaves, strict=False))
+    by_uses = list(by_uses)
     if plan.layout.kind == "batched":
         pairs = zip(by_uses, recorded.uses, strict=True)
-        cotangents = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
-    pieces = _index(recorded.uses, plan.opaque)
-    return Layers(plan.layout, recorded.uses, cotangents, recorded.values, pieces, rows, m, ranks)
+        by_uses = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
+    pieces = _index(recorded.uses, frozenset(plan.opaque))
+    return Layers(plan.layout, recorded.uses, by_uses, recorded.values, pieces, rows, m, ranks)
+
+
+def layers_of(recorded: Recorded) -> Layers:
+    """Pull back what is not left to autograd."""
+    vector = _tree.ravel(recorded.outputs)
+    m = vector.shape[0]
+    if recorded.plan.layout.kind != "shared":
+        return layers(recorded, torch.ones_like(vector), None, m)
+    eye = torch.eye(m, dtype=vector.dtype, device=vector.device)
+    return layers(recorded, vmap(lambda row: _tree.unravel(recorded.outputs, row))(eye), None, m)
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:
@@ -106,20 +124,21 @@ def jacobian(found: Layers, leaf: int) -> Tensor:
 def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None:
     """Return the rows of one leaf, as factors if they have any; in another order, if allowed."""
     pieces = found.pieces.get(leaf, [])
-    made = [piece.source for piece in pieces if piece.source.func is not None]
-    if leaf in found.rows or (ordered and made) or any(not x.entrywise for x in made):
+    moved = any(_sources.is_reordered(piece.source) for piece in pieces)
+    entrywise = all(piece.source.entrywise for piece in pieces)
+    if leaf in found.rows or (ordered and moved) or not entrywise:
         rows = _rows(found, leaf)
         return None if rows is None else Dense(rows)
     forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
         return forms[0] if forms else None
-    merged = None if made else _merged(forms)
+    merged = None if moved else _merged(forms)
     return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
 
 
 def rule_names(found: Layers, leaf: int) -> str:
     """Return the operations that use a leaf."""
-    names = [found.uses[piece.use].step.func.__name__ for piece in found.pieces[leaf]]
+    names = [name_of(found.uses[piece.use].step.func) for piece in found.pieces.get(leaf, [])]
     unique = list(dict.fromkeys(names))
     return ", ".join(
         name if names.count(name) == 1 else f"{name} x{names.count(name)}" for name in unique
@@ -145,6 +164,7 @@ def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
         second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
             products = _ranks.cross(first, second, b.ranks)
+            products = products.to(_tree.accumulation_dtype(a.values[leaf].dtype))
             total = products if total is None else total + products
     return _nothing(a, b) if total is None else total
 
@@ -201,12 +221,14 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
-    rule = _rules.RULES[use.step.func]
-    arguments = _rules.bind(rule, use.args, use.kwargs)
+    rule = _rules.rule_of(use.step.func)
+    assert rule is not None
+    arguments = bind(rule, use.args, use.kwargs)
     for name, part in arguments.items():
         if isinstance(part, Place):
             batched = name in rule.batched
-            arguments[name] = arrays[part.number] if batched else _shared(found, use, part.number)
+            x = arrays[part.number] if batched else _shared(found, use, part.number)
+            arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
     shape = tuple(_sources.build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
 
@@ -226,9 +248,7 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
         return x
     if layout.kind == "shared" or axis is None:
         return x.unsqueeze(0)
-    if axis == 0:
-        return x.unflatten(0, (layout.size, -1))
-    return x.movedim(axis, 0).unsqueeze(axis + 1)
+    return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
 
 
 def _shared(found: Layers, use: Use, place: int) -> Tensor:
@@ -241,10 +261,10 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
     """Return the uses of each leaf that has rules."""
     found: dict[int, list[Piece]] = {}
     for place, use in enumerate(uses):
-        rule = _rules.RULES.get(use.step.func)
+        rule = _rules.rule_of(use.step.func)
         named = [("", source) for source in _sources.sources_in((use.args, use.kwargs))]
         if rule is not None:
-            given = _rules.bind(rule, use.args, use.kwargs)
+            given = bind(rule, use.args, use.kwargs)
             named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
         for occurrence, (name, source) in enumerate(named):
             for leaf in frozenset(source.leaves) - opaque:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 
 from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._forms import Dense
-from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._functions import name_of, named
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 
 
@@ -21,26 +20,43 @@ def is_deterministic(func: Callable[..., Any]) -> bool:
     return func in _DETERMINISTIC
 
 
+def may_be_local(func: Callable[..., Any]) -> bool:
+    """Say whether `func` treats examples one by one, if its arguments are such."""
+    return (
+        func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == "einsum"
+    )
+
+
 def is_local(
     func: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
+    given: tuple[Any, Any],
     sources: Sequence[tuple[Tensor, Source]],
+    arrays: Sequence[tuple[Tensor, int | None]],
     axis: int,
     out: Tensor,
 ) -> bool:
     """Say whether `func` treats the examples on `axis` one by one, with the same parameters."""
-    if func in _ELEMENTWISE:
-        return all(_aligned(x, source, axis, out) for x, source in sources)
-    if axis != 0:
-        return False
+    args, kwargs = given
     expanded = [source.expanded for _, source in sources]
+    if func in ELEMENTWISE:
+        fits = all(s.expanded or _repeated(x, axis, out) for x, s in sources)
+        return fits and all(
+            _repeated(x, axis, out) if own is None else own + out.ndim - x.ndim == axis
+            for x, own in arrays
+        )
+    if axis != 0 or any(own for _, own in arrays):
+        return False
     if func in _JOINS:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        return dim % out.ndim != 0 and all(expanded)
-    if func is torch.einsum:
-        return _einsum_is_local(args) and not any(expanded)
-    return func in _EXAMPLEWISE and not any(expanded)
+        aligned = all(own == 0 for _, own in arrays)
+        return isinstance(dim, int) and dim % out.ndim != 0 and aligned and all(expanded)
+    if any(expanded):
+        return False
+    if name_of(func) == "einsum":
+        return _einsum_is_local(args, [own for _, own in arrays])
+    if name_of(func) == "instance_norm":
+        return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
+    return isinstance(args[1] if func in _ADDMM else args[0], Place)
 
 
 def rows(
@@ -87,30 +103,44 @@ def rows(
 
 
 def run_quietly(run: Callable[..., Any], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run an operation for its shapes alone, without drawing random numbers."""
+    """Run an operation for its shapes alone; what a graph draws for nothing it would still draw."""
+    name = name_of(func)
     if func in _DROPOUTS:
         return args[0] if args else kwargs["input"]
-    if func in _NOISE:
-        return _NOISE[func](*args, **{k: v for k, v in kwargs.items() if k != "generator"})
-    if func is F.scaled_dot_product_attention:
+    if name in _NOISE:
+        return _NOISE[name](*args, **{k: v for k, v in kwargs.items() if k != "generator"})
+    if name == "scaled_dot_product_attention":
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         return run(func, **(given | {"dropout_p": 0.0}))
     return run(func, *args, **kwargs)
 
 
-def _aligned(x: Tensor, source: Source, axis: int, out: Tensor) -> bool:
-    """Say whether a parameter is repeated along the examples of an elementwise operation."""
+def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:
+    """Say whether a tensor is repeated along the examples of an elementwise operation."""
     place = axis - (out.ndim - x.ndim)
-    return source.expanded or place < 0 or x.shape[place] == 1
+    return place < 0 or x.shape[place] == 1
 
 
-def _einsum_is_local(args: Any) -> bool:
-    """Say whether no parameter has the letter of the examples, the first of the output."""
+def _running(kwargs: dict[str, Any]) -> list[Any]:
+    """Return running statistics among arguments."""
+    return [kwargs.get("running_mean"), kwargs.get("running_var")]
+
+
+def _einsum_is_local(args: Any, axes: Sequence[int | None]) -> bool:
+    """Say whether just the arrays have the letter of the examples, the first of the output."""
     several = isinstance(args[1], (list, tuple)) and not isinstance(args[1], (Source, Place))
-    inputs, output = args[0].replace(" ", "").split("->")
+    equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+    if "." in equation or "->" not in equation:
+        return False
+    inputs, output = equation.split("->")
     pairs = zip(inputs.split(","), args[1] if several else args[1:], strict=True)
-    return not any(output[0] in letters for letters, x in pairs if isinstance(x, Source))
+    return all(
+        (axes[x.number] == 0 and letters[0] == output[0] and letters.count(output[0]) == 1)
+        if isinstance(x, Place) and axes[x.number] is not None
+        else output[0] not in letters
+        for letters, x in pairs
+    )
 
 
 def _fill(given: Any, sources: Sequence[Tensor], arrays: Sequence[Tensor]) -> Any:
@@ -121,7 +151,7 @@ def _fill(given: Any, sources: Sequence[Tensor], arrays: Sequence[Tensor]) -> An
     )
 
 
-_ELEMENTWISE = named(
+ELEMENTWISE = named(
     "add sub subtract mul multiply div divide true_divide rsub pow maximum minimum where lerp "
     "addcmul addcdiv atan2 hypot logaddexp fmod remainder __radd__ __rsub__ __rmul__ __rdiv__ "
     "__rtruediv__ __rpow__ xlogy clamp clip"
@@ -129,30 +159,31 @@ _ELEMENTWISE = named(
 _JOINS = named("cat concat concatenate")
 _EXAMPLEWISE = named("prelu instance_norm addmm")
 _DETERMINISTIC = (
-    _ELEMENTWISE
+    ELEMENTWISE
     | _JOINS
     | _EXAMPLEWISE
     | _sources.ENTRYWISE
     | named(
         "neg exp log log1p expm1 sqrt rsqrt square abs reciprocal sigmoid tanh relu gelu silu elu "
         "softplus leaky_relu hardtanh softmax log_softmax logsumexp logsigmoid sin cos sum mean "
-        "prod amax amin var std norm vector_norm matrix_norm normalize clone detach to float "
+        "prod amax amin var std norm vector_norm matrix_norm normalize clone to float "
         "double half bfloat16 type type_as stack chunk split unbind narrow select __getitem__ "
         "expand expand_as repeat repeat_interleave tile einsum matmul mm bmm mv addmm baddbmm dot "
         "vdot inner outer tensordot kron diag diag_embed diagonal tril triu cumsum cumprod flip "
         "roll gather index_select pad inv inverse solve cholesky matrix_exp _weight_norm linear "
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
-        "layer_norm rms_norm group_norm bilinear prelu masked_fill"
+        "layer_norm rms_norm group_norm bilinear prelu masked_fill __getitem__ tril triu"
     )
 )
+_ADDMM = named("addmm")
 _DROPOUTS = named(
     "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d"
 )
-_NOISE: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.rand: torch.zeros,
-    torch.randn: torch.zeros,
-    torch.rand_like: torch.zeros_like,
-    torch.randn_like: torch.zeros_like,
-    torch.bernoulli: torch.zeros_like,
-    torch.normal: lambda mean, *rest, **options: torch.zeros_like(mean),
+_NOISE: dict[str, Callable[..., Any]] = {
+    "rand": torch.zeros,
+    "randn": torch.zeros,
+    "rand_like": torch.zeros_like,
+    "randn_like": torch.zeros_like,
+    "bernoulli": torch.zeros_like,
+    "normal": lambda mean, *rest, **options: torch.zeros_like(mean),
 }

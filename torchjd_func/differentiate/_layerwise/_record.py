@@ -1,53 +1,175 @@
-"""The second run of an objective: perturb what the plan names, and keep its arguments."""
+"""Run an objective inside `torch.func.vjp`, watched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise._sources import tensors_in
-from torchjd_func.differentiate._layerwise._watch import Plan, Use, Watch
+from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._trace import Trace, Use
 
-
-class Record(Watch):
-    """The second run: perturbs what the plan names, and keeps its arguments."""
-
-    def __init__(
-        self,
-        handles: Sequence[Tensor],
-        plan: Plan,
-        perturbations: Sequence[Tensor],
-    ) -> None:
-        super().__init__(handles, plan.layout)
-        self.plan = plan
-        self.perturbations = perturbations
-        self.place = 0
-        self.uses: list[Use] = []
-
-    def on_parameters(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
-    ) -> Any:
-        """Do as the plan says."""
-        step = self.plan.steps[self.place] if self.place < len(self.plan.steps) else None
-        if step is None or step.func != func:  # getters such as `.T` are equal, not the same
-            out = func(*args, **kwargs)
-            if tensors_in(out):
-                raise PlanChanged
-            return out
-        self.place += 1
-        if not step.use:
-            out = func(*args, **kwargs)
-            if step.derives:
-                self.derived(func, args, kwargs, out)
-            return out
-        out = self.run(func, *args, **kwargs)
-        if out.shape != step.shape:
-            raise PlanChanged
-        self.uses.append(Use(step, *self.mark(args, kwargs)))
-        return out + self.perturbations[len(self.uses) - 1]
+Call = Callable[..., tuple[Any, list[Tensor]]]  # (leaves, *example) -> outputs, aux tensors
 
 
-class PlanChanged(Exception):
-    """The objective did not run as it did the first time."""
+class Batch(NamedTuple):
+    """The loss of one example, and how to map it over a batch."""
+
+    fn: Callable[..., Any]
+    places: tuple[int, ...]  # the arguments that are mapped over, or shared as they are
+    args: tuple[Any, ...]
+    dims: tuple[Any, ...]
+    randomness: str
+
+    def fill(self, args: tuple[Any, ...], example: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of one example."""
+        parts = dict(zip(self.places, example, strict=True))
+        return tuple(parts.get(place, arg) for place, arg in enumerate(args))
+
+    def map(self, fn: Callable[..., Any], fixed: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
+        """Map `fn(*fixed, *example)` over the batch."""
+        rest = tuple(self.dims[place] for place in self.places)
+        given = [self.args[place] for place in self.places]
+        return vmap(fn, in_dims=(*dims, *rest), randomness=self.randomness)(*fixed, *given)
+
+
+class Recorded(NamedTuple):
+    """One run of an objective."""
+
+    outputs: Any
+    aux: list[Tensor]
+    plan: Plan
+    uses: list[Use]
+    values: list[Tensor]  # parameter leaves, then constants
+    pull: Callable[[Any, bool, Sequence[int]], tuple[list[Tensor], list[Tensor]]]
+    mode: Trace
+    connected: set[int]  # the leaves that autograd reaches, but for uses
+
+
+def record(
+    call: Call,
+    leaves: Sequence[Tensor],
+    layout: Layout,
+    inputs: Sequence[Tensor],
+    batch: Batch | None,
+    plan: Plan | None = None,
+    other: Operations | None = None,
+) -> Recorded:
+    """Run the objective, and keep what the pullback and the forms need.
+
+    Args:
+        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        leaves: The parameters.
+        layout: How the objective treats examples.
+        inputs: All tensors among the arguments.
+        batch: What to map over, for an objective of one example.
+        plan: What operations become; `None` to decide it, without perturbations.
+        other: The operations of a run with another batch.
+
+    Returns:
+        The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
+        and by leaves.
+    """
+    compiling = torch.compiler.is_compiling()
+    frozen = [leaf.view_as(leaf) for leaf in leaves]
+    traced = plan.opaque if compiling and plan is not None else range(len(frozen))
+    modes: list[Trace] = []
+    inner: list[Any] = []
+
+    def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
+        """Return outputs, auxiliary tensors, arrays of all uses, and constants."""
+        handles = list(frozen)
+        for leaf, primal in zip(traced, primals, strict=True):
+            handles[leaf] = primal
+        seen = inputs if batch is None else _tree.tensors(args)
+        operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+        mode = Trace(handles, layout, operations, plan, perturbations)
+        modes.append(mode)
+        with mode:
+            outputs, aux = call(handles, *args)
+        mode.finish(_tree.leaves(outputs))
+        return outputs, (aux, [use.arrays for use in mode.uses], mode.constants)
+
+    def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
+        """Run over all examples."""
+        if batch is None:
+            out = run(perturbations, primals)
+        else:
+            out = batch.map(run, (perturbations, primals), (0, None))
+        inner.append((_tree.leaves(out[0]), perturbations, primals))
+        return out
+
+    steps = [] if plan is None else [step for step in plan.steps if step.use]
+    front = () if batch is None else (layout.size,)
+    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    primals = [frozen[leaf].view_as(frozen[leaf]) for leaf in traced]
+    result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
+    outputs, pullback, (aux, arrays, constants) = result
+    mode = modes[0]
+    kept = [use._replace(arrays=found) for use, found in zip(mode.uses, arrays, strict=True)]
+
+    def pull_compiled(
+        cotangent: Any, uses: bool, wanted: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Pull a cotangent back; the compiler drops what is not wanted."""
+        by_uses, by_leaves = pullback(cotangent)
+        found = dict(zip(traced, by_leaves, strict=True))
+        return by_uses, [found[leaf] for leaf in wanted]
+
+    def pull(
+        cotangent: Any, uses: bool, wanted: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Pull a cotangent back to what is wanted alone."""
+        outs, perturbed, handles = inner[0]
+        places = [handles[leaf] for leaf in wanted]
+        places = [*perturbed, *places] if uses else places
+        grads = _gradients(outs, places, _tree.leaves(cotangent))
+        count = len(perturbed) if uses else 0
+        return grads[:count], grads[count:]
+
+    reached = set() if compiling else _reached(inner[0][0], inner[0][2], mode.aliases)
+    values = [*frozen, *constants]
+    chosen = pull_compiled if compiling else pull
+    planned = Plan(layout, (), (), {}, ()) if plan is None else plan
+    return Recorded(outputs, aux, planned, kept, values, chosen, mode, reached)
+
+
+def _gradients(outs: list[Tensor], places: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Return gradients by places, zeros where the outputs do not depend on one."""
+    pairs = [(x, grad) for x, grad in zip(outs, cotangents, strict=True) if x.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(places)
+    if pairs and places:
+        heads, grads = zip(*pairs, strict=True)
+        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
+        found = torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
+    return [
+        torch.zeros_like(x) if grad is None else grad for x, grad in zip(places, found, strict=True)
+    ]
+
+
+def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:
+    """Return the leaves that autograd reaches from the outputs, but for ways through aliases."""
+    number = {id(handle): leaf for leaf, handle in enumerate(handles)}
+    found, seen, ahead = set(), set(aliases), [x.grad_fn for x in outs]
+    found.update(number[id(x)] for x in outs if id(x) in number)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parents = node.next_functions
+        if parents:
+            ahead.extend([parent for parent, _ in parents])
+        else:
+            found.add(number.get(id(getattr(node, "variable", None)), -1))
+    return found - {-1}
+
+
+def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros without memory."""
+    return torch.zeros((), dtype=step.dtype, device=step.device).expand(shape)

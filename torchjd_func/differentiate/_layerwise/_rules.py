@@ -8,17 +8,18 @@ returns the gradient rows of one parameter, as a form.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
+from torchjd_func import _check
 from torchjd_func.differentiate._layerwise._convolutions import (
     channel_bias,
     conv_transpose_weight,
     conv_weight,
-    numbers,
 )
 from torchjd_func.differentiate._layerwise._forms import (
     Arguments,
@@ -28,30 +29,35 @@ from torchjd_func.differentiate._layerwise._forms import (
     Lookup,
     Outer,
 )
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._rule import (
+    Rule,
+    anywhere,
+    bags,
+    before_last,
+    before_weight,
+    bind,
+    first,
+    images_first,
+    matrix,
+    vector_or_matrix,
+)
 
 
-class Rule(NamedTuple):
-    """The gradient of one operation by each of its parameters."""
-
-    name: str
-    arguments: tuple[str, ...]  # all arguments, in order
-    batched: tuple[str, ...]  # those that carry examples
-    forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
-    anywhere: bool = False  # whether examples may be on any axis but the last ones of the rule
+def rule_of(func: Callable[..., Any]) -> Rule | None:
+    """Return the rule of an operation, if it has one."""
+    return _BY_NAME.get(name_of(func)) if torch.compiler.is_compiling() else RULES.get(func)
 
 
-def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Return the arguments by name."""
-    return dict(zip(rule.arguments, args, strict=False)) | kwargs
-
-
-def supported(rule: Rule, given: Arguments) -> bool:
-    """Say whether the options of an operation are those that its rule knows."""
-    options = ("sparse", "scale_grad_by_freq", "max_norm", "offsets", "per_sample_weights")
-    if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
-        return False
-    extra, stride = given.get("output_padding", 0), given.get("stride", 1)
-    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
+def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
+    """Refuse normalisation over examples that are declared independent."""
+    given = bind(RULES[F.batch_norm], args, kwargs)
+    batch = given.get("training") or given.get("running_mean") is None
+    if layout == "batched" and batch:
+        rule = "treat each example by itself"
+        remedy = "Use `model.eval()`, GroupNorm, or leave `jd.instancewise` away."
+        got = "batch normalisation in training mode, which mixes examples"
+        _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
 
 
 # Outer products: linear layers and matrix products
@@ -69,13 +75,18 @@ def _right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -
     """`x @ W`: the row of W is the sum of `x_t s_t^T`."""
     x = given["input"]
     if len(shape) == 1:
-        return Dense((cotangent.unsqueeze(-1) * x).flatten(1, -2).sum(1))
+        rows = cotangent.unsqueeze(-1) * x
+        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
     return Outer(_positions(x, 1), _positions(cotangent, 1), shape)
 
 
 def _left_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """`W @ x`: the row of W is the sum of `s_t x_t^T`, over the columns t."""
     x = given["other"]
+    if len(shape) == 1:  # a vector for W
+        rows = x * (cotangent.unsqueeze(-1) if x.ndim == 2 else cotangent.unsqueeze(-2))
+        rows = rows if x.ndim == 2 else rows.sum(-1)
+        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
     if x.ndim == 2:  # one vector for each example
         return Outer(_positions(cotangent, 1), _positions(x, 1), shape)
     return Outer(_positions(cotangent.mT, 1), _positions(x.mT, 1), shape)
@@ -135,8 +146,10 @@ def _group_norm(given: Arguments) -> Tensor:
 
 def _batch_norm(given: Arguments) -> Tensor:
     x, training, eps = given["input"], given.get("training", False), given.get("eps", 1e-5)
-    mean, var = (None, None) if training else (given["running_mean"], given["running_var"])
-    return F.batch_norm(x.flatten(0, 1), mean, var, training=training, eps=eps).reshape(x.shape)
+    if training or given.get("running_mean") is None:  # over the entries of one example
+        return vmap(lambda part: F.batch_norm(part, None, None, training=True, eps=eps))(x)
+    mean, var = given["running_mean"], given["running_var"]
+    return F.batch_norm(x.flatten(0, 1), mean, var, eps=eps).reshape(x.shape)
 
 
 def _scale(normalize: Callable[[Arguments], Tensor], *, trailing: bool) -> FormOf:
@@ -165,7 +178,8 @@ def _norm(
 ) -> Rule:
     """Return the rule of a normalisation."""
     forms = {"weight": _scale(normalize, trailing=trailing), "bias": _shift(trailing=trailing)}
-    return Rule(name, tuple(arguments.split()), ("input",), forms, trailing)
+    accepts = before_weight if trailing else first
+    return Rule(name, tuple(arguments.split()), ("input",), forms, accepts)
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -175,13 +189,14 @@ _LINEAR = Rule(
     ("input", "weight", "bias"),
     ("input",),
     {"weight": _linear_weight, "bias": _last},
-    anywhere=True,
+    matrix,
 )
 _MATMUL = Rule(
     "matmul",
     ("input", "other"),
     ("input", "other"),
     {"other": _right_factor, "input": _left_factor},
+    vector_or_matrix,
 )
 _EMBEDDING = (
     "input",
@@ -206,6 +221,7 @@ _BAG = (
     "padding_idx",
 )
 
+_METHODS = (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__)
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _LINEAR,
     F.bilinear: Rule(
@@ -213,14 +229,17 @@ RULES: dict[Callable[..., Any], Rule] = {
         ("input1", "input2", "weight", "bias"),
         ("input1", "input2"),
         {"weight": _bilinear, "bias": _last},
-        anywhere=True,
+        before_last,
     ),
-    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere=True),
-    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}),
+    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere),
+    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}, bags),
     F.layer_norm: _norm(
         "layer_norm", "input normalized_shape weight bias eps", _layer_norm, trailing=True
     ),
-    F.rms_norm: _norm("rms_norm", "input normalized_shape weight eps", _rms_norm, trailing=True),
+    **dict.fromkeys(
+        (F.rms_norm, torch.rms_norm),
+        _norm("rms_norm", "input normalized_shape weight eps", _rms_norm, trailing=True),
+    ),
     F.group_norm: _norm(
         "group_norm", "input num_groups weight bias eps", _group_norm, trailing=False
     ),
@@ -231,7 +250,13 @@ RULES: dict[Callable[..., Any], Rule] = {
         trailing=False,
     ),
     **{
-        func: Rule("conv", _CONV, ("input",), {"weight": conv_weight, "bias": channel_bias(dims)})
+        func: Rule(
+            "conv",
+            _CONV,
+            ("input",),
+            {"weight": conv_weight, "bias": channel_bias(dims)},
+            images_first(dims),
+        )
         for dims, func in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)
     },
     **{
@@ -240,13 +265,12 @@ RULES: dict[Callable[..., Any], Rule] = {
             _CONV_TRANSPOSE,
             ("input",),
             {"weight": conv_transpose_weight, "bias": channel_bias(dims)},
+            images_first(dims),
         )
         for dims, func in enumerate(
             (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
         )
     },
-    **{
-        func: _MATMUL
-        for func in (torch.matmul, torch.mm, torch.mv, torch.Tensor.matmul, torch.Tensor.mm)
-    },
+    **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
 }
+_BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

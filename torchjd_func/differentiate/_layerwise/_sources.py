@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
 
 
 class Source(NamedTuple):
@@ -41,19 +41,20 @@ def of_constant(slot: int) -> Source:
 
 
 def derive(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], examples: int | None
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, expanded: bool
 ) -> Source:
     """Return the source of `func(*args, **kwargs)`, in whose arguments sources stand for tensors.
 
-    A source repeated once for each of `examples` is described by what is repeated.
+    A source that `expand` repeats once for each example is described by what is repeated.
     """
     parents = sources_in((args, kwargs))
     leaves = tuple(sorted({leaf for parent in parents for leaf in parent.leaves}))
-    if func is torch.Tensor.expand and examples is not None:
-        sizes = tuple(args[1]) if isinstance(args[1], (list, tuple)) else args[1:]
-        if sizes[0] == examples:
-            return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), kwargs, False, True)
-    entrywise = func in ENTRYWISE and len(parents) == 1 and parents[0].entrywise
+    if expanded:
+        given = args[1:] or tuple(kwargs.values())
+        sizes = tuple(given[0]) if isinstance(given[0], (list, tuple)) else given
+        return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), {}, False, True)
+    alike = func in ENTRYWISE or (is_getter(func) and func in _GETTERS)
+    entrywise = alike and len(parents) == 1 and parents[0].entrywise
     return Source(leaves, -1, func, args, kwargs, entrywise)
 
 
@@ -62,12 +63,27 @@ def pick(parent: Source, index: int) -> Source:
     return Source(parent.leaves, -1, _item, (parent, index), None, False)
 
 
+def is_reordered(source: Source) -> bool:
+    """Say whether a source may have its numbers in another order than the leaf it is made of."""
+    if source.func is None:
+        return False
+    return source.func not in _CASTS or any(map(is_reordered, sources_in(source.args)))
+
+
+def has_getter(source: Source) -> bool:
+    """Say whether a source is made by reading an attribute such as `.T`."""
+    if is_getter(source.func):
+        return True
+    return any(has_getter(part) for part in sources_in((source.args, source.kwargs)))
+
+
 def build(source: Source, values: Sequence[Tensor]) -> Any:
     """Make the tensor again from parameter leaves and constants."""
     if source.func is None:
         return values[source.slot]
     args, kwargs = substitute((source.args, source.kwargs), lambda part: build(part, values))
-    return _SPELLED.get(source.func, source.func)(*args, **(kwargs or {}))
+    spelled = name_of(source.func) == "_weight_norm"
+    return (_weight_norm if spelled else source.func)(*args, **(kwargs or {}))
 
 
 def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -129,8 +145,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
-_SPELLED = dict.fromkeys(named("_weight_norm"), _weight_norm)
-ENTRYWISE = named(
+_GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_CASTS = named("clone contiguous to float double half bfloat16")
+ENTRYWISE = _CASTS | named(
     "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "
-    "squeeze unsqueeze contiguous clone view_as reshape_as alias"
-) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
+    "squeeze unsqueeze view_as reshape_as alias"
+)

@@ -1,0 +1,53 @@
+"""A compiled step costs what an eager one does: one backward pass through each layer."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import torchjd_func as jd
+from benchmarks._networks import CLASSES, WORDS, Transformer
+
+
+def counted(step, args):
+    """Return how often the graph of a step calls each operation, and its result."""
+    calls = Counter()
+
+    def backend(graph, inputs):
+        def lowered(graph, inputs):
+            names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            calls.update(name.split(".")[-2] if "." in name else name for name in names)
+            return graph.forward
+
+        from torch._dynamo.backends.common import aot_autograd
+
+        return aot_autograd(fw_compiler=lowered)(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(step, fullgraph=True, backend=backend)(*args), calls
+
+
+@pytest.mark.parametrize("first", ["init_state", "eager call"])
+def test_attention_is_differentiated_once_a_layer(first):
+    torch.manual_seed(0)
+    net = Transformer(16, 5, layers=2)
+    params = {name: value.detach() for name, value in net.named_parameters()}
+    x, y = torch.randint(0, WORDS, (3, 5)), torch.randint(0, CLASSES, (3,))
+    scale = torch.rand(())  # closed over
+
+    def losses(params, x, y):
+        scores = torch.func.functional_call(net, params, (x,)) * scale
+        return F.cross_entropy(scores, y, reduction="none")
+
+    objective = jd.instancewise(losses)
+    gramian = jd.gramian(objective)
+    if first == "init_state":
+        jd.init_state(jd.upgrad(), objective, params, x, y)
+    else:
+        gramian(params, x, y)
+    found, calls = counted(gramian, (params, x, y))
+    torch.testing.assert_close(found, gramian(params, x, y), rtol=1e-4, atol=1e-6)
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert calls[attention] == 2
+    assert calls[f"{attention}_backward"] == 2

@@ -1,0 +1,523 @@
+"""Programs at random: whatever an objective does, Gramians and pullbacks are those of plain loops.
+
+    python -m tests.programs --n 2000 --seed 0 [--compiled] [--float32]
+
+A program nests operations that move, merge, split, gather and write axes around uses of parameters.
+It runs three times, the second time with another Python state. Prints what is wrong or raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchjd_func as jd
+
+Body = Callable[[Tensor], Tensor]
+LAYOUTS = ("batched", "per example", "shared")
+
+
+class Doubled(torch.autograd.Function):
+    """An identity whose gradient is twice as large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 2 * grads[0]
+
+
+# Ways to move axes: `(h, body) -> body's result, moved back`; the last axis is the features'
+
+
+def _swapped(h: Tensor, body: Body) -> Tensor:
+    return body(h.transpose(0, 1)).transpose(0, 1)
+
+
+def _swapped_by_name(h: Tensor, body: Body) -> Tensor:
+    return torch.transpose(input=body(torch.transpose(input=h, dim0=1, dim1=0)), dim0=0, dim1=1)
+
+
+def _permuted(h: Tensor, body: Body) -> Tensor:
+    dims = (1, 0, *range(2, h.ndim))
+    return torch.permute(input=body(h.permute(*dims)), dims=dims)
+
+
+def _moved(h: Tensor, body: Body) -> Tensor:
+    return torch.movedim(body(torch.movedim(h, source=0, destination=1)), 1, 0)
+
+
+def _flattened(h: Tensor, body: Body) -> Tensor:
+    return body(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+
+
+def _flattened_last_first(h: Tensor, body: Body) -> Tensor:
+    g = h.transpose(0, 1)
+    return body(g.reshape(-1, *h.shape[2:])).view(*g.shape).transpose(0, 1)
+
+
+def _repeated(h: Tensor, body: Body) -> Tensor:
+    out = body(h.repeat(2, *[1] * (h.ndim - 1)))
+    return out.view(2, *h.shape).square().sum(0)
+
+
+def _stacked(h: Tensor, body: Body) -> Tensor:
+    first, second = body(torch.vstack([h, 2 * h])).chunk(2)
+    return first * second
+
+
+def _joined(h: Tensor, body: Body) -> Tensor:
+    return body(torch.cat((h, h.cos()), dim=0))[h.shape[0] :] + h
+
+
+def _padded(h: Tensor, body: Body) -> Tensor:
+    return body(F.pad(h, (0, 0) * (h.ndim - 1) + (1, 2)))[1 : 1 + h.shape[0]]
+
+
+def _scattered(h: Tensor, body: Body) -> Tensor:
+    place = torch.arange(h.shape[0]).flip(0)
+    return body(torch.zeros_like(h).index_add(0, place, h))[place]
+
+
+def _copied(h: Tensor, body: Body) -> Tensor:
+    place = torch.arange(h.shape[0]).flip(0)
+    return body(torch.zeros_like(h).index_copy(0, place, h)).flip(0)
+
+
+def _flipped(h: Tensor, body: Body) -> Tensor:
+    return body(h.flipud()).flip([0])
+
+
+def _mapped(h: Tensor, body: Body) -> Tensor:
+    return torch.vmap(body)(h)
+
+
+def _mapped_second(h: Tensor, body: Body) -> Tensor:
+    return torch.vmap(body, in_dims=1, out_dims=1)(h)
+
+
+def _listed(h: Tensor, body: Body) -> Tensor:
+    return torch.stack([body(row) for row in h.unbind()])
+
+
+def _listed_second(h: Tensor, body: Body) -> Tensor:
+    return torch.stack([body(h[i]) for i in range(len(h))], 1).transpose(0, 1)
+
+
+def _written(h: Tensor, body: Body) -> Tensor:
+    g = torch.zeros_like(h)
+    g[:, 0] = h[:, 0]
+    g[:, 1:] = 2 * h[:, 1:]
+    return body(g)
+
+
+def _expanded(h: Tensor, body: Body) -> Tensor:
+    return body(h.unsqueeze(1).expand(-1, 2, *h.shape[1:])).square().sum(1)
+
+
+def _inserted(h: Tensor, body: Body) -> Tensor:
+    return body(h[None])[0]
+
+
+def _differentiated(h: Tensor, body: Body) -> Tensor:
+    return torch.func.grad(lambda g: body(g).sin().sum())(h)
+
+
+def _pushed(h: Tensor, body: Body) -> Tensor:
+    return torch.func.jvp(body, (h,), (h.cos(),))[1]
+
+
+def _rolled(h: Tensor, body: Body) -> Tensor:
+    return body(h.roll(1, -2)) if h.ndim > 2 else body(h)
+
+
+def _gathered(h: Tensor, body: Body) -> Tensor:
+    index = torch.zeros_like(h, dtype=torch.long)
+    return body(h.gather(-1, index) + h)
+
+
+def _masked(h: Tensor, body: Body) -> Tensor:
+    return body(h.masked_fill(h > 1, 0.5)).where(h < 2, h)
+
+
+def _overwritten(h: Tensor, body: Body) -> Tensor:
+    return F.relu(body(h) + 0.1, inplace=True)
+
+
+def _by_function(h: Tensor, body: Body) -> Tensor:
+    return Doubled.apply(body(h))
+
+
+def _hooked(h: Tensor, body: Body) -> Tensor:
+    out = body(h)
+    if out.requires_grad:
+        out.register_hook(lambda grad: -grad)
+    return out * 1
+
+
+def _split(h: Tensor, body: Body) -> Tensor:
+    parts = body(h).split(1, dim=-1)
+    return torch.cat(parts[::-1], -1)
+
+
+ANYWHERE = (_inserted, _gathered, _masked, _by_function, _split, _differentiated, _pushed)
+MOVES = (
+    *(_swapped, _swapped_by_name, _permuted, _moved, _flattened, _flattened_last_first),
+    *(_repeated, _stacked, _joined, _padded, _scattered, _copied, _flipped, _mapped),
+    *(_mapped_second, _listed, _listed_second, _expanded, _rolled, *ANYWHERE),
+)
+PLAIN_ONLY = (_written, _overwritten, _hooked)  # not under another transform
+
+
+# Uses of parameters: `(h, draw) -> h`, where `draw(*shape)` returns a parameter
+
+
+def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
+    """Return a (d, d) matrix made of parameters."""
+    w = draw(d, d)
+    ways: list[Callable[[], Tensor]] = [
+        lambda: w,
+        lambda: w,
+        lambda: w.T,
+        lambda: w.t().contiguous(),
+        lambda: w * torch.ones(d, d).tril(),
+        lambda: w / w.norm(),
+        lambda: w + draw(d, 1) @ draw(1, d),
+        lambda: w * w.detach().abs().sum(),
+        lambda: w + (w.round() - w).detach(),
+        lambda: _no_grad(w),
+        lambda: _overwrite(w),
+        lambda: draw(2, d, d)[1],
+        lambda: draw(2 * d, d).chunk(2)[0],
+        lambda: torch.stack([draw(d), draw(d)])[[0, 1] * d][:d],
+        lambda: Doubled.apply(w),
+        lambda: (1 - w) ** 2,
+        lambda: w.to(w.dtype).clone(),
+        lambda: torch.where(w > 0, w, 2 * w),
+        lambda: w.softmax(0),
+        lambda: torch.zeros(d, d, dtype=w.dtype).index_add(0, torch.arange(d), w),
+        lambda: F.dropout(w, 0.3),
+    ]
+    return rng.choice(ways)()
+
+
+def _no_grad(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = w.square().sum()
+    return w * scale
+
+
+def _overwrite(w: Tensor) -> Tensor:
+    w = w.clone()
+    w[0, 0] = 0.3
+    return w
+
+
+def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """Use parameters on the last axis."""
+    d = h.shape[-1]
+
+    def v():
+        return draw(d)
+
+    letters = "abcefghk"[: h.ndim - 1]
+
+    def w():
+        return _weight(rng, draw, d)
+
+    ways: list[Callable[[], Tensor]] = [
+        lambda: F.linear(h, w()),
+        lambda: F.linear(h, w(), v()),
+        lambda: h @ w(),
+        lambda: torch.matmul(input=h, other=w()),
+        lambda: (w() @ h.mT).mT if h.ndim > 1 else w() @ h,
+        lambda: w() @ h[..., None] if h.ndim > 1 else h,
+        lambda: h * v() + draw(()),
+        lambda: 2 ** v() - h / (1 + v() ** 2),
+        lambda: h + F.linear(h, v()).unsqueeze(-1),
+        lambda: h + (h @ v()).unsqueeze(-1),
+        lambda: (h.unsqueeze(-2) @ draw(2, d, d)[:1]).squeeze(-2),
+        lambda: (h[..., None, None, :] @ draw(2, d, d)).sum((-3, -2)),
+        lambda: torch.einsum(f"{letters}i,ij->{letters}j", h, w()),
+        lambda: torch.einsum("...i,ij->...j", h, w()),
+        lambda: torch.tensordot(h, w(), dims=1),
+        lambda: torch.addmm(v(), h.reshape(-1, d), w()).reshape(h.shape),
+        lambda: torch.addmm(v(), w(), h.reshape(-1, d).T).T.reshape(h.shape),
+        lambda: F.layer_norm(h, (d,), v(), v()),
+        lambda: F.rms_norm(h, (d,), v()),
+        lambda: (
+            F.conv1d(h.reshape(-1, 1, d), draw(2, 1, 3), draw(2), padding=1).sum(1).reshape(h.shape)
+        ),
+        lambda: F.prelu(h, draw(1)),
+        lambda: torch.where(h > 0, h * v(), h),
+        lambda: torch.lerp(h, v(), 0.3),
+        lambda: torch.addcmul(h, v(), h.cos()),
+        lambda: h + draw(5)[torch.arange(d) % 5],
+        lambda: h + F.embedding(torch.arange(d) % 4, draw(4, 1)).squeeze(-1),
+        lambda: F.embedding((h > 0).long(), draw(2, 3)).sum(-1) + h,
+        lambda: torch.cdist(h.reshape(-1, d), draw(d, d)).reshape(h.shape),
+        lambda: torch.cat([h, v().expand(*h.shape[:-1], d)], -1)[..., d // 2 : d // 2 + d],
+        lambda: h + v().expand(h.shape).cos(),
+        lambda: F.bilinear(h, h.cos(), draw(d, d, d), v()),
+        lambda: F.linear(F.linear(h, (first := draw(d, d))).tanh(), first.T),
+        lambda: F.linear(h, (first := draw(d, d))) + 0.1 * F.linear(h.cos(), first),
+        lambda: h * F.normalize(v(), dim=0),
+        lambda: h + v().exp().sum(),
+        lambda: F.linear(Doubled.apply(h), w()),
+        lambda: h - draw(1, d) * draw(d, 1)[0],
+    ]
+    out = rng.choice(ways)()
+    return out if out.shape == h.shape else out.squeeze(-1)
+
+
+class Choices:
+    """Random choices that are noted, and made again where a compiler can follow."""
+
+    def __init__(self, seed: float, noted: list[int] | None = None) -> None:
+        self.rng = random.Random(seed) if noted is None else None
+        self.noted: list[int] = [] if noted is None else noted
+        self.place = 0
+
+    def choice(self, options: Any) -> Any:
+        """Return one of the options."""
+        if self.rng is not None:
+            self.noted.append(self.rng.randrange(len(options)))
+        self.place += 1
+        return options[self.noted[self.place - 1]]
+
+
+@dataclass
+class Program:
+    """A random objective of `(params, x, flag)`."""
+
+    seed: int
+    layout: str
+    dtype: torch.dtype = torch.float64
+    names: list[str] = field(default_factory=list)
+    noted: list[list[int]] = field(default_factory=lambda: [[], []])
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Return the numbers of examples, positions and features."""
+        rng = random.Random(self.seed)
+        return rng.choice((2, 3, 4)), rng.choice((2, 3, 4)), rng.choice((2, 3, 4))
+
+    def run(self, draw: Callable[..., Tensor], x: Tensor, flag: int) -> Tensor:
+        """Return features of `(b, t, d)`, or of `(t, d)`, by the parameters that are drawn."""
+        if torch.compiler.is_compiling():
+            rng = Choices(self.seed, self.noted[flag % 2])
+        else:
+            torch.manual_seed(self.seed)
+            rng = Choices(self.seed)
+            self.noted[flag % 2] = rng.noted
+            self.names = []
+        plain = self.layout == "batched"
+        h = x
+        for _ in range(rng.choice((1, 2, 2))):
+            h = self.block(rng, h, draw, rng.choice((0, 1, 1, 2)), plain, flag)
+        return h
+
+    def block(
+        self, rng: Choices, h: Tensor, draw: Any, nesting: int, plain: bool, flag: int
+    ) -> Tensor:
+        """Nest moves around a use."""
+        if not nesting:
+            rng.choice(range(1 + 2 * (flag % 2)))
+            return torch.tanh(_use(rng, h, draw))
+        moves = MOVES if h.ndim > 2 else ANYWHERE
+        move = rng.choice((*moves, *PLAIN_ONLY) if plain and h.ndim > 2 else moves)
+        if not torch.compiler.is_compiling():
+            self.names.append(move.__name__)
+        inner = plain and move not in (_mapped, _mapped_second, _differentiated, _pushed)
+        made: list[Tensor] = []
+        start = rng.place
+        calls = [0]
+
+        def body(g: Tensor) -> Tensor:
+            if not calls[0]:
+                calls[0] = 1
+
+                def first(*shape: Any) -> Tensor:
+                    made.append(draw(*shape))
+                    return made[-1]
+
+                return self.block(rng, g, first, nesting - 1, inner, flag)
+            place = [0]
+
+            def again(*shape: Any) -> Tensor:
+                place[0] += 1
+                return made[place[0] - 1]
+
+            same = Choices(0, rng.noted)
+            same.place = start
+            return self.block(same, g, again, nesting - 1, inner, flag)
+
+        return move(h, body)
+
+
+def parameters(program: Program, x: Tensor) -> list[Tensor]:
+    """Return the parameters that all states of a program use."""
+    found: list[Tensor] = []
+    for flag in (0, 1):
+        rng, count = random.Random(program.seed), iter(range(10**6))
+
+        def draw(*shape: Any, numbers: random.Random = rng, place: Iterator[int] = count) -> Tensor:
+            size = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+            values = [numbers.gauss(0, 1) for _ in range(math.prod(size))]
+            made = torch.tensor(values, dtype=x.dtype).reshape(size)
+            made = torch.func.debug_unwrap(made, recurse=True)  # of a transform in the program
+            number = next(place)
+            if number == len(found):
+                found.append(made)
+            elif found[number].shape != made.shape:
+                found.append(made)  # of another state; never reached by its number
+                return made
+            return found[number]
+
+        program.run(draw, x if program.layout == "batched" else x[0], flag)
+    return found
+
+
+def objective(program: Program) -> Callable[..., Tensor]:
+    """Return the losses `(b,)` of a program, or three, or the loss of an example."""
+
+    def drawing(params: list[Tensor]) -> Callable[..., Tensor]:
+        left = list(params)
+
+        def draw(*shape: Any) -> Tensor:
+            size = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+            for place, p in enumerate(left):
+                if tuple(p.shape) == tuple(size):
+                    return left.pop(place)
+            raise AssertionError(size)
+
+        return draw
+
+    def losses(params: list[Tensor], x: Tensor, flag: int) -> Tensor:
+        out = program.run(drawing(params), x, flag)
+        if program.layout == "batched":
+            return out.sin().flatten(1).sum(1)
+        return out.sin().sum() if program.layout == "per example" else out.sin().sum(0)
+
+    return losses
+
+
+def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Tensor:
+    """Return the rows by one plain backward pass for each loss."""
+    leaves = [p.detach().clone().requires_grad_() for p in params]
+    rows = []
+    for loss in fn(leaves, *args):
+        if loss.requires_grad:
+            options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+            rows.append(torch.autograd.grad(loss, leaves, **options))
+        else:
+            rows.append([torch.zeros_like(leaf) for leaf in leaves])
+    return torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
+
+
+def outcome(seed: int, *, compiled: bool = False, dtype: torch.dtype = torch.float64) -> str:
+    """Run one program: `"right"`, `"warned"` (and right), `"invalid"`, or what is wrong."""
+    layout = LAYOUTS[(0, 0, 0, 1, 2)[seed % 5]]
+    program = Program(seed, layout, dtype)
+    b, t, d = program.sizes()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(b, t, d, generator=generator, dtype=torch.float64).to(dtype)
+    fn = objective(program)
+    if layout == "shared":
+        given, whole, made = x[0], fn, fn
+    elif layout == "batched":
+        given, whole, made = x, fn, jd.instancewise(fn)
+    else:
+        given, made = x, jd.per_example(fn, in_dims=(None, 0, None))
+
+        def whole(params, x, flag):
+            return torch.stack([fn(params, row, flag) for row in x])
+
+    try:
+        params = parameters(program, x)
+        expected = [by_loops(whole, params, given, flag) for flag in (0, 1)]
+        if layout != "batched":
+            for flag in (0, 1):
+                jd.gramian(made, route="jacobian")(params, given, flag)
+    except Exception:
+        return "invalid"
+    step = _step(made)
+    if compiled:
+        torch._dynamo.reset()
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for flag in (0, 1, 0):
+            rows = expected[flag % 2]
+            weights = torch.linspace(-1, 1.5, len(rows), dtype=dtype)
+            gramian, grad = step(params, given, flag, weights)
+            gaps = [gramian - rows @ rows.T, grad - weights @ rows]
+            scale = rows.norm() + 1e-3
+            tol = 1e-9 if dtype is torch.float64 else 2e-3
+            if not all(
+                bool(gap.norm() <= tol * scale ** (2 - k) * 3) for k, gap in enumerate(gaps)
+            ):
+                return f"wrong: {gaps[0].norm() / scale**2:.1e} {gaps[1].norm() / scale:.1e}"
+    return (
+        "warned"
+        if any("must be" in str(w.message) or "is not the sum" in str(w.message) for w in caught)
+        else "right"
+    )
+
+
+def _step(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function to a Gramian and a pullback."""
+
+    def step(params: Any, x: Tensor, flag: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        _, gramian, vjp_fn = jd.gramian_vjp(fn, params, x, flag, route="layerwise")
+        return gramian, torch.cat([grad.flatten() for grad in vjp_fn(weights)])
+
+    return step
+
+
+def main() -> int:
+    """Run programs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--float32", action="store_true")
+    given = parser.parse_args()
+    counts: Counter[str] = Counter()
+    dtype = torch.float32 if given.float32 else torch.float64
+    for number in range(given.n):
+        seed = given.seed * 10**6 + number
+        try:
+            result = outcome(seed, compiled=given.compiled, dtype=dtype)
+        except Exception as error:
+            result = f"raised: {type(error).__name__}: {str(error)[:120]}"
+            if given.n == 1:
+                traceback.print_exc()
+        counts[result.split(":")[0]] += 1
+        if result.startswith(("wrong", "raised", "warned")):
+            print(seed, LAYOUTS[(0, 0, 0, 1, 2)[seed % 5]], result)
+    print(dict(counts))
+    return int(counts["wrong"] + counts["raised"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

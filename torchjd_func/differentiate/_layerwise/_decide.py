@@ -1,0 +1,185 @@
+"""Decide what an operation on parameters becomes, from what is seen of it in one run.
+
+A structure is used only where it is known to hold. Whatever else becomes of a parameter is left to
+autograd, which is right about everything, one backward pass for each loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise import _local, _rules, _sources
+from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
+from torchjd_func.differentiate._layerwise._plan import LOST, Step
+from torchjd_func.differentiate._layerwise._rule import bind, fits
+from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
+
+if TYPE_CHECKING:
+    from torchjd_func.differentiate._layerwise._trace import Trace
+
+
+def decide(
+    trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+) -> Any:
+    """Run an operation, and decide what it becomes when it runs again."""
+    pairs = [(x, trace.sources[x]) for x in given if x in trace.sources]
+    sources = [source for _, source in pairs]
+    leaves = {leaf for source in sources for leaf in source.leaves}
+    hidden = [leaf for s in sources if _sources.has_getter(s) for leaf in s.leaves]
+    visible = not all(map(_sources.has_getter, sources))
+    step = Step(func, leaves=tuple(leaves), hidden=tuple(hidden), visible=visible)
+    nested = is_nested(trace, given)
+    if not nested and derives(trace, func, given, sources):
+        out = trace.run(func, *args, **kwargs)
+        axis = trace.operations.axis_next(out)
+        if axis is None or (axis == 0 and func is Tensor.expand):
+            step = step._replace(derives=True, axis=axis)
+            trace.derived(step, args, kwargs, out)
+    elif not nested and may_be_use(trace, func):
+        out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
+        plain = isinstance(out, Tensor) and trace.traced(out) and not too_deep(trace, out)
+        if plain and recognises(trace, func, args, kwargs, given, out):
+            step = use(trace, step, given, out)
+            versions = [(x, 0 if trace.compiling else x._version) for x in given]
+            trace.kept.append((len(trace.steps), leaves, versions))
+        else:
+            trace.deny(operation(func), leaves)
+    else:
+        out = trace.run(func, *args, **kwargs)
+        reads = func in _READERS or is_getter(func)
+        if trace.compiling if tensors_in(out) else not reads:
+            trace.deny(operation(func), leaves)
+    if tensors_in(out):
+        trace.steps.append(step)
+        if not (step.use or step.derives):
+            trace.explain(operation(func), leaves)
+    return out
+
+
+def is_nested(trace: Trace, tensors: Sequence[Tensor]) -> bool:
+    """Say whether a transform within the objective, such as vmap, renames its tensors."""
+    if trace.compiling:
+        return any(x not in trace.sources and trace.operations.number(x) is None for x in tensors)
+    return any(depth(x) > trace.depth for x in tensors)
+
+
+def too_deep(trace: Trace, out: Tensor) -> bool:
+    """Say whether an output belongs to a transform within the objective."""
+    return not trace.compiling and depth(out) > trace.depth
+
+
+def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
+    """Say whether an operation has a known form, if its arguments fit."""
+    if not torch.is_grad_enabled():
+        return False
+    if _rules.rule_of(func) is not None:
+        return True
+    kinds = _local.is_deterministic if trace.layout.kind != "batched" else _local.may_be_local
+    return kinds(func)
+
+
+def derives(
+    trace: Trace, func: Callable[..., Any], given: list[Tensor], sources: list[Source]
+) -> bool:
+    """Say whether the output is a function of parameters alone, to be made again at will."""
+    constant = [x for x in given if x not in trace.sources]
+    if any(s.expanded for s in sources) or not torch.is_grad_enabled():
+        return False
+    if constant and (trace.layout.kind != "batched" or any(trace.traced(x) for x in constant)):
+        return False
+    alone = all(trace.operations.axis(x) is None for x in constant)
+    return alone and _local.is_deterministic(func)
+
+
+def recognises(
+    trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], out: Tensor
+) -> bool:
+    """Say whether the gradient of the parameters is known from the output's."""
+    axis = trace.operations.axis_next(out) if trace.layout.kind == "batched" else 0
+    if out.is_complex() or axis is None or axis is LOST:
+        return False
+    args, kwargs, arrays = trace.mark(args, kwargs)
+    axes = [trace.operations.axis(x) for x in arrays]
+    if trace.layout.kind == "batched" and LOST in axes:
+        return False
+    pairs = [(x, trace.sources[x]) for x in given if x in trace.sources]
+    rule = _rules.rule_of(func)
+    if rule is not None:
+        arguments = bind(rule, args, kwargs)
+        shapes = {id(source): tuple(x.shape) for x, source in pairs}
+        named = {n: shapes[id(s)] for n, s in arguments.items() if isinstance(s, Source)}
+        visible = axis if trace.layout.kind == "batched" else None
+        return fits(rule, arguments, arrays, axes, visible, named)
+    if trace.layout.kind != "batched":
+        return True
+    return _local.is_local(
+        func, (args, kwargs), pairs, list(zip(arrays, axes, strict=True)), axis, out
+    )
+
+
+def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
+    """Return the step of a recognised operation."""
+    batched = trace.layout.kind == "batched"
+    axis = trace.operations.axis_next(out) if batched else 0
+    arrays = [x for x in given if x not in trace.sources]
+    axes = tuple(trace.operations.axis(x) for x in arrays) if batched else (None,) * len(arrays)
+    shape = tuple(out.shape)
+    return step._replace(
+        use=True, axis=axis, axes=axes, shape=shape, dtype=out.dtype, device=out.device
+    )
+
+
+def deny_hidden(trace: Trace, tensors: Sequence[Tensor]) -> None:
+    """Trust nothing if a compiler hid an operation, such as `.T`, that uses parameters."""
+    for x in tensors:
+        unknown = x not in trace.sources and trace.operations.number(x) is None
+        if unknown and (x.is_floating_point() or x.is_complex()) and trace.traced(x):
+            trace.denied |= set(range(trace.count))
+
+
+def deny_overwritten(trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Trust no use whose arguments a graph overwrites later, through whatever view."""
+    in_place = kwargs.get("inplace") or _IN_PLACE.fullmatch(name_of(func))
+    if in_place and args and isinstance(args[0], Tensor):
+        for _, leaves, versions in trace.kept:
+            if any(x is args[0] or args[0] not in trace.fresh for x, _ in versions):
+                trace.deny(operation(func), leaves)
+
+
+def is_view(func: Callable[..., Any]) -> bool:
+    """Say whether the output of an operation may share the memory of its input."""
+    return func in _VIEWS
+
+
+def operation(func: Callable[..., Any]) -> str:
+    """Return the name of an operation, also of a getter such as `.T`."""
+    return (
+        getattr(getattr(func, "__self__", None), "__name__", "")
+        if is_getter(func)
+        else name_of(func)
+    )
+
+
+def common_depth(tensors: Sequence[Tensor]) -> int:
+    """Return how many transforms of torch.func what is made of all these tensors is in."""
+    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in tensors))
+
+
+def depth(x: Any) -> int:
+    """Return how many transforms of torch.func a tensor is in."""
+    inner = torch.func.debug_unwrap(x, recurse=False)
+    return 0 if inner is x else 1 + depth(inner)
+
+
+_READERS = named(
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
+    "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ "
+    "__repr__ __hash__ is_same_size equal allclose"
+)
+_IN_PLACE = re.compile(r"[a-z0-9]\w*[^_]_|__setitem__|__i(add|sub|mul|div|truediv|pow)__")
+_VIEWS = _sources.ENTRYWISE | named("chunk split unbind narrow select __getitem__ expand diagonal")

@@ -1,0 +1,142 @@
+"""The operations of a run: how to know a run again, and where examples lie in each tensor.
+
+An objective is watched with two batches, one example apart. Its operations are the same, and the
+axis of a tensor whose length changes is that of the examples, or of as many parts of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
+from torchjd_func.differentiate._layerwise._plan import LOST, Axis
+from torchjd_func.differentiate._layerwise._sources import tensors_in
+
+
+class Operations:
+    """Numbers the tensors of a run, and lists its operations.
+
+    Args:
+        inputs: Tensors that are there before the run.
+        size: How many examples there are.
+        other: The operations of a run with another batch, if axes are wanted.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Tensor], size: int = 0, other: Operations | None = None
+    ) -> None:
+        self.size = size
+        self.other = other
+        self.known = {x: number for number, x in enumerate(inputs)}
+        self.shapes = [tuple(x.shape) for x in inputs]
+        self.written: set[Tensor] = set()  # that operations in place returned
+        self.names: list[str] = []
+        self.steps: list[Any] = []  # operations and what they return
+        self.compiling = torch.compiler.is_compiling()
+        self.token: list[Any] = []  # marks the tensors of this run
+        self.lost = False  # whether the other run went another way
+
+    def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+        """Note an operation and what it is applied to; return the tensors among that."""
+        name = name_of(func)
+        if self.other is not None:
+            place, there = len(self.names), self.other.names
+            self.lost |= place >= len(there) or there[place] != name
+        self.names.append(name)
+        if self.compiling:
+            return tensors_in((args, kwargs))
+        given: list[Tensor] = []
+        loose = name in _ARITHMETIC and func in ELEMENTWISE
+        parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
+        if kwargs:
+            parts.append(self._describe(kwargs, loose, False, given))
+        self.steps.append((name, torch.is_grad_enabled(), *parts))
+        return given
+
+    def end(self, out: Any, given: Sequence[Tensor]) -> None:
+        """Number the outputs of an operation."""
+        parts = [out] if isinstance(out, Tensor) else tensors_in(out)
+        if self.compiling:
+            if all(self.number(x) is not None for x in given):  # else of a transform within, maybe
+                self.known.update({x: len(self.shapes) + i for i, x in enumerate(parts)})
+                self.shapes.extend(tuple(x.shape) for x in parts)
+            return
+        for x in parts:
+            shape = tuple(x.shape)
+            if any(x is other for other in given):
+                self.known[x] = len(self.shapes)
+                self.written.add(x)
+            else:
+                x._operation = (self.token, len(self.shapes))  # pyright: ignore
+            self.shapes.append(shape)
+            self.steps.append(shape)
+
+    def number(self, x: Tensor) -> int | None:
+        """Return the number of a tensor, or `None` if no operation that was seen made it."""
+        marked = None if self.compiling else getattr(x, "_operation", None)
+        if marked is not None and marked[0] is self.token and x not in self.written:
+            return marked[1]
+        return self.known.get(x)
+
+    def axis(self, x: Tensor) -> Axis:
+        """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
+        number = self.number(x)
+        if number is None:
+            return LOST if self.size and self.compiling else None
+        return self._compare(number, tuple(x.shape))
+
+    def axis_next(self, out: Any) -> Axis:
+        """Return where the examples lie in what the operation that runs now returns."""
+        parts = tensors_in(out)
+        axes = {self._compare(len(self.shapes) + i, tuple(x.shape)) for i, x in enumerate(parts)}
+        return axes.pop() if len(axes) == 1 else LOST
+
+    def _compare(self, number: int, shape: tuple[int, ...]) -> Axis:
+        """Find the axis whose length is another one with another batch."""
+        if self.size == 0:
+            return None
+        if self.other is None or self.lost or number >= len(self.other.shapes):
+            return LOST
+        there, more = self.other.shapes[number], self.other.size
+        if len(there) != len(shape):
+            return LOST
+        axes = [
+            axis for axis, pair in enumerate(zip(shape, there, strict=True)) if pair[0] != pair[1]
+        ]
+        if not axes:
+            return None
+        axis = axes[0]
+        fits = shape[axis] % self.size == 0 and shape[axis] * more == there[axis] * self.size
+        return axis if len(axes) == 1 and fits else LOST
+
+    def _describe(self, x: Any, loose: bool, index: bool, given: list[Tensor]) -> Any:
+        """Return what is the same of an argument whenever the run is the same.
+
+        Numbers in arithmetic may change, and which entry an index takes.
+        """
+        if isinstance(x, Tensor):
+            given.append(x)
+            return self.number(x)
+        kind = type(x)
+        if kind is int:
+            return kind if loose or index else x
+        if kind in _PLAIN:
+            return kind if loose else x
+        if isinstance(x, (list, tuple)):
+            return tuple([self._describe(part, loose, index, given) for part in x])
+        if isinstance(x, dict):
+            pairs = x.items()
+            return tuple([(key, self._describe(part, loose, index, given)) for key, part in pairs])
+        if kind is slice:
+            ends = (x.start, x.stop, x.step)
+            return (kind, *(self._describe(part, False, False, given) for part in ends))
+        return kind
+
+
+_PLAIN = frozenset({bool, str, type(None), torch.dtype})
+_ARITHMETIC = ELEMENTWISE.names

@@ -1,0 +1,255 @@
+"""Plan what becomes of the operations of an objective, and again when it changes its ways."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check
+from torchjd_func.differentiate._layerwise import _proof
+from torchjd_func.differentiate._layerwise._decide import depth
+from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, for_graphs, without
+from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
+
+_UNSEEN = "examples not seen: fn takes no other batch"
+MOST_PLANS = 8  # remembered for arguments of the same shapes
+
+
+class Larger(NamedTuple):
+    """The same objective with one example more."""
+
+    size: int  # how many examples there are without it
+    call: Call
+    inputs: Sequence[Tensor]
+
+
+class Problem(NamedTuple):
+    """An objective at one point.
+
+    Attributes:
+        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        leaves: The parameters.
+        kind: Of the layout.
+        size: How many examples there are, if `kind` is `"vmapped"`.
+        inputs: All tensors among the arguments.
+        batch: What to map over, for an objective of one example.
+        larger: The same with one example more, in ways that may fit its arguments.
+        check: Whether a plan must prove itself.
+    """
+
+    call: Call
+    leaves: Sequence[Tensor]
+    kind: str
+    size: int
+    inputs: Sequence[Tensor]
+    batch: Batch | None = None
+    larger: Callable[[], Iterator[Larger]] = lambda: iter(())
+    check: bool = False
+    names: Sequence[str] = ()
+
+
+def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
+    """Run an objective as planned, or plan first.
+
+    Args:
+        problem: The objective.
+        plans: What is remembered of earlier runs, by shapes; changed.
+
+    Returns:
+        The recorded run.
+    """
+    if torch.compiler.is_compiling():
+        return _in_graph(problem, plans)
+    key = _key(problem)
+    draws = _draws(problem)
+    known = plans.setdefault(key, [])
+    recorded = None
+    for _ in range(2):
+        plan = _matching(known, recorded)
+        if plan is None:
+            break
+        draws.restore()
+        recorded = _run(problem, plan)
+        if _fits(recorded):
+            return recorded
+    for _ in range(2):
+        plan = make(problem, draws, known)
+        draws.restore()
+        recorded = _run(problem, plan)
+        if _fits(recorded):
+            known.insert(0, plan)
+            del known[MOST_PLANS:]
+            return recorded
+    draws.restore()
+    return _run(problem, _by_autograd(problem))
+
+
+def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
+    """Run an objective that is compiled: as planned before, or plan on shapes, without a proof."""
+    known = plans.get(_key(problem))
+    if known:
+        recorded = _run(problem, for_graphs(known[0]))
+        if _fits(recorded):
+            return recorded
+    plan = make(problem._replace(check=False), Draws([]), ())
+    recorded = _run(problem, plan)
+    if not _fits(recorded):
+        recorded = _run(problem, _by_autograd(problem, plan.layout))
+    if len(recorded.plan.opaque) == len(problem.leaves) and problem.check:
+        _warn_hidden()
+    return recorded
+
+
+@torch.compiler.assume_constant_result
+def _warn_hidden() -> bool:
+    """Warn while a graph is traced, which runs this once."""
+    warnings.warn(_check.hidden_from_graph(), UserWarning, stacklevel=2)
+    return True
+
+
+def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
+    """Watch the objective with two batches, decide, and prove the decisions."""
+    layout, other = Layout(problem.kind, problem.size), None
+    if problem.kind == "batched":
+        size, other = _observe(problem, draws)
+        layout = Layout("batched", size)
+    draws.restore()
+    seen = record(problem.call, problem.leaves, layout, problem.inputs, problem.batch, other=other)
+    mode = seen.mode
+    plan = Plan(
+        layout,
+        tuple(mode.steps),
+        (),
+        mode.reasons,
+        tuple(mode.operations.steps),
+    )
+    if problem.kind == "batched" and seen.outputs.shape[0] != layout.size:
+        return _by_autograd(problem, layout)
+    unseen = problem.kind == "batched" and other is None
+    if unseen:
+        plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
+    plan = without(plan, seen.connected | mode.denied, {})
+    if any(_skeleton(plan) == _skeleton(other) for other in known):
+        return plan
+    return _proven(problem, plan, draws) if problem.check else plan
+
+
+def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
+    """Return a plan without what fails the proof."""
+    if len(plan.opaque) == len(problem.leaves) or depth(problem.leaves[0]) > 0:
+        return plan
+    for leaves in (_proof.moved(problem.leaves), problem.leaves):
+        draws.restore()
+        recorded = _run(problem._replace(leaves=leaves), plan)
+        if depth(recorded.outputs) > 0:
+            return plan
+        if _fits(recorded):
+            failing = _proof.failing(recorded)
+            if failing is not None:
+                return _warned(problem, plan, failing)
+    return plan
+
+
+def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
+    """Warn of what fails, and leave it to autograd."""
+    if failing:
+        names = [problem.names[leaf] if problem.names else str(leaf) for leaf in failing]
+        warnings.warn(_check.unproven(names, list(failing.values())), UserWarning, stacklevel=2)
+    reasons = {leaf: f"mixes examples at {name}" for leaf, name in failing.items()}
+    return without(plan, set(failing), reasons)
+
+
+def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
+    """Run the objective with one example more, and list what it does."""
+    sizes = []
+    for larger in problem.larger():
+        sizes.append(larger.size)
+        draws.restore()
+        try:
+            layout = Layout("batched", larger.size + 1)
+            seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            continue  # sizes that the objective checks, or constants of the batch's size
+        if seen.outputs.shape[0] == larger.size + 1:
+            return larger.size, seen.mode.operations
+    return (sizes or [0])[0], None
+
+
+def _run(problem: Problem, plan: Plan) -> Recorded:
+    """Run the objective as planned."""
+    _, leaves, *_ = problem
+    return record(problem.call, leaves, plan.layout, problem.inputs, problem.batch, plan)
+
+
+def _fits(recorded: Recorded) -> bool:
+    """Say whether a run was as planned, so that what was recorded is all there is."""
+    mode, plan = recorded.mode, recorded.plan
+    if len(plan.opaque) == mode.count:
+        return True
+    if mode.changed or len(mode.steps) != len(plan.steps):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        recorded.connected <= set(plan.opaque) and tuple(mode.operations.steps) == plan.operations
+    )
+
+
+def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:
+    """Return the latest plan, or that for the operations of a run that went another way."""
+    if recorded is None:
+        return known[0] if known else None
+    operations = tuple(recorded.mode.operations.steps)
+    return next((plan for plan in known if plan.operations == operations), None)
+
+
+def _by_autograd(problem: Problem, layout: Layout | None = None) -> Plan:
+    """Return the plan to have all rows by autograd."""
+    opaque = tuple(range(len(problem.leaves)))
+    layout = layout or Layout(problem.kind, problem.size)
+    reasons = dict.fromkeys(opaque, _UNSEEN)
+    return Plan(layout, (), opaque, reasons, ())
+
+
+def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
+    """Plan a run that a graph is to replay; random generators stay as they were."""
+    draws = _draws(problem)
+    known = plans.setdefault(_key(problem), [])
+    if not known:
+        known.append(make(problem, draws, known))
+        draws.restore()
+
+
+def _skeleton(plan: Plan) -> Any:
+    """Return what a proof is about, whatever the sizes."""
+    steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
+    return plan.layout.kind, plan.opaque, steps
+
+
+def _key(problem: Problem) -> Any:
+    """Return what a plan depends on, besides the code: shapes."""
+    tensors = (*problem.leaves, *problem.inputs)
+    return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
+
+
+class Draws(NamedTuple):
+    """The states of random generators, so that a run is repeated with the same draws."""
+
+    states: list[tuple[Any, Tensor]]
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        for home, state in self.states:
+            home.set_rng_state(state)
+
+
+def _draws(problem: Problem) -> Draws:
+    """Return the states of the generators of all devices that are used."""
+    kinds = {x.device.type for x in problem.leaves} - {"cpu", "meta"}
+    homes = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
+    return Draws([(home, home.get_rng_state()) for home in homes])

@@ -1,0 +1,98 @@
+"""Prove that what layers say of an objective is so, by one plain backward pass.
+
+For any weights w, the product w' G w of a leaf's Gramian is the squared length of its plain
+gradient of the weighted losses, and the pullback of w is that gradient. Both hold only if every use
+of the leaf was seen, has the right form, and examples do not mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._layers import (
+    Layers,
+    combine,
+    gramians,
+    layers_of,
+    rule_names,
+)
+from torchjd_func.differentiate._layerwise._record import Recorded
+
+_GOLDEN = (1 + math.sqrt(5)) / 2
+_NOISE = 1e-2  # relative to each entry, and a tenth of it besides: zeros move, too
+
+
+def moved(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters with a little noise, the same whenever this is called."""
+    return [
+        leaf + (_NOISE * (leaf.abs() + 0.1) * _scattered(leaf)).to(leaf.dtype) for leaf in leaves
+    ]
+
+
+def failing(recorded: Recorded) -> dict[int, str] | None:
+    """Return the leaves whose rows are not right, with the operations that use them.
+
+    `None` if values are not finite, so that nothing is known.
+    """
+    vector = _tree.ravel(recorded.outputs)
+    places = sorted(set(range(recorded.mode.count)) - set(recorded.plan.opaque))
+    found = layers_of(recorded)
+    groups = tuple((leaf,) for leaf in places)
+    weights = _scattered(vector) + 0.1
+    matrices = gramians(found, groups)
+    wide = weights.to(matrices.dtype)
+    pulled = combine(found, wide.expand(len(groups), -1), groups)
+    cotangent = _tree.unravel(recorded.outputs, weights)
+    plain = recorded.pull(cotangent, False, places)[1]
+    gaps, scales = zip(*map(partial(_gap, wide), matrices, pulled, plain), strict=True)
+    if not all(bool(torch.isfinite(scale)) for scale in scales):
+        return None
+    total = max(float(scale) for scale in scales)
+    guilty = {}
+    for leaf, gap, scale in zip(places, gaps, scales, strict=True):
+        tol, eps = _tolerance(found, leaf)
+        if float(gap) > tol * float(scale) + 1e3 * eps * total:
+            guilty[leaf] = rule_names(found, leaf) or "an operation that was not seen"
+    return guilty
+
+
+def _tolerance(found: Layers, leaf: int) -> tuple[float, float]:
+    """Return the tolerance of the least precise dtype of the run, as autocast mixes them."""
+    tensors = [
+        found.values[leaf],
+        *found.cotangents,
+        *(x for use in found.uses for x in use.arrays),
+    ]
+    dtypes = {x.dtype for x in tensors if x.is_floating_point() or x.is_complex()}
+    return max((_TOLERANCES.get(dtype, 1e-3), torch.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _gap(weights: Tensor, matrix: Tensor, own: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far a leaf is from its plain gradient, and the size of the terms."""
+    own, plain = (_tree.real(x).flatten().to(matrix.dtype) for x in (own, plain))
+    length = plain.norm()
+    scale = length + weights.abs() @ matrix.diagonal().clamp(min=0).sqrt()
+    squares = (weights @ matrix @ weights - length**2).abs() / torch.where(scale > 0, scale, 1)
+    return torch.maximum((own - plain).norm(), squares), scale
+
+
+def _scattered(x: Tensor) -> Tensor:
+    """Return numbers in (-1, 1) in the shape of `x`, scattered without a pattern."""
+    count = torch.arange(1, x.numel() + 1, device=x.device, dtype=torch.float64)
+    return (
+        torch.sin(count * (1000 * _GOLDEN)).reshape(x.shape).to(_tree.accumulation_dtype(x.dtype))
+    )
+
+
+_TOLERANCES = {
+    torch.float64: 1e-7,
+    torch.complex128: 1e-7,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}

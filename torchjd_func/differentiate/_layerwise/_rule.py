@@ -1,0 +1,118 @@
+"""What a rule for an operation is, and which arguments it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise._convolutions import numbers
+from torchjd_func.differentiate._layerwise._forms import Arguments, FormOf
+from torchjd_func.differentiate._layerwise._sources import Place, Source
+
+Shapes = dict[str, tuple[int, ...]]  # of the tensors among the arguments, by name
+# (shapes, axis of the examples if any, names of parameters) -> whether the forms are for these
+Accepts = Callable[[Shapes, int | None, list[str]], bool]
+
+
+class Rule(NamedTuple):
+    """The gradient of one operation by each of its parameters."""
+
+    name: str
+    arguments: tuple[str, ...]  # all arguments, in order
+    batched: tuple[str, ...]  # those that carry examples
+    forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
+    accepts: Accepts
+
+
+def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return the arguments by name."""
+    return dict(zip(rule.arguments, args, strict=False)) | kwargs
+
+
+def fits(
+    rule: Rule,
+    given: Arguments,
+    arrays: Sequence[Tensor],
+    axes: Sequence[int | None],
+    axis: int | None,
+    shapes: Shapes,
+) -> bool:
+    """Say whether an operation is used as its rule expects.
+
+    Args:
+        rule: The rule.
+        given: The arguments, with sources for parameters and places for `arrays`.
+        arrays: Tensors that are not made of parameters.
+        axes: Where the examples of each lie, `None` for what all share.
+        axis: Where those of the output lie; `None` where no examples are visible.
+        shapes: The shapes of the parameters, by name.
+
+    Returns:
+        Whether the forms of the rule are the gradients of its parameters.
+    """
+    sources = [name for name, part in given.items() if isinstance(part, Source)]
+    if any(name not in rule.forms or given[name].expanded for name in sources):
+        return False
+    if any(name not in rule.arguments for name in given) or not _options(given):
+        return False
+    places = {name: part.number for name, part in given.items() if isinstance(part, Place)}
+    for name, number in places.items():
+        if axes[number] != (axis if name in rule.batched else None):
+            return False
+    shapes = shapes | {name: tuple(arrays[number].shape) for name, number in places.items()}
+    return any(name in places for name in rule.batched) and rule.accepts(shapes, axis, sources)
+
+
+def _options(given: Arguments) -> bool:
+    """Say whether the options of an operation are those that its rule knows."""
+    options = ("sparse", "scale_grad_by_freq", "max_norm", "offsets", "per_sample_weights")
+    if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
+        return False
+    extra, stride = given.get("output_padding", 0), given.get("stride", 1)
+    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
+
+
+# Which shapes of arguments, and which axes of examples, the forms are for
+
+
+def first(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return axis in (0, None)
+
+
+def anywhere(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return True
+
+
+def before_last(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    inputs = [shape for name, shape in shapes.items() if name.startswith("input")]
+    return axis is None or all(axis < len(shape) - 1 for shape in inputs)
+
+
+def matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return len(shapes["weight"]) == 2 and before_last(shapes, axis, sources)
+
+
+def before_weight(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    trailing = max(len(shapes[name]) for name in sources)
+    return axis is None or axis < len(shapes["input"]) - trailing
+
+
+def images_first(dims: int) -> Accepts:
+    """Return the condition of convolutions: a batch of images."""
+    return lambda shapes, axis, _: axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
+
+
+def bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return len(shapes["input"]) == 2 and axis in (0, None)
+
+
+def vector_or_matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    """Examples are not on the axis that is summed over."""
+    weight = sources[0]
+    other = shapes["other" if weight == "input" else "input"]
+    summed = len(other) - (2 if weight == "input" and len(other) > 1 else 1)
+    if len(sources) > 1 or len(shapes[weight]) not in (1, 2):
+        return False
+    return axis is None or (axis != summed and (axis < summed or len(shapes[weight]) == 2))

@@ -1,0 +1,234 @@
+"""Follow parameters through one run of an objective.
+
+The run is ordinary: autograd differentiates whatever the objective does, and is right about hooks,
+modes, writes by index and functions of one's own. Beside it, operations whose derivative by
+parameters has a known form are taken out: their parameters come as aliases, which end what autograd
+traces, and their outputs are perturbed by zeros, whose gradients are wanted instead. A parameter
+that autograd reaches on another way than through such aliases has rows by autograd, all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from torchjd_func.differentiate._layerwise import _attention, _decide, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
+from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+
+
+class Use(NamedTuple):
+    """One recognised operation: its arguments, with sources for parameters, places for the rest."""
+
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    arrays: list[Tensor]  # what lies at the places
+
+
+# The place of a use, its leaves, and what must not be overwritten until it is differentiated
+Kept = tuple[int, set[int], list[tuple[Tensor, int]]]
+
+
+class Trace(TorchFunctionMode):
+    """Watches one run, and decides from what it sees there.
+
+    Args:
+        handles: The parameters, as they are handed to the objective.
+        layout: How the objective treats examples.
+        operations: Numbers tensors, and knows where their examples lie.
+        plan: What operations become; `None` to decide it.
+        perturbations: Zeros to add to the outputs of uses.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[Tensor],
+        layout: Layout,
+        operations: Operations,
+        plan: Plan | None = None,
+        perturbations: Sequence[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.operations = operations
+        self.plan = plan
+        self.perturbations = perturbations
+        self.count = len(handles)
+        self.constants: list[Tensor] = []
+        self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
+        self.versions = {handle: version_of(handle) for handle in handles}
+        self.compiling = torch.compiler.is_compiling()
+        self.depth = 0
+        if plan is None and not self.compiling:
+            self.depth = _decide.common_depth([*handles, *operations.known])
+        self.aliases: set[Any] = set()  # nodes of autograd where uses begin
+        self.steps: list[Step] = []
+        self.uses: list[Use] = []
+        self.kept: list[Kept] = []
+        self.fresh: dict[Tensor, None] = {}  # in graphs: tensors that are views of none
+        self.denied: set[int] = set()
+        self.reasons: dict[int, str] = {}
+        self.changed = False  # whether the run is not as planned
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation, and remember it if it uses parameters."""
+        if name_of(func) == "unflatten":  # the method cannot be traced (torch 2.13)
+            func = torch.unflatten
+        return self.apply(func, *args, **(kwargs or {}))
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation."""
+        if func is F.batch_norm:
+            _rules.check_batch_norm(self.layout.kind, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            spelled = _attention.arguments(args, kwargs)
+            if _attention.is_plain(spelled):
+                return _attention.attention(self.apply, spelled)
+        given = self.operations.begin(func, args, kwargs)
+        if self.plan is None and self.compiling:
+            _decide.deny_hidden(self, given)
+            _decide.deny_overwritten(self, func, args, kwargs)
+        if any([x in self.sources and self.source(x) is not None for x in given]):
+            out = self.on_parameters(func, args, kwargs, given)
+        else:
+            out = self.run(func, *args, **kwargs)
+        if self.compiling:
+            given = [x for x in given if x not in self.sources]
+        self.operations.end(out, given)
+        if self.compiling and not _decide.is_view(func):
+            self.fresh.update(dict.fromkeys(tensors_in(out)))
+        return out
+
+    def source(self, x: Tensor) -> Source | None:
+        """Return what a tensor is made of, unless it was written to since."""
+        found = self.sources.get(x)
+        if found is not None and self.versions[x] != version_of(x):
+            del self.sources[x]
+            return None
+        return found
+
+    def traced(self, x: Tensor) -> bool:
+        """Say whether autograd traces a tensor back to parameters."""
+        if x.requires_grad or self.layout.kind != "vmapped":
+            return x.requires_grad
+        if self.compiling:
+            return True
+        inner = torch.func.debug_unwrap(x, recurse=False)
+        return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an operation, for its shapes alone where a graph plans."""
+        if self.plan is None and self.compiling:
+            return _local.run_quietly(self.run_spelled, func, args, kwargs)
+        return self.run_spelled(func, *args, **kwargs)
+
+    def run_spelled(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an operation in a form that torch differentiates right."""
+        return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
+
+    def on_parameters(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    ) -> Any:
+        """Run an operation with parameters: as planned, or decide what it is."""
+        if self.plan is None:
+            return _decide.decide(self, func, args, kwargs, given)
+        place = len(self.steps)
+        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
+        if name_of(step.func) != name_of(func) or self.changed:
+            out = self.run(func, *args, **kwargs)
+            self.changed |= bool(tensors_in(out))
+            return out
+        step = step._replace(func=func)
+        self.steps.append(step)
+        if not step.use:
+            out = self.run(func, *args, **kwargs)
+            if step.derives:
+                self.derived(step, args, kwargs, out)
+            return out
+        out = self.run(func, *self.alias(args), **self.alias(kwargs))
+        if out.shape != step.shape:
+            self.changed = True
+            return out
+        self.uses.append(Use(step, *self.mark(args, kwargs)))
+        return out + self.perturbations[len(self.uses) - 1]
+
+    def alias(self, tree: Any) -> Any:
+        """Return arguments with aliases for parameters, where autograd need not go on."""
+        if self.compiling:
+            return tree
+
+        def replace(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x not in self.sources or not x.requires_grad:
+                return x
+            alias = x.view_as(x)
+            self.aliases.add(alias.grad_fn)
+            return alias
+
+        return _sources.substitute(tree, replace)
+
+    def mark(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
+        """Return the arguments with sources and places for tensors, and the tensors there."""
+        arrays: list[Tensor] = []
+
+        def replace(x: Tensor) -> Any:
+            if x in self.sources:
+                return self.sources[x]
+            arrays.append(x)
+            return Place(len(arrays) - 1)
+
+        return (*_sources.substitute((args, kwargs), replace), arrays)
+
+    def derived(self, step: Step, args: Any, kwargs: Any, out: Any) -> None:
+        """Remember a function of parameters and constants alone."""
+
+        def replace(x: Tensor) -> Source:
+            if x in self.sources:
+                return self.sources[x]
+            self.constants.append(x)
+            return _sources.of_constant(self.count + len(self.constants) - 1)
+
+        given = _sources.substitute((args, kwargs), replace)
+        source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
+        parts = [out] if isinstance(out, Tensor) else list(out)
+        for index, part in enumerate(parts):
+            if self.traced(part) or (self.plan is not None and self.compiling):
+                self.sources[part] = source if part is out else _sources.pick(source, index)
+                self.versions[part] = version_of(part)
+
+    def finish(self, outputs: list[Tensor]) -> None:
+        """Deny the uses whose arguments were overwritten after them."""
+        if self.plan is None and self.compiling:
+            _decide.deny_hidden(self, outputs)
+            for x in outputs:
+                self.deny("the losses", set(self.sources[x].leaves if x in self.sources else ()))
+        for place, leaves, versions in self.kept:
+            if any(version_of(x) != version for x, version in versions):
+                self.deny(name_of(self.steps[place].func), leaves)
+
+    def deny(self, name: str, leaves: set[int]) -> None:
+        """Let leaves have rows by autograd."""
+        self.denied |= leaves
+        self.explain(name, leaves)
+
+    def explain(self, name: str, leaves: set[int]) -> None:
+        """Note the first operation without a known form."""
+        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
+
+
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; graphs are told by the names of operations."""
+    return 0 if torch.compiler.is_compiling() else x._version
