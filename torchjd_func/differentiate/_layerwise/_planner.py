@@ -101,15 +101,11 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if not _fits(recorded):
         recorded = _run(problem, _by_autograd(problem, plan.layout))
     if len(recorded.plan.opaque) == len(problem.leaves) and problem.check:
-        _warn_hidden()
+        # Importing it earlier would load the compiler.
+        from torchjd_func.differentiate._layerwise._hidden import warn_hidden
+
+        warn_hidden()
     return recorded
-
-
-@torch.compiler.assume_constant_result
-def _warn_hidden() -> bool:
-    """Warn while a graph is traced, which runs this once."""
-    warnings.warn(_check.hidden_from_graph(), UserWarning, stacklevel=2)
-    return True
 
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
