@@ -243,7 +243,7 @@ def weighted_sum(jac: PyTree, weights: Tensor) -> PyTree:
     return map(combine, jac)
 
 
-def weightedsums(
+def weighted_sums(
     parts: list[Block], groups: Groups, weights: Tensor, like: list[Tensor]
 ) -> dict[int, Tensor]:
     """Return `J^T weights` of the leaves of groups, each by the weights `(g, m)` of its group."""
@@ -257,7 +257,7 @@ def weightedsums(
     return found
 
 
-def rowsums(jac: PyTree, weights: Tensor) -> list[Tensor]:
+def row_sums(jac: PyTree, weights: Tensor) -> list[Tensor]:
     """Return the real leaves of `W J`, `(k, n)` in float64, for weights `(k, m)`."""
     return [sums(weights.double(), matrix(leaf)) for leaf in leaves(jac)]
 
