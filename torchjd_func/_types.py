@@ -95,8 +95,6 @@ class Weighting:
         m = statistic.shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
-        if m == 0:
-            return statistic.new_zeros((0,)), state
         _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
@@ -183,8 +181,6 @@ class Aggregator:
         m = leaves[0].shape[0]
         _check.losses_vector(self.name, losses, m)
         state = self.init(jac) if state is None else state
-        if m == 0:
-            return _tree.map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), jac), state
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
         with full_precision():

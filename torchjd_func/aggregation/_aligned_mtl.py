@@ -23,6 +23,8 @@ from torchjd_func.linalg._gramian import rank_tol
 
 SCALES = ("min", "median", "rmse")
 MARK = 1e-6
+# Eigenvalues that differ by this part of the largest have eigenvectors of their own.
+DISTINCT = 1e-7
 
 
 def _weights(
@@ -49,11 +51,44 @@ def _marks(gramian: Tensor, present: Tensor) -> Tensor:
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
     """Align the rows, and combine them."""
+    if xp is torch:
+        return _differentiable(gramian, combination, scale, tol)
     eigenvalues, vectors = xp.linalg.eigh(gramian)
+    return _aligned(xp, eigenvalues, vectors, combination, scale, tol)
+
+
+def _aligned(
+    xp: Any, eigenvalues: Array, vectors: Array, combination: Array, scale: str, tol: float
+) -> Array:
+    """Combine the aligned rows, given the eigenvalues and eigenvectors of the Gramian."""
     kept = eigenvalues > tol * eigenvalues[-1:]
     roots = xp.where(kept, 1 / xp.sqrt(xp.where(kept, eigenvalues, 1.0)), 0.0)
     aligned = vectors @ (roots * (combination @ vectors))
     return xp.where(kept.any(), _sigma(xp, eigenvalues, kept, scale) * aligned, combination)
+
+
+def _differentiable(gramian: Tensor, combination: Tensor, scale: str, tol: float) -> Tensor:
+    """Align the rows, with a derivative also where eigenvalues are equal."""
+    # There eigenvectors have no derivative, but their span has: the first derivative of `G^(-1/2)`
+    # is that by divided differences (Ju. L. Daleckii, S. G. Krein, 1965); the second is not known.
+    values, vectors = torch.linalg.eigh(gramian.detach())
+    apart = (values.diff() > DISTINCT * values[-1:]).all()
+    other = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device).diag()
+    live, turned = torch.linalg.eigh(torch.where(apart, gramian, other))
+    smooth = _aligned(torch, live, turned, combination, scale, tol)
+    change = vectors.mT @ (gramian - gramian.detach()) @ vectors  # 0, with a derivative
+    moved = values + change.diagonal()
+    kept = values > tol * values[-1:]
+    roots = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
+    both = kept & kept.unsqueeze(-1)
+    gap = torch.where(kept ^ kept.unsqueeze(-1), values - values.unsqueeze(-1), 1.0)
+    sums = torch.where(both, roots + roots.unsqueeze(-1), 1.0)
+    inner = -((roots * roots.unsqueeze(-1)).square()) / sums
+    slopes = torch.where(both, inner, (roots - roots.unsqueeze(-1)) / gap)
+    along = combination @ vectors
+    aligned = vectors @ (roots * along + (change * slopes) @ along)
+    repeated = torch.where(kept.any(), _sigma(torch, moved, kept, scale) * aligned, combination)
+    return torch.where(apart, smooth, repeated)
 
 
 def _sigma(xp: Any, eigenvalues: Array, kept: Array, scale: str) -> Array:
