@@ -427,7 +427,7 @@ def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Ten
     rows = []
     for loss in fn(leaves, *args):
         if loss.requires_grad:
-            options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+            options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
             rows.append(torch.autograd.grad(loss, leaves, **options))
         else:
             rows.append([torch.zeros_like(leaf) for leaf in leaves])

@@ -1,5 +1,7 @@
 """Models that nobody here wrote: right, and the parameters that take rows by autograd are few."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_public_models_are_right_by_factors(name):
     objective = jd.instancewise(losses)
     _, gramian, vjp_fn = jd.gramian_vjp(objective, params, *batch)
     leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
-    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     rows = [
         torch.autograd.grad(x, list(leaves.values()), **options) for x in losses(leaves, *batch)
     ]
