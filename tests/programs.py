@@ -462,6 +462,8 @@ def outcome(seed: int, *, compiled: bool = False, dtype: torch.dtype = torch.flo
         return "invalid"
     step = _step(made)
     if compiled:
+        for flag in (0, 1):  # to plan, and to prove
+            step(params, given, flag, torch.zeros(len(expected[0]), dtype=dtype))
         torch._dynamo.reset()
         step = torch.compile(step, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings(record=True) as caught:

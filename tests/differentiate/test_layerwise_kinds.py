@@ -155,10 +155,7 @@ AXES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "repeat_interleave": (lambda x: x.repeat_interleave(2, 0), lambda h: h.view(B, 2, -1).sum(1)),
     "vstack": (lambda x: torch.vstack([x, x.cos()]), lambda h: h[:B] * h[B:]),
     "row_stack": (lambda x: torch.row_stack([x, x.cos()]), lambda h: h[:B] * h[B:]),
-    "cat by axis": (
-        lambda x: torch.cat(**{"tensors": (x, -x), "axis": 0}),
-        lambda h: h[:B] * h[B:].cos(),
-    ),
+    "cat by name": (lambda x: torch.cat(tensors=(x, -x), dim=0), lambda h: h[:B] * h[B:].cos()),
     "flipud": (lambda x: x.flipud(), lambda h: h.flip([0])),
     "pad": (lambda x: F.pad(x, (0, 0, 2, 1)), lambda h: h[2:-1]),
     "index_add": (
@@ -454,8 +451,8 @@ def test_evaluation_and_training_are_told_apart() -> None:
     params = {name: value.detach() for name, value in net.named_parameters()}
     objective = jd.instancewise(lambda p, x: functional_call(net, p, (x,)).square().sum(1))
     jd.gramian(objective)(params, rand(5, 2)) if net.eval() else None
-    norm: Any = net[1]
-    norm.running_mean = norm.running_var = None
+    for name in ("running_mean", "running_var"):
+        setattr(net[1], name, None)
     net.train()
     with pytest.raises(ValueError, match="batch normalisation in training mode"):
         jd.gramian(objective)(params, rand(5, 2))
@@ -478,8 +475,6 @@ def test_statistics_of_each_example_by_itself(norm: str) -> None:
 
 def test_instance_norm_that_tracks_statistics() -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, True, True, True)).double().train()
-    norm: Any = net[1]
-    norm.track_running_stats = True
     apply, params, buffers = jd.functionalize(net)
 
     def losses(p: Any, x: Tensor) -> Tensor:

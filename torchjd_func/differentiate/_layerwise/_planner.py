@@ -91,9 +91,8 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
 
 def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     """Run an objective that is compiled: as planned before, or plan on shapes, without a proof."""
-    known = plans.get(_key(problem))
-    if known:
-        recorded = _run(problem, for_graphs(known[0]))
+    for known in plans.get(_key(problem), ()):
+        recorded = _run(problem, for_graphs(known))
         if _fits(recorded):
             return recorded
     plan = make(problem._replace(check=False), Draws([]), ())
