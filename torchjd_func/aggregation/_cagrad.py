@@ -23,14 +23,12 @@ from torchjd_func.linalg._nnqp import ridge_of
 from torchjd_func.linalg._search import align, nearest_on_host, on_host
 
 RESCALES = (None, "1+c^2", "1+c")
-# Steps of the search for the length of the addition (5 to 10 do); the shortest that is told from 0,
-# over the root of the ridge; and its relative error, from which on the search ends with the first
-# step that does not halve it.
+# Steps of the search for the length of the addition (5 to 10 do); the shortest, over the root of
+# the ridge; and its relative error, at which a step that does not halve it is the last.
 STEPS, SHORTEST, LENGTH_TOL = 60, 0.3, 1e-9
 # Improvements of a gradient are told apart relative to its length, and to the mean length.
 TIED = 1e-12
-# Logarithms are not taken of less.
-TINY = np.finfo(np.float64).tiny
+TINY = np.finfo(np.float64).tiny  # logarithms are not taken of less
 # Squared length of what stands for an absent row, where that of the longest is 1.
 FAR = 1e40
 

@@ -72,8 +72,8 @@ def explain_gramian(
 ) -> Explanation:
     """Say for each parameter how `route="layerwise"` computes its share of the Gramian.
 
-    The objective runs once, forward and backward. Look for lines that say `m backward passes`: a
-    parameter is used there in a way without a rule, which costs one backward pass for each loss.
+    The objective runs once, forward and backward. Look for lines that say `m backward passes`:
+    an unsupported operation uses the parameter there, at the cost of one backward pass a loss.
 
     Args:
         fn: The objective, as for `jd.gramian`.
