@@ -258,8 +258,6 @@ CASES = {
         dtype=torch.float16,
         scaled=True,
         tol=0.02,
-        fails={("layerwise", ANY): "`route` must differentiate .* not accumulated or scaled"},
-        instead="`auto`",
     ),
     "`Embedding(sparse=True)`": Case(
         lambda: nn.Sequential(nn.Embedding(6, 4, sparse=True)),

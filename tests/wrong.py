@@ -53,8 +53,6 @@ VALUES: dict[str, Any] = {
     "a 0-d tensor of bools": torch.tensor(True),
     "a complex tensor": torch.ones(M, dtype=torch.complex64),
     "a 0-d complex tensor": torch.tensor(1j),
-    "a meta tensor": torch.ones(M, device="meta"),
-    "a 0-d meta tensor": torch.ones((), device="meta"),
     "a sparse tensor": torch.ones(M).to_sparse(),
     "a matrix": torch.ones(M, M),
     "an empty tensor": torch.ones(0),

@@ -102,6 +102,7 @@ def test_one_example_at_a_time_equals_explicit_rows(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # compiling hides _weight_norm
+@pytest.mark.filterwarnings("ignore:The operations of an instance-wise objective cannot be seen")
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_equals_eager(name: str) -> None:
     _, losses, params, x = build(name)

@@ -38,14 +38,14 @@ def counted(name, stacked, dtype):
 
 
 def formula(name, k, m, world):
-    """Return the numbers of one call, `k` rows of each rank, `m` in all."""
+    """Return the numbers of one call, `k` rows of each process, `m` in all, and of a Gramian."""
     whole, apart = padded(world, N), padded(world, *SIZES.values())
     return {
-        "upgrad": (k + 1) * whole + m**2 + m,
-        "grouped": (k + 1) * apart + 2 * m**2 + m,
-        "mean": N + m,
-        "trimmed_mean": (k + 1) * whole + m,
-        "moco": m * N + m,
+        "upgrad": ((k + 1) * whole + m, m**2),
+        "grouped": ((k + 1) * apart + m, 2 * m**2),
+        "mean": (N + m, 0),
+        "trimmed_mean": ((k + 1) * whole + m, 0),
+        "moco": (m * N + m, 0),
     }[name]
 
 
@@ -55,7 +55,8 @@ def formula(name, k, m, world):
 @pytest.mark.parametrize("name", RULES)
 def test_bytes_of_a_step(name, world, stacked, dtype):
     m = M * world if stacked else M
-    want = formula(name, M, m, world) * BYTES[dtype]
+    numbers, products = formula(name, M, m, world)
+    want = numbers * BYTES[dtype] + products * BYTES[torch.float64]
     assert workers.run(world, counted, name, stacked, dtype) == [(want, world)] * world
 
 

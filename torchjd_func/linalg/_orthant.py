@@ -66,7 +66,8 @@ def orthant_root(
         tensor([0.5000, 1.0000])
     """
     _check.matrix("gramian", gramian)
-    _check.interval("alpha", alpha, 0, open_low=True)
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:  # else one for each problem
+        _check.interval("alpha", alpha, 0, open_low=True)
     wide = gramian.double()
     if isinstance(alpha, Tensor):
         power = 1 / alpha.to(wide).unsqueeze(-1)
