@@ -1,5 +1,7 @@
 """The parts of the contract, by name, and the function that tests them all."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
