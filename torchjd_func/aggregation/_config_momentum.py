@@ -99,22 +99,17 @@ def _power(beta: float | Tensor, count: Tensor) -> Tensor:
     return torch.as_tensor(beta, dtype=torch.float64, device=count.device) ** count
 
 
-def _per_row(value: Tensor, leaf: Tensor) -> Tensor:
-    """Append dimensions to `(m,)`, or to `()`, so that it multiplies the rows of a leaf."""
-    return value.reshape((*value.shape, *[1] * (leaf.ndim - value.ndim)))
-
-
 def _renew(momentum: Tensor, leaf: Tensor, *, read: Tensor, beta: float | Tensor) -> Tensor:
     """Move the momenta of the rows that are read towards the gradients."""
     moved = beta * momentum + (1 - beta) * leaf.to(momentum.dtype)
-    return torch.where(_per_row(read, leaf), moved, momentum)
+    return torch.where(_tree.per_row(read, leaf), moved, momentum)
 
 
 def _unbias(moment: Tensor, *, count: Tensor, beta: float | Tensor) -> Tensor:
     """Divide a moment by the total weight of what it averages."""
     weight = 1 - _power(beta, count)
     safe = torch.where(count > 0, torch.where(count > 0, weight, 1.0), 1.0)
-    return moment / _per_row(safe.to(moment.real.dtype), moment)
+    return moment / _tree.per_row(safe.to(moment.real.dtype), moment)
 
 
 def _scaled(leaf: Tensor, d: Tensor, spread: Tensor, *, ready: Tensor, eps: float) -> Tensor:

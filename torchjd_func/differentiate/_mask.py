@@ -32,11 +32,6 @@ def all_absent(present: Any) -> bool:
     return present is not None and bool(flags) and all(flag is False for flag in flags)
 
 
-def known_absent(present: Any, name: str) -> Any:
-    """Return the flags of one task."""
-    return None if present is None else present[name]
-
-
 def _flags(losses: PyTree, present: Any, sizes: list[int]) -> Flags:
     """Return a bool, or a tensor of bools, for each leaf of the losses."""
     given = _tree.leaves(present)

@@ -36,8 +36,6 @@ class NormsInOnePrecision(TorchFunctionMode):
             func = torch.unflatten
         if func in _NORMS:
             return _in_one_precision(func, args, kwargs)
-        if func is Tensor.unflatten:  # the method cannot be traced (torch 2.13)
-            func = torch.unflatten
         return spelled(func, False)(*args, **kwargs)  # what torch mistakes on every route
 
 

@@ -31,11 +31,6 @@ def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     return Rows(filled, xp.where(positive, roots, 0.0), inverse)
 
 
-def squared_length(gramian: Array, weights: Array) -> Array:
-    """Return `w' G w`, the squared length of `J' w`."""
-    return ((gramian @ weights[..., None])[..., 0] * weights).sum(-1)
-
-
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
     """Return the share of the largest eigenvalue below which an eigenvalue is rounding.
 
