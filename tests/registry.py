@@ -76,7 +76,9 @@ METHODS: dict[str, Method] = {
         cost="m^3",
     ),
     "mgda": Method(lambda m: jd.mgda(), non_conflicting=True, cost="m^3"),
-    "mgda[l2]": Method(lambda m: jd.mgda("l2"), unique=False, cost="m^3"),
+    "mgda[l2]": Method(
+        lambda m: jd.mgda("l2"), linear_under_scaling=True, unique=False, cost="m^3"
+    ),
     "mgda[l2, normalized]": Method(
         lambda m: jd.mgda("l2", apply_to="normalized"),
         non_conflicting=True,
@@ -86,6 +88,7 @@ METHODS: dict[str, Method] = {
     "mgda[loss]": Method(lambda m: jd.mgda("loss"), needs_losses=True, unique=False, cost="m^3"),
     "mgda[loss+]": Method(
         lambda m: jd.mgda("loss+"),
+        linear_under_scaling=True,
         needs_losses=True,
         unique=False,
         cost="m^3",
