@@ -105,12 +105,12 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.length("coordinates", coordinates, gramian.shape[-1])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     matrix, start = gramian.double(), coordinates.double()
-    vector = _products_with(matrix, start, torch.finfo(gramian.dtype).eps)
+    vector = products_with(matrix, start, torch.finfo(gramian.dtype).eps)
     solution = solve(matrix, vector, ridge_of(gramian.dtype), solver)
     return cast(solution._replace(value=start + solution.value), dtype)
 
 
-def _products_with(gramian: Tensor, coordinates: Tensor, eps: float) -> Tensor:
+def products_with(gramian: Tensor, coordinates: Tensor, eps: float) -> Tensor:
     """Return the products of the rows with `J'u`, 0 where only rounding is left of them.
 
     Rounding alone has no solution: it is not of the form `G u`.
