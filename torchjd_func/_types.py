@@ -92,16 +92,17 @@ class Weighting:
             `weights` `(m,)`, in the dtype of the statistic, and `state`.
         """
         _check.square(self.name, statistic)
-        m = statistic.shape[0]
-        _check.losses_vector(self.name, losses, m)
         state = self.init(statistic) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
-        wide = None if losses is None else losses.to(torch.float64)
+        wide = None
+        if losses is not None:
+            _check.losses_vector(self.name, losses, statistic.shape[0])
+            wide = losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
-        mask = _present.as_mask(self.name, present, m, statistic.device)
-        if mask is None:
+        if present is None:
             weights, state = _sound.weigh(self, seen, state, wide, None)
         else:
+            mask = _present.as_mask(self.name, present, statistic.shape[0], statistic.device)
             weights, state = _sound.masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
         return (weights if same else weights.to(statistic.dtype)), state
