@@ -99,10 +99,12 @@ class Weighting:
             _check.losses_vector(self.name, losses, statistic.shape[0])
             wide = losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
-        if present is None:
+        mask = None
+        if present is not None:
+            mask = _present.as_mask(self.name, present, statistic.shape[0], statistic.device)
+        if mask is None:
             weights, state = _sound.weigh(self, seen, state, wide, None)
         else:
-            mask = _present.as_mask(self.name, present, statistic.shape[0], statistic.device)
             weights, state = _sound.masked_weights(self, seen, state, wide, mask)
         same = weights.dtype == statistic.dtype
         return (weights if same else weights.to(statistic.dtype)), state

@@ -150,8 +150,8 @@ def search(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: fl
     Returns:
         `(..., 2, m)`.
     """
-    arrays = [x.detach().cpu().numpy() for x in (gramian, shares, pushed, c)]
-    return torch.from_numpy(_search(*arrays, ridge)).to(gramian.device)
+    arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
+    return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
 
 
 @search.register_fake
