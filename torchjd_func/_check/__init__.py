@@ -32,6 +32,7 @@ from torchjd_func._check._messages import (
     message,
 )
 from torchjd_func._check._methods import (
+    broadcastable,
     combinable,
     distinct,
     floating,
@@ -71,8 +72,10 @@ from torchjd_func._check._modules import (
     whole_parameters,
 )
 from torchjd_func._check._numbers import (
+    axis_names,
     flags,
     in_the_plane,
+    linear_program,
     metric,
     points,
     same_size,
@@ -159,7 +162,9 @@ __all__ = [
     "argnums",
     "assignable",
     "aux_pair",
+    "axis_names",
     "batches",
+    "broadcastable",
     "capturable",
     "carry_aux",
     "choice",
@@ -204,6 +209,7 @@ __all__ = [
     "leaf_parameter",
     "length",
     "like_losses",
+    "linear_program",
     "local",
     "loss_names",
     "losses",

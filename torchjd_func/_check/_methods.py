@@ -29,6 +29,14 @@ def matrix(name: str, value: Tensor) -> None:
         fail(ValueError, f"`{name}`", rule, describe(value), remedy)
 
 
+def broadcastable(name: str, got: Sequence[int], of: str, want: Sequence[int]) -> None:
+    """Check that leading dimensions are those of another argument, or fewer."""
+    pairs = list(zip(reversed(got), reversed(want), strict=False))
+    if len(got) > len(want) or not all(a in (1, b) for a, b in pairs):
+        rule = f"have the leading dimensions {tuple(want)} of `{of}`, or fewer"
+        fail(ValueError, f"`{name}`", rule, tuple(got), "Expand it, or use torch.func.vmap.")
+
+
 def square(method: str, statistic: Tensor) -> None:
     """Check that a weighting is given one `(m, m)` floating matrix."""
     if isinstance(statistic, Tensor) and statistic.is_floating_point() and statistic.ndim == 2:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchjd_func._check._messages import describe, fail, holds_numbers
 from torchjd_func._check._methods import floating
+from torchjd_func._check._options import integer
 
 
 def metric(name: str, value: Any) -> Tensor:
@@ -55,12 +56,35 @@ def points(value: Any, reference: Any) -> None:
     metric("reference", reference)
 
 
+def linear_program(objective: Tensor, matrix: Tensor, right: Tensor, n_free: Any) -> None:
+    """Check that sizes of a linear program fit, and that its free unknowns are in a basis."""
+    integer("n_free", n_free, 0)
+    shapes = tuple(objective.shape), tuple(matrix.shape), tuple(right.shape)
+    fits = min(map(len, shapes)) > 0 and matrix.ndim > 1
+    if not fits or (*right.shape[-1:], *objective.shape[-1:]) != matrix.shape[-2:]:
+        name, rule = "`objective, matrix, right`", "have shapes (..., n), (..., k, n) and (..., k)"
+        fail(ValueError, name, rule, shapes, "Take equations as rows of `matrix`.")
+    k, n = matrix.shape[-2:]
+    if not 0 < k <= n or n_free > k:
+        name, rule = "the numbers of equations and unknowns", "satisfy n_free <= k <= n, 0 < k"
+        remedy = "Drop equations that follow from others, or add slack unknowns."
+        fail(ValueError, name, rule, f"n_free={n_free}, k={k}, n={n}", remedy)
+
+
 def in_the_plane(name: str, value: Any, ndims: tuple[int, ...]) -> None:
     """Check for points or vectors with two coordinates, which can be drawn."""
     floating(f"`{name}`", value)
     if value.ndim not in ndims or value.shape[-1] != 2:
         got, remedy = describe(value), "Pass two coordinates of each."
         fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
+
+
+def axis_names(name: str, value: Any, want: int) -> None:
+    """Check that there is a text for each objective."""
+    texts = value if isinstance(value, list | tuple) else None
+    if texts is None or len(texts) != want or not all(isinstance(text, str) for text in texts):
+        rule, remedy = f"be a list of {want} strings", "Name each objective, in leaf order."
+        fail(ValueError, f"`{name}`", rule, value if texts is not None else describe(value), remedy)
 
 
 def whole(name: str, value: Any) -> Any:

@@ -21,9 +21,10 @@ def set_jacobians(method: str, paths: Callable[[], Sequence[str]], leaves: Seque
         fail(ValueError, name, "hold at least one tensor", "an empty pytree", STACK)
     differentiable(name, paths(), leaves, "Leave constants out of it.")
     for path, leaf in zip(paths(), leaves, strict=True):
-        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2]:
+        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2] or 0 in leaf.shape[:2]:
             got = f"{describe(leaf)} at {path!r}"
-            fail(ValueError, name, "have leading dimensions (k, m) in all leaves", got, STACK)
+            rule = "have leading dimensions (k, m), neither 0, in all leaves"
+            fail(ValueError, name, rule, got, STACK)
 
 
 def set_gramians(method: str, value: Any) -> None:
@@ -45,6 +46,7 @@ def set_losses(method: str, value: Any, k: int, m: int) -> Tensor:
         fail(TypeError, name, "be a tensor", describe(value), remedy)
     if tuple(value.shape) != (k, m):
         fail(ValueError, name, f"have shape ({k}, {m})", describe(value), remedy)
+    floating(name, value)
     return value
 
 
@@ -70,9 +72,9 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
     if not leaves:
         rule = "be given a stacked tensor"
         fail(ValueError, "a function of an ensemble", rule, "none", remedy)
-    rule = "have one leading dimension k in all leaves, tensors"
+    rule = "have one leading dimension k > 0 in all leaves, tensors"
     for path, leaf in zip(paths, leaves, strict=True):
-        if not _is_stacked(leaf) or leaf.shape[0] != leaves[0].shape[0]:
+        if not _is_stacked(leaf) or leaf.shape[0] != leaves[0].shape[0] or not len(leaf):
             got = f"{describe(leaf)} at {path!r}"
             fail(ValueError, "what an ensemble is given", rule, got, remedy)
     return leaves[0].shape[0]

@@ -215,16 +215,22 @@ def _structure(
     rest = tuple(place for place in range(len(args)) if place not in positions)
     dims = fn.example.dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
+    if 0 in _batch_sizes(batch) and fn.ranks is None:
+        _check.losses((), ())
     if _batch_size(batch) and all(dims[position] is None for position in positions):
         return "vmapped", batch
     return "batched", None
 
 
 def _batch_size(batch: Batch) -> int:
-    """Return how many examples an objective of one example is mapped over."""
+    """Return how many examples an objective of one example is mapped over; 0 if none tells."""
+    return next(iter(_batch_sizes(batch)), 0)
+
+
+def _batch_sizes(batch: Batch) -> list[int]:
+    """Return how many examples each batched argument has."""
     pairs = [(batch.dims[i], x) for i in batch.places for x in _tree.tensors(batch.args[i])]
-    sizes = [x.shape[dim] for dim, x in pairs if isinstance(dim, int)]
-    return sizes[0] if sizes else 0
+    return [x.shape[dim] for dim, x in pairs if isinstance(dim, int) and dim < x.ndim]
 
 
 def _larger(
@@ -245,7 +251,7 @@ def _larger(
             x.shape[dims[place]]: None
             for place in places
             for x in _tree.tensors(args[place])
-            if x.ndim > dims[place]
+            if x.ndim > dims[place] and x.shape[dims[place]]
         }
         for size in reversed(list(sizes)):
             grown = list(args)

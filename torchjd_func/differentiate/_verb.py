@@ -31,6 +31,8 @@ def linearize(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> Linearized:
     """Let an objective linearize itself at some arguments."""
+    _check.flag("has_aux", options.has_aux)
+    _check.function("where", options.where)
     objective = as_objective(fn)
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
