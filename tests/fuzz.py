@@ -46,7 +46,8 @@ class Draw:
         if self.source.random() < 0.2 and shape:  # every second column, or the transpose of one
             base = torch.stack([base, base], -1)[..., 0]
         dtype = self.source.choice(DTYPES if self.source.random() < 0.9 else ODD_DTYPES)
-        return base.to(dtype)
+        device = "meta" if self.source.random() < 0.02 else "cpu"
+        return base.to(device, dtype)
 
     def size(self, low: int = 1, high: int = 5) -> int:
         """Return a size, sometimes 0."""

@@ -30,6 +30,7 @@ from torchjd_func._check._messages import (
     differentiable,
     fail,
     message,
+    one_device,
 )
 from torchjd_func._check._methods import (
     broadcastable,
@@ -230,6 +231,7 @@ __all__ = [
     "not_instancewise",
     "numbers",
     "observed",
+    "one_device",
     "one_for_each_example",
     "one_mesh",
     "owned",

@@ -33,6 +33,14 @@ def holds_numbers(value: Tensor) -> bool:
     return value.layout == torch.strided
 
 
+def one_device(name: str, leaves: Sequence[Any]) -> None:
+    """Check that all tensors among `leaves` are on one device."""
+    devices = {str(leaf.device): None for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(devices) > 1:
+        got, remedy = " and ".join(devices), "Move them: x.to(device)."
+        fail(ValueError, name, "be on one device", got, remedy)
+
+
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
     """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
@@ -47,3 +55,4 @@ def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remed
                 got,
                 "Use .to_dense(), or .to().",
             )
+    one_device(name, leaves)

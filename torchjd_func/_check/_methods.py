@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers, one_device
 
 
 def floating(name: str, value: Any) -> None:
@@ -60,7 +60,8 @@ def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[A
     if not leaves:
         remedy = "Pass the pytree that jd.jac returns."
         fail(ValueError, name, "hold at least one tensor", "an empty pytree", remedy)
-    if all(_is_rows(leaf) and leaf.shape[0] == leaves[0].shape[0] for leaf in leaves):
+    first = leaves[0]
+    if all(_is_rows(x) and len(x) == len(first) and x.device == first.device for x in leaves):
         return
     differentiable(name, paths(), leaves, "Leave constants out of it.")
     for path, leaf in zip(paths(), leaves, strict=True):
@@ -85,7 +86,7 @@ def _is_rows(leaf: Any) -> bool:
     )
 
 
-def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
+def losses_vector(method: str, losses: Tensor | None, m: int, like: Tensor) -> None:
     """Check the `losses` handed to a method beside its statistic."""
     if losses is None:
         return
@@ -96,6 +97,8 @@ def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
         fail(ValueError, name, f"have shape ({m},)", describe(losses), remedy)
     if losses.is_complex() or not holds_numbers(losses):
         fail(TypeError, name, "be dense and real", describe(losses), "Pass what is minimised.")
+    if losses.device != like.device:
+        one_device(f"{name}, and its gradients,", [losses, like])
 
 
 def present(method: str, leaves: Sequence[Any], m: int, device: torch.device) -> list[Tensor]:

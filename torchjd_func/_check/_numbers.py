@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, fail, holds_numbers
+from torchjd_func._check._messages import describe, fail, holds_numbers, one_device
 from torchjd_func._check._methods import floating
 from torchjd_func._check._options import integer
 
@@ -54,11 +54,13 @@ def points(value: Any, reference: Any) -> None:
         remedy = "For several sets use torch.func.vmap."
         fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
     metric("reference", reference)
+    one_device("`points, reference`", [value, reference])
 
 
 def linear_program(objective: Tensor, matrix: Tensor, right: Tensor, n_free: Any) -> None:
     """Check that sizes of a linear program fit, and that its free unknowns are in a basis."""
     integer("n_free", n_free, 0)
+    one_device("`objective, matrix, right`", [objective, matrix, right])
     shapes = tuple(objective.shape), tuple(matrix.shape), tuple(right.shape)
     fits = min(map(len, shapes)) > 0 and matrix.ndim > 1
     if not fits or (*right.shape[-1:], *objective.shape[-1:]) != matrix.shape[-2:]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func._check._messages import describe, differentiable, fail, one_device
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -38,6 +38,7 @@ def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
             fail(TypeError, name, "be floating-point", got, remedy)
         differentiable("`losses`", [path], [leaf], "Return dense tensors.")
+    one_device("`losses`", leaves)
 
 
 def aux_pair(out: Any) -> tuple[Any, Any]:

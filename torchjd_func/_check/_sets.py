@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
 from torchjd_func._check._methods import floating
 from torchjd_func._check._options import positions
 
@@ -72,7 +72,7 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
     if not leaves:
         rule = "be given a stacked tensor"
         fail(ValueError, "a function of an ensemble", rule, "none", remedy)
-    rule = "have one leading dimension k > 0 in all leaves, tensors"
+    rule = "have one leading dimension k > 0 in all leaves, dense tensors"
     for path, leaf in zip(paths, leaves, strict=True):
         if not _is_stacked(leaf) or leaf.shape[0] != leaves[0].shape[0] or not len(leaf):
             got = f"{describe(leaf)} at {path!r}"
@@ -86,8 +86,8 @@ def shared(value: Any, n_args: int) -> set[int]:
 
 
 def _is_stacked(leaf: Any) -> bool:
-    """Say whether a leaf is a tensor with a first dimension."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+    """Say whether a leaf is a dense tensor with a first dimension."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and holds_numbers(leaf)
 
 
 def stackable(

@@ -141,7 +141,6 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         remedy = "Declare it with jd.instancewise or jd.per_example."
         _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
     _check.integer("n_examples", n_examples)
-    _check.flag("has_aux", has_aux)
     seen = observe(as_objective(fn), Request(args, argnums, has_aux), check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()

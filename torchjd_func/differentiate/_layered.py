@@ -145,6 +145,7 @@ def _only_array(x: Tensor, axis: int | None, present: Tensor) -> Tensor:
 
 def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     """Run the objective once, watching its parameters."""
+    _check.flag("has_aux", request.has_aux)
     bound = bind(request)
     problem, unpackers = _problem(fn, request, bound, check)
     recorded = run(problem, _plans(fn, check))

@@ -74,6 +74,7 @@ def orthant_root(
     else:  # one for each problem
         _check.floating("`alpha`", alpha)
         _check.broadcastable("alpha", alpha.shape, "gramian", gramian.shape[:-2])
+        _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
         power = 1 / alpha.to(wide).unsqueeze(-1)

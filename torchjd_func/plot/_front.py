@@ -89,7 +89,7 @@ def _points(losses: PyTree) -> tuple[Tensor, list[str]]:
     if points.ndim != 2 or points.shape[1] < 2:
         rule, remedy = "have shape (k, m), m at least 2", "Pass one row for each model."
         _check.fail(ValueError, "`losses`", rule, tuple(points.shape), remedy)
-    return points.detach().cpu().double(), keys
+    return torch.from_numpy(numbers(points)), keys
 
 
 def _efficient(points: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _text(label: str | None, points: Tensor, reference: Any) -> str | None:
     """Return the label, with the hypervolume if there is a reference."""
     if reference is None:
         return label
-    corner = _check.vector("reference", reference).detach().cpu().to(points.dtype)
+    corner = torch.from_numpy(numbers(_check.vector("reference", reference)))
     volume = float(metrics.hypervolume(points, corner))
     return ", ".join(filter(None, (label, f"hypervolume {volume:.3g}")))
 
