@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers, one_device
 from torchjd_func._check._methods import floating
 from torchjd_func._check._options import positions
 
@@ -39,14 +39,16 @@ def set_gramians(method: str, value: Any) -> None:
     floating(name, value)
 
 
-def set_losses(method: str, value: Any, k: int, m: int) -> Tensor:
-    """Return the losses of all models, `(k, m)`."""
+def set_losses(method: str, value: Any, like: Tensor) -> Tensor:
+    """Return the losses of all models, `(k, m)`, beside their Gramians."""
+    k, m = like.shape[:2]
     name, remedy = f"the losses given to `{method}`", "Pass what jd.jac_and_value returns with it."
     if not isinstance(value, Tensor):
         fail(TypeError, name, "be a tensor", describe(value), remedy)
     if tuple(value.shape) != (k, m):
         fail(ValueError, name, f"have shape ({k}, {m})", describe(value), remedy)
     floating(name, value)
+    one_device(f"{name}, and the gradients,", [value, like])
     return value
 
 

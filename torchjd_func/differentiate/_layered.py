@@ -199,10 +199,16 @@ def _problem(
         inputs=_tree.tensors((args, dict(request.kwargs))),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call),
-        check=check and isinstance(fn, InstanceWise) and fn.check and request.present is None,
+        check=check and _to_be_proven(fn, bound.leaves, request.present),
         names=bound.paths,
     )
     return problem, unpackers
+
+
+def _to_be_proven(fn: Objective, leaves: Sequence[Tensor], present: Any) -> bool:
+    """Say whether a plan is to be proven; without numbers it cannot be."""
+    asked = isinstance(fn, InstanceWise) and fn.check and present is None
+    return asked and not any(leaf.is_meta for leaf in leaves)
 
 
 def _structure(
