@@ -45,6 +45,7 @@ class Accumulated:
             aux = _check.aux_pair(out)[1] if self.has_aux else None
             outs.append(out)
         if not self.has_aux:
+            _check.losses(_tree.paths(outs[0]), _tree.leaves(outs[0]))
             return _tree.mean(outs)
         losses, parts = zip(*outs, strict=True)
         return _tree.mean(list(losses)), self.joined(list(parts))

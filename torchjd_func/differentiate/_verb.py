@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
@@ -37,6 +37,9 @@ def linearize(
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
     _check.size(size, options.spans or objective.spans_processes)
+    tensors = _tree.tensors((args, named))
+    if any(x.is_meta for x in tensors):  # a model without numbers yet
+        _check.one_device("the arguments of the objective", tensors)
     request = Request(
         args=detached(args),
         argnums=options.argnums,
