@@ -126,8 +126,10 @@ def update(
     _check.interval("growth_interval", growth_interval, 1)
     leaves = _tree.leaves(grads)
     _check.differentiable("`grads`", _tree.paths(grads), leaves, "Pass what jd.grad returned.")
-    unspoilt = torch.ones_like(state.finite)
-    finite = torch.stack([unspoilt, *(leaf.isfinite().all() for leaf in leaves)]).all()
+    if any(leaf.is_meta for leaf in leaves):
+        _check.one_device("`grads`, and the loss scale,", [*leaves, state.scale])
+    flags = [leaf.isfinite().all() for leaf in leaves]
+    finite = torch.stack(flags).all() if flags else torch.ones_like(state.finite)
     good_steps = torch.where(finite, state.good_steps + 1, 0)
     due = good_steps >= growth_interval
     factor = torch.where(due, growth, torch.where(finite, 1.0, backoff))

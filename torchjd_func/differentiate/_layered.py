@@ -270,6 +270,7 @@ def _larger(
 
 def _grow(leaf: Any, *, dim: int, size: int) -> Any:
     """Repeat the last example of a tensor that has as many."""
-    if not isinstance(leaf, Tensor) or leaf.ndim <= dim or leaf.shape[dim] != size:
+    dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+    if not dense or leaf.ndim <= dim or leaf.shape[dim] != size:
         return leaf
     return torch.cat([leaf, leaf.narrow(dim, size - 1, 1)], dim)
