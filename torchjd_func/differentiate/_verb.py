@@ -37,9 +37,9 @@ def linearize(
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
     _check.size(size, options.spans or objective.spans_processes)
-    tensors = _tree.tensors((args, named))
-    if any(x.is_meta for x in tensors):  # a model without numbers yet
-        _check.one_device("the arguments of the objective", tensors)
+    if any(x.is_meta for x in _tree.tensors((args, named))):  # a model without numbers yet
+        given = (args, named)
+        _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
     request = Request(
         args=detached(args),
         argnums=options.argnums,
