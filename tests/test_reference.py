@@ -41,14 +41,14 @@ def test_links_lead_to_files(page):
     assert not [link for link in LINK.findall(text) if not (folder / link).exists()]
 
 
-def fields(kind: Any) -> Iterator[tuple[str, str]]:
+def fields(kind: type) -> Iterator[tuple[str, str]]:
     """Return what a reader sees of a record: its fields, with their text."""
+    for name in getattr(kind, "_fields", ()):
+        yield name, inspect.getsource(kind).partition(f"\n    {name}: ")[2].partition('"""')[2]
     if dataclasses.is_dataclass(kind):
         text = (inspect.getdoc(kind) or "").split("Attributes:")[1]
         for field in dataclasses.fields(kind):
             yield field.name, text.partition(f"\n    {field.name}: ")[2]
-    for name in getattr(kind, "_fields", ()):
-        yield name, inspect.getsource(kind).partition(f"\n    {name}: ")[2].partition('"""')[2]
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isclass(PUBLIC[name])])
