@@ -102,20 +102,6 @@ def rows(
     return Dense(vmap(one, in_dims=(0, *dims))(cotangent, *parts))
 
 
-def run_quietly(run: Callable[..., Any], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run an operation for its shapes alone; what a graph draws for nothing it would still draw."""
-    name = name_of(func)
-    if func in _DROPOUTS:
-        return args[0] if args else kwargs["input"]
-    if name in _NOISE:
-        return _NOISE[name](*args, **{k: v for k, v in kwargs.items() if k != "generator"})
-    if name == "scaled_dot_product_attention":
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return run(func, **(given | {"dropout_p": 0.0}))
-    return run(func, *args, **kwargs)
-
-
 def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:
     """Say whether a tensor is repeated along the examples of an elementwise operation."""
     place = axis - (out.ndim - x.ndim)
@@ -176,14 +162,3 @@ _DETERMINISTIC = (
     )
 )
 _ADDMM = named("addmm")
-_DROPOUTS = named(
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d"
-)
-_NOISE: dict[str, Callable[..., Any]] = {
-    "rand": torch.zeros,
-    "randn": torch.zeros,
-    "rand_like": torch.zeros_like,
-    "randn_like": torch.zeros_like,
-    "bernoulli": torch.zeros_like,
-    "normal": lambda mean, *rest, **options: torch.zeros_like(mean),
-}

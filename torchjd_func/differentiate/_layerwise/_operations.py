@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._functions import READERS, name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
@@ -37,7 +37,6 @@ class Operations:
         self.written: set[Tensor] = set()  # that operations in place returned
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
-        self.compiling = torch.compiler.is_compiling()
         self.token: list[Any] = []  # marks the tensors of this run
         self.lost = False  # whether the other run went another way
 
@@ -48,27 +47,22 @@ class Operations:
             place, there = len(self.names), self.other.names
             self.lost |= place >= len(there) or there[place] != name
         self.names.append(name)
-        if self.compiling:
-            return tensors_in((args, kwargs))
         given: list[Tensor] = []
         loose = name in _ARITHMETIC and func in ELEMENTWISE
         parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
         if kwargs:
             parts.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), *parts))
+        self.steps.append((name, torch.is_grad_enabled(), len(given), *parts))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
-        if self.compiling:
-            if all(self.number(x) is not None for x in given):  # else of a transform within, maybe
-                self.known.update({x: len(self.shapes) + i for i, x in enumerate(parts)})
-                self.shapes.extend(tuple(x.shape) for x in parts)
-            return
         for x in parts:
             shape = tuple(x.shape)
-            if any(x is other for other in given):
+            same = [place for place, other in enumerate(given) if x is other]
+            if same:
+                self.steps.append(same[0])
                 self.known[x] = len(self.shapes)
                 self.written.add(x)
             else:
@@ -76,9 +70,13 @@ class Operations:
             self.shapes.append(shape)
             self.steps.append(shape)
 
+    def close(self, outputs: Sequence[Tensor]) -> None:
+        """Note what the run returns."""
+        self.steps.append(tuple([self._describe(x, False, False, []) for x in outputs]))
+
     def number(self, x: Tensor) -> int | None:
         """Return the number of a tensor, or `None` if no operation that was seen made it."""
-        marked = None if self.compiling else getattr(x, "_operation", None)
+        marked = getattr(x, "_operation", None)
         if marked is not None and marked[0] is self.token and x not in self.written:
             return marked[1]
         return self.known.get(x)
@@ -87,7 +85,7 @@ class Operations:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
         if number is None:
-            return LOST if self.size and self.compiling else None
+            return None
         return self._compare(number, tuple(x.shape))
 
     def axis_next(self, out: Any) -> Axis:
@@ -121,7 +119,8 @@ class Operations:
         """
         if isinstance(x, Tensor):
             given.append(x)
-            return self.number(x)
+            number = self.number(x)
+            return None if number is None else number + HALF
         kind = type(x)
         if kind is int:
             return kind if loose or index else x
@@ -138,5 +137,45 @@ class Operations:
         return kind
 
 
+def is_operation(entry: Any) -> bool:
+    """Say whether what is listed of a run is an operation, not what one returns."""
+    return isinstance(entry, tuple) and bool(entry) and isinstance(entry[0], str)
+
+
+def idle(entries: Sequence[Any], count: int) -> frozenset[int]:
+    """Return the places of operations of which only decisions of the objective see anything.
+
+    A graph, whose decisions are made before it runs, may do without: `if mask.all()`.
+    """
+    readers: dict[Any, list[int]] = {}  # the places of what reads each tensor
+    made: list[list[Any]] = []
+    names: list[str] = []
+    for entry in entries:
+        if is_operation(entry):
+            for part in _halves(entry):
+                readers.setdefault(part, []).append(len(names))
+            names.append(entry[0])
+            made.append([])
+        elif isinstance(entry, tuple) and len(made) and entry is not entries[-1]:
+            made[-1].append(count + HALF)
+            count += 1
+    for part in entries[-1]:
+        readers.setdefault(part, []).append(len(names))
+    found = {place for place, name in enumerate(names) if name in READERS.names}
+    for place in reversed(range(len(names))):
+        uses = [readers.get(part, [-1]) for part in made[place]]
+        if uses and all(user in found for group in uses for user in group):
+            found.add(place)
+    return frozenset(found)
+
+
+def _halves(part: Any) -> list[float]:
+    """Return the numbers of tensors in what is listed of an operation."""
+    if isinstance(part, tuple):
+        return [x for inner in part for x in _halves(inner)]
+    return [part] if isinstance(part, float) else []
+
+
+HALF = 0.5  # tells the numbers of tensors from those that are arguments
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})
 _ARITHMETIC = ELEMENTWISE.names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
@@ -76,6 +78,7 @@ def record(
         and by leaves.
     """
     compiling = torch.compiler.is_compiling()
+    watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     traced = plan.opaque if compiling and plan is not None else range(len(frozen))
     modes: list[Trace] = []
@@ -87,12 +90,16 @@ def record(
         for leaf, primal in zip(traced, primals, strict=True):
             handles[leaf] = primal
         seen = inputs if batch is None else _tree.tensors(args)
-        operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
-        mode = Trace(handles, layout, operations, plan, perturbations)
+        if compiling and plan is not None:
+            mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
+        else:
+            operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+            mode = Trace(handles, layout, operations, plan, perturbations)
         modes.append(mode)
-        with mode:
+        with mode if watched else nullcontext():
             outputs, aux = call(handles, *args)
-        mode.finish(_tree.leaves(outputs))
+        if watched:
+            mode.finish(_tree.leaves(outputs))
         return outputs, (aux, [use.arrays for use in mode.uses], mode.constants)
 
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:

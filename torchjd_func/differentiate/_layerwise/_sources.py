@@ -70,13 +70,6 @@ def is_reordered(source: Source) -> bool:
     return source.func not in _CASTS or any(map(is_reordered, sources_in(source.args)))
 
 
-def has_getter(source: Source) -> bool:
-    """Say whether a source is made by reading an attribute such as `.T`."""
-    if is_getter(source.func):
-        return True
-    return any(has_getter(part) for part in sources_in((source.args, source.kwargs)))
-
-
 def build(source: Source, values: Sequence[Tensor]) -> Any:
     """Make the tensor again from parameter leaves and constants."""
     if source.func is None:

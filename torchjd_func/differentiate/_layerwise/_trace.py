@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise import _attention, _decide, _rules, _sources
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -65,18 +65,16 @@ class Trace(TorchFunctionMode):
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
         self.versions = {handle: version_of(handle) for handle in handles}
-        self.compiling = torch.compiler.is_compiling()
         self.depth = 0
-        if plan is None and not self.compiling:
+        if plan is None:
             self.depth = _decide.common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
         self.kept: list[Kept] = []
-        self.fresh: dict[Tensor, None] = {}  # in graphs: tensors that are views of none
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
-        self.changed = False  # whether the run is not as planned
+        self.changed = ""  # the first operation that is not as planned
 
     def __torch_function__(
         self,
@@ -99,19 +97,16 @@ class Trace(TorchFunctionMode):
             if _attention.is_plain(spelled):
                 return _attention.attention(self.apply, spelled)
         given = self.operations.begin(func, args, kwargs)
-        if self.plan is None and self.compiling:
-            _decide.deny_hidden(self, given)
-            _decide.deny_overwritten(self, func, args, kwargs)
-        if any([x in self.sources and self.source(x) is not None for x in given]):
+        if self.is_on_parameters(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        if self.compiling:
-            given = [x for x in given if x not in self.sources]
         self.operations.end(out, given)
-        if self.compiling and not _decide.is_view(func):
-            self.fresh.update(dict.fromkeys(tensors_in(out)))
         return out
+
+    def is_on_parameters(self, given: Sequence[Tensor]) -> bool:
+        """Say whether any of these is made of parameters alone."""
+        return any([x in self.sources and self.source(x) is not None for x in given])
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
@@ -125,18 +120,10 @@ class Trace(TorchFunctionMode):
         """Say whether autograd traces a tensor back to parameters."""
         if x.requires_grad or self.layout.kind != "vmapped":
             return x.requires_grad
-        if self.compiling:
-            return True
         inner = torch.func.debug_unwrap(x, recurse=False)
         return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an operation, for its shapes alone where a graph plans."""
-        if self.plan is None and self.compiling:
-            return _local.run_quietly(self.run_spelled, func, args, kwargs)
-        return self.run_spelled(func, *args, **kwargs)
-
-    def run_spelled(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation in a form that torch differentiates right."""
         return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
 
@@ -146,11 +133,11 @@ class Trace(TorchFunctionMode):
         """Run an operation with parameters: as planned, or decide what it is."""
         if self.plan is None:
             return _decide.decide(self, func, args, kwargs, given)
-        place = len(self.steps)
-        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
-        if name_of(step.func) != name_of(func) or self.changed:
+        step = self.next_step(func, given)
+        if step is None:
             out = self.run(func, *args, **kwargs)
-            self.changed |= bool(tensors_in(out))
+            if tensors_in(out):
+                self.changed = self.changed or name_of(func)
             return out
         step = step._replace(func=func)
         self.steps.append(step)
@@ -161,15 +148,20 @@ class Trace(TorchFunctionMode):
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
         if out.shape != step.shape:
-            self.changed = True
+            self.changed = name_of(func)
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
         return out + self.perturbations[len(self.uses) - 1]
 
+    def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
+        """Return what the plan makes of the operation here, if it is the same one."""
+        assert self.plan is not None
+        place = len(self.steps)
+        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
+        return None if self.changed or name_of(step.func) != name_of(func) else step
+
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
-        if self.compiling:
-            return tree
 
         def replace(x: Any) -> Any:
             if not isinstance(x, Tensor) or x not in self.sources or not x.requires_grad:
@@ -205,16 +197,13 @@ class Trace(TorchFunctionMode):
         source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part) or (self.plan is not None and self.compiling):
+            if self.traced(part):
                 self.sources[part] = source if part is out else _sources.pick(source, index)
                 self.versions[part] = version_of(part)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
-        if self.plan is None and self.compiling:
-            _decide.deny_hidden(self, outputs)
-            for x in outputs:
-                self.deny("the losses", set(self.sources[x].leaves if x in self.sources else ()))
+        self.operations.close(outputs)
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
@@ -230,5 +219,5 @@ class Trace(TorchFunctionMode):
 
 
 def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; graphs are told by the names of operations."""
+    """Return how often a tensor was written to; where a graph differs, a plan says."""
     return 0 if torch.compiler.is_compiling() else x._version
