@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchjd_func import _tree
 
@@ -117,14 +116,16 @@ def costs(a: Form, b: Form) -> tuple[int, int]:
     """
     e, t, g, q, p = sizes(a)
     e_b, t_b, *_ = sizes(b)
-    pairs, positions = e * t * e_b * t_b * g, e * t + e_b * t_b
+    pairs = e * t * e_b * t_b * g
+    rows, positions = (e, e * t) if a is b else (e + e_b, e * t + e_b * t_b)
     lookup = isinstance(a, Lookup)
-    inner = pairs * (q + (1 if lookup else p) + 2 * _WRITE)
-    row = (e + e_b) * g * q * p * _WRITE
+    inner = pairs * (q + (1 if lookup else p) + 2 * _WRITE) + (0 if t == t_b == 1 else _CALLS)
+    row = rows * g * q * p * _WRITE
     return inner, (positions * g * q * (1 if lookup else p)) + e * e_b * g * q * p + row
 
 
 _WRITE = 8  # multiplications that take as long as one number written and read again
+_CALLS = 2**20  # and as the calls for factors at several positions
 
 
 def _inner(a: Form, b: Form) -> Tensor:
@@ -140,7 +141,9 @@ def _inner(a: Form, b: Form) -> Tensor:
     assert isinstance(a, Outer) and isinstance(b, Outer)
     first = (_rotated(a.left), _rotated(a.right))
     left, right = map(_pairs, first, first if a is b else (_rotated(b.left), _rotated(b.right)))
-    return (left * right).sum((0, 2, 4))
+    products = left * right
+    alone = products.shape[0] == products.shape[2] == products.shape[4] == 1
+    return products.squeeze((0, 2, 4)) if alone else products.sum((0, 2, 4))
 
 
 def _rotated(x: Tensor) -> Tensor:
@@ -155,14 +158,16 @@ def _rotated(x: Tensor) -> Tensor:
     x, t = _tree.wide(x), x.shape[1]
     if t == 1:
         return x
-    normal = x[:, :1] - x.sum(1, keepdim=True) / math.sqrt(t)
-    share = x.new_full((t, 1, 1), 1 / (math.sqrt(t) - 1))
-    return torch.addcmul(x, normal, F.pad(share[1:], (0, 0, 0, 0, 1, 0), value=-1.0))
+    mean = x.sum(1, keepdim=True) / math.sqrt(t)
+    rest = torch.add(x[:, 1:], x[:, :1] - mean, alpha=1 / (math.sqrt(t) - 1))
+    return torch.cat([mean, rest], 1)
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of all positions of `(e, t, g, q)` factors, `(g, e_a, t_a, e_b, t_b)`."""
-    first, second = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
+    first, second = (
+        x.flatten(0, 2) if x.shape[2] == 1 else x.permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b)
+    )
     return (first @ second.mT).reshape(-1, *a.shape[:2], *b.shape[:2])
 
 
