@@ -15,7 +15,7 @@ The way of a call:
    rows and weighted gradients, over processes too (`_ranks`).
 """
 
-from torchjd_func.differentiate._layerwise._attention import spelled
+from torchjd_func.differentiate._layerwise._spelled import spelled
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,

@@ -102,7 +102,7 @@ def rows(
     return Dense(vmap(one, in_dims=(0, *dims))(cotangent, *parts))
 
 
-def run_quietly(run: Callable[..., Any], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run_quietly(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operation for its shapes alone; what a graph draws for nothing it would still draw."""
     name = name_of(func)
     if func in _DROPOUTS:
@@ -112,8 +112,8 @@ def run_quietly(run: Callable[..., Any], func: Callable[..., Any], args: Any, kw
     if name == "scaled_dot_product_attention":
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
-        return run(func, **(given | {"dropout_p": 0.0}))
-    return run(func, *args, **kwargs)
+        return func(**(given | {"dropout_p": 0.0}))
+    return func(*args, **kwargs)
 
 
 def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:

@@ -33,8 +33,7 @@ class Operations:
         self.size = size
         self.other = other
         self.known = {x: number for number, x in enumerate(inputs)}
-        self.shapes = [tuple(x.shape) for x in inputs]
-        self.written: set[Tensor] = set()  # that operations in place returned
+        self.shapes: list[Any] = [x.shape for x in inputs]
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
         self.compiling = torch.compiler.is_compiling()
@@ -51,11 +50,12 @@ class Operations:
         if self.compiling:
             return tensors_in((args, kwargs))
         given: list[Tensor] = []
-        loose = name in _ARITHMETIC and func in ELEMENTWISE
-        parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
+        loose = func in ELEMENTWISE.functions
+        index = name == "__getitem__"
+        described = [self._describe(x, loose, index, given) for x in args]
+        self.steps.append((name, torch.is_grad_enabled(), *described))
         if kwargs:
-            parts.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), *parts))
+            self.steps.append(self._describe(kwargs, loose, False, given))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
@@ -64,22 +64,22 @@ class Operations:
         if self.compiling:
             if all(self.number(x) is not None for x in given):  # else of a transform within, maybe
                 self.known.update({x: len(self.shapes) + i for i, x in enumerate(parts)})
-                self.shapes.extend(tuple(x.shape) for x in parts)
+                self.shapes.extend(x.shape for x in parts)
             return
         for x in parts:
-            shape = tuple(x.shape)
-            if any(x is other for other in given):
-                self.known[x] = len(self.shapes)
-                self.written.add(x)
+            number, marked = len(self.shapes), getattr(x, "_operation", None)
+            ours = marked is not None and marked[0] is self.token
+            if not ours and any([x is other for other in given]):
+                self.known[x] = number  # an operation in place, on what was there before
             else:
-                x._operation = (self.token, len(self.shapes))  # pyright: ignore
-            self.shapes.append(shape)
-            self.steps.append(shape)
+                x._operation = (self.token, number)  # pyright: ignore
+            self.shapes.append(x.shape)
+            self.steps.append(x.shape)
 
     def number(self, x: Tensor) -> int | None:
         """Return the number of a tensor, or `None` if no operation that was seen made it."""
         marked = None if self.compiling else getattr(x, "_operation", None)
-        if marked is not None and marked[0] is self.token and x not in self.written:
+        if marked is not None and marked[0] is self.token:
             return marked[1]
         return self.known.get(x)
 
@@ -88,12 +88,12 @@ class Operations:
         number = self.number(x)
         if number is None:
             return LOST if self.size and self.compiling else None
-        return self._compare(number, tuple(x.shape))
+        return self._compare(number, x.shape)
 
     def axis_next(self, out: Any) -> Axis:
         """Return where the examples lie in what the operation that runs now returns."""
         parts = tensors_in(out)
-        axes = {self._compare(len(self.shapes) + i, tuple(x.shape)) for i, x in enumerate(parts)}
+        axes = {self._compare(len(self.shapes) + i, x.shape) for i, x in enumerate(parts)}
         return axes.pop() if len(axes) == 1 else LOST
 
     def _compare(self, number: int, shape: tuple[int, ...]) -> Axis:
@@ -127,6 +127,8 @@ class Operations:
             return kind if loose or index else x
         if kind in _PLAIN:
             return kind if loose else x
+        if kind is float:
+            return kind
         if isinstance(x, (list, tuple)):
             return tuple([self._describe(part, loose, index, given) for part in x])
         if isinstance(x, dict):
@@ -139,4 +141,3 @@ class Operations:
 
 
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})
-_ARITHMETIC = ELEMENTWISE.names
