@@ -90,6 +90,9 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
     """Pull rows `(e, ...)` of gradients by a source back to one of its leaves."""
     if source.func is None:
         return rows.reshape(-1, *values[leaf].shape)
+    alone = source.args and isinstance(source.args[0], Source) and source.args[0].func is None
+    if source.expanded and alone and rows[0].numel() == values[leaf].numel():
+        return rows.reshape(-1, *values[leaf].shape)
 
     def make(value: Tensor) -> Tensor:
         """Make the source from a value of the leaf."""
