@@ -7,16 +7,83 @@ the plan, one by one: the same, applied to the same, with the same shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
-from torchjd_func.differentiate._layerwise._operations import HALF, Operations, is_operation
+from torchjd_func.differentiate._layerwise._operations import HALF, Operations
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
+
+
+class Entry(NamedTuple):
+    """An operation of a plan, as `_operations` lists it."""
+
+    head: tuple[str, bool, int]  # name, whether autograd is on, how many tensors it is applied to
+    values: tuple[Any, ...]  # the arguments, in order
+    named: dict[str, Any]  # those of them that came by name
+    shapes: list[tuple[int, ...]]  # of what it returns
+    aliased: list[int | None]  # which argument an output is
+    idle: bool = False  # whether only decisions of the objective look at what it returns
+
+
+def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
+    """Return the operations of a run; the last stands for what is returned."""
+    found: list[Entry] = []
+    alias = None
+    for part in operations[:-1]:
+        if isinstance(part, int):
+            alias = part
+        elif part and isinstance(part[0], str):
+            named = dict(part[-1]) if _is_by_name(part[-1]) else {}
+            values = (*(part[3:-1] if named else part[3:]), *named.values())
+            found.append(Entry(part[:3], values, named, [], []))
+        else:
+            found[-1].shapes.append(tuple(part))
+            found[-1].aliased.append(alias)
+            alias = None
+    return (*found, Entry(("", True, 0), operations[-1], {}, [], []))
+
+
+def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
+    """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`.
+
+    Args:
+        listed: The operations.
+        made: How many tensors are numbered.
+
+    Returns:
+        The operations.
+    """
+    readers: dict[float, list[int]] = {}  # the places of what reads each tensor
+    for place, entry in enumerate(listed):
+        for number in _numbers(entry.values):
+            readers.setdefault(number, []).append(place)
+    found: set[int] = set()
+    for place in reversed(range(len(listed))):
+        made -= len(listed[place].shapes)
+        uses = [readers.get(made + i + HALF, [-1]) for i in range(len(listed[place].shapes))]
+        unused = bool(uses) and found.issuperset(user for group in uses for user in group)
+        if listed[place].head[0] in READERS.names or unused:
+            found.add(place)
+    return tuple(entry._replace(idle=place in found) for place, entry in enumerate(listed))
+
+
+def _is_by_name(part: Any) -> bool:
+    """Say whether a part of what is listed of an operation is its keyword arguments."""
+    return isinstance(part, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in part
+    )
+
+
+def _numbers(part: Any) -> list[float]:
+    """Return the numbers of tensors in what is listed of an operation."""
+    if isinstance(part, tuple):
+        return [x for inner in part for x in _numbers(inner)]
+    return [part] if isinstance(part, float) else []
 
 
 class Followed(Operations):
@@ -25,11 +92,9 @@ class Followed(Operations):
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
         self.count = len(inputs)
-        self.entries = plan.operations
-        self.idle = plan.idle
+        self.entries = plan.entries
         self.planned = {step.place: step for step in plan.steps}
-        self.at = 0  # among the entries
-        self.place = -1  # among operations
+        self.place = -1  # among the entries
         self.reads = False  # whether the operation here is of no interest
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
         self.changed = ""  # the first operation that is another one
@@ -39,82 +104,56 @@ class Followed(Operations):
         given, name = tensors_in((args, kwargs)), name_of(func)
         self.reads = name in READERS.names
         if not self.reads and not self.changed:
-            self.skip(name)
-            head = (name, torch.is_grad_enabled(), len(given))
-            if (
-                self._upcoming() != name
-                or self.entries[self.at][:3] != head
-                or not self._binds(args, kwargs, self.entries[self.at][3:])
-            ):
-                self.changed = name
-            self.at += 1
+            entry = self.skip(name)
             self.place += 1
+            head = (name, torch.is_grad_enabled(), len(given))
+            if entry.head != head or not self._binds(args, kwargs, entry):
+                self.changed = name
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         if self.reads or self.changed:
             return
-        shapes, aliased = self._outputs()
-        parts = tensors_in(out)
-        if [tuple(x.shape) for x in parts] != shapes:
-            self.changed = "an operation on other shapes"
-        for x, alias in zip(parts, aliased, strict=False):
+        entry, parts = self.entries[self.place], tensors_in(out)
+        if [tuple(x.shape) for x in parts] != entry.shapes:
+            self.changed = entry.head[0]
+        for x, alias in zip(parts, entry.aliased, strict=False):
             self.known[x] = self.count
             if alias is not None:
                 self.known[given[alias]] = self.count
             self.count += 1
 
-    def skip(self, name: str) -> None:
-        """Pass by operations that a compiler hides, as far as these are not known functions."""
-        while self._upcoming() != name and (
-            self._upcoming() in HIDDEN or self.place + 1 in self.idle
-        ):
-            self.at += 1
+    def skip(self, name: str) -> Entry:
+        """Pass by what a compiler hides or leaves away, but for known functions of parameters."""
+        while True:
+            entry = self.entries[self.place + 1]
+            if entry.head[0] == name or not (entry.idle or entry.head[0] in HIDDEN):
+                return entry
             self.place += 1
             step = self.planned.pop(self.place, None)
             if step is not None and (step.use or step.derives):
-                self.changed = self._upcoming()
-            for _ in self._outputs()[0]:
+                self.changed = entry.head[0]
+            for _ in entry.shapes:
                 self.hidden.add(self.count + HALF)
                 self.count += 1
 
     def close(self, outputs: Sequence[Tensor]) -> None:
-        """Hold the outputs of the run against those of the plan."""
-        self.skip("")
-        last = self.at == len(self.entries) - 1
-        if not (last and self._agrees(list(outputs), self.entries[-1])):
-            self.changed = self.changed or "the losses"
+        """Hold what the run returns against the plan."""
+        entry = self.skip("")
+        if not self.changed and (entry.head[0] or not self._agrees(list(outputs), entry.values)):
+            self.changed = "the losses"
 
-    def _upcoming(self) -> str:
-        """Return the name of the operation of the plan that is next, if one is."""
-        entry = self.entries[self.at] if self.at < len(self.entries) else ()
-        return entry[0] if is_operation(entry) else ""
-
-    def _outputs(self) -> tuple[list[Any], list[Any]]:
-        """Return the shapes of what an operation returned, and which arguments these were."""
-        shapes, aliased = [], []
-        while self.at < len(self.entries) - 1 and not self._upcoming():
-            alias = None
-            if isinstance(self.entries[self.at], int):
-                alias = self.entries[self.at]
-                self.at += 1
-            shapes.append(self.entries[self.at])
-            aliased.append(alias)
-            self.at += 1
-        return shapes, aliased
-
-    def _binds(self, args: Any, kwargs: Any, expected: Any) -> bool:
-        """Say whether arguments are those of the plan, where all that has a name may have it."""
-        named = dict(expected[-1]) if expected and _is_by_name(expected[-1]) else {}
-        values = [*expected[: len(expected) - bool(named)], *named.values()]
-        if len(args) > len(values) or not all(name in named for name in kwargs):
+    def _binds(self, args: Any, kwargs: Any, entry: Entry) -> bool:
+        """Say whether arguments are those of the plan, by name or not."""
+        if len(args) > len(entry.values) or not all([name in entry.named for name in kwargs]):
             return False
-        pairs = [
-            *zip(args, values, strict=False),
-            *((x, named[name]) for name, x in kwargs.items()),
-        ]
-        return all([self._agrees(x, value) for x, value in pairs])
+        return all(
+            [
+                *[self._agrees(x, value) for x, value in zip(args, entry.values, strict=False)],
+                *[self._agrees(x, entry.named[name]) for name, x in kwargs.items()],
+            ]
+        )
 
     def _agrees(self, x: Any, expected: Any) -> bool:
         """Say whether an argument is that of the plan."""
@@ -138,7 +177,7 @@ class Replay(Trace):
 
     operations: Followed
 
-    def is_on_parameters(self, given: Sequence[Tensor]) -> bool:
+    def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
         return self.operations.place in self.operations.planned and not self.operations.reads
 
@@ -148,6 +187,9 @@ class Replay(Trace):
         leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
         same = not self.operations.changed and sorted(leaves) == sorted(step.leaves)
         return step if same else None
+
+    def note(self, x: Tensor) -> None:
+        """Note nothing: graphs have no identities."""
 
     def traced(self, x: Tensor) -> bool:
         """Trust the plan on what autograd traces."""
@@ -162,13 +204,6 @@ class Replay(Trace):
         self.operations.close(outputs)
         missing = "" if len(self.steps) == len(self.operations.planned) else "an operation"
         self.changed = self.changed or self.operations.changed or missing
-
-
-def _is_by_name(part: Any) -> bool:
-    """Say whether a part of what is listed of an operation is its keyword arguments."""
-    return isinstance(part, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in part
-    )
 
 
 # Whose outputs are told by where they are used, and which use no parameters (torch 2.13)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._functions import READERS, name_of
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
@@ -33,8 +33,7 @@ class Operations:
         self.size = size
         self.other = other
         self.known = {x: number for number, x in enumerate(inputs)}
-        self.shapes = [tuple(x.shape) for x in inputs]
-        self.written: set[Tensor] = set()  # that operations in place returned
+        self.shapes: list[Any] = [x.shape for x in inputs]
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
         self.token: list[Any] = []  # marks the tensors of this run
@@ -48,27 +47,28 @@ class Operations:
             self.lost |= place >= len(there) or there[place] != name
         self.names.append(name)
         given: list[Tensor] = []
-        loose = name in _ARITHMETIC and func in ELEMENTWISE
-        parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
+        loose = func in ELEMENTWISE.functions
+        index = name == "__getitem__"
+        described = [self._describe(x, loose, index, given) for x in args]
         if kwargs:
-            parts.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), len(given), *parts))
+            described.append(self._describe(kwargs, loose, False, given))
+        self.steps.append((name, torch.is_grad_enabled(), len(given), *described))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
         for x in parts:
-            shape = tuple(x.shape)
+            number, marked = len(self.shapes), getattr(x, "_operation", None)
             same = [place for place, other in enumerate(given) if x is other]
             if same:
                 self.steps.append(same[0])
-                self.known[x] = len(self.shapes)
-                self.written.add(x)
+            if same and (marked is None or marked[0] is not self.token):
+                self.known[x] = number  # an operation in place, on what was there before
             else:
-                x._operation = (self.token, len(self.shapes))  # pyright: ignore
-            self.shapes.append(shape)
-            self.steps.append(shape)
+                x._operation = (self.token, number)  # pyright: ignore
+            self.shapes.append(x.shape)
+            self.steps.append(x.shape)
 
     def close(self, outputs: Sequence[Tensor]) -> None:
         """Note what the run returns."""
@@ -77,7 +77,7 @@ class Operations:
     def number(self, x: Tensor) -> int | None:
         """Return the number of a tensor, or `None` if no operation that was seen made it."""
         marked = getattr(x, "_operation", None)
-        if marked is not None and marked[0] is self.token and x not in self.written:
+        if marked is not None and marked[0] is self.token:
             return marked[1]
         return self.known.get(x)
 
@@ -86,12 +86,12 @@ class Operations:
         number = self.number(x)
         if number is None:
             return None
-        return self._compare(number, tuple(x.shape))
+        return self._compare(number, x.shape)
 
     def axis_next(self, out: Any) -> Axis:
         """Return where the examples lie in what the operation that runs now returns."""
         parts = tensors_in(out)
-        axes = {self._compare(len(self.shapes) + i, tuple(x.shape)) for i, x in enumerate(parts)}
+        axes = {self._compare(len(self.shapes) + i, x.shape) for i, x in enumerate(parts)}
         return axes.pop() if len(axes) == 1 else LOST
 
     def _compare(self, number: int, shape: tuple[int, ...]) -> Axis:
@@ -126,6 +126,8 @@ class Operations:
             return kind if loose or index else x
         if kind in _PLAIN:
             return kind if loose else x
+        if kind is float:
+            return kind
         if isinstance(x, (list, tuple)):
             return tuple([self._describe(part, loose, index, given) for part in x])
         if isinstance(x, dict):
@@ -137,45 +139,5 @@ class Operations:
         return kind
 
 
-def is_operation(entry: Any) -> bool:
-    """Say whether what is listed of a run is an operation, not what one returns."""
-    return isinstance(entry, tuple) and bool(entry) and isinstance(entry[0], str)
-
-
-def idle(entries: Sequence[Any], count: int) -> frozenset[int]:
-    """Return the places of operations of which only decisions of the objective see anything.
-
-    A graph, whose decisions are made before it runs, may do without: `if mask.all()`.
-    """
-    readers: dict[Any, list[int]] = {}  # the places of what reads each tensor
-    made: list[list[Any]] = []
-    names: list[str] = []
-    for entry in entries:
-        if is_operation(entry):
-            for part in _halves(entry):
-                readers.setdefault(part, []).append(len(names))
-            names.append(entry[0])
-            made.append([])
-        elif isinstance(entry, tuple) and len(made) and entry is not entries[-1]:
-            made[-1].append(count + HALF)
-            count += 1
-    for part in entries[-1]:
-        readers.setdefault(part, []).append(len(names))
-    found = {place for place, name in enumerate(names) if name in READERS.names}
-    for place in reversed(range(len(names))):
-        uses = [readers.get(part, [-1]) for part in made[place]]
-        if uses and all(user in found for group in uses for user in group):
-            found.add(place)
-    return frozenset(found)
-
-
-def _halves(part: Any) -> list[float]:
-    """Return the numbers of tensors in what is listed of an operation."""
-    if isinstance(part, tuple):
-        return [x for inner in part for x in _halves(inner)]
-    return [part] if isinstance(part, float) else []
-
-
 HALF = 0.5  # tells the numbers of tensors from those that are arguments
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})
-_ARITHMETIC = ELEMENTWISE.names

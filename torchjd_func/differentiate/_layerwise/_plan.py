@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
-    idle: frozenset[int] = frozenset()  # places of operations that only decisions look at
+    entries: tuple[Any, ...] = ()  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import depth
-from torchjd_func.differentiate._layerwise._operations import Operations, idle, is_operation
+from torchjd_func.differentiate._layerwise._graph import entries, with_idle
+from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
@@ -127,7 +128,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         (),
         mode.reasons,
         tuple(mode.operations.steps),
-        idle=idle(mode.operations.steps, len(problem.inputs)),
+        entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
     )
     if problem.kind == "batched" and seen.outputs.shape[0] != layout.size:
@@ -228,7 +229,7 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
 def _skeleton(plan: Plan) -> Any:
     """Return what a proof is about, whatever the sizes."""
     steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
-    operations = [entry for entry in plan.operations if is_operation(entry)]
+    operations = [entry[:3] for entry in plan.entries]
     return plan.layout.kind, plan.opaque, steps, operations
 
 

@@ -83,6 +83,9 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
     """Pull rows `(e, ...)` of gradients by a source back to one of its leaves."""
     if source.func is None:
         return rows.reshape(-1, *values[leaf].shape)
+    alone = source.args and isinstance(source.args[0], Source) and source.args[0].func is None
+    if source.expanded and alone and rows[0].numel() == values[leaf].numel():
+        return rows.reshape(-1, *values[leaf].shape)
 
     def make(value: Tensor) -> Tensor:
         """Make the source from a value of the leaf."""
@@ -95,13 +98,21 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
 
 def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
     """Return arguments with each tensor, source and place replaced."""
-    if isinstance(tree, (Tensor, Source, Place)):
+    if isinstance(tree, _REPLACED):
         return replace(tree)
     if isinstance(tree, dict):
         return {name: substitute(part, replace) for name, part in tree.items()}
-    if isinstance(tree, list):
-        return [substitute(part, replace) for part in tree]
-    return tuple(substitute(part, replace) for part in tree) if isinstance(tree, tuple) else tree
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    parts = [
+        replace(part)
+        if isinstance(part, _REPLACED)
+        else substitute(part, replace)
+        if isinstance(part, (list, tuple, dict))
+        else part
+        for part in tree
+    ]
+    return parts if isinstance(tree, list) else tuple(parts)
 
 
 def sources_in(tree: Any) -> list[Source]:
@@ -125,6 +136,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
     parts = tree.values() if isinstance(tree, dict) else tree
     nested = isinstance(tree, (dict, list, tuple))
     return [x for part in parts for x in tensors_in(part)] if nested else []
+
+
+_REPLACED = (Tensor, Source, Place)
 
 
 def _item(outputs: Any, index: int) -> Any:

@@ -3,8 +3,9 @@
 The run is ordinary: autograd differentiates whatever the objective does, and is right about hooks,
 modes, writes by index and functions of one's own. Beside it, operations whose derivative by
 parameters has a known form are taken out: their parameters come as aliases, which end what autograd
-traces, and their outputs are perturbed by zeros, whose gradients are wanted instead. A parameter
-that autograd reaches on another way than through such aliases has rows by autograd, all of them.
+traces, and gradients by their outputs are wanted instead: by the places of these in the graph of
+autograd, or by zeros that are added to them, where that graph is out of reach (compiled, mapped). A
+parameter that autograd reaches on another way than through such aliases has rows by autograd.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +24,7 @@ from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
 class Use(NamedTuple):
@@ -45,7 +48,7 @@ class Trace(TorchFunctionMode):
         layout: How the objective treats examples.
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
-        perturbations: Zeros to add to the outputs of uses.
+        perturbations: Zeros to add to the outputs of uses; `None` to note their places in the graph.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Trace(TorchFunctionMode):
         layout: Layout,
         operations: Operations,
         plan: Plan | None = None,
-        perturbations: Sequence[Tensor] = (),
+        perturbations: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -65,12 +68,16 @@ class Trace(TorchFunctionMode):
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
         self.versions = {handle: version_of(handle) for handle in handles}
+        self.ids: set[int] = set()  # of what has a source
+        for handle in handles:
+            self.note(handle)
         self.depth = 0
         if plan is None:
             self.depth = _decide.common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
+        self.edges: list[GradientEdge] = []  # the outputs of uses
         self.kept: list[Kept] = []
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
@@ -84,29 +91,34 @@ class Trace(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
-        if name_of(func) == "unflatten":  # the method cannot be traced (torch 2.13)
-            func = torch.unflatten
-        return self.apply(func, *args, **(kwargs or {}))
-
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation."""
+        kwargs = kwargs or {}
         if func is F.batch_norm:
             _rules.check_batch_norm(self.layout.kind, args, kwargs)
         if func is F.multi_head_attention_forward:
-            spelled = _attention.arguments(args, kwargs)
-            if _attention.is_plain(spelled):
-                return _attention.attention(self.apply, spelled)
+            named = _attention.arguments(args, kwargs)
+            if _attention.is_plain(named):
+                return _attention.attention(self.apply, named)
+        return self.apply(func, *args, **kwargs)
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation."""
         given = self.operations.begin(func, args, kwargs)
-        if self.is_on_parameters(given):
+        if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
         return out
 
-    def is_on_parameters(self, given: Sequence[Tensor]) -> bool:
-        """Say whether any of these is made of parameters alone."""
+    def on_sources(self, given: list[Tensor]) -> bool:
+        """Say whether some tensor is made of parameters."""
+        if self.ids.isdisjoint(map(id, given)):  # most, and fast
+            return False
         return any([x in self.sources and self.source(x) is not None for x in given])
+
+    def note(self, x: Tensor) -> None:
+        """Note that a tensor has a source."""
+        self.ids.add(id(x))
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
@@ -125,7 +137,7 @@ class Trace(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation in a form that torch differentiates right."""
-        return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
+        return spelled(func, self.layout.kind != "batched")(*args, **kwargs)
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
@@ -139,7 +151,7 @@ class Trace(TorchFunctionMode):
             if tensors_in(out):
                 self.changed = self.changed or name_of(func)
             return out
-        step = step._replace(func=func)
+        step = step if step.func is func else step._replace(func=func)
         self.steps.append(step)
         if not step.use:
             out = self.run(func, *args, **kwargs)
@@ -147,11 +159,14 @@ class Trace(TorchFunctionMode):
                 self.derived(step, args, kwargs, out)
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
-        if out.shape != step.shape:
+        if out.shape != step.shape or (self.perturbations is None and not out.requires_grad):
             self.changed = name_of(func)
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
-        return out + self.perturbations[len(self.uses) - 1]
+        if self.perturbations is not None:
+            return out + self.perturbations[len(self.uses) - 1]
+        self.edges.append(get_gradient_edge(out))
+        return out
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is the same one."""
@@ -200,6 +215,7 @@ class Trace(TorchFunctionMode):
             if self.traced(part):
                 self.sources[part] = source if part is out else _sources.pick(source, index)
                 self.versions[part] = version_of(part)
+                self.note(part)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
