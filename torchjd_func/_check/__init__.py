@@ -89,7 +89,6 @@ from torchjd_func._check._objectives import (
     features,
     head_weights,
     heads,
-    hidden_from_graph,
     in_dims,
     like_losses,
     losses,
@@ -108,6 +107,7 @@ from torchjd_func._check._objectives import (
     tensors,
     two_batches,
     unique_names,
+    unplanned_graph,
     unproven,
 )
 from torchjd_func._check._options import (
@@ -188,7 +188,6 @@ __all__ = [
     "has_state",
     "head_weights",
     "heads",
-    "hidden_from_graph",
     "in_dims",
     "in_the_plane",
     "independent_feature",
@@ -283,6 +282,7 @@ __all__ = [
     "two_batch_weighting",
     "two_batches",
     "unique_names",
+    "unplanned_graph",
     "unproven",
     "unscaled",
     "vector",

@@ -83,12 +83,12 @@ def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
     )
 
 
-def hidden_from_graph() -> str:
+def unplanned_graph(reason: str) -> str:
     """Return the warning that a compiled function costs a backward pass for each loss."""
     return (
-        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
-        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
-        "with the same shapes before compiling; the graph then replays what was found out."
+        f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
+        "rows cost one backward pass for each loss, which is right and slower. Call the function, "
+        "or jd.init_state, once with the same objective and shapes before compiling."
     )
 
 

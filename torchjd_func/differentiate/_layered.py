@@ -179,7 +179,7 @@ def _problem(
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = given if batch is None else batch.fill(given, example)
-        with as_called(request.autocast):
+        with as_called(request.autocast, watched=True):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))

@@ -15,7 +15,6 @@ The way of a call:
    rows and weighted gradients, over processes too (`_ranks`).
 """
 
-from torchjd_func.differentiate._layerwise._attention import spelled
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
@@ -32,6 +31,7 @@ from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
+from torchjd_func.differentiate._layerwise._spelled import Spelled
 
 __all__ = [
     "Batch",
@@ -42,6 +42,7 @@ __all__ = [
     "Problem",
     "Ranks",
     "Recorded",
+    "Spelled",
     "combine",
     "cross_gramians",
     "gramians",
@@ -52,6 +53,5 @@ __all__ = [
     "plan",
     "rule_names",
     "run",
-    "spelled",
     "spread",
 ]
