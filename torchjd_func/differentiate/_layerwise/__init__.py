@@ -30,7 +30,7 @@ from torchjd_func.differentiate._layerwise._layers import (
 )
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
-from torchjd_func.differentiate._layerwise._ranks import Ranks
+from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "cross_gramians",
     "gramians",
     "jacobian",
+    "joined",
     "layers",
     "leaf_costs",
     "name_of",
