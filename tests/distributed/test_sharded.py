@@ -252,7 +252,7 @@ def mistakes():
         "partial": lambda: jd.jac(jd.distributed.sharded(torch.square))(partial),
         "layerwise": lambda: jd.gramian(wrapped, route="layerwise")(params, x),
         "product": lambda: jd.gramian(wrapped, route="product")(params, x),
-        "examples": lambda: jd.distributed.sharded(jd.instancewise(fn)),
+        "tasks": lambda: jd.distributed.sharded(jd.multitask(fn, {"a": fn})),
         "twice": lambda: jd.distributed.sharded(wrapped),
     }
     return {name: said(fn) for name, fn in tries.items()}
@@ -265,5 +265,5 @@ def test_mistakes_are_named():
     assert "must be Shard or Replicate, got (Partial(sum),)" in found["partial"]
     for name in ("layerwise", "product"):
         assert found[name].startswith("ValueError: `route` must be 'auto' or 'jacobian'")
-    for name in ("examples", "twice"):
+    for name in ("tasks", "twice"):
         assert "must be a plain function" in found[name], name

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._pullback import call
 from torchjd_func.differentiate._request import Request
 from torchjd_func.differentiate._routes import validate
 from torchjd_func.differentiate._untouched import untouched
@@ -97,7 +98,7 @@ def _evaluated(fn: Any, args: tuple[Any, ...]) -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return fn(*_tree.map(_empty_like, args))
     except Exception:
-        return fn(*_tree.map(_whole, args))
+        return call(fn, _tree.map(_whole, args), {})
 
 
 def _empty_like(leaf: Any) -> Any:

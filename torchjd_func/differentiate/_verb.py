@@ -66,7 +66,9 @@ def linearize(
 
 def _check_whole(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
     """Check that nothing that is differentiated is sharded."""
-    differentiated = {place: args[place] for place in _check.argnums(argnums, len(args))}
+    places = _check.argnums(argnums, len(args))
+    several = isinstance(argnums, tuple)
+    differentiated = {i: args[i] for i in places} if several else args[places[0]]
     leaves = _tree.leaves(differentiated)
     if any(type(leaf) not in (Tensor, torch.nn.Parameter) for leaf in leaves):
         _check.not_sharded(_tree.paths(differentiated), leaves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +89,23 @@ def _compare(briefs: dict[str, str], groups: Sequence[Group]) -> None:
         every = [part for text in parts for part in json.loads(text)]
     first, *others = every
     for number, other in enumerate(others, start=1):
-        for path in [*first, *(path for path in other if path not in first)]:
+        paths = [*first, *(path for path in other if path not in first)]
+        for path in sorted(paths, key=_is_of_the_batch):  # last: there is none with a size
             pair = first.get(path, "nothing"), other.get(path, "nothing")
             _check.same_everywhere(path, number, *pair)
+
+
+def _is_of_the_batch(path: str) -> bool:
+    """Say whether a path is that of the length of a tensor."""
+    return path.startswith("batch.")
 
 
 def _briefs(tree: PyTree) -> dict[str, str]:
     """Return what has to be the same of each leaf."""
     pairs = zip(_tree.paths(tree), _tree.leaves(tree), strict=True)
-    return {path: _check.describe(x) if isinstance(x, Tensor) else repr(x) for path, x in pairs}
+    return {path: _brief(x) for path, x in pairs}
+
+
+def _brief(leaf: Any) -> str:
+    """Return what has to be the same of a leaf."""
+    return _check.describe(leaf) if isinstance(leaf, Tensor) else str(leaf)
