@@ -222,7 +222,7 @@ def test_gradients_of_heads_are_means_over_the_processes_that_have_them(name):
     direction, _ = jd.upgrad()(shared, present=masks.any(0))
     plain = {key: leaf.sum(0) for key, leaf in own.items()}
     count = masks.any(0).sum().clamp(min=1)
-    mean_loss = jd.constant((masks.any(0) / count).tolist())
+    mean_loss = jd.constant((masks.any(0).double() / count).tolist())
     weighed = mean_loss((shared, own))[0]
     for got in workers.run(2, heads, rules, masks):
         assert_trees_close(got["rows"], (direction, plain))
