@@ -19,9 +19,9 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     differentiable(name, paths, leaves, "Pass what is not differentiated as another argument.")
 
 
-def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
     """Check that what an objective returned can be differentiated."""
-    if not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
+    if some and not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
         remedy = "Return a tensor, or a pytree of tensors, from the objective."
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
