@@ -129,6 +129,7 @@ from torchjd_func._check._options import (
     per_loss,
     preference,
     secondary,
+    shares,
     solver,
     vector,
 )
@@ -261,6 +262,7 @@ __all__ = [
     "shape",
     "shards_route",
     "shared",
+    "shares",
     "size",
     "solver",
     "some_named",
