@@ -1,5 +1,6 @@
 """The README and the manual hold: two commands first, every Python block runs, tables are true."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_inline_code_is_python():
     assert len(snippets) > 60
     for code in snippets:
         compile(code, code, "exec")
+
+
+def test_inline_rules_can_be_made():
+    known = {"jd": jd, "rule": jd.mgda(), "k": 3, "measures": {"cosine": jd.measures.min_cosine}}
+    known |= dict.fromkeys(("weights", "preference", "scores", "p"), torch.tensor([0.5, 0.5]))
+    made = 0
+    for code in set(re.findall(r"`(jd\.[^`\n]+\))`", readme.prose())) - {"jd.init_state(...)"}:
+        if {x.id for x in ast.walk(ast.parse(code)) if isinstance(x, ast.Name)} <= set(known):
+            eval(code, known)
+            made += 1
+    assert made > 40
 
 
 @pytest.mark.parametrize(
