@@ -16,10 +16,10 @@ PAGE = MANUAL / "explanation/choosing.md"
 START, END = "<!-- properties: begin -->", "<!-- properties: end -->"
 COLUMNS = (
     "method",
-    "never conflicts",
-    "linear in scale",
-    "combines rows",
-    "order of rows is free",
+    "non-conflicting",
+    "linear under scaling",
+    "weighted",
+    "permutation-equivariant",
     "needs",
     "state",
     "differentiable",
@@ -57,7 +57,7 @@ def row(name: str, method: Method) -> str:
     """Return one line of the table."""
     held = measure(method)
     marks = ["yes" if held[claim] else "no" for claim in held]
-    order = "in law" if method.random else "yes" if method.equivariant else "no"
+    order = "in distribution" if method.random else "yes" if method.equivariant else "no"
     smooth = "yes" if method.differentiable else "no"
     cells = [f"`{name}`", *marks, order, needs(method), state(method), smooth, method.cost]
     return "| " + " | ".join(cells) + " |"
