@@ -94,7 +94,7 @@ class Weighting:
         """
         _check.square(self.name, statistic)
         m = statistic.shape[0]
-        _check.losses_vector(self.name, losses, m)
+        _check.losses_vector(self.name, losses, m, statistic)
         state = self.init(statistic) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
@@ -190,7 +190,7 @@ class Aggregator:
         leaves = _tree.leaves(jac)
         _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
         m = leaves[0].shape[0]
-        _check.losses_vector(self.name, losses, m)
+        _check.losses_vector(self.name, losses, m, leaves[0])
         state = self.init(jac) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)

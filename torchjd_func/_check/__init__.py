@@ -33,8 +33,10 @@ from torchjd_func._check._messages import (
     differentiable,
     fail,
     message,
+    one_device,
 )
 from torchjd_func._check._methods import (
+    broadcastable,
     combinable,
     distinct,
     floating,
@@ -74,8 +76,10 @@ from torchjd_func._check._modules import (
     whole_parameters,
 )
 from torchjd_func._check._numbers import (
+    axis_names,
     flags,
     in_the_plane,
+    linear_program,
     metric,
     points,
     same_size,
@@ -164,7 +168,9 @@ __all__ = [
     "assignable",
     "at_most",
     "aux_pair",
+    "axis_names",
     "batches",
+    "broadcastable",
     "capturable",
     "carry_aux",
     "choice",
@@ -208,6 +214,7 @@ __all__ = [
     "leaf_parameter",
     "length",
     "like_losses",
+    "linear_program",
     "local",
     "loss_names",
     "losses",
@@ -229,6 +236,7 @@ __all__ = [
     "not_sharded",
     "numbers",
     "observed",
+    "one_device",
     "one_for_each_example",
     "one_mesh",
     "owned",

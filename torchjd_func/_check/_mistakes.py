@@ -72,6 +72,16 @@ _KNOWN = (
         "without jd.per_example or jd.instancewise, and jd.functionalize, which returns buffers.",
     ),
     (
+        ("of size [0]",),
+        "be given at least one example",
+        "Leave the step out where a batch is empty.",
+    ),
+    (
+        ("vmap(", "vmap:"),
+        "be mapped over an axis of examples that all batched arguments have, of one length",
+        "Name it for each argument in `in_dims`; None stands for an argument that is shared.",
+    ),
+    (
         ("in-place", "inplace", "mutate a captured"),
         "not overwrite parameters, arguments or what it closes over",
         "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",

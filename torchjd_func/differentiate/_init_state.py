@@ -60,10 +60,12 @@ def init_state(
     """
     _check.rule(rule, (Aggregator, Scalarizer, Weighting))
     validate(route, None)
+    _check.flag("has_aux", has_aux)
     objective, args = as_objective(fn), detached(args)
     positions = _check.argnums(argnums, len(args))
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
+    objective.rows_like(primals, 1)  # checks the parameters, before anything runs
     losses = _losses_like(objective, args, has_aux)
     check_names(_names.named_options(rule), losses)
     count = sum(leaf.numel() for leaf in _tree.leaves(losses))

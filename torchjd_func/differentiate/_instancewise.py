@@ -36,7 +36,9 @@ class Example(NamedTuple):
 
     def dims(self, count: int) -> tuple[Any, ...]:
         """Return the batched dimension of each of `count` arguments."""
-        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+        dims = (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+        _check.in_dims(dims, count)
+        return dims
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -172,6 +174,8 @@ def instancewise(
         tensor([[4., 0.],
                 [0., 4.]])
     """
+    if in_dims is not None:
+        _check.in_dims(in_dims)
     return InstanceWise(fn, in_dims=in_dims, check=check)
 
 
@@ -197,6 +201,8 @@ def per_example(
         tensor([1., 1.])
     """
     _check.choice("randomness", randomness, ("error", "different", "same"))
+    if in_dims is not None:
+        _check.in_dims(in_dims)
 
     example = Example(fn, in_dims, randomness)
 

@@ -35,6 +35,8 @@ def linearize(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> Linearized:
     """Let an objective linearize itself at some arguments."""
+    _check.flag("has_aux", options.has_aux)
+    _check.function("where", options.where)
     objective = as_objective(fn)
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
@@ -43,6 +45,9 @@ def linearize(
     _check.size(size, spans)
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
+    tensors = _tree.tensors((args, named))
+    if any(x.is_meta for x in tensors):  # a model without numbers yet
+        _check.one_device("the arguments of the objective", tensors)
     counted = spans and size is None and not torch.compiler.is_compiling()
     request = Request(
         args=detached(args),

@@ -117,6 +117,7 @@ def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any) -
     """Check the rule, and what goes with it."""
     _check.rule(rule, (Aggregator, Scalarizer))
     _check.chunk_size(chunk_size)
+    _check.function("where", where)
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
         _check.weighting_present("where", rule.name, rule.weighting)
