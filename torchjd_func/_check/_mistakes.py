@@ -54,6 +54,12 @@ def _say(error: Exception, name: str, rule: str, got: str, remedy: str) -> NoRet
 
 _KNOWN = (
     (
+        ("_local_tensor", "'FSDPParam' object", "mixed torch.Tensor and DTensor"),
+        "not call a module whose parameters are sharded, nor use such parameters as constants",
+        "Pass dict(model.named_parameters()) to an objective of jd.distributed.sharded, and call a "
+        "copy of the module that fully_shard has not touched: functional_call(copy, params, (x,)).",
+    ),
+    (
         ("saved tensor hooks",),
         "not save tensors by hooks, as torch.utils.checkpoint does",
         "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "

@@ -20,9 +20,9 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     differentiable(name, paths, leaves, "Pass what is not differentiated as another argument.")
 
 
-def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
     """Check that what an objective returned can be differentiated."""
-    if not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
+    if some and not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
         remedy = "Return a tensor, or a pytree of tensors, from the objective."
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
@@ -85,12 +85,12 @@ def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
     )
 
 
-def hidden_from_graph() -> str:
+def unplanned_graph(reason: str) -> str:
     """Return the warning that a compiled function costs a backward pass for each loss."""
     return (
-        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
-        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
-        "with the same shapes before compiling; the graph then replays what was found out."
+        f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
+        "rows cost one backward pass for each loss, which is right and slower. Call the function, "
+        "or jd.init_state, once with the same objective and shapes before compiling."
     )
 
 

@@ -153,6 +153,11 @@ def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
     return None if value is None else per_loss("preference", value, low=0)
 
 
+def shares(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+    """Return `preference`, all of whose numbers are positive, as a vector (or `None`)."""
+    return None if value is None else per_loss("preference", value, low=0, open_low=True)
+
+
 def per_loss(
     name: str,
     value: _tree.Numbers,

@@ -53,7 +53,8 @@ class Accumulated:
     def linearize(self, request: Request) -> Linearized:
         """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
         _check.choice("has_aux", request.has_aux, (self.has_aux,))
-        if not request.rows:  # losses are weighed when all are known: one graph of all
+        # A scalarizer weighs losses when all are known: by one graph of all, or by known rows.
+        if not request.rows and not self.fn.spans_processes:
             return linearize_whole(self, request)
         return _linearize(self, request)
 

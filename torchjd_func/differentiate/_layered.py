@@ -21,6 +21,7 @@ from torchjd_func.differentiate._layerwise import (
     Recorded,
     combine,
     jacobian,
+    joined,
     layers,
     run,
 )
@@ -52,8 +53,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     recorded, vector, losses, aux, bound = observe(fn, request)
     _check.dependent(bool(recorded.uses or recorded.plan.opaque))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
-    if ranks is not None:
-        ranks.check(vector)
     vector, present = masked(vector, _flat_flags(losses, request.present))
     shared = recorded.plan.layout.kind == "shared"
     unit = torch.ones_like(vector) if present is None else present.to(vector.dtype)
@@ -77,8 +76,8 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         return unscaled([jacobian(found, leaf) for leaf in places], request.scale)
 
     if ranks is not None:
-        vector = losses = ranks.gather(vector)
-        present = None if present is None else ranks.gather(present)
+        vector = losses = joined(vector, ranks)
+        present = None if present is None or ranks.whole else joined(present, ranks)
     where = None if request.alone else request.where
     return Linearized(
         losses=losses,
@@ -180,7 +179,7 @@ def _problem(
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = given if batch is None else batch.fill(given, example)
-        with as_called(request.autocast):
+        with as_called(request.autocast, watched=True):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
