@@ -52,8 +52,8 @@ def test_committed_results_are_full_and_can_be_shown(path):
     assert benchmark.report(found["rows"]).count("|") > 10
 
 
-def test_commands_of_the_readme_are_benchmarks():
-    named = set(re.findall(r"python -m benchmarks\.(\w+)", readme.README.read_text()))
+def test_commands_of_the_manual_are_benchmarks():
+    named = set(re.findall(r"python -m benchmarks\.(\w+)", readme.prose()))
     assert named
     assert named <= {benchmark.name for benchmark in ALL}
 

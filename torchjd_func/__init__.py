@@ -80,7 +80,7 @@ from torchjd_func.differentiate import (
 if TYPE_CHECKING:
     from torchjd_func import distributed, plot, testing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Aggregator",

@@ -80,7 +80,7 @@ def _shown(value: Any) -> str:
 
 def _real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
     """Return a dense real tensor of some number of dimensions, unread."""
-    usable = value.layout == torch.strided
+    usable = value.layout == torch.strided and not value.is_meta
     if value.is_complex() or value.dtype == torch.bool or not usable:
         fail(TypeError, f"`{name}`", rule, describe(value), "Make it dense and real.")
     if value.ndim not in ndims:

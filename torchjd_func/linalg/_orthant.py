@@ -57,6 +57,7 @@ def orthant_root(
         A `Solution`: its value is `w`, `(..., m)`.
 
     Raises:
+        TypeError: If `alpha` is no number, nor a tensor of such.
         ValueError: If `alpha` is a number that is not positive, or shapes do not fit.
 
     References:
@@ -69,8 +70,14 @@ def orthant_root(
         tensor([0.5000, 1.0000])
     """
     _check.matrix("gramian", gramian)
-    if not isinstance(alpha, Tensor) or alpha.ndim == 0:  # else one for each problem
+    _check.integer("max_iter", max_iter)
+    _check.interval("eps", eps, 0, optional=True, plain=True)
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
         _check.interval("alpha", alpha, 0, open_low=True)
+    else:  # one for each problem
+        _check.floating("`alpha`", alpha)
+        _check.broadcastable("alpha", alpha.shape, "gramian", gramian.shape[:-2])
+        _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
         power = 1 / alpha.to(wide).unsqueeze(-1)
