@@ -29,8 +29,6 @@ STEPS, SHORTEST, LENGTH_TOL = 60, 0.3, 1e-9
 # Improvements of a gradient are told apart relative to its length, and to the mean length.
 TIED = 1e-12
 TINY = np.finfo(np.float64).tiny  # logarithms are not taken of less
-# Squared length of what stands for an absent row, where that of the longest is 1.
-FAR = 1e40
 
 
 class Rows(NamedTuple):
@@ -179,7 +177,7 @@ def _search(gramian: Array, shares: Array, pushed: Array, c: Array, ridge: float
     size = np.where(size > 0, size, 1.0)
     unit, pushed = gramian / size[..., None], pushed / size
     square = (pushed * shares).sum(axis=-1).clip(min=0)
-    far = np.where(shares > 0, 0.0, FAR)[..., None] * np.eye(shares.shape[-1])
+    far = np.where(shares > 0, 0.0, _present.FAR)[..., None] * np.eye(shares.shape[-1])
     steepest = _steepest(Rows(unit, far, pushed, square), c * np.sqrt(square), ridge)
     closest = on_host(unit, pushed, ridge, "auto").value
     return np.stack(np.broadcast_arrays(steepest, closest), axis=-2)
@@ -231,8 +229,7 @@ def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
-    pushed = (gramian @ weights[..., None])[..., 0]
-    square = (pushed * weights).sum(axis=-1)
+    square = ((gramian @ weights[..., None])[..., 0] * weights).sum(axis=-1)
     return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))
 
 
