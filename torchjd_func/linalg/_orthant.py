@@ -109,9 +109,13 @@ def _root(
     same = _host.constant(power + 0 * log_gain[..., :1])
     x, iterations = _find(xp, _host.constant(unit), _host.constant(log_gain), same, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
-    small = xp.amax(xp.abs(_host.constant(correction)), -1) <= KKT_TOL
+    left = xp.amax(xp.abs(_host.constant(correction)), -1)
+    small = left <= KKT_TOL
+    # Rounding of nearly stationary rows leaves more, however many steps are taken.
+    reached = small | (left <= tol / xp.where(exists, distance, 1.0))
     converged = exists & small
-    root = xp.where(small[..., None], x * (1 + correction), xp.nan) / lengths
+    root = xp.where(small[..., None], x * (1 + correction), x) / lengths
+    root = xp.where(reached[..., None], root, xp.nan)
     value = xp.where(active & exists[..., None], root, 0.0)
     return Solution(value, converged, iterations, exists & False)
 
