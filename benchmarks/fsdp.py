@@ -35,6 +35,7 @@ class Policy(nn.Module):
     """A small causal transformer."""
 
     def __init__(self) -> None:
+        """Make the layers."""
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
