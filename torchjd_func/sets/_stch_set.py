@@ -30,7 +30,7 @@ def _update(
     reference: Vector | None,
     mu_set: float | Tensor | None,
 ) -> tuple[Tensor, State]:
-    """Differentiate a smooth maximum over objectives of smooth minima over models (equation 8)."""
+    """Differentiate a smooth maximum over objectives of smooth minima over models."""
     _check.stateless("stch_set", state)
     m = losses.shape[1]
     smooth = mu if mu_set is None else mu_set
