@@ -15,6 +15,7 @@ EVERY = pytest.mark.parametrize("benchmark", ALL, ids=lambda benchmark: benchmar
 TINY = {
     "methods": {"methods": ("upgrad", "graddrop"), "sizes": (4,), "seconds": 0.0},
     "solvers": {"sizes": (2,), "problems": 8},
+    "many_objectives": {"sizes": (4,)},
     "gramian": {"models": ("mlp",), "few": True, "seconds": 0.0},
     "grouping": {"methods": (), "seconds": 0.0},
     "compiling": {"methods": ()},

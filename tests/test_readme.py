@@ -47,7 +47,7 @@ def test_the_readme_is_short():
 
 
 def test_two_processes_train():
-    (command,) = [line for line in readme.commands(PROCESSES) if "torchrun" in line]
+    (command,) = [line for line in readme.commands(PROCESSES) if "data_parallel" in line]
     arguments = command.partition("torchrun ")[2].split()
     run = [sys.executable, "-m", "torch.distributed.run", *arguments, "--steps", "3", "--eager"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)

@@ -33,11 +33,15 @@ def holds_numbers(value: Tensor) -> bool:
     return value.layout == torch.strided
 
 
-def one_device(name: str, leaves: Sequence[Any]) -> None:
+def one_device(name: str, leaves: Sequence[Any], paths: Sequence[str] | None = None) -> None:
     """Check that all tensors among `leaves` are on one device."""
-    devices = {str(leaf.device): None for leaf in leaves if isinstance(leaf, Tensor)}
+    devices: dict[str, str] = {}
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            where = "" if paths is None else f" at {paths[place]!r}"
+            devices.setdefault(str(leaf.device), f"{leaf.device}{where}")
     if len(devices) > 1:
-        got, remedy = " and ".join(devices), "Move them: x.to(device)."
+        got, remedy = " and ".join(devices.values()), "Move them: x.to(device)."
         fail(ValueError, name, "be on one device", got, remedy)
 
 

@@ -19,12 +19,7 @@ def around() -> Autocast:
 
 
 def as_called(autocast: Autocast, *, watched: bool = False) -> AbstractContextManager[object]:
-    """Run an objective as where the transformed function was called.
-
-    Args:
-        autocast: What was in force there.
-        watched: Whether a mode watches it that spells operations out already.
-    """
+    """Run an objective as where the call was; one that is watched is spelled out already."""
     mode = nullcontext() if watched else Spelled()
     return _on(autocast, mode) if autocast else mode
 

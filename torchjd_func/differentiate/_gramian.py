@@ -46,7 +46,7 @@ def gramian(
     result, `s`, are kept. A linear layer adds `sum_{t,u} (a_it . a_ju) (s_it . s_ju)` to entry
     (i, j), or the product of the rows `sum_t s_it a_it^T`, whichever costs less. For e examples at
     t positions, with q outputs and p inputs, that is `(e t)^2 (q + p + 16)` against
-    `2 e t q p + e^2 q p + 16 e q p` multiplications, counting 8 for a number written. A parameter
+    `e t q p + e^2 q p + 8 e q p` multiplications, counting 8 for a number written. A parameter
     on which an unsupported operation is used costs m backward passes for itself alone;
     `jd.explain_gramian` shows which.
 
@@ -56,7 +56,8 @@ def gramian(
         has_aux: As for `jd.jac`.
         route: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
         chunk_size: How many rows or columns at a time. `None` is the route's own choice: all for
-            `"jacobian"`, one for `"product"`. Without effect on `"layerwise"`.
+            `"jacobian"`, one for `"product"`. On `"layerwise"`, for the parameters on which an
+            unsupported operation is used: these share their passes.
         where: As for `jd.jac`: the Gramian of these leaves alone.
 
     Returns:

@@ -60,7 +60,12 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     if request.scale is not None:
         cotangents = times(request.scale, cotangents)
     found = layers(
-        recorded, cotangents, lambda: _rows_cotangents(vector, request), len(vector), ranks
+        recorded,
+        cotangents,
+        lambda: _rows_cotangents(vector, request),
+        len(vector),
+        ranks,
+        request.chunk_size,
     )
     found = in_one_precision(found)
     if present is not None and not shared:

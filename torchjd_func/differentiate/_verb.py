@@ -45,9 +45,9 @@ def linearize(
     _check.size(size, spans)
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
-    tensors = _tree.tensors((args, named))
-    if any(x.is_meta for x in tensors):  # a model without numbers yet
-        _check.one_device("the arguments of the objective", tensors)
+    if any(x.is_meta for x in _tree.tensors((args, named))):  # a model without numbers yet
+        given = (args, named)
+        _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
     counted = spans and size is None and not torch.compiler.is_compiling()
     request = Request(
         args=detached(args),

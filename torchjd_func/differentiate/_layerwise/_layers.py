@@ -23,6 +23,7 @@ from torchjd_func.differentiate._layerwise._record import Recorded
 from torchjd_func.differentiate._layerwise._rule import bind
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._trace import Use
+from torchjd_func.differentiate._pullback import pull_rows
 
 Groups = Sequence[Sequence[int]]
 
@@ -50,7 +51,12 @@ class Layers(NamedTuple):
 
 
 def layers(
-    recorded: Recorded, cotangents: Any, basis: Any, m: int, ranks: Ranks | None = None
+    recorded: Recorded,
+    cotangents: Any,
+    basis: Any,
+    m: int,
+    ranks: Ranks | None = None,
+    chunk_size: int | None = None,
 ) -> Layers:
     """Pull cotangents back to the uses; leaves whose rows autograd computes need a whole basis.
 
@@ -60,6 +66,7 @@ def layers(
         basis: `() -> (m, ...)`, one cotangent for each loss; `None` if `cotangents` are such.
         m: How many losses there are.
         ranks: Which processes have the rows of other examples.
+        chunk_size: How many losses share a backward pass to the leaves without rules.
 
     Returns:
         What was pulled back.
@@ -70,7 +77,7 @@ def layers(
     else:
         by_uses, by_leaves = pull(cotangents, True, ())
         if plan.opaque and basis is not None:
-            by_leaves = vmap(lambda row: pull(row, False, plan.opaque)[1])(basis())
+            by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
     by_uses = list(by_uses)
     if plan.layout.kind == "batched":

@@ -84,11 +84,10 @@ def rows(
     """
     sources = _sources.sources_in(given)
     made = [_sources.build(source, values) for source in sources]
-    if func in ELEMENTWISE:
-        return _elementwise(func, given, arrays, cotangent, chosen, made)
+    if func in ELEMENTWISE or name_of(func) == "scaled_dot_product_attention":
+        return _broadcast(spelled(func, True), given, arrays, cotangent, chosen, made)
     if func in _JOINS and sources[chosen].expanded:
         return _joined(given, arrays, cotangent, chosen, made)
-    func = spelled(func, True)
     dims = [0 if x.shape[0] == cotangent.shape[0] else None for x in arrays]
     parts = [x if dim == 0 else x.squeeze(0) for x, dim in zip(arrays, dims, strict=True)]
 
@@ -112,7 +111,7 @@ def rows(
     return Dense(vmap(one, in_dims=(0, *dims))(cotangent, *parts))
 
 
-def _elementwise(
+def _broadcast(
     func: Callable[..., Any],
     given: tuple[Any, Any],
     arrays: Sequence[Tensor],

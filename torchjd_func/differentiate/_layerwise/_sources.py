@@ -133,11 +133,18 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among arguments or outputs, in order."""
     if isinstance(tree, Tensor):
         return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree
-    nested = isinstance(tree, (dict, list, tuple))
-    return [x for part in parts for x in tensors_in(part)] if nested else []
+    if not isinstance(tree, _NESTED):
+        return []
+    found: list[Tensor] = []
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, _NESTED):  # few calls, since a compiler is slow to trace one
+            found.extend(tensors_in(part))
+    return found
 
 
+_NESTED = (dict, list, tuple)
 _REPLACED = (Tensor, Source, Place)
 
 

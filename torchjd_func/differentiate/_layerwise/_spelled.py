@@ -52,10 +52,8 @@ def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = N
 
 
 def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Normalise in the widest precision of the arguments.
-
-    So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
-    """
+    """Normalise in the widest precision of the arguments."""
+    # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     dtypes = {x.dtype for x in given}
     if len(dtypes) == 1 or (given[0].is_cuda and func in _CAST_ON_GPU):

@@ -48,7 +48,7 @@ class Trace(TorchFunctionMode):
         layout: How the objective treats examples.
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
-        perturbations: Zeros to add to the outputs of uses; `None` to note their places in the graph.
+        perturbations: Zeros to add to the outputs of uses; `None` to note their places.
     """
 
     def __init__(
