@@ -35,7 +35,11 @@ class Policy(nn.Module):
     """A small causal transformer."""
 
     def __init__(self) -> None:
+<<<<<<< HEAD
         """Make the layers."""
+=======
+        """Make embeddings, two layers and a head."""
+>>>>>>> main
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
