@@ -274,13 +274,6 @@ def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
             fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
 
 
-def same_dtype(name: str, path: str, got: Tensor, want: Tensor) -> None:
-    """Check that a leaf has the dtype of its counterpart."""
-    if got.dtype != want.dtype:
-        remedy = "It was saved by another method or in another precision: convert it."
-        fail(ValueError, f"`{name}`", f"have dtype {want.dtype} at {path!r}", got.dtype, remedy)
-
-
 def same_structure(name: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
