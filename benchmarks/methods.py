@@ -150,7 +150,7 @@ BENCHMARK = Benchmark(
     full={"methods": tuple(PAIRS), "sizes": SIZES, "seconds": 0.6},
     quick={"sizes": (4, 16, 64), "seconds": 0.1},
     choices={"methods": PAIRS},
-    draw=_picture.growth,
+    draw=_picture.speedups,
 )
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def gramian(
 
     All give the same Gramian, from one forward pass (dropout is drawn once; the first call with new
     shapes also runs forward for shapes alone). `"auto"` is `"layerwise"` for an objective of
-    `jd.instancewise` or `jd.per_example`, else `"jacobian"`.
+    `jd.instancewise` or `jd.per_example`, else `"jacobian"`. `"product"` adds up in the precision
+    of the objective, the others in float32 or better.
 
     Layer by layer, what a parameter was applied to, `a`, and the gradient of the losses by the
     result, `s`, are kept. A linear layer adds `sum_{t,u} (a_it . a_ju) (s_it . s_ju)` to entry

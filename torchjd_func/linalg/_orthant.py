@@ -1,4 +1,4 @@
-"""The positive root of `G w = w^(-1/alpha)`: the stationary point of alpha-fair bargaining."""
+"""The positive root of `G w = (p / w)^(1/alpha)`: the stationary point of alpha-fair bargaining."""
 
 from __future__ import annotations
 
@@ -28,32 +28,36 @@ def orthant_root(
     gramian: Tensor,
     alpha: float | Tensor = 1.0,
     *,
+    preference: Tensor | None = None,
     max_iter: int = 30,
     eps: float | None = None,
 ) -> Solution:
-    r"""Find the positive root of $G w = w^{-1/\alpha}$.
+    r"""Find the positive root of $(G w)_i = (p_i / w_i)^{1/\alpha}$.
 
     It is the minimiser over $w > 0$ of the strictly convex
-    $$\tfrac12 w^\top G w - \sum_i \int w_i^{-1/\alpha} \mathrm d w_i,$$
+    $$\tfrac12 w^\top G w - \sum_i \int (p_i / w_i)^{1/\alpha} \mathrm d w_i,$$
     found by Newton's method with a line search, in float64, on unit rows: the accuracy does not
     depend on the lengths of the rows. The last step is differentiable, which makes the first
     derivative of the root exact.
 
     Zero rows take no part and get weight 0. There is no root where a convex combination of the
     other rows vanishes (`min_norm_point`), or where there are none: then the value is zero and
-    `converged` is false.
+    `converged` is false. Where there is one, and the steps do not reach it, the value is
+    not-a-number.
 
     Args:
         gramian: `G`, `(..., m, m)`.
         alpha: Positive; a number, or a tensor of the leading dimensions of `gramian` or fewer.
-        max_iter: Largest number of Newton steps; 6 to 12 do as a rule. An accelerator takes them
-            all, so that nothing waits for the host.
+        preference: `p`, positive, `(..., m)`; 1 by default.
+        max_iter: Largest number of Newton steps; 6 to 12 do in most cases. An accelerator takes
+            them all, so that nothing waits for the host.
         eps: Relative rounding of the entries of `gramian`, by default that of its dtype.
 
     Returns:
         A `Solution`: its value is `w`, `(..., m)`.
 
     Raises:
+        TypeError: If `alpha` is no number, nor a tensor of such.
         ValueError: If `alpha` is a number that is not positive, or shapes do not fit.
 
     References:
@@ -66,19 +70,28 @@ def orthant_root(
         tensor([0.5000, 1.0000])
     """
     _check.matrix("gramian", gramian)
-    if not isinstance(alpha, Tensor) or alpha.ndim == 0:  # else one for each problem
+    _check.integer("max_iter", max_iter)
+    _check.interval("eps", eps, 0, optional=True, plain=True)
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
         _check.interval("alpha", alpha, 0, open_low=True)
+    else:  # one for each problem
+        _check.floating("`alpha`", alpha)
+        _check.broadcastable("alpha", alpha.shape, "gramian", gramian.shape[:-2])
+        _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
         power = 1 / alpha.to(wide).unsqueeze(-1)
     else:
         power = wide.new_full((1,), 1 / alpha)
+    shares = wide.new_ones(gramian.shape[-1]) if preference is None else preference.to(wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
     find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
-    return cast(_host.call(find, wide, power), gramian.dtype)
+    return cast(_host.call(find, wide, power, shares), gramian.dtype)
 
 
-def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -> Solution:
+def _root(
+    xp: Any, gramian: Array, power: Array, shares: Array, *, tol: float, max_iter: int
+) -> Solution:
     """Search on unit rows, and take the last step differentiably."""
     squares = _host.constant(gramian).diagonal(0, -2, -1)
     active, identity = squares > 0, _host.identity(gramian)
@@ -91,14 +104,14 @@ def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -
     exists = (distance > tol) & active.any(-1)
     # Where there is no root the iteration would diverge, and spoil derivatives of other entries.
     unit = xp.where(exists[..., None, None], unit, identity)
-    # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) x^(-power).
-    log_gain = (power - 1) * xp.log(lengths)
+    # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) p^power x^(-power).
+    log_gain = (power - 1) * xp.log(lengths) + power * xp.log(shares)
     same = _host.constant(power + 0 * log_gain[..., :1])
     x, iterations = _find(xp, _host.constant(unit), _host.constant(log_gain), same, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
     small = xp.amax(xp.abs(_host.constant(correction)), -1) <= KKT_TOL
     converged = exists & small
-    root = xp.where(converged[..., None], x * (1 + correction), x) / lengths
+    root = xp.where(small[..., None], x * (1 + correction), xp.nan) / lengths
     value = xp.where(active & exists[..., None], root, 0.0)
     return Solution(value, converged, iterations, exists & False)
 

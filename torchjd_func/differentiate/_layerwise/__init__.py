@@ -29,7 +29,7 @@ from torchjd_func.differentiate._layerwise._layers import (
 )
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
-from torchjd_func.differentiate._layerwise._ranks import Ranks
+from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 
@@ -47,6 +47,7 @@ __all__ = [
     "cross_gramians",
     "gramians",
     "jacobian",
+    "joined",
     "layers",
     "leaf_costs",
     "name_of",

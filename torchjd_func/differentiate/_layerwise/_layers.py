@@ -47,7 +47,7 @@ class Layers(NamedTuple):
     pieces: dict[int, list[Piece]]  # the uses of each leaf
     rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
     size: int  # how many rows there are
-    ranks: Ranks | None = None  # who has the rows of other examples
+    ranks: Ranks | None = None  # which processes have the rows of other examples
 
 
 def layers(
@@ -65,7 +65,7 @@ def layers(
         cotangents: Of all losses at once, or `(m, ...)` of an objective without examples.
         basis: `() -> (m, ...)`, one cotangent for each loss; `None` if `cotangents` are such.
         m: How many losses there are.
-        ranks: Who has the rows of other examples.
+        ranks: Which processes have the rows of other examples.
         chunk_size: How many losses share a backward pass to the leaves without rules.
 
     Returns:
@@ -106,7 +106,9 @@ def gramians(found: Layers, groups: Groups) -> Tensor:
 def cross_gramians(a: Layers, b: Layers, groups: Groups) -> Tensor:
     """Return the products of the rows of each group of leaves, `(g, m_a, m_b)`."""
     products = torch.stack([_cross_group(a, b, leaves) for leaves in groups])
-    return products if b.ranks is None else _ranks.stack(products, b.ranks)
+    return (
+        products if a.ranks is None or b.ranks is None else _ranks.stack(products, a.ranks, b.ranks)
+    )
 
 
 def combine(found: Layers, weights: Tensor, groups: Groups) -> list[Tensor]:
