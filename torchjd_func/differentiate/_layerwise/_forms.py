@@ -234,6 +234,8 @@ def _widened(form: Form) -> Form:
     """Return the form with factors in float32 or better."""
     if isinstance(form, Lazy):
         return form._replace(make=lambda examples: _widened(form.make(examples)))
+    if isinstance(form, Mixed):
+        return Mixed(*map(_widened, form))
     if isinstance(form, Outer):
         return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
     return form._replace(values=_tree.wide(form.values)) if isinstance(form, Lookup) else form
