@@ -89,8 +89,8 @@ def unplanned_graph(reason: str) -> str:
     """Return the warning that a compiled function costs a backward pass for each loss."""
     return (
         f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
-        "rows cost one backward pass for each loss, which is right and slower. Call the function, "
-        "or jd.init_state, once with the same objective and shapes before compiling."
+        "rows cost one backward pass for each loss. Call the function, or jd.init_state, once with "
+        "the same objective and shapes before compiling."
     )
 
 

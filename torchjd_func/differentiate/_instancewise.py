@@ -93,7 +93,8 @@ class InstanceWise:
         if not kwargs:
             return self, args
         names, given = tuple(sorted(kwargs)), (*args, *(kwargs[name] for name in sorted(kwargs)))
-        plans = {} if torch.compiler.is_compiling() else self.plans.setdefault(names, {})
+        compiling = torch.compiler.is_compiling()
+        plans = self.plans.get(names, {}) if compiling else self.plans.setdefault(names, {})
         change = partial(partial, _call_by_name, names)
         if self.example is None:
             dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))
