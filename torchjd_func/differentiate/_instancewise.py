@@ -36,9 +36,10 @@ class Example(NamedTuple):
 
     def dims(self, count: int) -> tuple[Any, ...]:
         """Return the batched dimension of each of `count` arguments."""
-        dims = (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
-        _check.in_dims(dims, count)
-        return dims
+        if self.in_dims is None:  # one argument alone, where the others come by name
+            return (None, *[0] * (count - 1))
+        _check.in_dims(self.in_dims, count)
+        return self.in_dims
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
