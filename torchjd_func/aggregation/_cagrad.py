@@ -19,7 +19,7 @@ from torchjd_func._lift import no_state, stateless
 from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg._gramian import pseudo_inverse, rank_tol, rows_of
-from torchjd_func.linalg._nnqp import ridge_of
+from torchjd_func.linalg._nnqp import products_with, ridge_of
 from torchjd_func.linalg._search import align, nearest_on_host, on_host
 
 RESCALES = (None, "1+c^2", "1+c")
@@ -29,8 +29,6 @@ STEPS, SHORTEST, LENGTH_TOL = 60, 0.3, 1e-9
 # Improvements of a gradient are told apart relative to its length, and to the mean length.
 TIED = 1e-12
 TINY = np.finfo(np.float64).tiny  # logarithms are not taken of less
-# Squared length of what stands for an absent row, where that of the longest is 1.
-FAR = 1e40
 
 
 class Rows(NamedTuple):
@@ -93,7 +91,8 @@ def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     """Return two candidates `(2, m)` as constants, see `_search`."""
     wide = gramian.detach().double()
     radius = torch.as_tensor(c, dtype=torch.float64, device=wide.device).detach()
-    return search(wide, shares, radius, ridge_of(gramian.dtype))
+    pushed = products_with(wide, shares, torch.finfo(gramian.dtype).eps)
+    return search(wide, shares, pushed, radius, ridge_of(gramian.dtype))
 
 
 def _total(
@@ -125,7 +124,7 @@ def _total(
     norms = safe_sqrt(wide.diagonal()).detach()
     equal = TIED * norms * (norms @ shares)
     steepest, closest = additions[0] * steep, additions[1] * close
-    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close]
+    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close + equal]
     gain, other = (torch.where(shares > 0, x.detach(), torch.inf).amin() for x in gains)
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
@@ -136,24 +135,25 @@ def _total(
 
 
 @torch.library.custom_op("torchjd_func::cagrad", mutates_args=())
-def search(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def search(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find the candidates for each problem of a batch; opaque to the compiler, as it ends early.
 
     Args:
         gramian: `(..., m, m)` float64.
         shares: `(..., m)` float64, of the mean gradient; 0 where a row is absent.
+        pushed: `(..., m)` float64, improvements under the mean gradient.
         c: `(...,)` float64; leading dimensions broadcast.
         ridge: The rounding of the entries of `gramian`, relative to the diagonal.
 
     Returns:
         `(..., 2, m)`.
     """
-    arrays = [x.detach().cpu().numpy() for x in (gramian, shares, c)]
-    return torch.from_numpy(_search(arrays[0], arrays[1], arrays[2], ridge)).to(gramian.device)
+    arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
+    return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
 
 
 @search.register_fake
-def _fake(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def _fake(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Tell the compiler the shape."""
     shape = torch.broadcast_shapes(gramian.shape[:-2], shares.shape[:-1], c.shape)
     return gramian.new_empty((*shape, 2, gramian.shape[-1]))
@@ -162,22 +162,22 @@ def _fake(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
 @search.register_vmap
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """Search in one larger batch."""
-    return search(*align(in_dims, *args[:3]), args[3]), 0
+    return search(*align(in_dims, *args[:4]), args[4]), 0
 
 
 @np.errstate(all="ignore")  # what is not finite is seen in the result
-def _search(gramian: Array, shares: Array, c: Array, ridge: float) -> Array:
+def _search(gramian: Array, shares: Array, pushed: Array, c: Array, ridge: float) -> Array:
     """Return two additions to the mean gradient, one of which is optimal, to some length.
 
     The first points where the worst improvement rises most at the border of the ball, as weights of
     sum 1. The second is the shortest after which nothing conflicts, if there is one in the ball:
     where the rows balance, the first has no direction.
     """
-    diagonal = gramian.diagonal(0, -2, -1).max(axis=-1, initial=0.0)
-    unit = gramian / np.where(diagonal > 0, diagonal, 1.0)[..., None, None]
-    pushed = (unit @ shares[..., None])[..., 0]
+    size = gramian.diagonal(0, -2, -1).max(axis=-1, initial=0.0)[..., None]
+    size = np.where(size > 0, size, 1.0)
+    unit, pushed = gramian / size[..., None], pushed / size
     square = (pushed * shares).sum(axis=-1).clip(min=0)
-    far = np.where(shares > 0, 0.0, FAR)[..., None] * np.eye(shares.shape[-1])
+    far = np.where(shares > 0, 0.0, _present.FAR)[..., None] * np.eye(shares.shape[-1])
     steepest = _steepest(Rows(unit, far, pushed, square), c * np.sqrt(square), ridge)
     closest = on_host(unit, pushed, ridge, "auto").value
     return np.stack(np.broadcast_arrays(steepest, closest), axis=-2)
@@ -200,15 +200,16 @@ def _steepest(rows: Rows, radius: Array, ridge: float) -> Array:
     at = partial(_excess, rows, np.where(radius > 0, radius, 1.0), ridge)
     x = low = _log_length(rows.gramian, nearest, shortest) + 0 * radius
     high = 0 * low
-    f, best = at(x)
-    step = f
+    f, w = at(x)
+    step, best = f, np.where(np.isfinite(w), w, nearest)
     done = ~(f > 0)
     for _ in range(STEPS):
         low, high = np.where(f > 0, x + f, low), np.where(f > 0, high, x + f)
         inside = (x + step >= low) & (x + step <= high)
         x, f_before, x_before = np.where(inside, x + step, 0.5 * (low + high)), f, x
         f, w = at(x)
-        best = np.where(done[..., None], best, w)
+        # Rows that the shift balances but for rounding may have no min-norm point.
+        best = np.where(done[..., None] | ~np.isfinite(w), best, w)
         close = ~(np.abs(f) > LENGTH_TOL) & ~(2 * np.abs(f) < np.abs(f_before))
         done = done | close | ~(high > low)
         if done.all():
@@ -228,8 +229,7 @@ def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
-    pushed = (gramian @ weights[..., None])[..., 0]
-    square = (pushed * weights).sum(axis=-1)
+    square = ((gramian @ weights[..., None])[..., 0] * weights).sum(axis=-1)
     return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))
 
 

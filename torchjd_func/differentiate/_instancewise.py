@@ -36,10 +36,13 @@ class Example(NamedTuple):
 
     def dims(self, count: int) -> tuple[Any, ...]:
         """Return the batched dimension of each of `count` arguments."""
-        if self.in_dims is None:  # one argument alone, where the others come by name
-            return (None, *[0] * (count - 1))
-        _check.in_dims(self.in_dims, count)
-        return self.in_dims
+        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+
+    def all_dims(self, count: int) -> tuple[Any, ...]:
+        """Return the batched dimension of each of all arguments, of which one has examples."""
+        dims = self.dims(count)
+        _check.in_dims(dims, count)
+        return dims
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -210,6 +213,6 @@ def per_example(
 
     def batched(*args: Any) -> Any:
         """Map the loss of one example over the batch."""
-        return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
+        return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
 
     return InstanceWise(batched, example)
