@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import torchjd_func as jd
 from benchmarks._networks import CLASSES, WORDS, Transformer
-from tests.public_models import build
+from benchmarks._public_models import build
 
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -57,7 +57,7 @@ def test_attention_is_differentiated_once_a_layer(first):
 
 def test_attention_of_a_public_model_is_differentiated_once_a_layer():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    losses, params, batch = build("GPT2LMHead", transformers)
+    losses, params, batch = build("GPT2LMHeadModel", transformers)
     objective = jd.instancewise(losses)
     gramian = jd.gramian(objective)
     jd.init_state(jd.upgrad(), objective, params, *batch)
