@@ -160,6 +160,8 @@ def instancewise(
     Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
     examples lie, and prove once for each new way that `fn` runs that what they found out is right.
     What is not proven costs one backward pass for each loss, with a warning; it is never wrong.
+    A graph of `torch.compile` replays what `jd.init_state` or a call before it has proven, if it
+    does the same operations.
 
     Args:
         fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
