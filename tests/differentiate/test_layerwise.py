@@ -101,7 +101,17 @@ def test_one_example_at_a_time_equals_explicit_rows(name: str) -> None:
         close(grads, torch.tensordot(WEIGHTS, rows[key], dims=1), rows[key])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Compiling hides `_weight_norm`, so that the plan is not the graph's (torch 2.13)
+HIDDEN_IN_GRAPHS = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in ("An instance-wise objective is compiled without a plan", "There is a performance")
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=HIDDEN_IN_GRAPHS if name == "weight norm" else ()) for name in NAMES],
+)
 def test_compiled_equals_eager(name: str) -> None:
     _, losses, params, x = build(name)
     objective = jd.instancewise(losses)
