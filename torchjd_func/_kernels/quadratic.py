@@ -7,8 +7,7 @@ support, and is finite: the second launch, which has nothing to do for all other
 solution is refined towards no ridge, as long as that improves it.
 
 The tableau lives in registers. Its entries (i, j) and (j, i) differ in sign at most, negative
-between a free and a pinned index, so that one reduction reads a row and a column. Nothing waits for
-the host, and a CUDA graph can capture it. Triton comes with every CUDA build of torch.
+between a free and a pinned index, so that one reduction reads a row and a column.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST = 128  # unknowns of a problem; the tableau of more does not fit in registers
+PIVOTS = 40  # for each unknown, before the driving-variable method gives up
+# Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
+DEPENDENT_PIVOT = tl.constexpr(1e3)
 
 
 @triton.jit
@@ -169,36 +171,25 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
 
 
 @triton.jit
-def _solve(
+def _minimise(
     G,
-    WHICH,
-    Q,
-    Z,
-    FREE,
-    RESIDUAL,
-    PIVOTS,
-    LEAST,
+    base,
+    linear,
     m,
+    i,
+    same,
     LIMIT,
+    tol,
     RIDGE: tl.constexpr,
     M: tl.constexpr,
     DRIVE: tl.constexpr,
 ):
-    """Solve problem `program_id`, with matrix `WHICH[program_id]`; driving, only what is left."""
-    pid = tl.program_id(0).to(tl.int64)
-    before = 0
-    if DRIVE:
-        before = tl.load(PIVOTS + pid)
-        if before >= 0:
-            return
-    base = tl.load(WHICH + pid) * m * m
-    i = tl.arange(0, M)
+    """Solve the problem of the matrix at `G + base`."""
     on = i < m
-    same = i[:, None] == i[None, :]
     d = tl.load(G + base + i * m + i, mask=on, other=1.0)
     s = tl.where(d > 0, 1.0 / tl.sqrt(tl.where(d > 0, d, 1.0)), 1.0)
     s_rows = _along_rows(s, same)
-    linear = tl.load(Q + pid * m + i, mask=on, other=0.0) * s
+    linear = linear * s
     size = tl.max(tl.abs(linear), axis=0)
     size = tl.where(size > 0, size, 1.0)
     linear = tl.where(on, linear / size, 1.0)
@@ -208,63 +199,106 @@ def _solve(
     else:
         T, q, free, pivots, least, state = _exchange(T, linear, i < 0, i, same, M, RIDGE)
     x, residual = _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M)
-    residual = tl.where(state == 1, residual, float("nan"))
-    tl.store(Z + pid * m + i, x * s * size + 0.0 * residual, mask=on)
-    tl.store(FREE + pid * m + i, free, mask=on)
-    tl.store(RESIDUAL + pid, residual)
-    tl.store(LEAST + pid, least)
+    sound = (state == 1) & (residual <= tol)
+    return tl.where(sound, x * s * size, float("nan")), free, sound, pivots, least, state
+
+
+@triton.jit(do_not_specialize=["m", "per", "LIMIT"])
+def _solve(
+    G,
+    Q,
+    Z,
+    FREE,
+    SOUND,
+    PIVOTS,
+    DEPENDENT,
+    m,
+    per,
+    LIMIT,
+    tol,
+    RIDGE: tl.constexpr,
+    M: tl.constexpr,
+    DRIVE: tl.constexpr,
+):
+    """Solve problem `program_id`, of which `per` share a matrix; driving, only what is left."""
+    pid = tl.program_id(0).to(tl.int64)
+    before = pid - pid
+    if DRIVE:
+        before = tl.load(PIVOTS + pid)
+        if before >= 0:
+            return
+    i = tl.arange(0, M)
+    linear = tl.load(Q + pid * m + i, mask=i < m, other=0.0)
+    z, free, sound, pivots, least, state = _minimise(
+        G, pid // per * m * m, linear, m, i, i[:, None] == i[None, :], LIMIT, tol, RIDGE, M, DRIVE
+    )
+    tl.store(Z + pid * m + i, z, mask=i < m)
+    tl.store(FREE + pid * m + i, free, mask=i < m)
+    tl.store(SOUND + pid, sound)
+    tl.store(DEPENDENT + pid, least < DEPENDENT_PIVOT * RIDGE)
     # Negative: this many, and not solved.
     pivots = tl.where(DRIVE, pivots - before, pivots)
     tl.store(PIVOTS + pid, tl.where((state == 1) | DRIVE, pivots, -1 - pivots))
 
 
 class Solved(NamedTuple):
-    """What the kernel finds for each of `p` problems."""
+    """What is found for each of `p` problems."""
 
     value: Tensor  # (p, m); not-a-number where it is not solved
     support: Tensor  # (p, m) bool
-    residual: Tensor  # (p,), relative, of the conditions of optimality without the ridge
-    pivots: Tensor  # (p,) int32
-    least: Tensor  # (p,), the smallest pivot that came in; about the ridge for dependent rows
+    converged: Tensor  # (p,) bool, the conditions of optimality without the ridge hold
+    pivots: Tensor  # (p,) int64
+    dependent: Tensor  # (p,) bool, a pivot of about the ridge came in
 
 
-def solve_kernel(matrices: Tensor, which: Tensor, vectors: Tensor, ridge: float) -> Solved:
+def solve_kernel(matrices: Tensor, vectors: Tensor, ridge: float, tol: float) -> Solved:
     """Minimise `z'Qz / 2 + q'z` over `z >= 0`, for many small problems at once.
 
     Args:
         matrices: `(k, m, m)` float64, `m` at most `LARGEST`.
-        which: `(p,)` int64, the matrix of each problem.
-        vectors: `(p, m)` float64.
+        vectors: `(p, m)` float64; each `p / k` in turn share a matrix.
         ridge: What is added to the unit diagonal, of the size of the rounding of the matrices.
+        tol: The largest relative residual of the conditions of optimality.
 
     Returns:
-        What was found for each problem.
+        What is found for each problem.
     """
-    results = [
-        torch.empty_like(vectors),
-        torch.empty(vectors.shape, dtype=torch.bool, device=vectors.device),
-        vectors.new_empty((len(vectors),)),
-        torch.empty((len(vectors),), dtype=torch.int32, device=vectors.device),
-        vectors.new_empty((len(vectors),)),
-    ]
-    for drive in (False, True) if len(vectors) else ():
-        launch(matrices, which, vectors, ridge, results, drive=drive)
-    return Solved(*results)
+    p, device = len(vectors), vectors.device
+    results = Solved(
+        torch.empty_like(vectors, memory_format=torch.contiguous_format),
+        torch.empty(vectors.shape, dtype=torch.bool, device=device),
+        torch.empty(p, dtype=torch.bool, device=device),
+        torch.empty(p, dtype=torch.int64, device=device),
+        torch.empty(p, dtype=torch.bool, device=device),
+    )
+    for drive in (False, True) if p else ():
+        launch(matrices, vectors, ridge, tol, results, drive=drive)
+    return results
 
 
 def launch(
     matrices: Tensor,
-    which: Tensor,
     vectors: Tensor,
     ridge: float,
-    results: list[Tensor],
+    tol: float,
+    results: Solved,
     *,
     drive: bool,
 ) -> None:
     """Write the results; when driving, of problems whose pivots are negative only."""
     p, m = vectors.shape
-    size = max(2, triton.next_power_of_2(m))
-    warps = 1 if size <= 16 else 4 if size <= 32 else 8  # measured on an H100
-    problems = (x.contiguous() for x in (matrices, which, vectors))
+    per, size = p // len(matrices), padded(m)
+    problems = matrices.contiguous(), vectors.contiguous()
     kernel: Any = _solve
-    kernel[p,](*problems, *results, m, 40 * m + 40, ridge, size, drive, num_warps=warps)
+    sizes = m, per, PIVOTS * (m + 1), tol, ridge, size, drive
+    kernel[p,](*problems, *results, *sizes, num_warps=warps(size))
+
+
+def padded(m: int) -> int:
+    """Return the size of the registers for `m` unknowns."""
+    return max(2, triton.next_power_of_2(m))
+
+
+def warps(size: int) -> int:
+    """Return how many warps share a problem (measured on an H100)."""
+    return 1 if size <= 16 else 4 if size <= 32 else 8
