@@ -19,7 +19,7 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     """Return one number for each row of `like`, in its dtype and on its device."""
     values = value.values if isinstance(value, Named) else value
     _check.length(name, values, like.shape[0])
-    return values.to(like)
+    return values.to(like, non_blocking=like.is_cuda)  # a CPU need not wait
 
 
 def of_each(tree: Any) -> list[str]:

@@ -40,6 +40,8 @@ def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
 def encrypt(key: Tensor, stream: int, n: int) -> Array:
     """Encrypt the counters `0 ... n-1` of a stream; returns `(2, n)` int64, an array if plain."""
     plain = _host.numbers(key)
+    if key.is_cuda and not torch.compiler.is_compiling():  # compiled, the rounds are one kernel
+        return _host.opaque(words, _launch, key, stream, n)
     if plain is None or n == 0:
         counter = torch.arange(n, dtype=torch.int64, device=key.device)
         return torch.stack(rounds(key.unbind(), torch.full_like(counter, stream), counter))
@@ -50,6 +52,40 @@ def encrypt(key: Tensor, stream: int, n: int) -> Array:
         counter = np.arange(start, min(start + BLOCK, n), dtype=np.uint32)
         found[:, start : start + BLOCK] = _rounds_in_place(plain.tolist(), stream, counter)
     return found
+
+
+def _launch(key: Tensor, stream: int, n: int) -> Tensor:
+    """Encrypt in a kernel."""
+    from torchjd_func._kernels.threefry import encrypt_kernel  # needs Triton
+
+    return encrypt_kernel(key.reshape(-1, 2), stream, n).reshape((*key.shape[:-1], 2, n))
+
+
+@torch.library.custom_op("torchjd_func::threefry", mutates_args=())
+def words(key: Tensor, stream: int, n: int) -> Tensor:
+    """Encrypt the counters `0 ... n-1` of a stream on a CUDA device.
+
+    Args:
+        key: `(..., 2)` int64.
+        stream: The high counter word.
+        n: How many.
+
+    Returns:
+        `(..., 2, n)` int64.
+    """
+    return _launch(key, stream, n)
+
+
+@words.register_fake
+def _fake(key: Tensor, stream: int, n: int) -> Tensor:
+    """Tell the shape."""
+    return key.new_empty((*key.shape[:-1], 2, n))
+
+
+@words.register_vmap
+def _vmap(info: Any, in_dims: Any, key: Tensor, stream: int, n: int) -> tuple[Tensor, int]:
+    """Encrypt with all keys."""
+    return words(key.movedim(in_dims[0], 0), stream, n), 0
 
 
 def _encrypt_few(key: list[int], stream: int, n: int) -> Array:

@@ -20,10 +20,7 @@ FAR = tl.constexpr(1e40)  # as on the host, see there
 
 @triton.jit
 def _shifted(G, A, base, m, i, same, inverse, pushed, square, far, shift, near, M: tl.constexpr):
-    """Write the Gramian of rows `g_i + shift g_0`, and make their min-norm point a program if near.
-
-    Returns what is added to all entries.
-    """
+    """Write the Gramian of rows `g_i + shift g_0`; if near, of their min-norm problem."""
     both = (i < m)[:, None] & (i < m)[None, :]
     place = base + i[:, None] * m + i[None, :]
     along = _along_rows(pushed, same)[:, None] + pushed[None, :]
@@ -67,9 +64,8 @@ def _search(
 ):
     """Search for problem `program_id`; driving, only what is left."""
     pid = tl.program_id(0).to(tl.int64)
-    if DRIVE:
-        if tl.load(STATE + pid) == 1:
-            return
+    if DRIVE and tl.load(STATE + pid) == 1:
+        return
     base = pid * m * m
     i = tl.arange(0, M)
     on = i < m

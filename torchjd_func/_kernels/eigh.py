@@ -77,7 +77,7 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
         (others[:, None] == values[None, :]) & (i[:, None] < i[None, :])
     )
     rank = tl.sum((before & (i < m)[:, None]).to(tl.int32), axis=0)
-    rank = tl.where(nothing == 0.0, rank, i)
+    rank = tl.where(tl.abs(nothing) <= 0.0, rank, i)
     tl.store(VALUES + pid * m + rank, values + nothing, mask=i < m)
     place = pid * m * m + i[:, None] * m + rank[None, :]
     tl.store(VECTORS + place, V + nothing, mask=inside)
@@ -90,8 +90,8 @@ def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
         matrices: `(k, m, m)` float64, `m` at most `LARGEST`.
 
     Returns:
-        Eigenvalues `(k, m)` in ascending order, and eigenvectors `(k, m, m)` in columns; not-a-number for
-        a matrix that is not finite.
+        Eigenvalues `(k, m)`, ascending, and eigenvectors `(k, m, m)` in columns; not-a-number for a
+        matrix that is not finite.
     """
     k, m, _ = matrices.shape
     values, vectors = matrices.new_empty((k, m)), matrices.new_empty((k, m, m))

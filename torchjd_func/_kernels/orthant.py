@@ -1,8 +1,8 @@
-"""The root of `G w = w^(-1/alpha)` on a GPU: the method of `linalg._orthant`, in two launches.
+"""The root of `G w = w^(-1/alpha)` on a GPU: the method of `linalg._orthant`, in three launches.
 
-The first decides by the min-norm point of the unit rows whether there is a root, and finds it by
-Newton's method, with systems solved by sweeps; the second does the same for problems whose min-norm
-point block exchange does not find.
+Two decide by the min-norm point of the unit rows whether there is a root, the second where block
+exchange does not find it; the third finds the root by Newton's method, with systems solved by
+sweeps.
 """
 
 from __future__ import annotations
@@ -68,25 +68,41 @@ def _slope(relative, gain, power, constant, linear, step, on):
     return constant + linear * step - barrier
 
 
-@triton.jit(do_not_specialize=["m", "max_iter", "LIMIT"])
-def _root(
-    G,
-    POWER,
-    W,
-    SOUND,
-    STEPS,
-    m,
-    max_iter,
-    tol,
-    LIMIT,
-    M: tl.constexpr,
-    DRIVE: tl.constexpr,
-):
-    """Solve problem `program_id`; driving, only what is left."""
+@triton.jit(do_not_specialize=["m", "LIMIT"])
+def _hull(G, DISTANCE, STATE, m, LIMIT, M: tl.constexpr, DRIVE: tl.constexpr):
+    """Measure the squared distance from 0 of the hull of the unit rows; driving, what is left."""
     pid = tl.program_id(0).to(tl.int64)
+    if DRIVE and tl.load(STATE + pid) == 1:
+        return
+    base = pid * m * m
+    i = tl.arange(0, M)
+    on = i < m
+    same = i[:, None] == i[None, :]
+    d = tl.load(G + base + i * m + i, mask=on, other=0.0)
+    active = d > 0
+    inverse = 1.0 / tl.sqrt(tl.where(active, d, 1.0))
+    inverse_rows = _along_rows(inverse, same)
+    # The min-norm point: with the shift 1, all of the diagonal is 2.
+    T = _unit(G, base, m, i, inverse_rows, inverse, M)
+    T = tl.where(same & ~active[None, :], 1.0, T)
+    T = tl.where(on[:, None] & on[None, :], 0.5 * (T + 1.0), T) + tl.where(same, RIDGE, 0.0)
+    q = tl.where(on, -1.0, 1.0).to(tl.float64)
     if DRIVE:
-        if tl.load(STEPS + pid) >= 0:
-            return
+        T, q, free, _, _, state = _drive(T, q, i < 0, i, same, LIMIT, M, RIDGE)
+    else:
+        T, q, free, _, _, state = _exchange(T, q, i < 0, i, same, M, RIDGE)
+    z = tl.where(free & (q > 0), q, 0.0)
+    z = z / tl.sum(z, axis=0)
+    distance = tl.sum(z * _push(G, base, m, i, inverse_rows, inverse, active, same, z, M), axis=0)
+    some = tl.max(active.to(tl.int32), axis=0) > 0
+    tl.store(DISTANCE + pid, tl.where((state == 1) & some, distance, 0.0))
+    tl.store(STATE + pid, state)
+
+
+@triton.jit(do_not_specialize=["m", "max_iter"])
+def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr):
+    """Solve problem `program_id`."""
+    pid = tl.program_id(0).to(tl.int64)
     base = pid * m * m
     i = tl.arange(0, M)
     on = i < m
@@ -96,20 +112,7 @@ def _root(
     length = tl.sqrt(tl.where(active, d, 1.0))
     inverse = 1.0 / length
     inverse_rows = _along_rows(inverse, same)
-    # The min-norm point: with the shift 1, all of the diagonal is 2.
-    inside = on[:, None] & on[None, :]
-    T = _unit(G, base, m, i, inverse_rows, inverse, M)
-    T = tl.where(same & ~active[None, :], 1.0, T)
-    T = tl.where(inside, 0.5 * (T + 1.0), T) + tl.where(same, RIDGE, 0.0)
-    q = tl.where(on, -1.0, 1.0).to(tl.float64)
-    if DRIVE:
-        T, q, free, _, _, state = _drive(T, q, i < 0, i, same, LIMIT, M, RIDGE)
-    else:
-        T, q, free, _, _, state = _exchange(T, q, i < 0, i, same, M, RIDGE)
-    z = tl.where(free & (q > 0), q, 0.0)
-    z = z / tl.sum(z, axis=0)
-    distance = tl.sum(z * _push(G, base, m, i, inverse_rows, inverse, active, same, z, M), axis=0)
-    exists = (state == 1) & (distance > tol) & (tl.max(active.to(tl.int32), axis=0) > 0)
+    exists = tl.load(DISTANCE + pid) > tol
     power = tl.load(POWER + pid)
     log_gain = tl.where(on, (power - 1.0) * tl.log(length), 0.0)
     # The root for orthogonal rows, scaled to the best point on its ray.
@@ -119,7 +122,7 @@ def _root(
     total = tl.sum(tl.where(on, tl.exp(log_gain + (1.0 - power) * tl.log(x)), 0.0), axis=0)
     ratio = total / tl.where(curvature > 0, curvature, total)
     x = tl.where(on, x * tl.exp(tl.log(ratio) / (1.0 + power)), 1.0)
-    steps = 0
+    steps = tl.load(POWER + pid).to(tl.int32) * 0
     relative = 0.0 * x
     running = exists
     while running:
@@ -149,8 +152,7 @@ def _root(
     w = tl.where(converged, x * (1.0 + relative), x) / length
     tl.store(W + pid * m + i, tl.where(exists & active, w, 0.0), mask=on)
     tl.store(SOUND + pid, converged)
-    # Negative: the min-norm point is not found yet.
-    tl.store(STEPS + pid, tl.where((state == 1) | DRIVE, steps, -1).to(tl.int64))
+    tl.store(STEPS + pid, steps.to(tl.int64))
 
 
 def root_kernel(
@@ -171,9 +173,13 @@ def root_kernel(
     values = matrices.new_empty((k, m))
     sound = torch.empty(k, dtype=torch.bool, device=matrices.device)
     steps = torch.empty(k, dtype=torch.int64, device=matrices.device)
-    size, kernel = padded(m), cast(Any, _root)
-    for drive in (False, True) if k else ():
-        arrays = matrices.contiguous(), power.contiguous(), values, sound, steps
-        sizes = m, max_iter, tol, PIVOTS * (m + 1), size, drive
-        kernel[k,](*arrays, *sizes, num_warps=warps(size))
+    distances, state = values.new_empty(k), torch.empty(k, dtype=torch.int32, device=values.device)
+    size, rows = padded(m), matrices.contiguous()
+    hull, root = cast(Any, _hull), cast(Any, _root)
+    if k:
+        for drive in (False, True):
+            sizes = m, PIVOTS * (m + 1), size, drive
+            hull[k,](rows, distances, state, *sizes, num_warps=warps(size))
+        arrays = rows, power.contiguous(), distances, values, sound, steps
+        root[k,](*arrays, m, max_iter, tol, size, num_warps=warps(size))
     return values, sound, steps

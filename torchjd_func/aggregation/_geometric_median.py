@@ -49,7 +49,7 @@ def _weights(
     wide = gramian.double()
     find = partial(_median, tol=rank_tol(gramian))
     mask = () if present is None else (present,)
-    return _host.call(find, wide, resolve(preference, wide, present), *mask)
+    return _host.call_there_and_back(find, wide, resolve(preference, wide, present), *mask)
 
 
 def _median(
@@ -118,7 +118,11 @@ def _steps(xp: Any, gramian: Array, shares: Array, point: Array) -> Steps:
     # Unknowns and equations are in units of the distances, which may differ by any factor.
     away = (point - identity) / distances[:, None]
     bent = (away * distances).T @ ((away @ (gramian / distances)) * (shares / distances)[:, None])
-    newton = xp.linalg.solve(total * identity - DAMPING * bent, surplus)
+    system = total * identity - DAMPING * bent
+    if xp is np:
+        newton = np.linalg.solve(system, surplus)
+    else:  # without waiting for a device
+        newton, _ = xp.linalg.solve_ex(system, surplus)
     return Steps(distances, newton / distances, surplus / (total * distances))
 
 

@@ -54,7 +54,7 @@ def _balanced(xp: Any, gramian: Array, tol: float) -> tuple[Array, Array]:
     regular = rows.inverse * (pseudo_inverse(rows.cosines, tol) @ present)
     inverse = pseudo_inverse(gramian, tol)
     spread = inverse.diagonal().sum() * xp.sqrt(_host.constant(rows.norms @ rows.norms))
-    is_regular = full_rank(rows.cosines, xp, tol)
+    is_regular = full_rank(rows.cosines, tol)
     balanced = xp.where(is_regular, regular, inverse @ rows.norms)
     rounding = tol * xp.where(is_regular, abs(regular).sum(), spread)
     return balanced, rounding

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._eigh import eigh
 
 
 class Rows(NamedTuple):
@@ -45,12 +46,30 @@ def pseudo_inverse(gramian: Array, tol: float) -> Array:
     """Return the pseudo-inverse of a symmetric matrix, with eigenvalues up to `tol` taken as 0."""
     if isinstance(gramian, np.ndarray):
         return np.linalg.pinv(gramian, tol, hermitian=True)
-    return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+    if not gramian.is_cuda:
+        return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+    values, vectors = eigh(gramian)
+    kept = values > tol * values[..., -1:]
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    fixed = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return fixed if _host.plain(gramian) else fixed + _change_of_inverse(gramian, fixed)
 
 
-def full_rank(gramian: Array, xp: Any, tol: float) -> Array:
+def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
+    """Return 0 with the first derivative of the pseudo-inverse, at a fixed rank.
+
+    G. H. Golub, V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares
+    problems whose variables separate, SIAM J. Numer. Anal. 10, 1973.
+    """
+    change = gramian - gramian.detach()
+    beyond = _host.identity(gramian) - inverse @ gramian.detach()
+    crossed = inverse @ inverse @ change @ beyond.mT
+    return crossed + crossed.mT - inverse @ change @ inverse
+
+
+def full_rank(gramian: Array, tol: float) -> Array:
     """Say `()` whether every eigenvalue is above `tol` times the largest."""
-    eigenvalues = xp.linalg.eigvalsh(_host.constant(gramian))
+    eigenvalues, _ = eigh(gramian)
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
 
 

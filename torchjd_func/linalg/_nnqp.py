@@ -182,6 +182,9 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
+    if _host.plain(matrix, vector):
+        value, _, *flags = _host.opaque(search, dispatch, matrix, vector, ridge, solver)
+        return Solution(value, *flags)
     if not torch.compiler.is_compiling():
         value, _, *flags = _Differentiable.apply(matrix, vector, ridge, solver)
         return Solution(value, *flags)
