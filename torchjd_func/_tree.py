@@ -33,17 +33,32 @@ Numbers = Tensor | Sequence[float] | Mapping[str, Any]
 
 
 class Named(NamedTuple):
-    """Numbers by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
+    """Python numbers, a list or by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
 
-    names: tuple[str, ...]  # in leaf order
+    names: tuple[str, ...]  # in leaf order; none of a list
     values: Tensor  # (m,)
+    kept: dict[Any, Tensor]  # the same on other devices
+
+    def at(self, like: Tensor) -> Tensor:
+        """Return the numbers as `like`; those of another device are copied once, and kept."""
+        if like.device == self.values.device or torch.compiler.is_compiling():
+            return self.values.to(like)
+        place = like.device, like.dtype
+        moved = self.kept.get(place)
+        if moved is None:
+            moved = self.values.to(like)
+            if type(moved) is Tensor and type(self.values) is Tensor:  # not of a shape alone
+                self.kept[place] = moved
+        return moved
 
     def __repr__(self) -> str:
-        """Return the dict that they came in; only its keys where numbers cannot be read."""
+        """Return what they came in; only its keys where numbers cannot be read."""
         try:
             numbers = self.values.tolist()
         except RuntimeError:  # mapped by torch.func.vmap, or of a shape alone
             return f"dict of {', '.join(self.names)}"
+        if not self.names:
+            return f"[{', '.join(f'{x:.4g}' for x in numbers)}]"
         shown = [f"{name!r}: {x:.4g}" for name, x in zip(self.names, numbers, strict=True)]
         return f"{{{', '.join(shown)}}}"
 
@@ -118,7 +133,8 @@ def names(tree: PyTree) -> list[str]:
 
 def named(tree: PyTree) -> Named:
     """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
-    return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+    numbers = ravel([torch.as_tensor(x).double() for x in leaves(tree)])
+    return Named(tuple(paths(tree)), numbers, {})
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:

@@ -122,7 +122,7 @@ def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr
     total = tl.sum(tl.where(on, tl.exp(log_gain + (1.0 - power) * tl.log(x)), 0.0), axis=0)
     ratio = total / tl.where(curvature > 0, curvature, total)
     x = tl.where(on, x * tl.exp(tl.log(ratio) / (1.0 + power)), 1.0)
-    steps = tl.load(POWER + pid).to(tl.int32) * 0
+    steps = 0
     relative = 0.0 * x
     running = exists
     while running:
@@ -150,9 +150,9 @@ def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr
     small = tl.max(tl.abs(relative), axis=0) <= KKT_TOL
     converged = exists & small
     w = tl.where(converged, x * (1.0 + relative), x) / length
-    tl.store(W + pid * m + i, tl.where(exists & active, w, 0.0), mask=on)
+    tl.store(W + pid * m + i, tl.where(exists, tl.where(active, w, 0.0), 0.0), mask=on)
     tl.store(SOUND + pid, converged)
-    tl.store(STEPS + pid, steps.to(tl.int64))
+    tl.store(STEPS + pid, steps)
 
 
 def root_kernel(

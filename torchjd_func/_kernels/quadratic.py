@@ -199,7 +199,8 @@ def _minimise(
     else:
         T, q, free, pivots, least, state = _exchange(T, linear, i < 0, i, same, M, RIDGE)
     x, residual = _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M)
-    sound = (state == 1) & (residual <= tol)
+    # With a ridge a solution may be as long as the root of one over it; an infinite one is longer.
+    sound = (state == 1) & (residual <= tol) & (tl.max(x, axis=0) < RIDGE**-0.75)
     return tl.where(sound, x * s * size, float("nan")), free, sound, pivots, least, state
 
 

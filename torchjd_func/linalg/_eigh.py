@@ -42,7 +42,7 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
     m = matrix.shape[-1]
     if m > LARGEST:
         sound = matrix.isfinite().all(-1).all(-1)
-        safe = torch.where(sound[..., None, None], matrix, torch.eye(m).to(matrix))
+        safe = torch.where(sound[..., None, None], matrix, _host.identity(matrix))
         values, vectors = torch.linalg.eigh(safe)
         bad = torch.where(sound, 0.0, torch.nan)
         return values + bad[..., None], vectors + bad[..., None, None]

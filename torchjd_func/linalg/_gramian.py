@@ -24,12 +24,23 @@ class Rows(NamedTuple):
 def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     """Split a Gramian into cosines and norms: `G = D C D` with `D` the diagonal of norms."""
     squares = gramian.diagonal(0, -2, -1)
+    if xp is torch and gramian.is_cuda and _host.plain(gramian):
+        return _rows_in_few_launches(gramian, squares)
     positive = squares > 0
     roots = xp.sqrt(xp.where(positive, squares, 1.0))
     inverse = xp.where(positive, 1 / roots, 0.0)
     cosines = gramian * inverse[..., :, None] * inverse[..., None, :]
     filled = xp.where(positive[..., None, :], cosines, _host.identity(gramian))
     return Rows(filled, xp.where(positive, roots, 0.0), inverse)
+
+
+def _rows_in_few_launches(gramian: Tensor, squares: Tensor) -> Rows:
+    """Do the same without regard to derivatives."""
+    norms = squares.clamp(min=0).sqrt()
+    absent = norms == 0
+    inverse = norms.reciprocal().masked_fill(absent, 0)
+    cosines = gramian * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    return Rows(cosines + torch.diag_embed(absent.to(gramian.dtype)), norms, inverse)
 
 
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
@@ -43,16 +54,25 @@ def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
 
 
 def pseudo_inverse(gramian: Array, tol: float) -> Array:
-    """Return the pseudo-inverse of a symmetric matrix, with eigenvalues up to `tol` taken as 0."""
+    """Return pseudo-inverses of symmetric matrices, with eigenvalues up to `tol` taken as 0."""
+    return inverse_and_rank(gramian, tol)[0]
+
+
+def inverse_and_rank(gramian: Array, tol: float) -> tuple[Array, Array]:
+    """Return pseudo-inverses, and whether the matrices have full rank `(...,)`."""
     if isinstance(gramian, np.ndarray):
-        return np.linalg.pinv(gramian, tol, hermitian=True)
+        inverse = np.linalg.pinv(gramian, tol, hermitian=True)
+        return inverse, _full_rank(np.linalg.eigvalsh(gramian), tol)
     if not gramian.is_cuda:
-        return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+        inverse = torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+        return inverse, _full_rank(torch.linalg.eigvalsh(gramian.detach()), tol)
     values, vectors = eigh(gramian)
     kept = values > tol * values[..., -1:]
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    inverse = values.masked_fill(~kept, torch.inf).reciprocal()
     fixed = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    return fixed if _host.plain(gramian) else fixed + _change_of_inverse(gramian, fixed)
+    if not _host.plain(gramian):
+        fixed = fixed + _change_of_inverse(gramian, fixed)
+    return fixed, kept[..., 0]
 
 
 def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
@@ -67,9 +87,8 @@ def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
     return crossed + crossed.mT - inverse @ change @ inverse
 
 
-def full_rank(gramian: Array, tol: float) -> Array:
-    """Say `()` whether every eigenvalue is above `tol` times the largest."""
-    eigenvalues, _ = eigh(gramian)
+def _full_rank(eigenvalues: Array, tol: float) -> Array:
+    """Say whether every eigenvalue is above `tol` times the largest."""
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
 
 
