@@ -23,6 +23,7 @@ OURS = {
     "threefry": 1,
     "pcgrad": 1,
     "gradvac": 1,
+    "inverse": 1,
 }
 NOTHING = ("_unsafe_view", "lift_fresh", "device", "promote_types")
 # Of torch, those that wait for the host.

@@ -69,7 +69,7 @@ def assert_same(got, want, tol=1e-8):
     """Compare trees of tensors of both devices."""
     pairs = zip(_tree.leaves(got), _tree.leaves(want), strict=True)
     for ours, theirs in pairs:
-        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=tol, atol=tol)
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=tol, atol=tol, equal_nan=True)
 
 
 def two_calls(rule, jac, state, losses):
@@ -306,6 +306,9 @@ def test_an_ensemble_does_not_wait():
         assert_same(own, step(None, member, x, y)[0], 1e-4)
 
 
+RAYS = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
+
+
 def corner(device):
     """Return the reference point of a hypervolume."""
     return torch.full((2,), 2.0, dtype=torch.float64, device=device)
@@ -314,7 +317,7 @@ def corner(device):
 SETS = {
     "moo_svgd": lambda device: jd.sets.moo_svgd(),
     "hypervolume_gradient": lambda device: jd.sets.hypervolume_gradient(corner(device)),
-    "pareto_mtl": lambda device: jd.sets.pareto_mtl([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]),
+    "pareto_mtl": lambda device: jd.sets.pareto_mtl(RAYS.to(device)),
 }
 
 

@@ -62,8 +62,8 @@ def _watched(x: Tensor) -> bool:
     """Say whether a derivative or a transform is watching a tensor."""
     if x.requires_grad and torch.is_grad_enabled():
         return True
-    try:  # a tensor of a transform has none (torch 2.13)
-        x.untyped_storage()
+    try:  # what is made under a transform is of it, and has no memory (torch 2.13)
+        x.detach().untyped_storage()
     except (NotImplementedError, RuntimeError):
         return True
     return unpack_dual(x).tangent is not None

@@ -41,8 +41,10 @@ def test_equals_the_search_of_the_host(c):
     jacs = torch.stack([*torch.tensor(HARD, dtype=torch.float64), matrix("gaussian", 3, 4)])
     gramians = jacs @ jacs.mT
     got, want = search(gramians, torch.full((4, 3), 1 / 3, dtype=torch.float64), c)
-    # Near balance weights are determined to a root of the ridge.
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-6, atol=1e-6)
+    # Of the third the first two rows are opposite up to rounding: no length is determined.
+    regular = [0, 1, 3]
+    torch.testing.assert_close(got[regular, 1], want[regular, 1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted

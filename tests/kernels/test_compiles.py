@@ -17,7 +17,7 @@ warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from torchjd_func._kernels import cagrad, eigh, orthant, quadratic, surgery, threefry
+from torchjd_func._kernels import cagrad, eigh, orthant, quadratic, surgery, systems, threefry
 
 M, RIDGE = 8, 1e-11
 X, F, I, L, B = "*fp64", "fp32", "i32", "*i64", "*i1"  # a Python float is passed in 32 bits
@@ -38,7 +38,9 @@ def programs():
     yield eigh._eigh, dict(A_POINTER=X, VALUES=X, VECTORS=X, m=I), SIZES | dict(SWEEPS=16)
     yield surgery._project, dict(G=X, ORDERS=L, OUT=X, m=I), SIZES
     yield surgery._raise, dict(G=X, TARGETS=X, ORDERS=L, OUT=X, SEEN=X, m=I, tol=F), SIZES
-    yield threefry._encrypt, dict(KEYS=L, WORDS=L, n=I, stream=I), dict(BLOCK=256)
+    out = dict(KEYS=L, WORDS=L, n=I, stream=I, n_bits=I)
+    yield threefry._encrypt, out, dict(WIDE=True, BLOCK=256)
+    yield systems._column, dict(A=X, X=X, m=I), SIZES
 
 
 for fn, arguments, known in programs():
@@ -55,4 +57,4 @@ def test_for_compute_capability_9(tmp_path):
         [sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 11
+    assert len(done.stdout.split()) == 12

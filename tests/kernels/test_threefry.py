@@ -13,6 +13,14 @@ from torchjd_func._kernels.threefry import encrypt_kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.parametrize("n_bits", [32, 53, 62])
+def test_wide_words_are_those_of_the_host(n_bits):
+    key = jd.random.key(2**33 + 5)
+    got = encrypt_kernel(key.unsqueeze(0).to(DEVICE), _threefry.DRAW, 300, n_bits).cpu()
+    want = _host.tensor(_threefry.wide_bits(key, (300,), n_bits))
+    assert torch.equal(got[0], want)
+
+
 @pytest.mark.parametrize("n", [0, 1, 255, 700])
 @pytest.mark.parametrize("stream", [_threefry.DRAW, _threefry.SPLIT])
 def test_has_the_bits_of_the_host(n, stream):

@@ -19,6 +19,7 @@ from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
+from torchjd_func.linalg._dense import solve
 from torchjd_func.linalg._gramian import rank_tol
 
 MAX_ITER, TOL = 20, 1e-12
@@ -119,10 +120,7 @@ def _steps(xp: Any, gramian: Array, shares: Array, point: Array) -> Steps:
     away = (point - identity) / distances[:, None]
     bent = (away * distances).T @ ((away @ (gramian / distances)) * (shares / distances)[:, None])
     system = total * identity - DAMPING * bent
-    if xp is np:
-        newton = np.linalg.solve(system, surplus)
-    else:  # without waiting for a device
-        newton, _ = xp.linalg.solve_ex(system, surplus)
+    newton = solve(system, surplus)
     return Steps(distances, newton / distances, surplus / (total * distances))
 
 

@@ -22,6 +22,8 @@ def on_device(matrix: Tensor, vector: Tensor, ridge: float) -> tuple[Tensor, ...
     from torchjd_func._kernels.quadratic import solve_kernel  # needs Triton
 
     m = vector.shape[-1]
+    if matrix.ndim == 3 and vector.ndim == 2 and len(matrix) == 1:  # problems share a matrix
+        return tuple(solve_kernel(matrix, vector, ridge, max(KKT_TOL, 2 * ridge)))
     shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
     matrices = _prefix(matrix, shape)
     vectors = vector.expand((*shape, m)).reshape(math.prod(shape), m)
