@@ -12,27 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.quadratic import PIVOTS, _along_rows, _minimise, padded, warps
+from torchjd_func._kernels.pivoting import PIVOTS, _along_rows, _minimise, padded, warps
 
 TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 FAR = tl.constexpr(1e40)  # as on the host, see there
 
 
 @triton.jit
-def _shifted(G, A, base, m, i, same, inverse, pushed, square, far, shift, near, M: tl.constexpr):
-    """Write the Gramian of rows `g_i + shift g_0`; if near, of their min-norm problem."""
-    both = (i < m)[:, None] & (i < m)[None, :]
-    place = base + i[:, None] * m + i[None, :]
-    along = _along_rows(pushed, same)[:, None] + pushed[None, :]
-    S = tl.load(G + place, mask=both, other=0.0) * inverse + shift * (along + shift * square)
-    S = S + tl.where(same & near, far[None, :], 0.0)
-    d = tl.sum(tl.where(same, S, 0.0), axis=0)
-    kappa = tl.min(tl.where((i < m) & (d > 0), d, float("inf")), axis=0)
+def _shift(d, on, factor, pushed, square, far, shift, near):
+    """Return what makes the Gramian that of rows `g_i + shift g_0`; near, their min-norm problem.
+
+    That is `add` of `factor G_ij + add_i + add_j`, more of the diagonal, and the linear term.
+    """
+    add = shift * pushed + 0.5 * shift * shift * square
+    extra = tl.where(near, far, 0.0)
+    diagonal = factor * d + (add + add) + extra
+    kappa = tl.min(tl.where(on & (diagonal > 0), diagonal, float("inf")), axis=0)
     kappa = tl.where(near, tl.where(kappa < float("inf"), kappa, 1.0), 0.0)
-    tl.debug_barrier()  # what was there before is read
-    tl.store(A + place, S + kappa, mask=both)
-    tl.debug_barrier()
-    return kappa
+    return add + 0.5 * kappa, extra, tl.where(on, tl.where(near, -kappa, pushed), 0.0)
 
 
 @triton.jit
@@ -49,7 +46,6 @@ def _search(
     G,
     SHARES,
     RADIUS,
-    A,
     OUT,
     STATE,
     m,
@@ -91,9 +87,10 @@ def _search(
     while running & (state == 1) & (round < STEPS + 3):
         near = round > 0
         shift = tl.where(round > 1, tl.exp(x) / radius, 0.0)
-        kappa = _shifted(G, A, base, m, i, same, inverse, pushed, square, far, shift, near, M)
-        linear = tl.where(on, tl.where(near, -kappa, pushed), 0.0)
-        w, _, _, _, _, state = _minimise(A, base, linear, m, i, same, LIMIT, tol, RIDGE, M, DRIVE)
+        add, extra, linear = _shift(d, on, inverse, pushed, square, far, shift, near)
+        w, _, _, _, _, state = _minimise(
+            G, base, linear, m, i, same, inverse, add, extra, LIMIT, tol, RIDGE, M, DRIVE, True
+        )
         w = tl.where(on, w, 0.0)
         w = w / tl.where(near, tl.sum(w, axis=0), 1.0)
         place = tl.where(near, 2 * pid, 2 * pid + 1)
@@ -133,7 +130,7 @@ def search_kernel(
     """Find the candidates.
 
     Args:
-        matrices: `(k, m, m)` float64, `m` at most `quadratic.LARGEST`.
+        matrices: `(k, m, m)` float64, `m` at most `linalg._device.LARGEST`.
         shares: `(k, m)` float64.
         radii: `(k,)` float64, relative to the length of the mean gradient.
         ridge: The rounding of the entries of `matrices`, relative to the diagonal.
@@ -147,9 +144,10 @@ def search_kernel(
     """
     k, m, _ = matrices.shape
     matrices, found = matrices.contiguous(), matrices.new_empty((k, 2, m))
-    arrays = matrices, shares.contiguous(), radii.contiguous(), torch.empty_like(matrices), found
+    arrays = matrices, shares.contiguous(), radii.contiguous(), found
     state = torch.empty(k, dtype=torch.int32, device=matrices.device)
-    size, kernel = padded(m), cast(Any, _search)
+    # A warp holds 8 x 8 numbers without copies of any.
+    size, kernel = max(8, padded(m)), cast(Any, _search)
     for drive in (False, True) if k else ():
         sizes = m, PIVOTS * (m + 1), steps, shortest, length_tol, tol, ridge, size, drive
         kernel[k,](*arrays, state, *sizes, num_warps=warps(size))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.quadratic import padded, warps
+from torchjd_func._kernels.pivoting import padded, warps
 
 LARGEST = 64  # size of a matrix; it and its eigenvectors live in registers
 SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.quadratic import (
+from torchjd_func._kernels.pivoting import (
     PIVOTS,
     _along_rows,
     _drive,
@@ -161,7 +161,7 @@ def root_kernel(
     """Find positive roots.
 
     Args:
-        matrices: `(k, m, m)` float64, `m` at most `quadratic.LARGEST`.
+        matrices: `(k, m, m)` float64, `m` at most `linalg._device.LARGEST`.
         power: `(k,)` float64, one over `alpha`.
         tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
         max_iter: Largest number of steps.

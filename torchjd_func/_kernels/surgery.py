@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.quadratic import _at, padded
+from torchjd_func._kernels.pivoting import _at, padded
 
 EPS = tl.constexpr(torch.finfo(torch.float64).eps)
 

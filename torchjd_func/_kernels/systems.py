@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.quadratic import _along_rows, _at, padded, warps
+from torchjd_func._kernels.pivoting import _along_rows, _at, padded, warps
 
 
 @triton.jit(do_not_specialize=["m"])
