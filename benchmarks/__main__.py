@@ -7,6 +7,7 @@ from benchmarks._form import main
 NAMES = (
     "methods",
     "solvers",
+    "many_objectives",
     "gramian",
     "grouping",
     "compiling",

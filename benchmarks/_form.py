@@ -40,7 +40,7 @@ class Benchmark:
         about: What the help of the command says.
         cells: `(**settings) -> [(label, measure)]`, where `measure()` gives rows of the result.
         report: `rows -> text`, with tables in Markdown.
-        full: The settings of the tables in the README; each is an option of the command.
+        full: The settings of the tables in the manual; each is an option of the command.
         quick: What differs in a quick run.
         choices: What may be chosen for a setting.
         draw: `(rows, path)`; saves a picture.
@@ -213,7 +213,7 @@ def _parser(benchmarks: Sequence[Benchmark], quick: bool) -> argparse.ArgumentPa
         description=alone.about if alone else "Run the benchmarks, at a quick size.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--full", dest="quick", action="store_false", help="as in the README")
+    parser.add_argument("--full", dest="quick", action="store_false", help="as in the manual")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
     parser.set_defaults(quick=quick, only=names)

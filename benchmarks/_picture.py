@@ -1,4 +1,4 @@
-"""Pictures of benchmarks, readable in light and in dark surroundings."""
+"""Pictures of benchmarks, in the style of `jd.plot`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 11,
-    "legend.frameon": False,
-    "axes.prop_cycle": cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    ),
-}
+from torchjd_func.plot import _canvas
+
+STYLE: dict[Any, Any] = _canvas.STYLE | {"axes.prop_cycle": cycler(color=_canvas.COLORS)}
 
 
 def curves(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -45,33 +37,25 @@ def curves(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         figure.savefig(path, dpi=130, facecolor="white")
 
 
-def growth(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draw the time of each method, and of the peer's, over the number of objectives."""
-    names, columns = list(dict.fromkeys(row["method"] for row in rows)), 4
-    lines = -(-len(names) // columns)
+def speedups(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draw the peer's time over ours, a line for each method, a point for each size."""
+    both = [row for row in rows if "torchjd_ms" in row]
+    names = list(dict.fromkeys(row["method"] for row in both))
+    sizes = [m for m in (4, 16, 64, 256) if any(row["m"] == m for row in both)]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.3 * lines + 0.6), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for axis, name in zip(axes, names, strict=False):
-            for key, label, style in (
-                ("torchjd_ms", "TorchJD", {"marker": "s", "color": "#D55E00"}),
-                ("ours_ms", "torchjd_func", {"marker": "o", "color": "#0072B2"}),
-            ):
-                points = [(r["m"], r[key]) for r in rows if r["method"] == name and key in r]
-                if points:
-                    axis.loglog(*zip(*points, strict=True), label=label, markersize=4, **style)
-            axis.set_title(name, loc="left", fontsize=11)
-            axis.xaxis.set_major_locator(FixedLocator([2, 4, 16, 64, 256]))
-            axis.xaxis.set_major_formatter(ScalarFormatter())
-            axis.xaxis.set_minor_locator(NullLocator())
-        for axis in axes[len(names) :]:
-            axis.set_axis_off()
-        for axis in axes[max(0, len(names) - columns) : len(names)]:
-            axis.tick_params(labelbottom=True)
-        figure.supxlabel("number of objectives m")
-        figure.supylabel("time of one call (ms)")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        figure = Figure(figsize=(8, 0.3 * len(names) + 1.4), layout="constrained")
+        axis = figure.subplots()
+        for m, marker in zip(sizes, "osD^", strict=False):
+            own = [row for row in both if row["m"] == m]
+            ratios = [row["torchjd_ms"] / row["ours_ms"] for row in own]
+            places = [names.index(row["method"]) for row in own]
+            axis.plot(ratios, places, marker, label=f"m = {m}", alpha=0.85)
+        axis.axvline(1, color="0.4", linewidth=1)
+        axis.set(xscale="log", xlabel="TorchJD's time / ours: to the right of 1 we are faster")
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        figure.legend(loc="outside upper center", ncols=len(sizes))
         figure.savefig(path, dpi=130, facecolor="white")
 
 

@@ -179,7 +179,7 @@ BENCHMARK = Benchmark(
     full={"methods": tuple(PAIRS), "sizes": SIZES, "seconds": 0.6, "device": "cpu"},
     quick={"sizes": (4, 16, 64), "seconds": 0.1},
     choices={"methods": PAIRS, "device": DEVICES},
-    draw=_picture.growth,
+    draw=_picture.speedups,
 )
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import torchjd_func as jd
-from tests import registry, scalarizer_registry, wrong
+from tests import fuzz_steps, registry, scalarizer_registry, wrong
 from torchjd_func import _tree
 from torchjd_func.testing._compare import assert_trees_close, clone
 from torchjd_func.testing._contract import _generators, _same_generators
@@ -46,7 +46,8 @@ class Draw:
         if self.source.random() < 0.2 and shape:  # every second column, or the transpose of one
             base = torch.stack([base, base], -1)[..., 0]
         dtype = self.source.choice(DTYPES if self.source.random() < 0.9 else ODD_DTYPES)
-        return base.to(dtype)
+        device = "meta" if self.source.random() < 0.02 else "cpu"
+        return base.to(device, dtype)
 
     def size(self, low: int = 1, high: int = 5) -> int:
         """Return a size, sometimes 0."""
@@ -237,7 +238,12 @@ def _option(draw: Draw) -> Call:
     return Call(f"{name}[{option}]", call, (getattr(draw, kind)(),))
 
 
-KINDS = (_rule, _rule, _scalarizer, _function, _function, _option)
+def _step(draw: Draw) -> Call:
+    """Draw a call of a transform, or of anything else that is no rule."""
+    return Call(*fuzz_steps.draw_arguments(draw))
+
+
+KINDS = (_rule, _rule, _scalarizer, _function, _function, _option, _step, _step, _step)
 
 
 def draw_call(seed: int) -> Call:
@@ -246,7 +252,8 @@ def draw_call(seed: int) -> Call:
     draw = Draw(source, torch.Generator().manual_seed(seed))
     draw.m = draw.size()
     call = source.choice(KINDS)(draw)
-    if source.random() < 0.2 and not call.name.startswith("measures"):  # which we call
+    drawn = call.name.startswith("measures") or call.name in fuzz_steps.CALLS
+    if source.random() < 0.2 and not drawn:  # measures are called by us
         place = source.randrange(len(call.args))
         value = wrong.VALUES[source.choice(list(wrong.VALUES))]
         if call.name.endswith("[f]") and callable(value):  # what it raises is not ours
@@ -261,6 +268,7 @@ def fault(call: Call) -> str | None:
     before, generators, raw = clone(given), _generators(), None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The Gramian of an instance-wise objective")  # and slower
         try:
             call.fn(*call.args, **call.kwargs)
         except Exception as error:

@@ -1,7 +1,7 @@
-"""The table of papers in the README, from the docstrings, and what other libraries call a method.
+"""The table of papers, from the docstrings, and what other libraries call a method.
 
 python -m tests.paper_table            # prints it
-python -m tests.paper_table --write    # puts it into the README
+python -m tests.paper_table --write    # puts it into its page
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import torchjd_func as jd
-from tests.readme import between, show_or_write
+from tests.readme import MANUAL, between, show_or_write
 from torchjd_func import aggregation, combinators
 
+PAGE = MANUAL / "howto/migrating.md"
 START, END = "<!-- papers: begin -->", "<!-- papers: end -->"
 # What TorchJD 0.18 and LibMTL call a method; "" where only the other one has it.
 ELSEWHERE = {
@@ -103,9 +104,9 @@ def table() -> str:
 
 
 def inserted(text: str) -> str:
-    """Return a README with the table between its marks."""
+    """Return a page with the table between its marks."""
     return between(text, START, END, table())
 
 
 if __name__ == "__main__":
-    show_or_write(__doc__, table, inserted)
+    show_or_write(__doc__, PAGE, table, inserted)

@@ -1,24 +1,25 @@
-"""The table of properties in the README, measured, not claimed.
+"""The table of properties, measured, not claimed.
 
 python -m tests.property_table            # prints it
-python -m tests.property_table --write    # puts it into the README
+python -m tests.property_table --write    # puts it into its page
 """
 
 from __future__ import annotations
 
 from tests.matrices import A, matrix
 from tests.properties import lowest_conflict, scaling_gap, span_distance
-from tests.readme import between, show_or_write
+from tests.readme import MANUAL, between, show_or_write
 from tests.registry import METHODS, Method, exported, fresh
 from torchjd_func import aggregation
 
+PAGE = MANUAL / "explanation/choosing.md"
 START, END = "<!-- properties: begin -->", "<!-- properties: end -->"
 COLUMNS = (
     "method",
-    "never conflicts",
-    "linear in scale",
-    "combines rows",
-    "order of rows is free",
+    "non-conflicting",
+    "linear under scaling",
+    "weighted",
+    "permutation-equivariant",
     "needs",
     "state",
     "differentiable",
@@ -56,7 +57,7 @@ def row(name: str, method: Method) -> str:
     """Return one line of the table."""
     held = measure(method)
     marks = ["yes" if held[claim] else "no" for claim in held]
-    order = "in law" if method.random else "yes" if method.equivariant else "no"
+    order = "in distribution" if method.random else "yes" if method.equivariant else "no"
     smooth = "yes" if method.differentiable else "no"
     cells = [f"`{name}`", *marks, order, needs(method), state(method), smooth, method.cost]
     return "| " + " | ".join(cells) + " |"
@@ -73,9 +74,9 @@ def table() -> str:
 
 
 def inserted(text: str) -> str:
-    """Return a README with the table between its marks."""
+    """Return a page with the table between its marks."""
     return between(text, START, END, table())
 
 
 if __name__ == "__main__":
-    show_or_write(__doc__, table, inserted)
+    show_or_write(__doc__, PAGE, table, inserted)

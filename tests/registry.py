@@ -154,6 +154,27 @@ METHODS: dict[str, Method] = {
     "fairgrad[alpha=2]": Method(
         lambda m: jd.fairgrad(2.0), non_conflicting=True, degree=-1 / 3, cost="m^3"
     ),
+    "nash_mtl[preference]": Method(
+        lambda m: jd.nash_mtl(preference=_preference(m)),
+        non_conflicting=True,
+        equivariant=False,
+        degree=0.0,
+        cost="m^3",
+    ),
+    "fairgrad[preference]": Method(
+        lambda m: jd.fairgrad(2.0, preference=_preference(m)),
+        non_conflicting=True,
+        equivariant=False,
+        degree=-1 / 3,
+        cost="m^3",
+    ),
+    "pivrg": Method(
+        lambda m: jd.pivrg(20 * _preference(m)),
+        non_conflicting=True,
+        equivariant=False,
+        degree=-1 / 3,
+        cost="m^3",
+    ),
     "pcd": Method(lambda m: jd.pcd(), equivariant=False, degree=None, cost="m^3"),
     "pcd[eps=0]": Method(lambda m: jd.pcd(eps=0.0), equivariant=False, cost="m^3"),
     "epo": Method(
@@ -180,6 +201,13 @@ METHODS: dict[str, Method] = {
         degree=None,
         unique=False,
         cost="m^3 to C(2m+2, m+1)",
+    ),
+    "ferero": Method(
+        lambda m: jd.ferero(_preference(m), 0.01),
+        needs_losses=True,
+        equivariant=False,
+        degree=None,
+        cost="m^2",
     ),
     # Weightings of a cross-Gramian, on the Gramian of one batch, where it is symmetric.
     "modo": Method(lambda m: jd.weighted(jd.modo()), degree=None, cost="m^2"),
@@ -231,6 +259,12 @@ METHODS: dict[str, Method] = {
     ),
     "db_mtl": Method(lambda m: jd.db_mtl(), degree=None, needs_losses=True, cost="m n"),
     "db_mtl[eps=0]": Method(lambda m: jd.db_mtl(eps=0.0), needs_losses=True, cost="m n"),
+    "sam_gs": Method(
+        lambda m: jd.sam_gs(), weighted=False, degree=None, keeps_direction=False, cost="m n"
+    ),
+    "sam_gs[equal]": Method(
+        lambda m: jd.sam_gs(1.0), weighted=False, degree=None, keeps_direction=False, cost="m n"
+    ),
     "gradnorm": Method(
         lambda m: jd.gradnorm(), linear_under_scaling=True, needs_losses=True, cost="m"
     ),
@@ -270,6 +304,21 @@ METHODS: dict[str, Method] = {
     ),
     "grouped[moco]": Method(
         lambda m: jd.grouped(jd.moco(), jd.together), degree=None, cost="m^2 n"
+    ),
+    "log_losses[upgrad]": Method(
+        lambda m: jd.log_losses(jd.upgrad()),
+        non_conflicting=True,
+        linear_under_scaling=True,
+        needs_losses=True,
+        cost="m^4",
+    ),
+    "log_losses[sam_gs]": Method(
+        lambda m: jd.log_losses(jd.sam_gs()),
+        weighted=False,
+        keeps_direction=False,
+        needs_losses=True,
+        degree=None,
+        cost="m n",
     ),
     "every[upgrad]": Method(
         lambda m: jd.every(jd.upgrad(), 2), linear_under_scaling=True, cost="m^4"

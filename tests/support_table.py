@@ -1,14 +1,15 @@
-"""The README's table of what runs where; `tests/differentiate/test_modules.py` tests it.
+"""The table of what runs where; `tests/differentiate/test_modules.py` tests it.
 
 python -m tests.support_table            # prints it
-python -m tests.support_table --write    # puts it into the README
+python -m tests.support_table --write    # puts it into its page
 """
 
 from __future__ import annotations
 
 from tests.modules import CASES, MODES, ROUTES, Case
-from tests.readme import between, show_or_write
+from tests.readme import MANUAL, between, show_or_write
 
+PAGE = MANUAL / "explanation/support.md"
 START, END = "<!-- support table: start -->", "<!-- support table: end -->"
 
 
@@ -33,9 +34,9 @@ def table() -> str:
 
 
 def inserted(text: str) -> str:
-    """Return a README with the table between its marks."""
+    """Return a page with the table between its marks."""
     return between(text, START, END, table())
 
 
 if __name__ == "__main__":
-    show_or_write(__doc__, table, inserted)
+    show_or_write(__doc__, PAGE, table, inserted)

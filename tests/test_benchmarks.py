@@ -15,6 +15,7 @@ EVERY = pytest.mark.parametrize("benchmark", ALL, ids=lambda benchmark: benchmar
 TINY = {
     "methods": {"methods": ("upgrad", "graddrop"), "sizes": (4,), "seconds": 0.0},
     "solvers": {"sizes": (2,), "problems": 8},
+    "many_objectives": {"sizes": (4,)},
     "gramian": {"models": ("mlp",), "few": True, "seconds": 0.0},
     "grouping": {"methods": (), "seconds": 0.0},
     "compiling": {"methods": ()},
@@ -56,8 +57,8 @@ def test_committed_results_are_full_and_can_be_shown(path):
     assert benchmark.report(found["rows"]).count("|") > 10
 
 
-def test_commands_of_the_readme_are_benchmarks():
-    named = set(re.findall(r"python -m benchmarks\.(\w+)", readme.README.read_text()))
+def test_commands_of_the_manual_are_benchmarks():
+    named = set(re.findall(r"python -m benchmarks\.(\w+)", readme.prose()))
     assert named
     assert named <= {benchmark.name for benchmark in ALL}
 

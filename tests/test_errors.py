@@ -3,6 +3,9 @@
 # Wrong types are the point here.
 # pyright: reportArgumentType=false, reportOptionalCall=false
 
+import copy
+import sys
+
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -11,6 +14,7 @@ from torch import nn
 
 import torchjd_func as jd
 from tests.matrices import A
+from torchjd_func import _tree
 
 PARAMS = {"w": torch.ones(3)}
 X = torch.ones(4, 3)
@@ -354,14 +358,14 @@ CASES = {
         "num_batches_tracked.*floating-point.*int64.*has_aux=True",
     ),
     "an array for a batch": (
-        lambda: jd.jac(losses)(PARAMS, X.numpy()),
+        lambda: jd.jac(losses)(PARAMS, X.cpu().numpy()),
         TypeError,
         r"hold tensors, got an array at '0\.1'.*torch\.as_tensor",
     ),
     "a batch in another precision": (
         lambda: jd.grad(losses, jd.upgrad())(None, PARAMS, X.double()),
         ValueError,
-        r"one floating-point dtype.*float32 on cpu at '0\.0\.w'.*float64 .*x\.to\(torch\.float32\)",
+        r"one floating-point dtype.*float32 on \S+ at '0\.0\.w'.*float64 .*x\.to\(torch\.float32\)",
     ),
     "a batch in another precision, layer by layer": (
         lambda: jd.gramian(jd.instancewise(losses))(PARAMS, X.double()),
@@ -423,7 +427,75 @@ CASES = {
         ValueError,
         "carry_aux.*has_aux=True",
     ),
+    "losses on another device": (
+        lambda: jd.mgda("loss")(A, losses=torch.empty(2, device="meta")),
+        ValueError,
+        r"the losses given to `mgda`.*be on one device, got meta and \S+\. Move",
+    ),
+    "a Jacobian on two devices": (
+        lambda: jd.upgrad()({"a": A, "b": torch.empty(2, 1, device="meta")}),
+        ValueError,
+        "the Jacobian given to `upgrad` must be on one device",
+    ),
+    "a model without numbers": (
+        lambda: jd.grad(losses, jd.upgrad())(None, {"w": torch.empty(3, device="meta")}, X),
+        ValueError,
+        "the arguments of the objective must be on one device",
+    ),
+    "heads of ints": (
+        lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": torch.ones(2).long()}), X),
+        TypeError,
+        "the parameters of the heads.*floating-point.*part of the batch",
+    ),
+    "has_aux a name": (lambda: jd.jac(losses, has_aux="yes")(PARAMS, X), TypeError, "has_aux"),
+    "where a list": (lambda: jd.jac(losses, where=["w"])(PARAMS, X), TypeError, "where.*function"),
+    "in_dims a number": (lambda: jd.per_example(losses, 0), TypeError, r"in_dims.*\(None, 0\)"),
+    "in_dims of nothing": (
+        lambda: jd.jac(jd.per_example(losses, (None, None)))(PARAMS, X),
+        ValueError,
+        "in_dims.*not all None",
+    ),
+    "in_dims of no dimension": (
+        lambda: jd.jac(jd.accumulate(losses, 2, (None, 2)))(PARAMS, X),
+        ValueError,
+        "in_dims.*name a dimension",
+    ),
+    "no examples": (
+        lambda: jd.gramian(jd.per_example(losses))(PARAMS, X[:0]),
+        ValueError,
+        "`losses` must hold at least one number",
+    ),
+    "microbatches with text beside": (
+        lambda: jd.accumulate(lambda p, x: (losses(p, x), "a"), 2, has_aux=True)(PARAMS, X),
+        TypeError,
+        "`aux` must hold tensors only, got str",
+    ),
+    "gradients that are numbers": (
+        lambda: jd.loss_scale.update(jd.loss_scale.init(), {"w": 1.0}),
+        TypeError,
+        "`grads`.*floating-point.*jd.grad",
+    ),
+    "a growth that shrinks": (
+        lambda: jd.loss_scale.update(jd.loss_scale.init(), PARAMS, growth=0.5),
+        ValueError,
+        "growth",
+    ),
     # solvers
+    "linear program of other sizes": (
+        lambda: jd.linalg.linear_program(A[0], A.mT, A[0]),
+        ValueError,
+        r"shapes \(\.\.\., n\), \(\.\.\., k, n\)",
+    ),
+    "more equations than unknowns": (
+        lambda: jd.linalg.linear_program(A[:, 0], A.mT, A[0]),
+        ValueError,
+        "n_free <= k <= n",
+    ),
+    "a power for each of other problems": (
+        lambda: jd.linalg.orthant_root(G, torch.ones(2)),
+        ValueError,
+        r"`alpha` must have the leading dimensions \(\) of `gramian`",
+    ),
     "nnqp not square": (lambda: jd.linalg.nnqp(A, A[0]), ValueError, "matrix"),
     "nnqp of another length": (lambda: jd.linalg.nnqp(G, A[0]), ValueError, "vector"),
     "nnqp of ints": (lambda: jd.linalg.nnqp(G.long(), A[0]), TypeError, "matrix"),
@@ -509,12 +581,33 @@ CASES = {
         ValueError,
         "grads.*bias",
     ),
+    "grads in a list": (
+        lambda: jd.interop.assign_grads_(nn.Linear(1, 1), [X]),
+        TypeError,
+        "`grads` must be a dict by name",
+    ),
+    "a saved state that is a tensor": (
+        lambda: jd.interop.load_state_dict(jd.mgda(), X),
+        ValueError,
+        r"`saved`.*got a tensor.*state_dict\(rule, state\)",
+    ),
     "grads of another structure": (
         lambda: jd.interop.assign_grads_(PARAMS, [X]),
         ValueError,
         "grads.*structure",
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def on_device(device, monkeypatch):
+    """Bring what the table names to a device, and make there what it makes."""
+    here = sys.modules[__name__]
+    for name, value in {"PARAMS": PARAMS, "X": X, "BUFFERS": BUFFERS, "A": A, "G": G}.items():
+        monkeypatch.setattr(here, name, _tree.map(lambda leaf: leaf.to(device), value))
+    monkeypatch.setattr(here, "BATCH_NORM", copy.deepcopy(BATCH_NORM).to(device))
+    with torch.device(device):
+        yield
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), CASES.values(), ids=CASES.keys())

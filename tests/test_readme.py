@@ -1,18 +1,35 @@
-"""The README holds: two commands first, and every Python block runs."""
+"""The README and the manual hold: two commands first, every Python block runs, tables are true."""
 
+import ast
 import re
 import subprocess
 import sys
+import warnings
 from operator import attrgetter
+from types import ModuleType
 
 import pytest
+import torch
 import torchjd.aggregation
 import torchjd.scalarization
 
 import torchjd_func as jd
-from benchmarks import _form, methods
-from tests import paper_table, property_table, readme, support_table
+from tests import (
+    cost_table,
+    headline,
+    method_entries,
+    paper_table,
+    property_table,
+    readme,
+    support_table,
+)
+from tests.readme import MANUAL, PAGES
 from tests.registry import METHODS
+
+OWN = MANUAL / "howto/write_your_own.md"
+PROCESSES = MANUAL / "howto/several_processes.md"
+# What a page may use, and the tests do not install.
+OPTIONAL = {"peft", "pytorch_lightning", "torchjd", "torchopt", "transformers"}
 
 
 def test_the_first_two_shell_blocks_are_one_command_each():
@@ -25,8 +42,12 @@ def test_the_first_two_shell_blocks_are_one_command_each():
     assert "pytest" in second
 
 
+def test_the_readme_is_short():
+    assert len(readme.README.read_text().split()) <= 1200
+
+
 def test_two_processes_train():
-    (command,) = [line for line in readme.commands() if "torchrun" in line]
+    (command,) = [line for line in readme.commands(PROCESSES) if "data_parallel" in line]
     arguments = command.partition("torchrun ")[2].split()
     run = [sys.executable, "-m", "torch.distributed.run", *arguments, "--steps", "3", "--eager"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
@@ -35,36 +56,68 @@ def test_two_processes_train():
     assert "step    2: first" in done.stdout
 
 
-def test_python_blocks_run_in_order():
-    namespace = {"__name__": "readme"}
-    for block in readme.blocks("python"):
-        exec(compile(block, "README.md", "exec"), namespace)
+@pytest.mark.parametrize("page", [page for page in PAGES if readme.blocks("python", PAGES[page])])
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = ModuleType("page")  # in `sys.modules`, where torch.compile looks functions up
+    monkeypatch.setitem(sys.modules, "page", module)
+    try:
+        for block in readme.blocks("python", PAGES[page]):
+            run(block, page, vars(module))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run(block, page, namespace):
+    """Execute a block, if the packages that it imports are there."""
+    others = OPTIONAL & imported(block)
+    for name in others:
+        pytest.importorskip(name)
+    with warnings.catch_warnings():
+        if others:  # they warn of themselves
+            warnings.simplefilter("ignore")
+        exec(compile(block, page, "exec"), namespace)
+
+
+def imported(block: str) -> set[str]:
+    """Return the names of the packages that a block imports."""
+    return set(re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE))
 
 
 def test_every_name_is_there():
-    names = re.findall(r"\bjd\.([a-z_A-Z]+(?:\.[a-z_A-Z]+)*)", readme.README.read_text())
+    names = re.findall(r"\bjd\.([a-z_A-Z]+(?:\.[a-z_A-Z]+)*)", readme.prose())
     assert len(set(names)) > 80
     for name in set(names):
         attrgetter(name)(jd)
 
 
 def test_inline_code_is_python():
-    rows = [line for line in readme.README.read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in readme.prose().splitlines() if line.startswith("| ")]
     snippets = [code for line in rows for code in line.split("`")[1::2] if "(" in code]
     assert len(snippets) > 60
     for code in snippets:
         compile(code, code, "exec")
 
 
-@pytest.mark.parametrize("table", [paper_table, property_table, support_table])
+def test_inline_rules_can_be_made():
+    known = {"jd": jd, "rule": jd.mgda(), "k": 3, "measures": {"cosine": jd.measures.min_cosine}}
+    known |= dict.fromkeys(("weights", "preference", "scores", "p"), torch.tensor([0.5, 0.5]))
+    made = 0
+    for code in set(re.findall(r"`(jd\.[^`\n]+\))`", readme.prose())) - {"jd.init_state(...)"}:
+        if {x.id for x in ast.walk(ast.parse(code)) if isinstance(x, ast.Name)} <= set(known):
+            eval(code, known)
+            made += 1
+    assert made > 40
+
+
+@pytest.mark.parametrize(
+    "table", [cost_table, headline, method_entries, paper_table, property_table, support_table]
+)
 def test_tables_are_up_to_date(table):
-    text = readme.README.read_text()
+    text = table.PAGE.read_text()
     assert table.inserted(text) == text, f"run `python -m {table.__name__} --write`"
-
-
-@pytest.mark.parametrize(("name", "shown"), [("methods", methods.ratios)])
-def test_times_are_those_of_the_results(name, shown):
-    assert shown(_form.load(name)) in readme.README.read_text()
 
 
 def test_every_method_of_the_peer_is_listed():
@@ -97,9 +150,9 @@ def test_measured_properties_are_the_claimed_ones(name):
 
 
 def test_a_method_of_ones_own_passes_the_contract():
-    (block,) = [block for block in readme.blocks("python") if "def shortened" in block]
+    (block,) = [block for block in readme.blocks("python", OWN) if "def shortened" in block]
     assert block.count("\n") <= 15
     namespace: dict = {}
-    exec(compile(block, "README.md", "exec"), namespace)
+    exec(compile(block, OWN.name, "exec"), namespace)
     claims = {"equivariant": True, "degree": 0.0, "weighted": True, "present": False}
     jd.testing.check(namespace["shortened"](), **claims)

@@ -29,6 +29,7 @@ from torchjd_func.aggregation import (
     epo,
     excess_mtl,
     fairgrad,
+    ferero,
     geometric_median,
     graddrop,
     gradnorm,
@@ -42,14 +43,16 @@ from torchjd_func.aggregation import (
     nash_mtl,
     pcd,
     pcgrad,
+    pivrg,
     pmgda,
     rlw,
+    sam_gs,
     sdmgrad,
     sum,
     trimmed_mean,
     upgrad,
 )
-from torchjd_func.combinators import every, grouped, monitored, smoothed
+from torchjd_func.combinators import every, grouped, log_losses, monitored, smoothed
 from torchjd_func.combinators._labels import by_layer, by_network, by_tensor, together
 from torchjd_func.combinators._monitored import read_measures
 from torchjd_func.differentiate import (
@@ -77,7 +80,7 @@ from torchjd_func.differentiate import (
 if TYPE_CHECKING:
     from torchjd_func import distributed, plot, testing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Aggregator",
@@ -108,6 +111,7 @@ __all__ = [
     "explain_gramian",
     "fairgrad",
     "features",
+    "ferero",
     "functionalize",
     "geometric_median",
     "grad",
@@ -127,6 +131,7 @@ __all__ = [
     "jac_and_value",
     "krum",
     "linalg",
+    "log_losses",
     "loss_scale",
     "mean",
     "measures",
@@ -140,12 +145,14 @@ __all__ = [
     "pcd",
     "pcgrad",
     "per_example",
+    "pivrg",
     "plot",
     "pmgda",
     "random",
     "read_measures",
     "rlw",
     "row_norms",
+    "sam_gs",
     "scalarizers",
     "sdmgrad",
     "sets",

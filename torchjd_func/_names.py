@@ -40,6 +40,7 @@ def _each(path: str, leaf: Any) -> list[str]:
     """Return the name of each number of a leaf."""
     if isinstance(leaf, str):
         return [leaf]
+    _check.tensors("names", [path], [leaf])
     if leaf.numel() == 1:
         return [path]
     places = itertools.product(*(range(size) for size in leaf.shape))

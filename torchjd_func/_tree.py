@@ -70,6 +70,8 @@ def hollow(node: PyTree) -> bool:
 
 def leaves(tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
     return [leaf for leaf in optree.tree_leaves(tree, is_leaf=hollow) if not hollow(leaf)]
 
 
@@ -118,6 +120,8 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 def paths(tree: PyTree) -> list[str]:
     """Return the name of each leaf, such as `"encoder.0.weight"`."""
+    if isinstance(tree, Tensor):
+        return [""]
     nodes = optree.tree_leaves(tree, is_leaf=hollow)
     pairs = zip(optree.tree_paths(tree, is_leaf=hollow), nodes, strict=True)
     return [".".join(str(part) for part in path) for path, node in pairs if not hollow(node)]

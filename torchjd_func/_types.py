@@ -25,6 +25,7 @@ from torchjd_func import _check, _names, _present, _sound, _tree
 from torchjd_func._precision import full_precision
 from torchjd_func._present import Present
 from torchjd_func._repr import in_one_line
+from torchjd_func._shares import Part
 
 PyTree = Any
 State = Any
@@ -93,7 +94,7 @@ class Weighting:
         """
         _check.square(self.name, statistic)
         m = statistic.shape[0]
-        _check.losses_vector(self.name, losses, m)
+        _check.losses_vector(self.name, losses, m, statistic)
         state = self.init(statistic) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         wide = None if losses is None else losses.to(torch.float64)
@@ -119,6 +120,17 @@ class Partition(NamedTuple):
     weigh: Callable[..., tuple[Tensor, State]]
 
 
+class Processes(NamedTuple):
+    """How a rule works with those on other processes (`jd.distributed`).
+
+    It is then given rows and losses as they are, since what any process has counts.
+    """
+
+    average: Callable[[PyTree], PyTree]  # gradients -> their mean over processes
+    factors: Callable[..., Tensor]  # (losses, present) -> (m,), of which sums are weighted means
+    of_part: Callable[[Part], Any]  # the rule for a call with this part of the batch
+
+
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Aggregator:
     """A method as a map from a Jacobian pytree to one update direction.
@@ -131,8 +143,7 @@ class Aggregator:
         weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
         columnwise: Whether columns count one by one, so that any part of them may be aggregated.
-        average: `(grads, present=None) -> grads`: the mean gradients of heads over the processes
-            that have them (`jd.distributed`); then `update_fn` is given rows as they are.
+        processes: How it works with those on other processes; `None` if it does not.
     """
 
     name: str
@@ -141,7 +152,7 @@ class Aggregator:
     weighting: Weighting | None = None
     partition: Callable[[Sequence[str]], Partition] | None = None
     columnwise: bool = False
-    average: Callable[..., PyTree] | None = None
+    processes: Processes | None = None
 
     def init(self, jac: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for Jacobians like this one.
@@ -179,12 +190,12 @@ class Aggregator:
         leaves = _tree.leaves(jac)
         _check.jacobian(self.name, partial(_tree.paths, jac), leaves)
         m = leaves[0].shape[0]
-        _check.losses_vector(self.name, losses, m)
+        _check.losses_vector(self.name, losses, m, leaves[0])
         state = self.init(jac) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, m, leaves[0].device)
         with full_precision():
-            if self.average is not None:  # what any process has counts: masked there
+            if self.processes is not None:  # what any process has counts: masked there
                 return _present.update(self, jac, state, losses, present=mask)
             if mask is not None:
                 return _sound.masked_grads(self, jac, state, losses, mask)
@@ -208,15 +219,14 @@ class Scalarizer:
         observe: `(losses, state, present=None) -> state`, to be called when the method's paper says
             (FAMO: after the step, with losses of the same batch; DWA: after an epoch, with `None`),
             or `None`.
-        average: Brings gradients of the loss together over processes (`jd.distributed`); then
-            `update_fn` is given losses as they are.
+        processes: How it works with those on other processes; `None` if it does not.
     """
 
     name: str
     init_fn: Callable[[Tensor, Tensor | None], State]
     update_fn: Callable[..., tuple[Tensor, State]]
     observe: Callable[..., State] | None = None
-    average: Callable[[PyTree], PyTree] | None = None
+    processes: Processes | None = None
 
     def init(self, losses: PyTree, *, key: Tensor | None = None) -> State:
         """Return the initial state for losses like these.
@@ -250,7 +260,7 @@ class Scalarizer:
         state = self.init_fn(wide, None) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
-        if mask is None or self.average is not None:  # what any process has counts: masked there
+        if mask is None or self.processes is not None:  # what any process has counts: masked there
             loss, state = _present.update(self, wide, state, present=mask)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)

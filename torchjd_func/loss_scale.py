@@ -110,13 +110,26 @@ def update(
     Returns:
         The next state; `state.finite` says whether this step is to be kept, see `keep`.
 
+    Raises:
+        TypeError: If `grads` hold other than floating-point tensors, or a factor is no number.
+        ValueError: If a factor is out of range.
+
     Example:
         >>> import torch, torchjd_func as jd
         >>> state = jd.loss_scale.update(jd.loss_scale.init(), {"w": torch.tensor([torch.inf])})
         >>> state.scale, state.finite
         (tensor(16384.), tensor(False))
     """
-    finite = torch.stack([leaf.isfinite().all() for leaf in _tree.leaves(grads)]).all()
+    _check.state_type("loss_scale", state, LossScaleState)
+    _check.interval("growth", growth, 1)
+    _check.interval("backoff", backoff, 0, 1, open_low=True)
+    _check.interval("growth_interval", growth_interval, 1)
+    leaves = _tree.leaves(grads)
+    _check.differentiable("`grads`", _tree.paths(grads), leaves, "Pass what jd.grad returned.")
+    if any(leaf.is_meta for leaf in leaves):
+        _check.one_device("`grads`, and the loss scale,", [*leaves, state.scale])
+    flags = [leaf.isfinite().all() for leaf in leaves]
+    finite = torch.stack(flags).all() if flags else torch.ones_like(state.finite)
     good_steps = torch.where(finite, state.good_steps + 1, 0)
     due = good_steps >= growth_interval
     factor = torch.where(due, growth, torch.where(finite, 1.0, backoff))
@@ -135,11 +148,21 @@ def keep(state: LossScaleState, new: PyTree, old: PyTree) -> PyTree:
     Returns:
         One of both, chosen without leaving the device.
 
+    Raises:
+        TypeError: If they hold other than tensors.
+        ValueError: If they differ in structure or shapes.
+
     Example:
         >>> import torch, torchjd_func as jd
         >>> state = jd.loss_scale.update(jd.loss_scale.init(), torch.tensor(torch.nan))
         >>> jd.loss_scale.keep(state, {"w": torch.ones(1)}, {"w": torch.zeros(1)})
         {'w': tensor([0.])}
     """
+    _check.state_type("loss_scale", state, LossScaleState)
     _check.same_structure("new", _tree.same_structure(new, old))
+    paths, leaves = _tree.paths(new), _tree.leaves(new)
+    _check.tensors("new", paths, leaves)
+    _check.tensors("old", paths, _tree.leaves(old))
+    for path, after, before in zip(paths, leaves, _tree.leaves(old), strict=True):
+        _check.same_shape("new", path, after, before)
     return _tree.map(partial(torch.where, state.finite), new, old)

@@ -241,6 +241,7 @@ def _gain(values: Tensor, baseline: Tensor, higher_is_better: Flags) -> Tensor:
     _check.metric("values", values)
     _check.metric("baseline", baseline)
     _check.same_size("baseline", baseline.shape[-1], values.shape[-1])
+    _check.one_device("`values, baseline`", [values, baseline])
     return _signs(values, higher_is_better) * (values - baseline) / baseline
 
 

@@ -131,7 +131,43 @@ def test_zero_rows_are_left_out():
 
 def test_iterations_are_counted_and_bounded():
     assert 0 < int(jd.linalg.orthant_root(B @ B.mT).iterations) < 12
-    assert not jd.linalg.orthant_root(B @ B.mT, 5.0, max_iter=1).converged
+    batch = torch.stack([B @ B.mT, torch.eye(3, dtype=B.dtype)])
+    solution = jd.linalg.orthant_root(batch, 5.0, max_iter=1)
+    assert solution.converged.tolist() == [False, True]
+    assert solution.value[0].isnan().all()
+    assert solution.value[1].isfinite().all()
+
+
+def test_a_root_that_is_not_reached_is_not_a_number():
+    lengths = 10 ** torch.linspace(-12, 12, 5, dtype=torch.float64)
+    jac = lengths[:, None] * matrix("gaussian", 5, 8)
+    for rule in (jd.fairgrad(5.0, max_iter=3), jd.pivrg(torch.ones(5), alpha=5.0, max_iter=3)):
+        assert rule(jac)[0].isnan().all()
+    assert jd.fairgrad(5.0, max_iter=200)(jac)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@given(jac=jacobians(min_n=6, kinds=("gaussian",)), seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=10)
+def test_preference_is_the_power_in_the_bargain(alpha, jac, seed):
+    powers = 0.1 + jd.random.uniform(jd.random.key(seed), (len(jac),), dtype=torch.float64)
+    weights = weights_of(jd.fairgrad(alpha, preference=powers), jac)
+    gains = jac @ (jac.mT @ weights)
+    close(gains * (weights / powers) ** (1 / alpha), torch.ones(len(jac)))
+    bargain = jd.nash_mtl(preference=powers)(jac)[0]
+    close(bargain.square().sum(), powers.sum())
+    close(weights_of(jd.nash_mtl(preference=2 * powers), jac), 2**0.5 * powers_of(jac, powers))
+
+
+def powers_of(jac, powers):
+    return weights_of(jd.nash_mtl(preference=powers), jac)
+
+
+def test_preference_of_ones_is_none():
+    for rule in (jd.nash_mtl, jd.fairgrad):
+        close(weights_of(rule(preference=[1.0, 1.0, 1.0]), B), weights_of(rule(), B), 12)
+    with pytest.raises(ValueError, match=r"`preference` must be in \(0, inf\)"):
+        jd.nash_mtl(preference=[0.0, 1.0])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0])

@@ -120,3 +120,23 @@ def test_compiled_equals_eager(name: str) -> None:
     rows = explicit_rows(losses, params, x)
     for key, grad in grads.items():
         close(grad, expected_grads[key], rows[key])
+
+
+@pytest.mark.parametrize(("chunk_size", "passes"), [(None, 1), (4, 2), (1, 5)])
+def test_chunk_size_bounds_how_many_losses_share_a_pass_to_leaves_without_rules(chunk_size, passes):
+    calls = []
+
+    def losses(params, x):
+        scales = torch.linalg.svdvals(params["v"])
+        if scales.requires_grad:
+            scales.register_hook(lambda grad: calls.append(grad))
+        return (scales * x @ params["w"]).tanh().sum(1)
+
+    params = {"v": torch.rand(3, 3, dtype=torch.float64), "w": torch.rand(3, 2).double()}
+    x = torch.rand(5, 3, dtype=torch.float64)
+    gramian = jd.gramian(jd.instancewise(losses), chunk_size=chunk_size)
+    gramian(params, x)
+    calls.clear()
+    found = gramian(params, x)
+    assert len(calls) == passes
+    torch.testing.assert_close(found, jd.gramian(losses, route="jacobian")(params, x))

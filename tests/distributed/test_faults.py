@@ -52,7 +52,9 @@ DIFFERENT = {
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_ranks_that_differ_are_named(what, world):
     path, first, other = DIFFERENT[what]
-    pattern = f"^`{path}` must be the same.*{first}.* on rank 0 and .*{other}.* on rank {world - 1}"
+    pattern = (
+        f"^`{path}` must be the same.*{first}.* on process 0 and .*{other}.* on process {world - 1}"
+    )
     for failure in workers.outcomes(world, start, what):
         assert failure.kind == "ValueError"
         with pytest.raises(AssertionError, match=pattern):
@@ -67,7 +69,7 @@ def losses_start():
 def test_numbers_of_losses():
     for failure in workers.outcomes(2, losses_start):
         assert failure.kind == "ValueError"
-        assert "`losses` must be the same on all ranks" in failure.message
+        assert "`losses` must be the same on all processes" in failure.message
 
 
 def same():
@@ -156,9 +158,9 @@ def assert_names(message, rank, world):
     """Check that a message names the rank and the collective."""
     collectives = ("all_reduce", "reduce_scatter", "all_gather", "full_tensor", "redistribute")
     assert message.startswith(
-        tuple(f"`{name}` must reach all {world} ranks" for name in collectives)
+        tuple(f"`{name}` must reach all {world} processes" for name in collectives)
     )
-    assert f"an error on rank {rank}: " in message
+    assert f"an error on process {rank}: " in message
 
 
 def fail_alone():

@@ -201,8 +201,8 @@ def said(fn):
 
 def test_mistakes_are_named_on_every_rank():
     for found in workers.run(2, attempts):
-        assert found["sizes"].startswith("ValueError: the batches of a gathered objective must")
-        assert "got [8, 7]" in found["sizes"]
+        assert found["sizes"].startswith("ValueError: `batch.1` must be the same on all processes")
+        assert "got 8 rows on process 0 and 7 rows on process 1" in found["sizes"]
         for name in ("jac", "jacobian", "product", "rows"):
             assert found[name].startswith("ValueError: the Jacobian of a gathered objective must")
 

@@ -11,7 +11,6 @@ from tests import scalarizer_registry, workers
 from tests.helpers import assert_trees_close, compiled
 from tests.short import COLUMNS, ROWS, SHORT, SIZE
 from torchjd_func import _tree
-from torchjd_func.distributed._mean import mean_of_heads
 
 HERE = torch.tensor([[True, True, False, False], [True, False, True, False]])  # by process
 NOT_HERE = torch.tensor([[False] * 4, [True, False, False, True]])
@@ -141,7 +140,7 @@ def two_steps(rule, method, objective, mask):
 
     for _ in range(2):
         grads, after = torch.func.grad(loss, has_aux=True)(x)
-        x = x - 0.01 * (grads if rule.average is None else rule.average(grads))
+        x = x - 0.01 * (grads if rule.processes is None else rule.processes.average(grads))
         if rule.observe is not None:
             later = objective(x) if method.observes == "losses" else None
             after = rule.observe(later, after, present=mask)
@@ -168,20 +167,87 @@ def test_scalarizers_are_of_the_means_that_there_are():
             assert_trees_close(found[name], want, rtol=1e-8)
 
 
-def heads(masks):
-    """Average the gradients of heads, of which this process has some."""
-    x, mask = draws(2, (3, 5))[dist.get_rank()], masks[dist.get_rank(), :3]
-    x = spoil(x, mask)
-    grads = {"b": {"w": x[1]}, "a": {"w": x[0]}, "c": {"w": x[2, :2]}}
-    rule = jd.distributed.data_parallel(SHORT)
-    assert rule.average is not None
-    return mean_of_heads(grads, None, present=mask), rule.average(grads, present=mask)
+def tasks():
+    """Return an objective of three heads, the last of which has two losses."""
+    heads = {
+        "a": lambda p, z, x: (z @ p).square().mean(),
+        "b": lambda p, z, x: (z @ p - 1).square().mean(),
+        "c": lambda p, z, x: torch.stack([(z @ p).square().mean(), (z @ p + 1).square().mean()]),
+    }
+    return jd.multitask(lambda w, x: torch.tanh(x @ w), heads)
+
+
+def tasks_params():
+    """Return the parameters of the trunk and of the heads."""
+    numbers = draws(1, (18,))[0]
+    return numbers[:9].reshape(3, 3), {
+        "a": numbers[9:12],
+        "b": numbers[12:15],
+        "c": numbers[15:],
+    }
+
+
+def flags(mask, bools):
+    """Return which losses there are, by the names of the heads."""
+    if bools:
+        a, b, c, _ = mask.tolist()
+        return {"a": a, "b": b, "c": c}
+    return {"a": mask[:1], "b": mask[1:2], "c": mask[2:]}
+
+
+def heads(rules, masks):
+    """Differentiate heads, of which this process has some."""
+    x, mask = draws(2, (3, 3))[dist.get_rank()], masks[dist.get_rank()]
+    return {
+        name: jd.grad(tasks(), jd.distributed.data_parallel(rule))(
+            None, tasks_params(), x, present=flags(mask, False)
+        )[0]
+        for name, rule in rules.items()
+    }
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_of_heads_are_means_over_the_processes_that_have_them(name):
     masks = MASKS[name]
-    mean = mean_of_present(list(draws(2, (3, 5))), masks[:, :3])
-    want = {"a": {"w": mean[0]}, "b": {"w": mean[1]}, "c": {"w": mean[2, :2]}}
-    for got in workers.run(2, heads, masks):
-        assert_trees_close(got, (want, want))
+    rules = {"rows": jd.upgrad(), "scalarizer": jd.scalarizers.mean()}
+    losses = [functools.partial(by_rows, x=x) for x in draws(2, (3, 3))]
+
+    def mean(params):
+        return mean_of_present([fn(params) for fn in losses], masks)
+
+    shared = torch.zeros(4, 3, 3, dtype=torch.float64)
+    own = {key: torch.zeros(4, 3, dtype=torch.float64) for key in "abc"}
+    if masks.any():
+        shared, own = jd.jac(mean)(tasks_params())
+    direction, _ = jd.upgrad()(shared, present=masks.any(0))
+    plain = {key: leaf.sum(0) for key, leaf in own.items()}
+    count = masks.any(0).sum().clamp(min=1)
+    mean_loss = jd.constant((masks.any(0).double() / count).tolist())
+    weighed = mean_loss((shared, own))[0]
+    for got in workers.run(2, heads, rules, masks):
+        assert_trees_close(got["rows"], (direction, plain))
+        assert_trees_close(got["scalarizer"], weighed)
+
+
+def by_rows(params, x):
+    """Return the losses of all heads as one vector."""
+    return _tree.ravel(tasks()(params, x))
+
+
+def absent_heads():
+    """Leave heads out by Python bools, each on another process."""
+    rank, x = dist.get_rank(), draws(2, (3, 3))[dist.get_rank()]
+    present = {"a": rank == 0, "b": False, "c": [True, rank == 1]}
+    step = jd.grad(tasks(), jd.distributed.data_parallel(jd.upgrad()))
+    return step(None, tasks_params(), x, present=present)[0][1]
+
+
+def test_heads_that_one_process_leaves_out():
+    first, second = workers.run(2, absent_heads)
+    assert_trees_close(first, second, rtol=0, atol=0)
+    losses = [functools.partial(by_rows, x=x) for x in draws(2, (3, 3))]
+    (_, own), (_, other) = [jd.jac(fn)(tasks_params()) for fn in losses]
+    torch.testing.assert_close(first["a"], own["a"][0])
+    torch.testing.assert_close(first["b"], torch.zeros_like(first["b"]))
+    last = (own["c"][2] + other["c"][2]) / 2 + other["c"][3]
+    torch.testing.assert_close(first["c"], last)

@@ -65,14 +65,25 @@ def with_backend(fn, backend):
 
 
 def train(fn, rule, key, params, batch, backend=None):
-    """Return gradients of a first step, parameters after two, the losses and the state."""
+    """Return gradients of a first step, parameters after three of Adam, losses and state."""
     state = jd.init_state(rule, fn, params, batch, key=key)
     step, first, losses = with_backend(jd.grad_and_value(fn, rule), backend), None, None
-    for _ in range(2):
+    moments = [_tree.map(torch.zeros_like, params)] * 2
+    for count in range(1, 4):
         grads, losses, state = step(state, params, batch)
         first = grads if first is None else first
-        params = _tree.map(lambda p, g: p - 0.01 * g, params, grads)
+        moments = [
+            _tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads),
+            _tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, moments[1], grads),
+        ]
+        move = functools.partial(adam, count=count)
+        params = _tree.map(move, params, *moments)
     return first, params, losses, state
+
+
+def adam(param, mean, square, *, count):
+    """Take one step."""
+    return param - 0.01 * mean / (1 - 0.9**count) / ((square / (1 - 0.99**count)).sqrt() + 1e-8)
 
 
 def by_methods(layout, names, backend):
@@ -103,7 +114,7 @@ def alone():
     [
         (2, "columns", tuple(methods()), None),
         (2, "rows", SOME, None),
-        (4, "replicas", SOME, None),
+        (4, "replicas", tuple(methods()), None),
         (2, "columns", FEW[:1], "aot_eager"),
         (2, "rows", FEW, "aot_eager"),
     ],
@@ -252,7 +263,7 @@ def mistakes():
         "partial": lambda: jd.jac(jd.distributed.sharded(torch.square))(partial),
         "layerwise": lambda: jd.gramian(wrapped, route="layerwise")(params, x),
         "product": lambda: jd.gramian(wrapped, route="product")(params, x),
-        "examples": lambda: jd.distributed.sharded(jd.instancewise(fn)),
+        "tasks": lambda: jd.distributed.sharded(jd.multitask(fn, {"a": fn})),
         "twice": lambda: jd.distributed.sharded(wrapped),
     }
     return {name: said(fn) for name, fn in tries.items()}
@@ -265,5 +276,5 @@ def test_mistakes_are_named():
     assert "must be Shard or Replicate, got (Partial(sum),)" in found["partial"]
     for name in ("layerwise", "product"):
         assert found[name].startswith("ValueError: `route` must be 'auto' or 'jacobian'")
-    for name in ("examples", "twice"):
+    for name in ("tasks", "twice"):
         assert "must be a plain function" in found[name], name

@@ -10,6 +10,7 @@ from tests import workers
 
 M, SIZES = 3, {"a": 7, "b": 10}  # rows; columns of leaves
 N = sum(SIZES.values())
+CHECK = 2 * 8  # bytes, of two numbers
 BYTES = {torch.float32: 4, torch.float64: 8}
 RULES = {
     "upgrad": jd.upgrad(),
@@ -56,7 +57,7 @@ def formula(name, k, m, world):
 def test_bytes_of_a_step(name, world, stacked, dtype):
     m = M * world if stacked else M
     numbers, products = formula(name, M, m, world)
-    want = numbers * BYTES[dtype] + products * BYTES[torch.float64]
+    want = numbers * BYTES[dtype] + products * BYTES[torch.float64] + CHECK
     assert workers.run(world, counted, name, stacked, dtype) == [(want, world)] * world
 
 
@@ -72,4 +73,5 @@ def scalarized():
 
 
 def test_bytes_of_a_scalarizer():
-    assert workers.run(2, scalarized) == [[("all_reduce", 2 * 4), ("all_reduce", N * 4)]] * 2
+    want = [("all_reduce", CHECK), ("all_reduce", 2 * 4), ("all_reduce", N * 4)]
+    assert workers.run(2, scalarized) == [want] * 2

@@ -24,23 +24,24 @@ def losses_of(params, x):
     return (x @ params["w"]).sin().square().mean(0)
 
 
-def aggregate(rule, state):
-    return rule(ROWS, state, losses=LOSSES)
+def aggregate(rule, state, device="cpu"):
+    return rule(ROWS.to(device), state, losses=LOSSES.to(device))
 
 
-def scalarize(rule, state):
-    return rule(LOSSES, state)
+def scalarize(rule, state, device="cpu"):
+    return rule(LOSSES.to(device), state)
 
 
-def rules():
-    """Return every rule by name, a state of it, and how it is called."""
-    found: Any = {name: (*fresh(method, ROWS, M), aggregate) for name, method in METHODS.items()}
-    for name, method in scalarizer_registry.METHODS.items():
-        found["scalarizers." + name] = (*scalarizer_registry.fresh(method, LOSSES, M), scalarize)
-    return found
+def fresh_rule(name, device="cpu") -> Any:
+    """Return a rule, a state of it, and how it is called."""
+    if name in METHODS:
+        return (*fresh(METHODS[name], ROWS.to(device), M), aggregate)
+    method = scalarizer_registry.METHODS[name.removeprefix("scalarizers.")]
+    return (*scalarizer_registry.fresh(method, LOSSES.to(device), M), scalarize)
 
 
-RULES = rules()
+NAMES = [*METHODS, *(f"scalarizers.{name}" for name in scalarizer_registry.METHODS)]
+RULES = {name: fresh_rule(name) for name in NAMES}
 WITH_MEMORY = [name for name, (_, state, _) in RULES.items() if _tree.leaves(state)]
 
 
@@ -53,9 +54,9 @@ def through_a_file(saved):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_state_of_every_rule_goes_through_a_file(name):
-    rule, state, call = RULES[name]
-    _, state = call(rule, state)
+def test_the_state_of_every_rule_goes_through_a_file(name, device):
+    rule, state, call = fresh_rule(name, device)
+    _, state = call(rule, state, device)
     before = clone(state)
     saved = through_a_file(jd.interop.state_dict(rule, state))
     assert all(isinstance(tensor, torch.Tensor) for tensor in saved.values())
@@ -63,7 +64,8 @@ def test_the_state_of_every_rule_goes_through_a_file(name):
     assert_same_layout(loaded, state)
     assert_trees_close(loaded, before, rtol=0, atol=0)
     assert type(loaded) is type(state)
-    assert_trees_close(call(rule, loaded), call(rule, state), rtol=0, atol=0)
+    again = [call(rule, kept, device) for kept in (loaded, state)]
+    assert_trees_close(*again, rtol=0, atol=0)
 
 
 def test_no_rule_loads_the_state_of_another_method():
@@ -129,19 +131,20 @@ def test_names_are_those_of_fields_and_keys():
     assert set(jd.interop.state_dict(jd.upgrad(), ())) == {"torchjd_func"}
 
 
-def test_training_goes_on_where_it_was_saved():
+def test_training_goes_on_where_it_was_saved(device):
     rule = jd.smoothed(jd.mgda())
-    step = jd.grad(losses_of, rule)
+    step, x = jd.grad(losses_of, rule), X.to(device)
+    start = {"w": PARAMS["w"].to(device)}
 
     def train(params, state, n):
         for _ in range(n):
-            grads, state = step(state, params, X)
+            grads, state = step(state, params, x)
             params = _tree.map(lambda p, g: p - 0.1 * g, params, grads)
         return params, state
 
-    initial = jd.init_state(rule, losses_of, PARAMS, X)
-    whole = train(PARAMS, initial, 6)
-    params, state = train(PARAMS, initial, 3)
+    initial = jd.init_state(rule, losses_of, start, x)
+    whole = train(start, initial, 6)
+    params, state = train(start, initial, 3)
     saved = through_a_file({"params": params, "rule": jd.interop.state_dict(rule, state)})
     state = jd.interop.load_state_dict(rule, saved["rule"])
     assert_trees_close(train(saved["params"], state, 3), whole, rtol=0, atol=0)

@@ -33,7 +33,7 @@ def programs():
         yield orthant._hull, dict(G=X, DISTANCE=X, STATE="*i32") | LIMITS, dict(M=M, DRIVE=drive)
         out = dict(G=X, SHARES=X, RADIUS=X, OUT=X, STATE="*i32", STEPS=I)
         yield cagrad._search, out | LIMITS | dict(shortest=F, length_tol=F, tol=F), known
-    out = dict(G=X, POWER=X, DISTANCE=X, W=X, SOUND=B, STEPS=L, m=I, max_iter=I, tol=F)
+    out = dict(G=X, POWER=X, SHARES=X, DISTANCE=X, W=X, SOUND=B, STEPS=L, m=I, max_iter=I, tol=F)
     yield orthant._root, out, SIZES
     yield eigh._eigh, dict(A_POINTER=X, VALUES=X, VECTORS=X, m=I), SIZES | dict(SWEEPS=16)
     yield surgery._project, dict(G=X, ORDERS=L, OUT=X, m=I), SIZES

@@ -52,6 +52,7 @@ RULES = {
     "moo_svgd": lambda k, m: jd.sets.moo_svgd(),
     "moo_svgd[h]": lambda k, m: jd.sets.moo_svgd(0.5),
     "hypervolume_gradient": lambda k, m: jd.sets.hypervolume_gradient(2 * torch.ones(m).double()),
+    "stch_set": lambda k, m: jd.sets.stch_set(),
     "pareto_mtl": lambda k, m: jd.sets.pareto_mtl(preferences(k, m)),
     "pareto_mtl[0]": lambda k, m: jd.sets.pareto_mtl(preferences(k, m), n_feasibility_steps=0),
 }
@@ -586,3 +587,31 @@ def test_sizes_of_hyper_parameters_are_errors():
     state = rule.init(torch.ones(2, 2, 4))
     with pytest.raises(ValueError, match=r"`state.descending` of `pareto_mtl`"):
         rule.weighting(GRAM, state, losses=LOSSES)
+
+
+def test_stch_set_is_the_gradient_of_its_value():
+    _, losses = problem(3, 5, 4)
+    shares, ideal = preferences(1, 5)[0], preferences(1, 5, 3)[0]
+
+    def value(losses):
+        """A smooth maximum of smooth minima, as in the paper."""
+        least = -0.2 * (-losses / 0.2).exp().sum(0).log()
+        return 0.3 * (shares * (least - ideal) / 0.3).exp().sum().log()
+
+    rule = jd.sets.stch_set(0.3, preference=shares, reference=ideal, mu_set=0.2)
+    got = rule.weighting(torch.zeros(3, 5, 5, dtype=torch.float64), losses=losses)[0]
+    close(got, torch.func.grad(value)(losses), 1e-12)
+
+
+def test_stch_set_of_one_model_is_stch():
+    _, losses = problem(1, 4, 3)
+    want = torch.func.grad(lambda x: jd.scalarizers.stch(0.5)(x)[0])(losses[0])
+    gramians = torch.zeros(1, 4, 4, dtype=torch.float64)
+    close(jd.sets.stch_set(0.5).weighting(gramians, losses=losses)[0][0], want, 1e-12)
+
+
+def test_stch_set_gives_each_objective_to_the_best_model():
+    losses = double([0.1, 5.0, 0.2, 7.0], [6.0, 0.3, 8.0, 0.1])
+    gramians = torch.zeros(2, 4, 4, dtype=torch.float64)
+    weights = jd.sets.stch_set(0.05).weighting(gramians, losses=losses)[0]
+    assert ((weights > 1e-9) == (losses < 1)).all()

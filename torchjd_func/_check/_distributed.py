@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from torchjd_func._check._messages import fail
 
 
@@ -22,51 +24,93 @@ def member(joined: bool) -> None:
         fail(RuntimeError, "this process", "be in `group`", "another group's", remedy)
 
 
-def collective(name: str, rank: int, world: int, error: Exception) -> NoReturn:
+def collective(name: str, process: int, world: int, error: Exception) -> NoReturn:
     """Say which collective failed, and where."""
-    rule, got = f"reach all {world} ranks", f"an error on rank {rank}: {error}"
-    remedy = "If another rank has ended, or did not come to this collective, see its own output."
+    rule, got = f"reach all {world} processes", f"an error on process {process}: {error}"
+    remedy = (
+        "If another process has ended, or did not come to this collective (it left out a step, or "
+        "called another function), see its own output."
+    )
     fail(RuntimeError, f"`{name}`", rule, got, remedy)
 
 
-def same_on_ranks(path: str, rank: int, first: str, other: str) -> None:
-    """Check that a rank has what the first one has."""
+_REMEDIES = {
+    "present": "Pass `present` on all processes, or on none.",
+    "size": "Pass `size`, the number of examples, on all processes, or on none.",
+    "batch": (
+        "Pass size=len(x), the number of examples, on each process; the same number if batches of "
+        "another length count alike."
+    ),
+}
+
+
+def same_everywhere(path: str, process: int, first: str, other: str) -> None:
+    """Check that a process has what the first one has."""
     if first != other:
-        got = f"{first} on rank 0 and {other} on rank {rank}"
-        remedy = "Give each rank the same model, losses, key and size of batch."
-        fail(ValueError, f"`{path}`", "be the same on all ranks", got, remedy)
+        got = f"{first} on process 0 and {other} on process {process}"
+        same = "Give each process the same model, losses, key and size of batch."
+        remedy = _REMEDIES.get(path.partition(".")[0], same)
+        fail(ValueError, f"`{path}`", "be the same on all processes", got, remedy)
+
+
+def spans_once(rule: bool, objective: Any) -> None:
+    """Check that not both, a rule and an objective, work over processes."""
+    if rule and objective.spans_processes:
+        name, remedy = f"the rule for {objective!r}", "Pass the rule itself, such as jd.upgrad()."
+        fail(ValueError, name, "be that of one process", "one of jd.distributed", remedy)
+
+
+def not_sharded(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that no parameter of an objective of one process is sharded."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if type(leaf) is not Tensor and any(k.__name__ == "DTensor" for k in type(leaf).__mro__):
+            name, rule = f"the parameter {path!r}", "be whole for an objective of one process"
+            remedy = (
+                "Wrap the objective: jd.distributed.sharded(fn), where fn calls a copy of the "
+                "module that fully_shard has not touched, with the parameters that it is given."
+            )
+            fail(ValueError, name, rule, "a DTensor, of which each process has a part", remedy)
 
 
 def not_a_weighting(combinator: str, value: Any) -> NoReturn:
     """Say why a weighting cannot be run on Gramians of parts of the batch."""
     rule = (
         "be given the whole rule, since the Gramian of the mean Jacobian is not the mean of the "
-        "ranks' Gramians: products of rows of different ranks are missing in it"
+        "processes' Gramians: products of rows of different processes are missing in it"
     )
     remedy = "Pass the Aggregator, e.g. jd.upgrad(), or jd.weighted(weighting)."
     fail(ValueError, f"`{combinator}`", rule, repr(value), remedy)
 
 
 def rows_are_here(here: bool) -> None:
-    """Check that nobody asks for rows of a Jacobian that are on other ranks."""
+    """Check that nobody asks for rows of a Jacobian that are on other processes."""
     if not here:
         name, rule = "the Jacobian of a gathered objective", "not be asked for"
-        got = "a request for its rows, those of other ranks among them"
+        got = "a request for its rows, those of other processes among them"
         remedy = "Use route='auto' and a rule that has a weighting, or what was gathered."
         fail(ValueError, name, rule, got, remedy)
 
 
-def same_batches(sizes: Sequence[int]) -> None:
-    """Check that all ranks have as many examples."""
-    if len(set(sizes)) > 1:
-        name, rule = "the batches of a gathered objective", "have one size on all ranks"
-        fail(ValueError, name, rule, list(sizes), "Drop or share out the last examples.")
+def same_batches(lengths: Sequence[int], needed: bool) -> None:
+    """Check that all processes have as many examples, if they do not say how many."""
+    if needed and len(set(lengths)) > 1:
+        name, rule = "the batches of a gathered objective", "have one size on all processes"
+        fail(ValueError, name, rule, list(lengths), "Pass size=len(x) on each process.")
+
+
+def at_most(option: str, size: Any, length: int) -> None:
+    """Check that no process says that it has more examples than it passes."""
+    if isinstance(size, int) and size > length:
+        remedy = "Pass the number of examples of this process, e.g. len(x)."
+        rule = f"be at most {length}, the examples of the batch"
+        fail(ValueError, f"`{option}`", rule, size, remedy)
 
 
 def not_gathered(option: str, gathered: bool) -> None:
     """Check that an option is given an objective whose losses are all here."""
     if gathered:
-        rule, remedy = "be used with an objective of one rank", "Leave out jd.distributed.gathered."
+        rule = "be used with an objective of one process"
+        remedy = "Leave out jd.distributed.gathered."
         fail(TypeError, f"`{option}`", rule, "one of jd.distributed.gathered", remedy)
 
 

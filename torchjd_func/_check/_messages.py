@@ -33,17 +33,26 @@ def holds_numbers(value: Tensor) -> bool:
     return value.layout == torch.strided
 
 
+def one_device(name: str, leaves: Sequence[Any], paths: Sequence[str] | None = None) -> None:
+    """Check that all tensors among `leaves` are on one device."""
+    devices: dict[str, str] = {}
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            where = "" if paths is None else f" at {paths[place]!r}"
+            devices.setdefault(str(leaf.device), f"{leaf.device}{where}")
+    if len(devices) > 1:
+        got, remedy = " and ".join(devices.values()), "Move them: x.to(device)."
+        fail(ValueError, name, "be on one device", got, remedy)
+
+
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
     """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
-        got = f"{describe(leaf)} at {path!r}"
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
         if not holds_numbers(leaf):
-            fail(
-                TypeError,
-                name,
-                "hold dense tensors with numbers",
-                got,
-                "Use .to_dense(), or .to().",
-            )
+            got = f"{describe(leaf)} at {path!r}"
+            remedy = "Use .to_dense(), or .to()."
+            fail(TypeError, name, "hold dense tensors with numbers", got, remedy)
+    one_device(name, leaves)

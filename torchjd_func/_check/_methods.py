@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers, one_device
 
 
 def floating(name: str, value: Any) -> None:
@@ -27,6 +27,14 @@ def matrix(name: str, value: Tensor) -> None:
     if value.ndim < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
         rule, remedy = "have shape (..., m, m) with m > 0", "Pass a square matrix, e.g. a Gramian."
         fail(ValueError, f"`{name}`", rule, describe(value), remedy)
+
+
+def broadcastable(name: str, got: Sequence[int], of: str, want: Sequence[int]) -> None:
+    """Check that leading dimensions are those of another argument, or fewer."""
+    pairs = list(zip(reversed(got), reversed(want), strict=False))
+    if len(got) > len(want) or not all(a in (1, b) for a, b in pairs):
+        rule = f"have the leading dimensions {tuple(want)} of `{of}`, or fewer"
+        fail(ValueError, f"`{name}`", rule, tuple(got), "Expand it, or use torch.func.vmap.")
 
 
 def square(method: str, statistic: Tensor) -> None:
@@ -52,7 +60,8 @@ def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[A
     if not leaves:
         remedy = "Pass the pytree that jd.jac returns."
         fail(ValueError, name, "hold at least one tensor", "an empty pytree", remedy)
-    if all(_is_rows(leaf) and leaf.shape[0] == leaves[0].shape[0] for leaf in leaves):
+    first = leaves[0]
+    if all(_is_rows(x) and len(x) == len(first) and x.device == first.device for x in leaves):
         return
     differentiable(name, paths(), leaves, "Leave constants out of it.")
     for path, leaf in zip(paths(), leaves, strict=True):
@@ -77,7 +86,7 @@ def _is_rows(leaf: Any) -> bool:
     )
 
 
-def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
+def losses_vector(method: str, losses: Tensor | None, m: int, like: Tensor) -> None:
     """Check the `losses` handed to a method beside its statistic."""
     if losses is None:
         return
@@ -88,6 +97,8 @@ def losses_vector(method: str, losses: Tensor | None, m: int) -> None:
         fail(ValueError, name, f"have shape ({m},)", describe(losses), remedy)
     if losses.is_complex() or not holds_numbers(losses):
         fail(TypeError, name, "be dense and real", describe(losses), "Pass what is minimised.")
+    if losses.device != like.device:
+        one_device(f"{name}, and its gradients,", [losses, like])
 
 
 def present(method: str, leaves: Sequence[Any], m: int, device: torch.device) -> list[Tensor]:

@@ -54,6 +54,12 @@ def _say(error: Exception, name: str, rule: str, got: str, remedy: str) -> NoRet
 
 _KNOWN = (
     (
+        ("_local_tensor", "'FSDPParam' object", "mixed torch.Tensor and DTensor"),
+        "not call a module whose parameters are sharded, nor use such parameters as constants",
+        "Pass dict(model.named_parameters()) to an objective of jd.distributed.sharded, and call a "
+        "copy of the module that fully_shard has not touched: functional_call(copy, params, (x,)).",
+    ),
+    (
         ("saved tensor hooks",),
         "not save tensors by hooks, as torch.utils.checkpoint does",
         "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "
@@ -64,6 +70,16 @@ _KNOWN = (
         "normalise without the rest of the batch, and without overwriting statistics",
         "Use model.eval() or GroupNorm; for BatchNorm in training, an objective of the whole batch "
         "without jd.per_example or jd.instancewise, and jd.functionalize, which returns buffers.",
+    ),
+    (
+        ("of size [0]",),
+        "be given at least one example",
+        "Leave the step out where a batch is empty.",
+    ),
+    (
+        ("vmap(", "vmap:"),
+        "be mapped over an axis of examples that all batched arguments have, of one length",
+        "Name it for each argument in `in_dims`; None stands for an argument that is shared.",
     ),
     (
         ("in-place", "inplace", "mutate a captured"),

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, fail, holds_numbers
+from torchjd_func._check._messages import describe, fail, holds_numbers, one_device
 from torchjd_func._check._methods import floating
+from torchjd_func._check._options import integer
 
 
 def metric(name: str, value: Any) -> Tensor:
@@ -53,6 +54,23 @@ def points(value: Any, reference: Any) -> None:
         remedy = "For several sets use torch.func.vmap."
         fail(ValueError, "`points, reference`", "have shapes (k, m) and (m,)", got, remedy)
     metric("reference", reference)
+    one_device("`points, reference`", [value, reference])
+
+
+def linear_program(objective: Tensor, matrix: Tensor, right: Tensor, n_free: Any) -> None:
+    """Check that sizes of a linear program fit, and that its free unknowns are in a basis."""
+    integer("n_free", n_free, 0)
+    one_device("`objective, matrix, right`", [objective, matrix, right])
+    shapes = tuple(objective.shape), tuple(matrix.shape), tuple(right.shape)
+    fits = min(map(len, shapes)) > 0 and matrix.ndim > 1
+    if not fits or (*right.shape[-1:], *objective.shape[-1:]) != matrix.shape[-2:]:
+        name, rule = "`objective, matrix, right`", "have shapes (..., n), (..., k, n) and (..., k)"
+        fail(ValueError, name, rule, shapes, "Take equations as rows of `matrix`.")
+    k, n = matrix.shape[-2:]
+    if not 0 < k <= n or n_free > k:
+        name, rule = "the numbers of equations and unknowns", "satisfy n_free <= k <= n, 0 < k"
+        remedy = "Drop equations that follow from others, or add slack unknowns."
+        fail(ValueError, name, rule, f"n_free={n_free}, k={k}, n={n}", remedy)
 
 
 def in_the_plane(name: str, value: Any, ndims: tuple[int, ...]) -> None:
@@ -61,6 +79,14 @@ def in_the_plane(name: str, value: Any, ndims: tuple[int, ...]) -> None:
     if value.ndim not in ndims or value.shape[-1] != 2:
         got, remedy = describe(value), "Pass two coordinates of each."
         fail(ValueError, f"`{name}`", "have 2 columns", got, remedy)
+
+
+def axis_names(name: str, value: Any, want: int) -> None:
+    """Check that there is a text for each objective."""
+    texts = value if isinstance(value, list | tuple) else None
+    if texts is None or len(texts) != want or not all(isinstance(text, str) for text in texts):
+        rule, remedy = f"be a list of {want} strings", "Name each objective, in leaf order."
+        fail(ValueError, f"`{name}`", rule, value if texts is not None else describe(value), remedy)
 
 
 def whole(name: str, value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func import _tree
+from torchjd_func._check._messages import describe, differentiable, fail, one_device
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -19,9 +20,9 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     differentiable(name, paths, leaves, "Pass what is not differentiated as another argument.")
 
 
-def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
     """Check that what an objective returned can be differentiated."""
-    if not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
+    if some and not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
         remedy = "Return a tensor, or a pytree of tensors, from the objective."
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
@@ -37,6 +38,7 @@ def losses(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
             fail(TypeError, name, "be floating-point", got, remedy)
         differentiable("`losses`", [path], [leaf], "Return dense tensors.")
+    one_device("`losses`", leaves)
 
 
 def aux_pair(out: Any) -> tuple[Any, Any]:
@@ -83,12 +85,12 @@ def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
     )
 
 
-def hidden_from_graph() -> str:
+def unplanned_graph(reason: str) -> str:
     """Return the warning that a compiled function costs a backward pass for each loss."""
     return (
-        "The operations of an instance-wise objective cannot be seen while it is compiled: the "
-        "Gramian costs one backward pass for each loss. Call the function, or jd.init_state, once "
-        "with the same shapes before compiling; the graph then replays what was found out."
+        f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
+        "rows cost one backward pass for each loss, which is right and slower. Call the function, "
+        "or jd.init_state, once with the same objective and shapes before compiling."
     )
 
 
@@ -164,9 +166,12 @@ def some_named(option: str, chosen: Sequence[int], paths: Sequence[str]) -> None
         fail(ValueError, f"`{option}`", "be true of the path of some parameter", got, remedy)
 
 
-def in_dims(value: Sequence[Any], n_args: int) -> None:
-    """Check that there is one dimension, or `None`, for each argument."""
-    if len(value) != n_args or all(dim is None for dim in value):
+def in_dims(value: Any, n_args: int | None = None) -> None:
+    """Check that dimensions are a tuple, and one, or `None`, for each argument."""
+    if not isinstance(value, tuple):
+        remedy = "Pass e.g. (None, 0) for parameters and a batch."
+        fail(TypeError, "`in_dims`", "be a tuple or None", describe(value), remedy)
+    if n_args is not None and (len(value) != n_args or all(dim is None for dim in value)):
         rule = f"have one entry for each of the {n_args} arguments, not all None"
         fail(ValueError, "`in_dims`", rule, value, "None stands for an argument that is shared.")
 
@@ -176,6 +181,9 @@ def divisible(leaf: Any, dim: int, n: int) -> None:
     name, remedy = "the batch", "Name what is not split in `in_dims`, with None."
     if not isinstance(leaf, Tensor) or leaf.ndim == 0:
         fail(TypeError, name, f"hold tensors with a dimension {dim}", describe(leaf), remedy)
+    if not isinstance(dim, int) or not -leaf.ndim <= dim < leaf.ndim:
+        rule = "name a dimension of what is split, or be None"
+        fail(ValueError, "`in_dims`", rule, f"{dim!r} of {describe(leaf)}", remedy)
     if leaf.shape[dim] % n:
         fail(ValueError, name, f"be divisible by n={n}", describe(leaf), "Choose another n.")
 
@@ -223,6 +231,9 @@ def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
         name, rule = "`params` of a multi-task objective", "be (shared, {name: head_params})"
         fail(ValueError, name, rule, describe(value), "Pass a pair.")
     names("head_params", value[1], heads)
+    paths, leaves = _tree.paths(value[1]), _tree.leaves(value[1])
+    remedy = "Pass what is not differentiated as a part of the batch."
+    differentiable("the parameters of the heads", paths, leaves, remedy)
     return value
 
 
@@ -234,12 +245,13 @@ def heads(value: Any) -> None:
         fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
 
 
-def names(kind: str, given: Iterable[str], expected: Iterable[str]) -> None:
-    """Check that two sets of names are equal."""
-    if isinstance(given, Tensor):
-        remedy = "Pass all arguments, as in apply(params, buffers, x)."
-        fail(TypeError, f"`{kind}`", "be a dict of tensors", describe(given), remedy)
-    unknown, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+def names(kind: str, given: Any, expected: Iterable[str], *, partly: bool = False) -> None:
+    """Check that there is a mapping, by these names, or by some of them."""
+    if not isinstance(given, Mapping):
+        remedy = "Pass it by name, and all arguments, as in apply(params, buffers, x)."
+        fail(TypeError, f"`{kind}`", "be a dict by name", describe(given), remedy)
+    missing = [] if partly else sorted(set(expected) - set(given), key=str)
+    unknown = sorted(set(given) - set(expected), key=str)
     if unknown or missing:
         got = f"unknown {unknown} and missing {missing}"
         remedy = "Keep the names of the pytree it was made from."

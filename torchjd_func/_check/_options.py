@@ -80,7 +80,7 @@ def _shown(value: Any) -> str:
 
 def _real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
     """Return a dense real tensor of some number of dimensions, unread."""
-    usable = value.layout == torch.strided
+    usable = value.layout == torch.strided and not value.is_meta
     if value.is_complex() or value.dtype == torch.bool or not usable:
         fail(TypeError, f"`{name}`", rule, describe(value), "Make it dense and real.")
     if value.ndim not in ndims:
@@ -151,6 +151,11 @@ def normalised(value: Any, n_args: int) -> Any:
 def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
     """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
     return None if value is None else per_loss("preference", value, low=0)
+
+
+def shares(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+    """Return `preference`, all of whose numbers are positive, as a vector (or `None`)."""
+    return None if value is None else per_loss("preference", value, low=0, open_low=True)
 
 
 def per_loss(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, differentiable, fail
+from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers, one_device
 from torchjd_func._check._methods import floating
 from torchjd_func._check._options import positions
 
@@ -21,9 +21,10 @@ def set_jacobians(method: str, paths: Callable[[], Sequence[str]], leaves: Seque
         fail(ValueError, name, "hold at least one tensor", "an empty pytree", STACK)
     differentiable(name, paths(), leaves, "Leave constants out of it.")
     for path, leaf in zip(paths(), leaves, strict=True):
-        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2]:
+        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2] or 0 in leaf.shape[:2]:
             got = f"{describe(leaf)} at {path!r}"
-            fail(ValueError, name, "have leading dimensions (k, m) in all leaves", got, STACK)
+            rule = "have leading dimensions (k, m), neither 0, in all leaves"
+            fail(ValueError, name, rule, got, STACK)
 
 
 def set_gramians(method: str, value: Any) -> None:
@@ -38,13 +39,16 @@ def set_gramians(method: str, value: Any) -> None:
     floating(name, value)
 
 
-def set_losses(method: str, value: Any, k: int, m: int) -> Tensor:
-    """Return the losses of all models, `(k, m)`."""
+def set_losses(method: str, value: Any, like: Tensor) -> Tensor:
+    """Return the losses of all models, `(k, m)`, beside their Gramians."""
+    k, m = like.shape[:2]
     name, remedy = f"the losses given to `{method}`", "Pass what jd.jac_and_value returns with it."
     if not isinstance(value, Tensor):
         fail(TypeError, name, "be a tensor", describe(value), remedy)
     if tuple(value.shape) != (k, m):
         fail(ValueError, name, f"have shape ({k}, {m})", describe(value), remedy)
+    floating(name, value)
+    one_device(f"{name}, and the gradients,", [value, like])
     return value
 
 
@@ -70,9 +74,9 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
     if not leaves:
         rule = "be given a stacked tensor"
         fail(ValueError, "a function of an ensemble", rule, "none", remedy)
-    rule = "have one leading dimension k in all leaves, tensors"
+    rule = "have one leading dimension k > 0 in all leaves, dense tensors"
     for path, leaf in zip(paths, leaves, strict=True):
-        if not _is_stacked(leaf) or leaf.shape[0] != leaves[0].shape[0]:
+        if not _is_stacked(leaf) or leaf.shape[0] != leaves[0].shape[0] or not len(leaf):
             got = f"{describe(leaf)} at {path!r}"
             fail(ValueError, "what an ensemble is given", rule, got, remedy)
     return leaves[0].shape[0]
@@ -84,8 +88,8 @@ def shared(value: Any, n_args: int) -> set[int]:
 
 
 def _is_stacked(leaf: Any) -> bool:
-    """Say whether a leaf is a tensor with a first dimension."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+    """Say whether a leaf is a dense tensor with a first dimension."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and holds_numbers(leaf)
 
 
 def stackable(

@@ -1,4 +1,4 @@
-"""The root of `G w = w^(-1/alpha)` on a GPU: the method of `linalg._orthant`, in three launches.
+"""The root of `G w = (p / w)^(1/alpha)` on a GPU: the method of `linalg._orthant`, in three launches.
 
 Two decide by the min-norm point of the unit rows whether there is a root, the second where block
 exchange does not find it; the third finds the root by Newton's method, with systems solved by
@@ -100,7 +100,7 @@ def _hull(G, DISTANCE, STATE, m, LIMIT, M: tl.constexpr, DRIVE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["m", "max_iter"])
-def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr):
+def _root(G, POWER, SHARES, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr):
     """Solve problem `program_id`."""
     pid = tl.program_id(0).to(tl.int64)
     base = pid * m * m
@@ -114,7 +114,8 @@ def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr
     inverse_rows = _along_rows(inverse, same)
     exists = tl.load(DISTANCE + pid) > tol
     power = tl.load(POWER + pid)
-    log_gain = tl.where(on, (power - 1.0) * tl.log(length), 0.0)
+    shares = tl.load(SHARES + pid * m + i, mask=on, other=1.0)
+    log_gain = (power - 1.0) * tl.log(length) + power * tl.log(shares)
     # The root for orthogonal rows, scaled to the best point on its ray.
     x = tl.exp(log_gain / (1.0 + power))
     pushed = _push(G, base, m, i, inverse_rows, inverse, active, same, tl.where(on, x, 0.0), M)
@@ -149,25 +150,27 @@ def _root(G, POWER, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.constexpr
             steps += 1
     small = tl.max(tl.abs(relative), axis=0) <= KKT_TOL
     converged = exists & small
-    w = tl.where(converged, x * (1.0 + relative), x) / length
+    w = tl.where(small, x * (1.0 + relative), float("nan")) / length
     tl.store(W + pid * m + i, tl.where(exists, tl.where(active, w, 0.0), 0.0), mask=on)
     tl.store(SOUND + pid, converged)
     tl.store(STEPS + pid, steps)
 
 
 def root_kernel(
-    matrices: Tensor, power: Tensor, tol: float, max_iter: int
+    matrices: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find positive roots.
 
     Args:
         matrices: `(k, m, m)` float64, `m` at most `linalg._device.LARGEST`.
         power: `(k,)` float64, one over `alpha`.
+        shares: `(k, m)` float64, positive.
         tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
         max_iter: Largest number of steps.
 
     Returns:
-        The roots `(k, m)`, 0 where there is none; whether they converged `(k,)`; steps `(k,)`.
+        The roots `(k, m)`, 0 where there is none, not-a-number where none is found; whether they
+        converged `(k,)`; steps `(k,)`.
     """
     k, m, _ = matrices.shape
     values = matrices.new_empty((k, m))
@@ -180,6 +183,7 @@ def root_kernel(
         for drive in (False, True):
             sizes = m, PIVOTS * (m + 1), size, drive
             hull[k,](rows, distances, state, *sizes, num_warps=warps(size))
-        arrays = rows, power.contiguous(), distances, values, sound, steps
+        given = power.contiguous(), shares.contiguous()
+        arrays = rows, *given, distances, values, sound, steps
         root[k,](*arrays, m, max_iter, tol, size, num_warps=warps(size))
     return values, sound, steps

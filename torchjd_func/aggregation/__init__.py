@@ -10,6 +10,7 @@ from torchjd_func.aggregation._dualproj import dualproj
 from torchjd_func.aggregation._epo import epo
 from torchjd_func.aggregation._excess_mtl import excess_mtl
 from torchjd_func.aggregation._fairgrad import fairgrad
+from torchjd_func.aggregation._ferero import ferero
 from torchjd_func.aggregation._geometric_median import geometric_median
 from torchjd_func.aggregation._graddrop import graddrop
 from torchjd_func.aggregation._gradnorm import gradnorm
@@ -23,8 +24,10 @@ from torchjd_func.aggregation._modo import modo
 from torchjd_func.aggregation._nash_mtl import nash_mtl
 from torchjd_func.aggregation._pcd import pcd
 from torchjd_func.aggregation._pcgrad import pcgrad
+from torchjd_func.aggregation._pivrg import pivrg
 from torchjd_func.aggregation._pmgda import pmgda
 from torchjd_func.aggregation._rlw import rlw
+from torchjd_func.aggregation._sam_gs import sam_gs
 from torchjd_func.aggregation._sdmgrad import sdmgrad
 from torchjd_func.aggregation._trimmed_mean import trimmed_mean
 from torchjd_func.aggregation._upgrad import upgrad
@@ -41,6 +44,7 @@ __all__ = [
     "epo",
     "excess_mtl",
     "fairgrad",
+    "ferero",
     "geometric_median",
     "graddrop",
     "gradnorm",
@@ -54,8 +58,10 @@ __all__ = [
     "nash_mtl",
     "pcd",
     "pcgrad",
+    "pivrg",
     "pmgda",
     "rlw",
+    "sam_gs",
     "sdmgrad",
     "sum",
     "trimmed_mean",

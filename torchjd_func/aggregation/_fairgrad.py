@@ -12,39 +12,53 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._lift import stateless, weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
+from torchjd_func.aggregation._preference import shares_of
 from torchjd_func.linalg import orthant_root
 
 
 def _weights(
-    gramian: Tensor, *, alpha: float | Tensor, max_iter: int, present: Tensor | None = None
+    gramian: Tensor,
+    *,
+    alpha: float | Tensor,
+    preference: Vector | None,
+    max_iter: int,
+    present: Tensor | None = None,
 ) -> Tensor:
-    """Solve `G w = w^(-1/alpha)` (equation 4); rows of zeros take no part."""
+    """Solve `G w = (p / w)^(1/alpha)` (equation 4, for `p = 1`); rows of zeros take no part."""
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
-    return orthant_root(wide, alpha, max_iter=max_iter, eps=eps).value
+    shares = shares_of(preference, wide, present)
+    return orthant_root(wide, alpha, preference=shares, max_iter=max_iter, eps=eps).value
 
 
-def fairgrad(alpha: float | Tensor = 1.0, *, max_iter: int = 40) -> Aggregator:
+def fairgrad(
+    alpha: float | Tensor = 1.0, *, preference: Numbers | None = None, max_iter: int = 40
+) -> Aggregator:
     r"""Share the progress fairly: the larger `alpha`, the more it goes to who gains least.
 
-    $$d = J^\top w, \qquad w > 0, \qquad (G w)_i = w_i^{-1/\alpha}.$$
+    $$d = J^\top w, \qquad w > 0, \qquad (G w)_i = (p_i / w_i)^{1/\alpha}.$$
 
-    $d$ maximises $\sum_i (g_i^\top d)^{1 - \alpha} / (1 - \alpha)$ among the vectors of its length.
-    Every objective improves: $g_i^\top d = w_i^{-1/\alpha} > 0$. `alpha = 1` is Nash-MTL, small
-    values approach the sum of the gradients, large ones max-min fairness. Zero gradients are left
-    out. Where the others are Pareto stationary there is no solution, and `d` is zero. Solved by
-    Newton's method in `m` unknowns, exactly unless `alpha` and the lengths of the gradients are
-    extreme (5 and twelve decades, say), when more steps are needed.
+    $d$ maximises $\sum_i p_i (g_i^\top d)^{1 - \alpha} / (1 - \alpha)$ among the vectors of its
+    length. Every objective improves: $g_i^\top d > 0$. `alpha = 1` is Nash-MTL, small values
+    approach the sum of the gradients, large ones max-min fairness. Zero gradients are left out.
+    Where the others are Pareto stationary there is no solution, and `d` is zero. Solved by
+    Newton's method in `m` unknowns, exactly. Where `alpha` and the lengths of the gradients are
+    extreme (5 and 24 decades, say) that may take more than `max_iter` steps, and `d` is
+    not-a-number.
 
     Args:
         alpha: Positive; a 0-d tensor may be vmapped or changed without recompiling.
+        preference: `p`, `(m,)`, or a dict by the names of the losses; positive, 1 for each by
+            default. The larger, the more an objective gains. A tensor may be vmapped.
         max_iter: Largest number of Newton steps.
 
     Returns:
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `alpha` is a number that is not positive.
+        ValueError: If `alpha` or a number in `preference` is not positive.
 
     Differs from other implementations:
         TorchJD and LibMTL minimise squared residuals, which returns huge weights where there is no
@@ -64,5 +78,6 @@ def fairgrad(alpha: float | Tensor = 1.0, *, max_iter: int = 40) -> Aggregator:
     """
     _check.interval("alpha", alpha, 0, open_low=True)
     _check.integer("max_iter", max_iter)
-    weights_fn = partial(_weights, alpha=alpha, max_iter=max_iter)
+    shares = _check.shares(preference)
+    weights_fn = partial(_weights, alpha=alpha, preference=shares, max_iter=max_iter)
     return weighted(stateless("fairgrad", weights_fn, widen=False))

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from torchjd_func import _check, _present
 from torchjd_func._lift import weighted
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator, Weighting
+from torchjd_func.aggregation._preference import shares_of
 from torchjd_func.linalg import orthant_root
 
 
@@ -38,13 +41,15 @@ def _update(
     *,
     max_norm: float | Tensor | None,
     update_every: int,
+    preference: Vector | None,
     present: Tensor | None = None,
 ) -> tuple[Tensor, NashMTLState]:
-    """Solve `G a = 1 / a` if it is time to, and clip the length of the direction."""
+    """Solve `G a = p / a` if it is time to, and clip the length of the direction."""
     _check.state_type("nash_mtl", state, NashMTLState)
     _check.state("nash_mtl", "weights", state.weights, gramian.shape[:1])
     wide, eps = gramian.to(torch.float64), torch.finfo(gramian.dtype).eps
-    solved = orthant_root(wide, eps=eps).value
+    shares = shares_of(preference, wide, present)
+    solved = orthant_root(wide, preference=shares, eps=eps).value
     due = (_present.only(present, state.age, 1) == 0).any()
     age = (torch.where(due, 0, state.age) + 1) % update_every
     solution = NashMTLState(torch.where(due, solved, state.weights), age)
@@ -57,13 +62,19 @@ def _update(
     return weights * (max_norm / length).clamp(max=1), next_state
 
 
-def nash_mtl(max_norm: float | Tensor | None = None, update_every: int = 1) -> Aggregator:
+def nash_mtl(
+    max_norm: float | Tensor | None = None,
+    update_every: int = 1,
+    *,
+    preference: Numbers | None = None,
+) -> Aggregator:
     r"""Agree on the update that maximises the product of the gains of all objectives.
 
-    $$d = J^\top a, \qquad a > 0, \qquad (G a)_i = 1 / a_i.$$
+    $$d = J^\top a, \qquad a > 0, \qquad (G a)_i = p_i / a_i.$$
 
-    $d$ maximises $\sum_i \log g_i^\top d$ among vectors of its length, which is $\sqrt m$. Every
-    objective improves, by $g_i^\top d = 1 / a_i$, and the lengths of the gradients do not matter.
+    $d$ maximises $\sum_i p_i \log g_i^\top d$ among vectors of its length, the root of the sum of
+    `p`. Every objective improves, by $g_i^\top d = p_i / a_i$, and the lengths of the gradients do
+    not matter.
     Zero gradients are left out of the game. Where the others are Pareto stationary there is no
     agreement, and `d` is zero. Solved exactly by Newton's method in `m` unknowns; the state holds
     the last solution.
@@ -74,22 +85,28 @@ def nash_mtl(max_norm: float | Tensor | None = None, update_every: int = 1) -> A
         update_every: Solve at calls 0, k, 2k ... and keep those weights in between, as in the
             paper's experiments. Both are computed at each call, so it saves no time. A call that
             has an objective without a weight solves as well.
+        preference: `p`, the bargaining powers, `(m,)`, or a dict by the names of the losses;
+            positive, 1 for each by default. A tensor may be vmapped.
 
     Returns:
         The Aggregator, with state.
 
     Raises:
-        ValueError: If `max_norm` is not positive, or `update_every` is not a positive int.
+        ValueError: If `max_norm` or a number in `preference` is not positive, or `update_every` is
+            not a positive int.
 
     Differs from other implementations:
         The authors' code, LibMTL and TorchJD clip `d` to length 1 (`max_norm=1.0`).
         They iterate a convex-concave procedure from ones, which returns ones, silently, for some
         gradients that conflict with their sum; the root is exact here, whatever came before.
         They fail for one objective and for zero gradients.
+        The bargain has equal powers there; `preference` is the asymmetric solution.
 
     References:
         A. Navon, A. Shamsian, I. Achituve, H. Maron, K. Kawaguchi, G. Chechik, E. Fetaya,
-        Multi-Task Learning as a Bargaining Game, ICML 2022, https://arxiv.org/abs/2202.01017
+        Multi-Task Learning as a Bargaining Game, ICML 2022, https://arxiv.org/abs/2202.01017.
+        E. Kalai, Nonsymmetric Nash Solutions and Replications of 2-Person Bargaining, International
+        Journal of Game Theory 6, 1977, https://doi.org/10.1007/BF01774658
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -98,5 +115,7 @@ def nash_mtl(max_norm: float | Tensor | None = None, update_every: int = 1) -> A
     """
     _check.interval("max_norm", max_norm, 0, open_low=True, optional=True)
     _check.integer("update_every", update_every)
-    update = partial(_update, max_norm=max_norm, update_every=update_every)
+    shares = _check.shares(preference)
+    options = {"max_norm": max_norm, "update_every": update_every, "preference": shares}
+    update = partial(_update, **options)
     return weighted(Weighting("nash_mtl", _init, update, widen=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _names, _present
@@ -13,3 +14,10 @@ def resolve(preference: Vector | None, like: Tensor, present: Tensor | None = No
     if preference is None:
         return _present.uniform(present, like)
     return _present.only(present, _names.entries("preference", preference, like))
+
+
+def shares_of(preference: Vector | None, like: Tensor, present: Tensor | None) -> Tensor:
+    """Return the shares of a bargain `(m,)`, 1 where absent; by default 1 for each row."""
+    if preference is None:
+        return torch.ones_like(like[0])
+    return _present.only(present, _names.entries("preference", preference, like), 1.0)

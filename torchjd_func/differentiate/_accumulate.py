@@ -45,6 +45,7 @@ class Accumulated:
             aux = _check.aux_pair(out)[1] if self.has_aux else None
             outs.append(out)
         if not self.has_aux:
+            _check.losses(_tree.paths(outs[0]), _tree.leaves(outs[0]))
             return _tree.mean(outs)
         losses, parts = zip(*outs, strict=True)
         return _tree.mean(list(losses)), self.joined(list(parts))
@@ -52,7 +53,8 @@ class Accumulated:
     def linearize(self, request: Request) -> Linearized:
         """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
         _check.choice("has_aux", request.has_aux, (self.has_aux,))
-        if not request.rows:  # losses are weighed when all are known: one graph of all
+        # A scalarizer weighs losses when all are known: by one graph of all, or by known rows.
+        if not request.rows and not self.fn.spans_processes:
             return linearize_whole(self, request)
         return _linearize(self, request)
 
@@ -79,7 +81,10 @@ class Accumulated:
 
     def joined(self, aux: list[PyTree]) -> PyTree:
         """Return the auxiliary output of all microbatches."""
-        return _tree.stack(aux) if self.carry_aux is None else aux[-1]
+        if self.carry_aux is not None:
+            return aux[-1]
+        _check.tensors("aux", _tree.paths(aux[0]), _tree.leaves(aux[0]))
+        return _tree.stack(aux)
 
     def wrap(self, change: Callable[[Function], Function]) -> Accumulated:
         """Return the accumulated objective of the changed function."""
@@ -209,7 +214,9 @@ def accumulate(
     _check.integer("n", n)
     _check.chunk_size(chunk_size)
     _check.not_instancewise("jd.accumulate", fn, InstanceWise)
-    _check.carry_aux(carry_aux, has_aux)
+    _check.carry_aux(carry_aux, _check.flag("has_aux", has_aux))
+    if in_dims is not None:
+        _check.in_dims(in_dims)
     return Accumulated(as_objective(fn), n, in_dims, has_aux, chunk_size, carry_aux)
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from torchjd_func.differentiate._norms import NormsInOnePrecision
+from torchjd_func.differentiate._layerwise import Spelled
 
 Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of device, and the precision on them
 
@@ -18,22 +18,18 @@ def around() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-def as_called(autocast: Autocast) -> AbstractContextManager[object]:
-    """Run an objective as where the transformed function was called."""
-    return _on(autocast) if autocast else _norms()
+def as_called(autocast: Autocast, *, watched: bool = False) -> AbstractContextManager[object]:
+    """Run an objective as where the call was; one that is watched is spelled out already."""
+    mode = nullcontext() if watched else Spelled()
+    return _on(autocast, mode) if autocast else mode
 
 
 @contextmanager
-def _on(autocast: Autocast) -> Generator[None]:
+def _on(autocast: Autocast, mode: AbstractContextManager[object]) -> Generator[None]:
     """Switch autocast on again."""
     kinds = dict(autocast)
-    with _of("cpu", kinds), _of("cuda", kinds), _norms():
+    with _of("cpu", kinds), _of("cuda", kinds), mode:
         yield
-
-
-def _norms() -> AbstractContextManager[object]:
-    """Let norms take a mixture of precisions, as compiled ones do by Inductor (torch 2.13)."""
-    return nullcontext() if torch.compiler.is_compiling() else NormsInOnePrecision()
 
 
 def _of(kind: str, kinds: dict[str, torch.dtype]) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._norms import NormsInOnePrecision
+from torchjd_func.differentiate._layerwise import Spelled
 from torchjd_func.differentiate._objective import Function, as_objective
 
 PyTree = Any
@@ -79,7 +79,7 @@ def _call(
 
     given = [cast_argument(arg) for arg in args]
     named = {name: cast_argument(arg) for name, arg in kwargs.items()}
-    with NormsInOnePrecision():
+    with Spelled():
         out = fn(*given, **named)
     return _tree.map(partial(_cast_back, dtype=dtype, known=known), out)
 

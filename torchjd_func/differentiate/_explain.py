@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layered import Observed, observe
 from torchjd_func.differentiate._layerwise import (
@@ -141,6 +141,10 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         remedy = "Declare it with jd.instancewise or jd.per_example."
         _check.fail(TypeError, "`fn`", "be instance-wise", _check.describe(fn), remedy)
     _check.integer("n_examples", n_examples)
+    for leaf in _tree.tensors(args):
+        if leaf.is_meta:
+            got, remedy = _check.describe(leaf), "Check on a device with memory."
+            _check.fail(ValueError, "the arguments of the objective", "hold numbers", got, remedy)
     seen = observe(as_objective(fn), Request(args, argnums, has_aux), check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
@@ -186,7 +190,7 @@ def _line(recorded: Recorded, found: Layers, leaf: int) -> tuple[str, str, int]:
 def _strays(recorded: Recorded, use: int, grads: Tensor, chosen: Tensor) -> bool:
     """Say whether some losses, `grads` `(k, ...)`, move the output of a use for other examples."""
     step, layout = recorded.uses[use].step, recorded.plan.layout
-    apart = vmap(lambda grad: spread(grad, step.axis, layout))(grads).flatten(2)
+    apart = vmap(lambda grad: spread(grad, step.axis, layout))(grads)[..., None].flatten(2)
     own = torch.arange(apart.shape[1], device=apart.device) == chosen[:, None]
     others = torch.where(own[..., None], 0, apart).abs().max()
     return bool(others > torch.finfo(apart.dtype).eps ** 0.5 * apart.abs().max())

@@ -130,21 +130,22 @@ def grad_and_value(
         chunk_size,
         where,
         rows=not scalar,
-        spans=rule.average is not None,
+        spans=rule.processes is not None,
     )
 
     def grad_and_value_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         linear, state = linearize(fn, args, kwargs, options), detached(state)
         check_names(by_name, linear.losses)
+        here: Any = rule if rule.processes is None else rule.processes.of_part(linear.part)
         with full_precision():
-            if isinstance(rule, Scalarizer):
-                grads, weights, state = _scalarized(linear, rule, state)
-                assembled = assemble(linear, grads, weights)
-                grads = assembled if rule.average is None else rule.average(assembled)
+            if scalar:
+                grads, weights, state = _scalarized(linear, here, state)
+                grads = assemble(linear, grads, weights)
+                grads = grads if rule.processes is None else rule.processes.average(grads)
             else:
-                grads, weights, state = _aggregated(linear, rule, state, route, chunk_size)
-                grads = assemble(linear, grads, weights, rule.average)
+                grads, weights, state = _aggregated(linear, here, state, route, chunk_size)
+                grads = assemble(linear, grads, weights, here.processes)
         return detached((grads, value(linear, has_aux), state))
 
     return grad_and_value_fn

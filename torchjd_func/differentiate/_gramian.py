@@ -39,13 +39,14 @@ def gramian(
 
     All give the same Gramian, from one forward pass (dropout is drawn once; the first call with new
     shapes also runs forward for shapes alone). `"auto"` is `"layerwise"` for an objective of
-    `jd.instancewise` or `jd.per_example`, else `"jacobian"`.
+    `jd.instancewise` or `jd.per_example`, else `"jacobian"`. `"product"` adds up in the precision
+    of the objective, the others in float32 or better.
 
     Layer by layer, what a parameter was applied to, `a`, and the gradient of the losses by the
     result, `s`, are kept. A linear layer adds `sum_{t,u} (a_it . a_ju) (s_it . s_ju)` to entry
     (i, j), or the product of the rows `sum_t s_it a_it^T`, whichever costs less. For e examples at
     t positions, with q outputs and p inputs, that is `(e t)^2 (q + p + 16)` against
-    `2 e t q p + e^2 q p + 16 e q p` multiplications, counting 8 for a number written. A parameter
+    `e t q p + e^2 q p + 8 e q p` multiplications, counting 8 for a number written. A parameter
     on which an unsupported operation is used costs m backward passes for itself alone;
     `jd.explain_gramian` shows which.
 
@@ -55,7 +56,8 @@ def gramian(
         has_aux: As for `jd.jac`.
         route: `"auto"`, `"layerwise"`, `"jacobian"` or `"product"`.
         chunk_size: How many rows or columns at a time. `None` is the route's own choice: all for
-            `"jacobian"`, one for `"product"`. Without effect on `"layerwise"`.
+            `"jacobian"`, one for `"product"`. On `"layerwise"`, for the parameters on which an
+            unsupported operation is used: these share their passes.
         where: As for `jd.jac`: the Gramian of these leaves alone.
 
     Returns:

@@ -46,7 +46,7 @@ def pull_heads(
         flags = request.present[name] if by_name else None
         head = partial(_call_head, heads[name], batch, kwargs, flags, request.autocast)
         found[name] = (
-            _skip_head(params[name], z, flags)
+            _skip_head(params[name], z, flags, request.spans)
             if all_absent(flags)
             else _pull_head(head, params[name], z, request)
         )
@@ -108,8 +108,8 @@ def _pull_head(
     return _Head(losses, vector, present, cotangents, unscaled(rows, request.scale), dependent)
 
 
-def _skip_head(params: PyTree, z: PyTree, flags: Any) -> _Head:
-    """Leave a head out that is known to be absent: its losses are not a number."""
+def _skip_head(params: PyTree, z: PyTree, flags: Any, elsewhere: bool) -> _Head:
+    """Leave a head out that is absent, or on other processes: its losses are not a number."""
     like = _tree.leaves(z)[0]
     count, missing = len(_tree.leaves(flags)), like.new_full((), torch.nan)
     missing = missing.real if missing.is_complex() else missing
@@ -118,6 +118,9 @@ def _skip_head(params: PyTree, z: PyTree, flags: Any) -> _Head:
         vector=missing.new_zeros(count),
         present=torch.zeros(count, dtype=torch.bool, device=like.device),
         cotangents=_tree.map(lambda leaf: leaf.new_zeros(count, *leaf.shape), z),
-        rows=_tree.map(lambda _: None, params),
+        rows=_tree.map(
+            lambda leaf: _tree.placeholder(leaf, (count, *leaf.shape)) if elsewhere else None,
+            params,
+        ),
         dependent=False,
     )

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._pullback import call
 from torchjd_func.differentiate._request import Request
 from torchjd_func.differentiate._routes import validate
 from torchjd_func.differentiate._untouched import untouched
@@ -59,18 +60,23 @@ def init_state(
     """
     _check.rule(rule, (Aggregator, Scalarizer, Weighting))
     validate(route, None)
+    _check.flag("has_aux", has_aux)
     objective, args = as_objective(fn), detached(args)
     positions = _check.argnums(argnums, len(args))
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
+    objective.rows_like(primals, 1)  # checks the parameters, before anything runs
     losses = _losses_like(objective, args, has_aux)
     check_names(_names.named_options(rule), losses)
-    objective.plan(Request(args, argnums, has_aux, route))
+    count = sum(leaf.numel() for leaf in _tree.leaves(losses))
+    if count:
+        objective.plan(Request(args, argnums, has_aux, route))
+    jac = objective.rows_like(primals, count)
+    m = _tree.leading_size(jac)
     if isinstance(rule, Scalarizer):
-        return rule.init(losses, key=key)
-    jac = objective.rows_like(primals, sum(leaf.numel() for leaf in _tree.leaves(losses)))
+        here = count == m  # or other processes have losses as well
+        return rule.init(losses if here else _tree.placeholder(losses, (m,)), key=key)
     if isinstance(rule, Weighting):
-        m = _tree.leading_size(jac)
         return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
     return rule.init(jac, key=key)
 
@@ -81,7 +87,7 @@ def _losses_like(fn: Any, args: tuple[Any, ...], has_aux: bool) -> PyTree:
         args = _tree.map(_empty_like, args) if fn.spans_processes else args
         return split_aux(fn(*args), has_aux)[0]
     with untouched(fn, args):
-        losses, _ = split_aux(_evaluated(fn, args), has_aux)
+        losses, _ = split_aux(_evaluated(fn, args), has_aux, some=not fn.spans_processes)
     return _tree.map(
         lambda leaf: torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape),
         losses,
@@ -94,7 +100,7 @@ def _evaluated(fn: Any, args: tuple[Any, ...]) -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return fn(*_tree.map(_empty_like, args))
     except Exception:
-        return fn(*_tree.map(_whole, args))
+        return call(fn, _tree.map(_whole, args), {})
 
 
 def _empty_like(leaf: Any) -> Any:

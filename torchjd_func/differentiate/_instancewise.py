@@ -36,7 +36,9 @@ class Example(NamedTuple):
 
     def dims(self, count: int) -> tuple[Any, ...]:
         """Return the batched dimension of each of `count` arguments."""
-        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+        dims = (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+        _check.in_dims(dims, count)
+        return dims
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -48,7 +50,7 @@ class InstanceWise:
         example: The loss of one example that `fn` maps over a batch; `None` if there is none.
         plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
             saves time, and changes no result.
-        ranks: Who has the other examples of the batch (`jd.distributed.gathered`).
+        ranks: Which processes have the other examples (`jd.distributed.gathered`).
         in_dims: Where the examples of each argument lie; `None` if dimension 0 of all of a size.
         check: Whether layer-by-layer routes prove what they found out, once.
     """
@@ -70,7 +72,9 @@ class InstanceWise:
         objective, args = self.by_position(request.args, request.kwargs)
         argnums = _check.normalised(request.argnums, len(request.args))
         request = request._replace(args=args, kwargs={}, argnums=argnums)
-        if objective.ranks is not None or request.route in ("auto", "layerwise"):
+        if objective.ranks is not None:
+            return linearize_by_layers(*filled_up(objective, objective.ranks, request))
+        if request.route in ("auto", "layerwise"):
             return linearize_by_layers(objective, request)
         return linearize_whole(objective.fn, request, _check.one_for_each_example)
 
@@ -101,7 +105,12 @@ class InstanceWise:
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of all examples, those of other processes included."""
-        return rows_like(primals, m if self.ranks is None else m * self.ranks.size())
+        if self.ranks is None:
+            return rows_like(primals, m)
+        if torch.compiler.is_compiling() or self.ranks.lengths is None:
+            return rows_like(primals, m * self.ranks.size())
+        every = self.ranks.lengths([m], {"rule": "jd.init_state"})
+        return rows_like(primals, sum(count for (count,) in every))
 
     def plan(self, request: Request) -> None:
         """Find out what layer-by-layer routes need to know, for graphs to replay it."""
@@ -117,6 +126,13 @@ class InstanceWise:
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
         return f"InstanceWise({name_of(self.fn)})"
+
+
+def filled_up(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWise, Request]:
+    """Fill the batches of processes up to one length, of which what was there counts."""
+    from torchjd_func.differentiate._filled import filled
+
+    return filled(fn, ranks, request)
 
 
 def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:
@@ -158,6 +174,8 @@ def instancewise(
         tensor([[4., 0.],
                 [0., 4.]])
     """
+    if in_dims is not None:
+        _check.in_dims(in_dims)
     return InstanceWise(fn, in_dims=in_dims, check=check)
 
 
@@ -183,6 +201,8 @@ def per_example(
         tensor([1., 1.])
     """
     _check.choice("randomness", randomness, ("error", "different", "same"))
+    if in_dims is not None:
+        _check.in_dims(in_dims)
 
     example = Example(fn, in_dims, randomness)
 

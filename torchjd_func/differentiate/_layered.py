@@ -21,6 +21,7 @@ from torchjd_func.differentiate._layerwise import (
     Recorded,
     combine,
     jacobian,
+    joined,
     layers,
     run,
 )
@@ -53,8 +54,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     # Dynamo traces no truth of a list (torch 2.11).
     _check.dependent(len(recorded.uses) > 0 or len(recorded.plan.opaque) > 0)
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
-    if ranks is not None:
-        ranks.check(vector)
     vector, present = masked(vector, _flat_flags(losses, request.present))
     shared = recorded.plan.layout.kind == "shared"
     unit = torch.ones_like(vector) if present is None else present.to(vector.dtype)
@@ -62,7 +61,12 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     if request.scale is not None:
         cotangents = times(request.scale, cotangents)
     found = layers(
-        recorded, cotangents, lambda: _rows_cotangents(vector, request), len(vector), ranks
+        recorded,
+        cotangents,
+        lambda: _rows_cotangents(vector, request),
+        len(vector),
+        ranks,
+        request.chunk_size,
     )
     found = in_one_precision(found)
     if present is not None and not shared:
@@ -78,8 +82,8 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         return unscaled([jacobian(found, leaf) for leaf in places], request.scale)
 
     if ranks is not None:
-        vector = losses = ranks.gather(vector)
-        present = None if present is None else ranks.gather(present)
+        vector = losses = joined(vector, ranks)
+        present = None if present is None or ranks.whole else joined(present, ranks)
     where = None if request.alone else request.where
     return Linearized(
         losses=losses,
@@ -146,6 +150,7 @@ def _only_array(x: Tensor, axis: int | None, present: Tensor) -> Tensor:
 
 def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     """Run the objective once, watching its parameters."""
+    _check.flag("has_aux", request.has_aux)
     bound = bind(request)
     problem, unpackers = _problem(fn, request, bound, check)
     recorded = run(problem, _plans(fn, check))
@@ -180,7 +185,7 @@ def _problem(
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
         given = given if batch is None else batch.fill(given, example)
-        with as_called(request.autocast):
+        with as_called(request.autocast, watched=True):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = _tree.pack((losses, aux))
@@ -199,10 +204,16 @@ def _problem(
         inputs=_tree.tensors((args, dict(request.kwargs))),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call),
-        check=check and isinstance(fn, InstanceWise) and fn.check and request.present is None,
+        check=check and _to_be_proven(fn, bound.leaves, request.present),
         names=bound.paths,
     )
     return problem, unpackers
+
+
+def _to_be_proven(fn: Objective, leaves: Sequence[Tensor], present: Any) -> bool:
+    """Say whether a plan is to be proven; without numbers it cannot be."""
+    asked = isinstance(fn, InstanceWise) and fn.check and present is None
+    return asked and not any(leaf.is_meta for leaf in leaves)
 
 
 def _structure(
@@ -216,16 +227,22 @@ def _structure(
     rest = tuple(place for place in range(len(args)) if place not in positions)
     dims = fn.example.dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
+    if 0 in _batch_sizes(batch) and fn.ranks is None:
+        _check.losses((), ())
     if _batch_size(batch) and all(dims[position] is None for position in positions):
         return "vmapped", batch
     return "batched", None
 
 
 def _batch_size(batch: Batch) -> int:
-    """Return how many examples an objective of one example is mapped over."""
+    """Return how many examples an objective of one example is mapped over; 0 if none tells."""
+    return next(iter(_batch_sizes(batch)), 0)
+
+
+def _batch_sizes(batch: Batch) -> list[int]:
+    """Return how many examples each batched argument has."""
     pairs = [(batch.dims[i], x) for i in batch.places for x in _tree.tensors(batch.args[i])]
-    sizes = [x.shape[dim] for dim, x in pairs if isinstance(dim, int)]
-    return sizes[0] if sizes else 0
+    return [x.shape[dim] for dim, x in pairs if isinstance(dim, int) and dim < x.ndim]
 
 
 def _larger(
@@ -246,7 +263,7 @@ def _larger(
             x.shape[dims[place]]: None
             for place in places
             for x in _tree.tensors(args[place])
-            if x.ndim > dims[place]
+            if x.ndim > dims[place] and x.shape[dims[place]]
         }
         for size in reversed(list(sizes)):
             grown = list(args)
@@ -258,6 +275,7 @@ def _larger(
 
 def _grow(leaf: Any, *, dim: int, size: int) -> Any:
     """Repeat the last example of a tensor that has as many."""
-    if not isinstance(leaf, Tensor) or leaf.ndim <= dim or leaf.shape[dim] != size:
+    dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+    if not dense or leaf.ndim <= dim or leaf.shape[dim] != size:
         return leaf
     return torch.cat([leaf, leaf.narrow(dim, size - 1, 1)], dim)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func._types import Aggregator
+from torchjd_func._shares import Part
+from torchjd_func._types import Aggregator, Processes
 from torchjd_func.differentiate._layerwise import Layers
 
 PyTree = Any
@@ -68,6 +70,7 @@ class Linearized(NamedTuple):
     seen: Seen | None = None  # `None`: the rows of all leaves
     heads: Heads | None = None
     shards: Shards | None = None
+    part: Part = Part()  # for a rule that works over processes
 
 
 def rows_of(linear: Linearized) -> list[Tensor]:
@@ -81,17 +84,42 @@ def value(linear: Linearized, has_aux: bool) -> Any:
     return (linear.losses, linear.aux) if has_aux else linear.losses
 
 
+def counting(linear: Linearized, part: Part) -> Linearized:
+    """Return gradients that are zero without examples, where they may not be numbers."""
+    linear, size = linear._replace(part=part), part.size
+    if size is None or (not isinstance(size, Tensor) and size > 0):
+        return linear
+    some = torch.as_tensor(size, device=linear.vector.device) > 0
+    pull, heads = linear.jacobian.pullback, linear.heads
+
+    def only(tree: PyTree) -> PyTree:
+        """Return zeros without examples."""
+        return _tree.map(lambda leaf: torch.where(some, leaf, 0), tree)
+
+    return linear._replace(
+        jacobian=linear.jacobian._replace(pullback=lambda weights: only(pull(weights))),
+        heads=None if heads is None else heads._replace(rows=only(heads.rows)),
+    )
+
+
 def assemble(
     linear: Linearized,
     grads: PyTree,
     weights: Tensor | None = None,
-    average: Callable[[PyTree], PyTree] | None = None,
+    processes: Processes | None = None,
 ) -> PyTree:
     """Return the gradients of the argument: those of the leaves, and of heads if there are any."""
-    if linear.heads is None:
+    heads = linear.heads
+    if heads is None:
         return grads
-    combined = _combine_heads(linear.heads, weights)
-    return grads, combined if average is None else average(combined)
+    if processes is None:
+        return grads, _combine_heads(heads, weights)
+    if not heads.weighted and (linear.present is not None or linear.part.size is not None):
+        heads, weights = (
+            heads._replace(weighted=True),
+            processes.factors(linear.vector, linear.present),
+        )
+    return grads, processes.average(_combine_heads(heads, weights))
 
 
 def _combine_heads(heads: Heads, weights: Tensor | None) -> dict[str, PyTree]:
@@ -105,8 +133,8 @@ def _combine_heads(heads: Heads, weights: Tensor | None) -> dict[str, PyTree]:
     return {name: _tree.weighted_sum(heads.rows[name], part) for name, part in pairs}
 
 
-def split_aux(out: Any, has_aux: bool) -> tuple[PyTree, PyTree]:
-    """Separate the losses from the auxiliary output, which is `()` if there is none."""
+def split_aux(out: Any, has_aux: bool, *, some: bool = True) -> tuple[PyTree, PyTree]:
+    """Separate the losses, `some` at least, from the auxiliary output, `()` if there is none."""
     losses, aux = _check.aux_pair(out) if has_aux else (out, ())
-    _check.losses(_tree.paths(losses), _tree.leaves(losses))
+    _check.losses(_tree.paths(losses), _tree.leaves(losses), some)
     return losses, aux

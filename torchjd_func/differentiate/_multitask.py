@@ -68,7 +68,7 @@ class MultiTask:
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of the shared parameters."""
-        return rows_like(primals[0], m)
+        return rows_like(_check.multitask_params(primals, self.heads)[0], m)
 
     def plan(self, request: Request) -> None:
         """Remember nothing."""

@@ -21,7 +21,7 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any
         return fn(*args, **kwargs)
     try:
         return fn(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         given = (args, dict(kwargs))
         _check.explain(error, _tree.paths(given), _tree.leaves(given))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._shares import Part
 from torchjd_func.differentiate._autocast import Autocast
 
 PyTree = Any
@@ -26,7 +27,8 @@ class Request(NamedTuple):
     where: Where | None = None  # the leaves that weights come from; `None` for all
     alone: bool = False  # whether these leaves are all that is differentiated
     present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all
-    size: Any = None  # how many examples this process has, for means over processes
+    part: Part = Part()  # what this process has of a batch that several have
+    spans: bool = False  # whether the rule works over processes
     scale: Tensor | None = None  # a factor of the losses in the backward pass alone
     autocast: Autocast = ()  # where the transformed function was called
     rows: bool = True  # whether anybody looks at rows, or one combination of them is all

@@ -139,7 +139,10 @@ def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | Non
 
 def _product(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
     """Never build the Jacobian."""
-    return Gramian(_products(linear, linear, chunk_size, groups), pullback_of(linear, groups))
+    products = _products(linear, linear, chunk_size, groups)
+    # Of two roundings of one number, in the precision of the objective, the mean: solvers take no
+    # matrix that is not symmetric.
+    return Gramian((products + products.mT) / 2, pullback_of(linear, groups))
 
 
 def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchjd_func import _tree
 from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
-from torchjd_func.differentiate._layerwise import jacobian
+from torchjd_func.differentiate._layerwise import jacobian, joined
 from torchjd_func.differentiate._linearized import Linearized, rows_of
 from torchjd_func.differentiate._pullback import unscaled
 from torchjd_func.differentiate._request import Where
@@ -88,7 +88,7 @@ def squared_norms(
         for place in places:  # the rows of one leaf at a time
             rows = unscaled(jacobian(own, place), linear.jacobian.scale)
             total = total + _squares(rows)
-        total = total if layers.ranks is None else layers.ranks.gather(total)
+        total = total if layers.ranks is None else joined(total, layers.ranks)
     elif route == "product" or linear.shards is not None:
         total = contract(linear, route, chunk_size, (places,)).matrices[0].diagonal()
     else:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._shares import given, scaled
 from torchjd_func._types import Aggregator
+from torchjd_func.differentiate._instancewise import InstanceWise
+from torchjd_func.differentiate._layerwise import Ranks
 from torchjd_func.differentiate._linearized import (
     Contraction,
     Groups,
@@ -33,6 +37,9 @@ class Parts(NamedTuple):
     own: Leafwise  # gradients by them, or rows of such -> this process's parts of the means
     wrap: Leafwise  # parts, or their rows, placed as the leaves are
     mean: Callable[[Tensor], Tensor]  # of the losses, over processes
+    shares: Callable[..., Any]  # (losses, present, size) -> what this process has of each loss
+    agree: Callable[[PyTree], None]  # check that something is the same on all processes
+    ranks: Ranks  # who has the other examples of an instance-wise objective
     contract: Callable[[Contraction, Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
     by_rows: Callable[[Aggregator], Callable[..., tuple[PyTree, Any]]]  # the rule, on placed rows
     some: Callable[[Sequence[int]], Any]  # the same for some of the leaves
@@ -60,22 +67,29 @@ class Sharded:
 
     def linearize(self, request: Request) -> Linearized:
         """Differentiate by whole parameters; of gradients this process keeps its parts."""
-        _check.shards_route(request.route)
+        fn = self.fn
+        if not isinstance(fn, InstanceWise):
+            _check.shards_route(request.route)
         everything = bind(request._replace(where=None))
         parts = self.parts(everything.leaves)
         whole = request._replace(args=everything.fill(self.gather(everything.leaves)))
-        linear = self.fn.linearize(whole)
         if request.alone and request.where is not None:
             parts = parts.some(chosen(request.where, everything.paths))
-        return _shared_out(linear, parts, request)
+        if isinstance(fn, InstanceWise):
+            linear = replace(fn, ranks=parts.ranks).linearize(whole)
+            return linear._replace(leaves=_placed(linear.leaves, parts))
+        return _shared_out(fn.linearize(whole), parts, request)
 
     def wrap(self, change: Callable[[Function], Function]) -> Sharded:
         """Return the sharded objective of the changed function."""
-        return Sharded(as_objective(self.fn.wrap(change)), self.parts, self.gather, self.like)
+        return replace(self, fn=as_objective(self.fn.wrap(change)))
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of whole parameters."""
-        return self.fn.rows_like(_tree.map(self.like, primals), m)
+        fn = self.fn
+        if isinstance(fn, InstanceWise):
+            fn = replace(fn, ranks=self.parts(_tree.leaves(primals)).ranks)
+        return fn.rows_like(_tree.map(self.like, primals), m)
 
     def plan(self, request: Request) -> None:
         """Remember nothing."""
@@ -90,10 +104,22 @@ class Sharded:
         return f"Sharded({name_of(self.fn)})"
 
 
+def _placed(leaves: Leaves, parts: Parts) -> Leaves:
+    """Return leaves that are put back with their places."""
+    return Leaves(leaves.paths, lambda own: leaves.rebuild(parts.wrap(list(own))))
+
+
 def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearized:
     """Return means over processes, of which this process has its parts."""
-    vector = parts.mean(linear.vector)
-    rebuild, pull, seen = linear.leaves.rebuild, linear.jacobian.pullback, linear.seen
+    vector, present, part = linear.vector, linear.present, request.part
+    parts.agree({"losses": vector, "batch": part.lengths, **given(present, part.size)})
+    pull, seen = linear.jacobian.pullback, linear.seen
+    known = [] if seen is None or seen.rows is None else seen.rows
+    if present is not None or part.size is not None:
+        shares = parts.shares(vector, present, part.size)
+        vector, known = scaled((vector, known), shares)
+        pull, present = partial(_pull_share, pull, shares.factors), shares.anywhere
+    vector = parts.mean(vector)
 
     def rows() -> list[Tensor]:
         """Pull back, and scatter each chunk of rows at once."""
@@ -102,15 +128,24 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
     seen_parts = parts
     if seen is not None and seen.rows is not None:
         seen_parts = parts.some(seen.places)
-        seen = seen._replace(rows=seen_parts.own(seen.rows))
+        seen = seen._replace(rows=seen_parts.own(known))
     return linear._replace(
         losses=_tree.unravel(linear.losses, vector),
         vector=vector,
-        leaves=Leaves(linear.leaves.paths, lambda leaves: rebuild(parts.wrap(list(leaves)))),
+        present=present,
+        leaves=_placed(linear.leaves, parts),
         jacobian=Jacobian(lambda weights: parts.own(pull(weights)), rows),
         seen=seen,
         shards=Shards(parts.contract, partial(_contract_seen, seen_parts.contract), parts.by_rows),
     )
+
+
+def _pull_share(
+    pull: Callable[[Tensor], list[Tensor]], factors: Tensor, cotangent: Tensor
+) -> list[Tensor]:
+    """Pull the share of this process back; zeros of nothing, where a product may be no number."""
+    own = cotangent * factors.to(cotangent.dtype)
+    return [torch.where((own != 0).any(), leaf, 0) for leaf in pull(own)]
 
 
 def _contract_seen(

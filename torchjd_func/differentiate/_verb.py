@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torchjd_func import _check
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
+from torchjd_func._shares import Part
 from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
-from torchjd_func.differentiate._linearized import Linearized
+from torchjd_func.differentiate._linearized import Linearized, counting
 from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._request import Request, Where
 
@@ -31,10 +35,20 @@ def linearize(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> Linearized:
     """Let an objective linearize itself at some arguments."""
+    _check.flag("has_aux", options.has_aux)
+    _check.function("where", options.where)
     objective = as_objective(fn)
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
-    _check.size(size, options.spans or objective.spans_processes)
+    _check.spans_once(options.spans, objective)
+    spans = options.spans or objective.spans_processes
+    _check.size(size, spans)
+    if not objective.spans_processes:
+        _check_whole(args, options.argnums)
+    if any(x.is_meta for x in _tree.tensors((args, named))):  # a model without numbers yet
+        given = (args, named)
+        _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
+    counted = spans and size is None and not torch.compiler.is_compiling()
     request = Request(
         args=detached(args),
         argnums=options.argnums,
@@ -45,9 +59,31 @@ def linearize(
         where=options.where,
         alone=options.alone,
         present=present,
-        size=size,
+        part=Part(size, _lengths(args, named, options.argnums) if counted else None),
+        spans=options.spans,
         autocast=around(),
         rows=options.rows,
     )
     with full_precision():
-        return objective.linearize(request)
+        linear = objective.linearize(request)
+        return counting(linear, request.part) if options.spans else linear
+
+
+def _check_whole(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
+    """Check that nothing that is differentiated is sharded."""
+    places = _check.argnums(argnums, len(args))
+    several = isinstance(argnums, tuple)
+    differentiated = {i: args[i] for i in places} if several else args[places[0]]
+    leaves = _tree.leaves(differentiated)
+    if any(type(leaf) not in (Tensor, torch.nn.Parameter) for leaf in leaves):
+        _check.not_sharded(_tree.paths(differentiated), leaves)
+
+
+def _lengths(
+    args: tuple[Any, ...], named: dict[str, Any], argnums: int | tuple[int, ...]
+) -> dict[str, str]:
+    """Return the length of each tensor that is not differentiated."""
+    places = _check.argnums(argnums, len(args))
+    rest = {str(i): arg for i, arg in enumerate(args) if i not in places} | named
+    pairs = zip(_tree.paths(rest), _tree.leaves(rest), strict=True)
+    return {path: f"{len(x)} rows" for path, x in pairs if isinstance(x, Tensor) and x.ndim}

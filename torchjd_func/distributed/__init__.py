@@ -6,12 +6,13 @@ r"""Rules over several processes, in the groups of `torch.distributed`: gloo on 
     state = jd.init_state(rule, objective, params, part)            # all ranks, before the loop
     grads, losses, state = jd.grad_and_value(objective, rule)(state, params, part)
 
-Each rank runs the same program on its part of the batch; parameters, states and keys are the same
-on all, and nothing but `rule` differs from one process. The step compiles with `fullgraph=True`.
+Each process runs the same program on its part of the batch; parameters, states and keys are the
+same on all, and nothing but `rule` differs from one process. The step compiles with
+`fullgraph=True`. No pickles are exchanged.
 
 **Bytes.** With `m` objectives and `n` parameters, a method on Gramians hands `(m + 1) n + m^2 + m`
 numbers to collectives: a reduce-scatter of the Jacobian, all-reduces of a Gramian and of the
-losses, an all-gather of the direction. By ring algorithms, a rank sends `(W - 1) / W` of what it
+losses, an all-gather of the direction. By ring algorithms, a process sends `(W - 1) / W` of what it
 hands to a reduce-scatter, an all-gather or an all-to-all, and twice that of an all-reduce. For
 `m = 4` and `n = 1,000,000` in float32:
 
@@ -32,7 +33,7 @@ is short, no overlap with the backward pass. Then a step communicates, in millis
 | 64 | 40 | 64 | 16 |
 | 1,000 | 50 | 74 | 26 |
 
-of which 10 are the hops of 1,000 GPUs. Work on Gramians, `m^2 n`, is divided by the ranks; the
+of which 10 are the hops of 1,000 GPUs. Work on Gramians, `m^2 n`, is divided by the processes; the
 solve, of `m` alone, is done by each.
 """
 

@@ -1,42 +1,51 @@
-"""Rows of their own on several ranks, of which a rule makes one direction."""
+"""Rows of their own on several processes, of which a rule makes one direction."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func._shares import Shares, Size, counted
 from torchjd_func._types import Aggregator
 from torchjd_func.distributed import _collectives
 from torchjd_func.distributed._collectives import Group
 from torchjd_func.distributed._exchange import Exchange, spread
 
 
-def across_workers(aggregator: Aggregator, group: Group = None) -> Aggregator:
-    r"""Aggregate rows that are spread over ranks: usually one gradient of each worker.
+def across_workers(
+    aggregator: Aggregator, group: Group = None, *, check: bool = True
+) -> Aggregator:
+    r"""Aggregate rows that are spread over processes: usually one gradient of each worker.
 
     $$d = A(J), \qquad J = (g_1, \dots, g_W)^\top.$$
 
-    Each rank has `k` rows of its own (one loss: `k = 1`), and `m = k W`, counted rank by rank. A
-    robust rule such as `jd.krum` or `jd.trimmed_mean` gives a direction that the arbitrary rows of
-    some workers move no further than the rule promises, also if they hold infinities or NaN: a row
-    of weight 0 is left out. What is promised are rows: a worker that breaks the protocol, or hangs,
-    stops all. All ranks get the same direction. With `present`, on all ranks or on none, a rank
-    says which of its own rows there are.
+    Each process has `k` rows of its own (one loss: `k = 1`), and `m = k W`, counted process by
+    process. A robust rule such as `jd.krum` or `jd.trimmed_mean` gives a direction that the
+    arbitrary rows of some workers move no further than the rule promises, also if they hold
+    infinities or NaN: a row of weight 0 is left out. All processes get the same direction. With
+    `present`, on all processes or on none, a process says which of its own rows there are; with
+    `size=0`, that there are none.
 
-    No rank has all rows: an all-to-all deals the columns out, partial Gramians are added up, and
-    the direction is gathered. Numbers that a rank hands to collectives, with `n'` as for
+    What is promised are rows, on trust in all else: each worker runs this program, and comes to
+    each collective with numbers of the announced shapes. It computes a part of the Gramian and of
+    the direction for all others, so that one that sends wrong parts there, or that hangs, spoils or
+    stops all. `check` compares what workers say about themselves. Nothing that is received is
+    executed: no pickles are exchanged.
+
+    No process has all rows: an all-to-all deals the columns out, partial Gramians are added up, and
+    the direction is gathered. Numbers that a process hands to collectives, with `n'` as for
     `jd.distributed.data_parallel`: `(k + 1) n' + m^2 + m`; without the square for
     `jd.trimmed_mean`; `n + m` for weights that look at no gradient; and `m n + m` for all others
-    that need the rows, which are gathered on each rank.
+    that need the rows, which are gathered on each process.
 
     Args:
-        aggregator: For the rows of all ranks.
-        group: The ranks; by default all.
+        aggregator: For the rows of all processes.
+        group: The processes; by default all.
+        check: As for `jd.distributed.data_parallel`.
 
     Returns:
-        An Aggregator of the rows of a rank, with leaves `(k, ...)`, and with the state of
-        `aggregator`. In `jd.grad`, gradients of heads (`jd.multitask`) are plain means over ranks.
+        An Aggregator of the rows of a process, with leaves `(k, ...)`, and with the state of
+        `aggregator`. In `jd.grad`, gradients of heads (`jd.multitask`) are means over processes.
 
     Raises:
         TypeError: If `aggregator` is not an Aggregator.
@@ -52,22 +61,23 @@ def across_workers(aggregator: Aggregator, group: Group = None) -> Aggregator:
         >>> dist.destroy_process_group()
     """
     _check.combinable("across_workers", aggregator, (Aggregator,))
-    return spread(aggregator, f"across_workers({aggregator.name})", STACK, group)
+    return spread(aggregator, f"across_workers({aggregator.name})", STACK, group, check)
 
 
 def _count(k: int, group: Group) -> int:
-    """Return the number of rows of all ranks."""
+    """Return the number of rows of all processes."""
     return k * _collectives.size(group)
 
 
 def _weights(weights: Tensor, group: Group) -> Tensor:
-    """Return the weights of the rows of this rank."""
+    """Return the weights of the rows of this process."""
     return weights.chunk(_collectives.size(group))[_collectives.rank(group)]
 
 
-def _present(present: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Return which rows there are of all ranks; those of this one are taken as they are."""
-    return _collectives.all_gather(present, group), torch.ones_like(present)
+def _shares(like: Tensor, present: Tensor | None, size: Size, group: Group) -> Shares:
+    """Return which rows there are; those of this process are taken as they are."""
+    here = counted(like, present, size)
+    return Shares(here, _collectives.all_gather(here, group), like)
 
 
 STACK = Exchange(
@@ -76,6 +86,6 @@ STACK = Exchange(
     _collectives.all_gather,
     _collectives.all_to_all,
     _weights,
-    _present,
+    _shares,
     trusted=False,
 )

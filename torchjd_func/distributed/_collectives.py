@@ -1,4 +1,4 @@
-"""Collectives as pure functions: a rank owns a part of the columns, numbered as the ranks are.
+"""Collectives as pure functions: a process owns a part of the columns, in the processes' order.
 
 Those of `torch.distributed` write into what they are given. On tensors that nobody else holds that
 is pure, and a compiler rewrites each to a functional one within its graph (torch 2.10 to 2.13): the
@@ -8,7 +8,7 @@ constants of derivatives, of which these collectives have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 
-Group: TypeAlias = dist.ProcessGroup | None  # `None` is the default one, of all ranks
+Group: TypeAlias = dist.ProcessGroup | None  # `None` is the default one, of all processes
 
 # torch 2.13 has new names for two, and warns about the old ones, the only ones before; a build of
 # torch without processes has neither.
@@ -31,7 +31,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 
 
 def size(group: Group) -> int:
-    """Return the number of ranks."""
+    """Return the number of processes."""
     _check.process_group(dist.is_available() and dist.is_initialized())
     world = dist.get_world_size(group)
     _check.member(world > 0)
@@ -45,33 +45,44 @@ def rank(group: Group) -> int:
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Return the sum over ranks, on each."""
+    """Return the sum over processes, on each."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     return _run("all_reduce", dist.all_reduce, group, total)
 
 
+def largest(numbers: list[int], groups: Sequence[Group]) -> list[int]:
+    """Return the largest of each number over the processes of a mesh; not in a compiled function.
+
+    The groups are those of the dimensions of the mesh.
+    """
+    own = torch.tensor(numbers, device=device(groups[0]))
+    for group in groups:
+        own = _run("all_reduce", partial(dist.all_reduce, op=dist.ReduceOp.MAX), group, own)
+    return own.tolist()
+
+
 def reduce_scatter(rows: Tensor, group: Group) -> Tensor:
-    """Return this rank's columns of the sum over ranks: `(m, n)` to `(m, ceil(n / world))`."""
-    sent = _by_rank(rows, size(group))
+    """Return this process's columns of the sum: `(m, n)` to `(m, ceil(n / world))`."""
+    sent = _by_process(rows, size(group))
     own = sent.new_empty(rows.shape[0], sent.shape[1])
     return _run("reduce_scatter", _reduce_scatter, group, own, sent)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """Return what all ranks hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
+    """Return what all processes hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
     found = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
     return _run("all_gather", _all_gather, group, found, x.detach().contiguous())
 
 
 def all_to_all(rows: Tensor, group: Group) -> Tensor:
-    """Return this rank's columns of the rows of all: `(k, n)` to `(world * k, ceil(n / world))`."""
-    sent = _by_rank(rows, size(group))
+    """Return this process's columns of all rows: `(k, n)` to `(world * k, ceil(n / world))`."""
+    sent = _by_process(rows, size(group))
     return _run("all_to_all", dist.all_to_all_single, group, torch.empty_like(sent), sent)
 
 
 def gather_texts(text: str, group: Group) -> list[str]:
-    """Return the texts of all ranks, sent as numbers; not in a compiled function."""
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_device(group))
+    """Return the texts of all processes, sent as numbers; not in a compiled function."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device(group))
     lengths = all_gather(torch.tensor([len(own)], device=own.device), group).tolist()
     padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own)))
     rows = all_gather(padded.unsqueeze(0), group).tolist()
@@ -79,7 +90,7 @@ def gather_texts(text: str, group: Group) -> list[str]:
     return [bytes(row[:length]).decode(errors="replace") for row, length in pairs]
 
 
-def _device(group: Group) -> torch.device:
+def device(group: Group) -> torch.device:
     """Return a device on which the group has collectives: the CPU, if it is one."""
     size(group)
     if "cpu" in dist.get_backend_config(group):
@@ -87,8 +98,8 @@ def _device(group: Group) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _by_rank(rows: Tensor, world: int) -> Tensor:
-    """Return the parts of all ranks below each other, `(world * m, c)`, filled up with zeros."""
+def _by_process(rows: Tensor, world: int) -> Tensor:
+    """Return the parts of all processes, `(world * m, c)`, filled up with zeros."""
     m, n = rows.shape
     width = -(-n // world)
     padded = torch.nn.functional.pad(rows.detach(), (0, world * width - n))

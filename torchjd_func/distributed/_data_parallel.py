@@ -1,4 +1,4 @@
-"""Parts of one batch on several ranks, and the rule on the means of losses and of gradients."""
+"""Parts of one batch on several processes, and the rule on the means of losses and gradients."""
 
 from __future__ import annotations
 
@@ -10,27 +10,35 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._present import Present
-from torchjd_func._types import Aggregator, PyTree, Scalarizer, State, Weighting
+from torchjd_func._shares import Part, given, scaled
+from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
-from torchjd_func.distributed._exchange import Exchange, spread
-from torchjd_func.distributed._mean import everywhere, mean, scaled, share
+from torchjd_func.distributed._exchange import Exchange, factors, shares, spread
+from torchjd_func.distributed._mean import average, share
 
 Rule = TypeVar("Rule", Aggregator, Scalarizer)
 
 
-def data_parallel(rule: Rule, group: Group = None) -> Rule:
-    r"""Run a rule on the mean over ranks, each of which has a part of the batch.
+def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rule:
+    r"""Run a rule on the mean over processes, each of which has a part of the batch.
 
-    $$L_i = \frac1W \sum_{r=1}^W L_i^{(r)}, \qquad J = \frac1W \sum_{r=1}^W J^{(r)}, \qquad
+    $$L_i = \frac{\sum_r b_r L_i^{(r)}}{\sum_r b_r}, \qquad
+    J = \frac{\sum_r b_r J^{(r)}}{\sum_r b_r}, \qquad
     G = J J^\top \neq \frac1W \sum_{r=1}^W J^{(r)} J^{(r)\top}.$$
 
-    Losses are means over the part of a rank, and parts are equal, so that all is as in one process
-    with the whole batch: the same direction on each rank, the same state, the same random numbers
-    from the same key. The Jacobian is averaged before the Gramian is taken, but never whole: with
-    `n` parameters, `n'` = `n` rounded up to a multiple of `W`, each rank is sent `n' / W` columns,
-    adds its share to the Gramian, solves for the weights, and combines its columns. Numbers that a
-    rank hands to collectives (see `jd.distributed` for bytes, and for times):
+    Losses are means over the part of a process. With `size=`, on the call of what `jd.grad`
+    returns, process `r` says how many examples `b_r` it has; without it, parts count alike, and
+    batches have one length. So all is as in one process with the whole batch: the same direction on
+    each process, the same state, the same random numbers from the same key:
+
+        grads, losses, state = step(state, params, x, y, size=len(x))  # 0 examples too
+
+    What a process without examples passes counts for nothing, NaN included. The Jacobian is
+    averaged before the Gramian is taken, but never whole: with `n` parameters, `n'` = `n` rounded
+    up to a multiple of `W`, each process is sent `n' / W` columns, adds its share to the Gramian,
+    solves for the weights, and combines its columns. Numbers that a process hands to collectives
+    (see `jd.distributed` for bytes, and for times), and 2 more for `check`:
 
     | rule | numbers |
     |---|---|
@@ -38,29 +46,35 @@ def data_parallel(rule: Rule, group: Group = None) -> Rule:
     | weights that look at no gradient (`jd.mean`, `jd.rlw`) | `n + m` |
     | a Scalarizer | `n + m` |
     | `jd.trimmed_mean`, column by column | `(m + 1) n' + m` |
-    | all others that need the rows | `m n + m`, all of it all-reduced, and all work on each rank |
+    | all others that need the rows | `m n + m`, all-reduced, and all work on each process |
 
-    with `n'` summed over groups and dtypes. With `present`, on all ranks or on none, an objective
-    is present if it is on any rank, its loss and its gradient are means over the ranks that have
-    it, and `m` numbers more are added up. Pass a finished rule: combinators go inside. In
-    `jd.grad`, gradients of heads (`jd.multitask`) are averaged as well; losses that it returns stay
-    those of the rank: see `jd.distributed.mean`. Differentiate a Scalarizer by `jd.grad`, or
-    average its gradient yourself.
+    with `n'` summed over groups and dtypes. With `present`, on all processes or on none, an
+    objective is present if it is on any process, its loss and its gradient are means over the
+    processes that have it, and `m` numbers more are added up, as they are with `size`. Pass a
+    finished rule: combinators go inside. In `jd.grad`, gradients of heads (`jd.multitask`) are
+    averaged as well, zeros where no process has the loss; losses that it returns stay those of the
+    process: see `jd.distributed.mean`, for what `observe` of a Scalarizer takes, too. Differentiate
+    a Scalarizer by `jd.grad`, or average its gradient yourself.
 
     Args:
         rule: An Aggregator or a Scalarizer.
-        group: The ranks; by default all.
+        group: The processes; by default all.
+        check: Whether each step compares, by one small all-reduce, that all processes call the same
+            rule on the same shapes, with or without `present` and `size`: those that differ are
+            named at once, where collectives would hang until their time-out, or mix up numbers. It
+            waits for the result, and does nothing in a compiled function.
 
     Returns:
         A rule of the type of `rule`, and with its state: a state may go on with `rule` in one
-        process, or on another number of ranks.
+        process, or on another number of processes.
 
     Raises:
         TypeError: If `rule` is neither.
-        ValueError: If `rule` is a Weighting; at `init`, on all ranks, if shapes, dtypes, keys or
-            rules differ between ranks (`jd.distributed.check_same`).
-        RuntimeError: If another rank has ended, naming this rank and the collective. In a compiled
-            function torch's own error, which names neither.
+        ValueError: If `rule` is a Weighting; on all processes, at `init` or a step, if shapes,
+            dtypes, keys, rules or options differ (`jd.distributed.check_same`).
+        RuntimeError: If another process has ended, or does not come within the time-out of the
+            group, naming this process and the collective. In a compiled function torch's own error,
+            which names neither.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -75,19 +89,31 @@ def data_parallel(rule: Rule, group: Group = None) -> Rule:
     _check.combinable("data_parallel", rule, (Aggregator, Scalarizer))
     name = f"data_parallel({rule.name})"
     if isinstance(rule, Aggregator):
-        return spread(rule, name, MEAN, group)
+        return spread(rule, name, MEAN, group, check)
+    return _scalarizer(rule, name, group, check)
+
+
+def _scalarizer(
+    rule: Scalarizer, name: str, group: Group, check: bool, part: Part | None = None
+) -> Scalarizer:
+    """Return the scalarizer of all processes together, with the state of `rule`."""
     bound = {"rule": rule, "group": group}
+    part = Part() if part is None else part
     return Scalarizer(
         name,
         partial(_init, name=name, **bound),
-        partial(_update, **bound),
+        partial(_update, name=name, part=part, check=check, **bound),
         None if rule.observe is None else partial(_observe, **bound),
-        partial(mean, group=group),
+        Processes(
+            partial(average, group=group),
+            partial(factors, size=part.size, group=group),
+            partial(_scalarizer, rule, name, group, check),
+        ),
     )
 
 
 def _count(k: int, group: Group) -> int:
-    """Return the number of rows: that of each rank."""
+    """Return the number of rows: that of each process."""
     return k
 
 
@@ -97,11 +123,11 @@ def _rows(rows: Tensor, group: Group) -> Tensor:
 
 
 def _columns(rows: Tensor, group: Group) -> Tensor:
-    """Return the columns of this rank of the mean rows."""
+    """Return the columns of this process of the mean rows."""
     return _collectives.reduce_scatter(share(rows, group), group)
 
 
-MEAN = Exchange(_count, mean, _rows, _columns, share, everywhere, trusted=True)
+MEAN = Exchange(_count, average, _rows, _columns, share, shares, trusted=True)
 
 
 def _init(
@@ -112,7 +138,7 @@ def _init(
     rule: Scalarizer,
     group: Group,
 ) -> State:
-    """Start the scalarizer, once all ranks agree on the losses."""
+    """Start the scalarizer, once all processes agree on the losses."""
     _handshake.check_start(name, {"losses": losses}, key, group)
     return rule.init_fn(losses, key)
 
@@ -121,17 +147,29 @@ def _update(
     losses: Tensor,
     state: State,
     *,
+    name: str,
     rule: Scalarizer,
     group: Group,
+    part: Part,
+    check: bool,
     present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Scalarize the mean losses, of which those of this rank are differentiated."""
-    if present is not None:
-        here = present
-        present, factors = everywhere(here, group)
-        losses = scaled(losses, here, factors)
+    """Scalarize the mean losses, of which those of this process are differentiated."""
+    if check:
+        options = given(present, part.size)
+        same = {"rule": name, "losses": losses.detach(), "batch": part.lengths, **options}
+        _handshake.check_step(same, (group,))
+    own = None
+    if present is not None or part.size is not None:
+        own = shares(losses.detach(), present, part.size, group)
+        losses = scaled(losses, own)
+        present = own.anywhere if present is not None else None
     constant = losses.detach()
-    return rule(mean(constant, group) + (losses - constant), state, present=present)
+    loss, after = rule(average(constant, group) + (losses - constant), state, present=present)
+    if own is None or present is not None:
+        return loss, after
+    some = own.anywhere.any()
+    return torch.where(some, loss, 0), _tree.map(partial(torch.where, some), after, state)
 
 
 def _observe(
@@ -141,10 +179,10 @@ def _observe(
     assert rule.observe is not None
     constant = _tree.map(Tensor.detach, losses)
     if present is None:
-        return rule.observe(mean(constant, group), state)
+        return rule.observe(average(constant, group), state)
     device = _tree.leaves((losses, state))[0].device
     here = _tree.ravel([torch.as_tensor(flag, device=device) for flag in _tree.leaves(present)])
-    mask, factors = everywhere(here, group)
+    own = shares(here.to(torch.float64), here, None, group)
     if losses is not None:
-        constant = mean(scaled(_tree.ravel(constant), here, factors), group)
-    return rule.observe(constant, state, present=mask)
+        constant = average(scaled(_tree.ravel(constant), own), group)
+    return rule.observe(constant, state, present=own.anywhere)

@@ -1,7 +1,7 @@
-"""One step of a rule whose rows, or shares of rows, are spread over ranks.
+"""One step of a rule whose rows, or shares of rows, are spread over processes.
 
-A rule that weighs by Gramians is given columns: a rank gets its part of the columns of all `m`
-rows, the partial Gramians are added up, each rank solves for the same weights and combines its
+A rule that weighs by Gramians is given columns: a process gets its part of the columns of all `m`
+rows, the partial Gramians are added up, each process solves for the same weights and combines its
 columns, and the direction is gathered. The Jacobian travels once and is nowhere whole.
 """
 
@@ -14,32 +14,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _tree
+from torchjd_func import _present, _tree
 from torchjd_func._lift import statistic_like
-from torchjd_func._types import Aggregator, Partition, PyTree, State, Weighting
+from torchjd_func._shares import Part, Shares, Size, given, scaled, shares_of
+from torchjd_func._types import Aggregator, Partition, Processes, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
-from torchjd_func.distributed._mean import mean_of_heads, scaled, total
+from torchjd_func.distributed._mean import average, total
 
 
 class Exchange(NamedTuple):
-    """What ranks make of the `k` rows that each of them has: the `m` rows of the rule."""
+    """What processes make of the `k` rows that each of them has: the `m` rows of the rule."""
 
     count: Callable[[int, Group], int]  # k -> m
     losses: Callable[[Tensor, Group], Tensor]  # (k,) -> (m,)
-    rows: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n), on each rank
-    columns: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n / world), those of this rank
-    weights: Callable[[Tensor, Group], Tensor]  # (m,) -> (k,), those of the rows of this rank
-    present: Callable[[Tensor, Group], tuple[Tensor, Tensor]]  # (k,) -> (m,), factors of rows (k,)
+    rows: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n), on each process
+    columns: Callable[[Tensor, Group], Tensor]  # (k, n) -> (m, n / world), those of this process
+    weights: Callable[[Tensor, Group], Tensor]  # (m,) -> (k,), those of the rows of this process
+    shares: Callable[[Tensor, Tensor | None, Size, Group], Shares]  # of (k,), as `shares_of`
     trusted: bool  # whether rows of weight 0 hold finite numbers
 
 
-def spread(rule: Aggregator, name: str, exchange: Exchange, group: Group) -> Aggregator:
-    """Return the rule of all ranks together, with the state of `rule`."""
+def spread(
+    rule: Aggregator,
+    name: str,
+    exchange: Exchange,
+    group: Group,
+    check: bool,
+    part: Part | None = None,
+) -> Aggregator:
+    """Return the rule of all processes together, with the state of `rule`."""
     bound = {"rule": rule, "exchange": exchange, "group": group}
-    init = partial(_init, name=name, **bound)
-    average = partial(mean_of_heads, group=group)
-    return Aggregator(name, init, partial(_update, **bound), average=average)
+    part = Part() if part is None else part
+    processes = Processes(
+        partial(average, group=group),
+        partial(factors, size=part.size, group=group),
+        partial(spread, rule, name, exchange, group, check),
+    )
+    update = partial(_update, name=name, part=part, check=check, **bound)
+    return Aggregator(name, partial(_init, name=name, **bound), update, processes=processes)
+
+
+def shares(like: Tensor, present: Tensor | None, size: Size, group: Group) -> Shares:
+    """Return what this process has of each objective that all processes share."""
+    add = partial(_collectives.all_reduce, group=group)
+    return shares_of(like, present, size, _collectives.size(group), add)
+
+
+def factors(losses: Tensor, present: Tensor | None, *, size: Size, group: Group) -> Tensor:
+    """Return factors `(m,)` that make weighted means of means."""
+    return shares(losses, present, size, group).factors
 
 
 def _init(
@@ -51,7 +75,7 @@ def _init(
     exchange: Exchange,
     group: Group,
 ) -> State:
-    """Start the rule on all rows, once all ranks agree on them."""
+    """Start the rule on all rows, once all processes agree on them."""
     _handshake.check_start(name, {"jac": jac}, key, group)
     return rule.init(_all_rows(jac, exchange, group), key=key)
 
@@ -67,17 +91,43 @@ def _update(
     state: State,
     losses: Tensor | None,
     *,
+    name: str,
     rule: Aggregator,
     exchange: Exchange,
     group: Group,
+    part: Part,
+    check: bool,
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
+    """Weigh what this process has, and bring it together with that of others."""
+    if check:
+        options = given(present, part.size)
+        same = {"rule": name, "jac": jac, "losses": losses, "batch": part.lengths, **options}
+        _handshake.check_step(same, (group,))
+    if present is None and part.size is None:
+        return _together(jac, state, losses, None, rule, exchange, group)
+    like = _tree.leaves(jac)[0].new_ones(_tree.leading_size(jac), dtype=torch.float64)
+    own = exchange.shares(like, present, part.size, group)
+    jac = scaled(jac, own)
+    losses = None if losses is None else scaled(losses, own)
+    mask = None if present is None and exchange.shares is shares else own.anywhere
+    grads, after = _together(jac, state, losses, mask, rule, exchange, group)
+    if mask is None:  # all objectives are there, or, without any example, none
+        grads = _tree.map(lambda leaf: torch.where(own.anywhere.any(), leaf, 0), grads)
+        after = _present.kept(own.anywhere, after, state)
+    return grads, after
+
+
+def _together(
+    jac: PyTree,
+    state: State,
+    losses: Tensor | None,
+    present: Tensor | None,
+    rule: Aggregator,
+    exchange: Exchange,
+    group: Group,
+) -> tuple[PyTree, State]:
     """Take the cheapest way that the rule allows."""
-    if present is not None:
-        here = present
-        present, factors = exchange.present(here, group)
-        jac = scaled(jac, here, factors)
-        losses = None if losses is None else scaled(losses, here, factors)
     losses = None if losses is None else exchange.losses(losses, group)
     if rule.weighting is not None and rule.weighting.needs == "size":
         statistic = statistic_like(_all_rows(jac, exchange, group))
@@ -141,13 +191,13 @@ def _weigh_all(
 
 
 def _gramians(blocks: list[_layout.Block], parts: list[Tensor]) -> Tensor:
-    """Return what the columns of this rank add to the Gramian of each group, `(g, m, m)`."""
+    """Return what the columns of this process add to the Gramian of each group, `(g, m, m)`."""
     split = [part.split(block.widths, dim=1) for block, part in zip(blocks, parts, strict=True)]
     return torch.stack([_tree.gramian(list(group)) for group in zip(*split, strict=True)])
 
 
 def _combine(block: _layout.Block, part: Tensor, weights: Tensor, trusted: bool) -> Tensor:
-    """Return the columns of this rank of the direction, each group by its weights `(g, m)`."""
+    """Return the columns of this process of the direction, each group by its weights `(g, m)`."""
     pairs = zip(part.split(block.widths, dim=1), weights.unbind(), strict=True)
     return torch.cat([_tree.weighted_sum(_kept(*pair, trusted), pair[1]) for pair in pairs])
 

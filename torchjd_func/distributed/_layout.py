@@ -1,4 +1,4 @@
-"""Leaves of a pytree as one matrix for each dtype, whose columns are in the order of the ranks."""
+"""Leaves of a pytree as one matrix for each dtype, with the columns in the processes' order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchjd_func._types import PyTree
 
 
 class Block(NamedTuple):
-    """Leaves of one dtype; each group has the same number of columns on every rank."""
+    """Leaves of one dtype; each group has the same number of columns on every process."""
 
     places: tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
-    widths: list[int]  # the columns that a rank has of each group
+    widths: list[int]  # the columns that a process has of each group
 
 
 def blocks(flat: list[Tensor], groups: _tree.Groups, world: int) -> list[Block]:

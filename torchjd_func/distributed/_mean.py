@@ -1,36 +1,44 @@
-"""Sums and means over ranks."""
+"""Sums and means over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._shares import Size, given, scaled, shares_of
 from torchjd_func._types import PyTree
-from torchjd_func.distributed import _collectives, _layout
+from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
 
 
-def mean(tree: PyTree, group: Group = None) -> PyTree:
-    """Average a pytree over ranks: one all-reduce for each dtype.
+def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = True) -> PyTree:
+    r"""Average a pytree over processes: one all-reduce for each dtype.
+
+    $$\bar x = \frac1W \sum_{r=1}^W x_r, \qquad\text{or, with } b_r \text{ examples on process } r,
+    \qquad \bar x = \frac{\sum_r b_r x_r}{\sum_r b_r}.$$
 
     For what `jd.grad` leaves local: the losses that it returns, the gradient of a loss that was
     differentiated by hand, statistics of a BatchNorm.
 
     Args:
-        tree: Pytree of floating-point tensors, of the same shapes on each rank.
-        group: The ranks; by default all.
+        tree: Pytree of floating-point tensors, of the same shapes on each process.
+        group: The processes; by default all.
+        size: How many examples this process has: an int or a 0-d tensor, on all processes or on
+            none. Of a process without examples `tree` may hold anything, NaN too.
+        check: Whether to compare names, shapes and dtypes before, by one small all-reduce; not in a
+            compiled function.
 
     Returns:
-        The mean in the structure and the dtypes of `tree`, the same on each rank; a constant of
-        derivatives.
+        The mean in the structure and the dtypes of `tree`, the same on each process; a constant of
+        derivatives. Zeros if no process has an example.
 
     Raises:
         TypeError: If a leaf is not a floating-point tensor.
-        RuntimeError: If another rank has ended, naming this rank and the collective.
+        ValueError: On all processes, if they have other names, shapes or dtypes.
+        RuntimeError: If another process has ended, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -41,12 +49,27 @@ def mean(tree: PyTree, group: Group = None) -> PyTree:
     """
     world = _collectives.size(group)
     remedy = "Convert counters, or leave them out."
-    _check.differentiable("`tree`", _tree.paths(tree), _tree.leaves(tree), remedy)
+    leaves = _tree.leaves(tree)
+    _check.differentiable("`tree`", _tree.paths(tree), leaves, remedy)
+    _check.size(size, True)
+    if check:
+        _handshake.check_step({"tree": tree, **given(None, size)}, (group,))
+    if size is None or not leaves:
+        return average(tree, group)
+    one = leaves[0].new_ones(1, dtype=torch.float64)
+    shares = shares_of(one, None, size, world, partial(_collectives.all_reduce, group=group))
+    rows = _tree.map(lambda leaf: leaf.unsqueeze(0), tree)
+    return _tree.map(lambda leaf: leaf.squeeze(0), average(scaled(rows, shares), group))
+
+
+def average(tree: PyTree, group: Group) -> PyTree:
+    """Return the mean of a pytree over processes."""
+    world = _collectives.size(group)
     return total(_tree.map(lambda leaf: leaf / world, tree), group)
 
 
 def total(tree: PyTree, group: Group) -> PyTree:
-    """Return the sum of a pytree over ranks, with one all-reduce for each dtype."""
+    """Return the sum of a pytree over processes, with one all-reduce for each dtype."""
     if not _tree.leaves(tree):
         return tree
     rows = _tree.map(lambda leaf: leaf.unsqueeze(0), tree)
@@ -54,41 +77,6 @@ def total(tree: PyTree, group: Group) -> PyTree:
     return _tree.map(lambda leaf: leaf.squeeze(0), sums)
 
 
-def everywhere(present: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Return what is present on any process, and a factor for each objective of this one.
-
-    It makes means over all processes, of what is 0 where it is absent, means over those that have
-    the objective.
-    """
-    count = _collectives.all_reduce(present.to(torch.float64), group)
-    return count > 0, _collectives.size(group) / count.clamp(min=1)
-
-
-def scaled(tree: PyTree, present: Tensor, factors: Tensor) -> PyTree:
-    """Return leaves `(k, ...)` by their factors `(k,)`, and 0 for what is absent."""
-
-    def scale(leaf: Tensor) -> Tensor:
-        kept = torch.where(_tree.per_row(present, leaf), leaf, 0)
-        return kept * _tree.per_row(factors, leaf).to(leaf.dtype)
-
-    return _tree.map(scale, tree)
-
-
-def mean_of_heads(
-    grads: Mapping[str, PyTree], group: Group, *, present: Tensor | None = None
-) -> PyTree:
-    """Average the gradients of heads, of which each belongs to one objective, by their names."""
-    if present is None or not _tree.leaves(grads):
-        return mean(grads, group)
-    _, factors = everywhere(present, group)
-    flags = zip(sorted(grads), present.split(1), factors.split(1), strict=True)
-    rows = {
-        name: scaled(_tree.map(lambda leaf: leaf.unsqueeze(0), grads[name]), flag, factor)
-        for name, flag, factor in flags
-    }
-    return mean(_tree.map(lambda leaf: leaf.squeeze(0), rows), group)
-
-
 def share(rows: Tensor, group: Group) -> Tensor:
-    """Return what a rank adds to the mean."""
+    """Return what a process adds to the mean."""
     return rows / _collectives.size(group)

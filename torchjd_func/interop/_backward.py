@@ -109,7 +109,7 @@ def backward_(
         grads, after = _way(rule, where)(step, rule, before)
         if batch.scale is not None:
             grads, after = kept_if_finite(grads, after, before)
-        _accumulate(grads, batch.zeros or rule.average is not None)
+        _accumulate(grads, batch.zeros or rule.processes is not None)
     return after
 
 
@@ -117,10 +117,11 @@ def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any) -
     """Check the rule, and what goes with it."""
     _check.rule(rule, (Aggregator, Scalarizer))
     _check.chunk_size(chunk_size)
+    _check.function("where", where)
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
         _check.weighting_present("where", rule.name, rule.weighting)
-    _check.unscaled(rule.name, scaler is not None and rule.average is not None)
+    _check.unscaled(rule.name, scaler is not None and rule.processes is not None)
 
 
 class _Step(NamedTuple):
@@ -195,7 +196,7 @@ def _aggregated(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, Sta
     _, rebuild = _tree.flatten(parts.shared)
     options = {"losses": batch.vector, "present": batch.present}
     direction, state = rule(rebuild(full), state, **options)
-    reached = [leaf is not None or rule.average is not None for leaf in found]
+    reached = [leaf is not None or rule.processes is not None for leaf in found]
     pairs = zip(_tree.leaves(direction), reached, strict=True)
     grads = _times([grad if kept else None for grad, kept in pairs], factor)
     return [*zip(params, grads, strict=True), *_averaged(rule, parts.heads)], state
@@ -238,10 +239,11 @@ def _times(grads: list[Tensor | None], factor: Tensor | None) -> list[Tensor | N
 
 def _averaged(rule: Aggregator | Scalarizer, grads: Grads) -> Grads:
     """Return the mean over processes, all of which have to come to it, if the rule spans some."""
-    if rule.average is None:
+    if rule.processes is None:
         return grads
     full = [torch.zeros_like(param) if grad is None else grad for param, grad in grads]
-    return [(param, mean) for (param, _), mean in zip(grads, rule.average(full), strict=True)]
+    means = rule.processes.average(full)
+    return [(param, mean) for (param, _), mean in zip(grads, means, strict=True)]
 
 
 def _accumulate(grads: Grads, zeros: bool) -> None:

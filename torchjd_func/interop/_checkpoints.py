@@ -105,6 +105,8 @@ def _check_state(rule: Rule, state: State) -> None:
 
 def _header(saved: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what is known of a saved state."""
+    if not isinstance(saved, Mapping):
+        return _check.saved_header(saved)
     try:
         header = json.loads(bytes(saved[HEADER].tolist()))
     except (KeyError, TypeError, ValueError, AttributeError):

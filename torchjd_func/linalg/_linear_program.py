@@ -47,6 +47,7 @@ def linear_program(
 
     Raises:
         TypeError: If an argument is not floating-point.
+        ValueError: If shapes do not fit, or there are more equations than unknowns.
 
     References:
         R. G. Bland, New finite pivoting rules for the simplex method, Math. Oper. Res. 2, 1977,
@@ -60,6 +61,7 @@ def linear_program(
     """
     for name, value in (("objective", objective), ("matrix", matrix), ("right", right)):
         _check.floating(f"`{name}`", value)
+    _check.linear_program(objective, matrix, right, n_free)
     dtype = torch.promote_types(objective.dtype, matrix.dtype)
     shape = torch.broadcast_shapes(objective.shape[:-1], matrix.shape[:-2], right.shape[:-1])
     k, n = matrix.shape[-2:]

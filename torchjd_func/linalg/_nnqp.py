@@ -75,6 +75,7 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     _check.matrix("matrix", matrix)
     _check.floating("`vector`", vector)
     _check.length("vector", vector, matrix.shape[-1])
+    _check.one_device("`matrix, vector`", [matrix, vector])
     dtype = torch.promote_types(matrix.dtype, vector.dtype)
     return cast(solve(matrix.double(), vector.double(), ridge_of(matrix.dtype), solver), dtype)
 
@@ -103,6 +104,7 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.matrix("gramian", gramian)
     _check.floating("`coordinates`", coordinates)
     _check.length("coordinates", coordinates, gramian.shape[-1])
+    _check.one_device("`gramian, coordinates`", [gramian, coordinates])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     matrix, start = gramian.double(), coordinates.double()
     vector = _products_with(matrix, start, torch.finfo(gramian.dtype).eps)

@@ -1,4 +1,4 @@
-"""The positive root of `G w = w^(-1/alpha)`: the stationary point of alpha-fair bargaining."""
+"""The positive root of `G w = (p / w)^(1/alpha)`: the stationary point of alpha-fair bargaining."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ def orthant_root(
     gramian: Tensor,
     alpha: float | Tensor = 1.0,
     *,
+    preference: Tensor | None = None,
     max_iter: int = 30,
     eps: float | None = None,
 ) -> Solution:
-    r"""Find the positive root of $G w = w^{-1/\alpha}$.
+    r"""Find the positive root of $(G w)_i = (p_i / w_i)^{1/\alpha}$.
 
     It is the minimiser over $w > 0$ of the strictly convex
-    $$\tfrac12 w^\top G w - \sum_i \int w_i^{-1/\alpha} \mathrm d w_i,$$
+    $$\tfrac12 w^\top G w - \sum_i \int (p_i / w_i)^{1/\alpha} \mathrm d w_i,$$
     found by Newton's method with a line search, in float64, on unit rows: the accuracy does not
     depend on the lengths of the rows. The first derivative of the root is exact.
 
     Zero rows take no part and get weight 0. There is no root where a convex combination of the
     other rows vanishes (`min_norm_point`), or where there are none: then the value is zero and
-    `converged` is false.
+    `converged` is false. Where there is one, and the steps do not reach it, the value is
+    not-a-number.
 
     Args:
         gramian: `G`, `(..., m, m)`.
         alpha: Positive; a number, or a tensor of the leading dimensions of `gramian` or fewer.
+        preference: `p`, positive, `(..., m)`; 1 by default.
         max_iter: Largest number of Newton steps; typically 6 to 12 do.
         eps: Relative rounding of the entries of `gramian`, by default that of its dtype.
 
@@ -54,6 +57,7 @@ def orthant_root(
         A `Solution`: its value is `w`, `(..., m)`.
 
     Raises:
+        TypeError: If `alpha` is no number, nor a tensor of such.
         ValueError: If `alpha` is a number that is not positive, or shapes do not fit.
 
     References:
@@ -66,32 +70,47 @@ def orthant_root(
         tensor([0.5000, 1.0000])
     """
     _check.matrix("gramian", gramian)
-    if not isinstance(alpha, Tensor) or alpha.ndim == 0:  # else one for each problem
+    _check.integer("max_iter", max_iter)
+    _check.interval("eps", eps, 0, optional=True, plain=True)
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
         _check.interval("alpha", alpha, 0, open_low=True)
+    else:  # one for each problem
+        _check.floating("`alpha`", alpha)
+        _check.broadcastable("alpha", alpha.shape, "gramian", gramian.shape[:-2])
+        _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
         power = 1 / alpha.to(wide).unsqueeze(-1)
     else:
         power = wide.new_full((1,), 1 / alpha)
+    shares = wide.new_ones(gramian.shape[-1]) if preference is None else preference.to(wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
     find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
-    return cast(_host.call(find, wide, power), gramian.dtype)
+    return cast(_host.call(find, wide, power, shares), gramian.dtype)
 
 
-def _root(xp: Any, gramian: Array, power: Array, *, tol: float, max_iter: int) -> Solution:
+def _root(
+    xp: Any, gramian: Array, power: Array, shares: Array, *, tol: float, max_iter: int
+) -> Solution:
     """Search on unit rows, and take the last step differentiably."""
     if xp is np:
-        value, converged, iterations = _search(np, gramian, power, tol, max_iter)
+        value, converged, iterations = _search(np, gramian, power, shares, tol, max_iter)
     else:
-        shape = torch.broadcast_shapes((*gramian.shape[:-2], 1), power.shape)
-        fixed = gramian.detach(), power.detach().expand(shape), tol, max_iter
-        value, converged, iterations = _host.opaque(search, _dispatch, *fixed)
-        if not _host.plain(gramian, power):
-            value = value + _change(gramian, power, value, converged)
+        shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+        fixed = power.detach().expand((*shape, 1)), shares.detach().expand((*shape, m))
+        found = _host.opaque(search, _dispatch, gramian.detach(), *fixed, tol, max_iter)
+        value, converged, iterations = found
+        if not _host.plain(gramian, power, shares):
+            value = value + _change(gramian, power, shares, value, converged)
     return Solution(value, converged, iterations, converged & False)
 
 
-def _search(xp: Any, gramian: Array, power: Array, tol: float, max_iter: int) -> Any:
+def _shape(gramian: Tensor, power: Tensor, shares: Tensor) -> torch.Size:
+    """Return the shape of a batch of problems."""
+    return torch.broadcast_shapes(gramian.shape[:-2], power.shape[:-1], shares.shape[:-1])
+
+
+def _search(xp: Any, gramian: Array, power: Array, shares: Array, tol: float, max_iter: int) -> Any:
     """Return the root, 0 where there is none, whether it converged, and the number of steps."""
     active, lengths, unit = _unit_rows(xp, gramian)
     hull = _host.lift(xp, _nearest, unit)
@@ -99,13 +118,13 @@ def _search(xp: Any, gramian: Array, power: Array, tol: float, max_iter: int) ->
     exists = (distance > tol) & active.any(-1)
     # Where there is no root the iteration would diverge.
     unit = xp.where(exists[..., None, None], unit, _host.identity(unit))
-    # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) x^(-power).
-    log_gain = (power - 1) * xp.log(lengths)
+    # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) p^power x^(-power).
+    log_gain = (power - 1) * xp.log(lengths) + power * xp.log(shares)
     x, iterations = _iterate(xp, unit, log_gain, power, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
-    converged = exists & (xp.amax(xp.abs(correction), -1) <= KKT_TOL)
-    root = xp.where(converged[..., None], x * (1 + correction), x) / lengths
-    return xp.where(active & exists[..., None], root, 0.0), converged, iterations
+    small = xp.amax(xp.abs(correction), -1) <= KKT_TOL
+    root = xp.where(small[..., None], x * (1 + correction), xp.nan) / lengths
+    return xp.where(active & exists[..., None], root, 0.0), exists & small, iterations
 
 
 def _unit_rows(xp: Any, gramian: Array) -> tuple[Array, Array, Array]:
@@ -117,16 +136,18 @@ def _unit_rows(xp: Any, gramian: Array) -> tuple[Array, Array, Array]:
     return active, lengths, unit + _host.identity(gramian) * xp.where(active, 0.0, 1.0)[..., None]
 
 
-def _change(gramian: Tensor, power: Tensor, value: Tensor, converged: Tensor) -> Tensor:
+def _change(
+    gramian: Tensor, power: Tensor, shares: Tensor, value: Tensor, converged: Tensor
+) -> Tensor:
     """Return 0 with the first derivative of the root, by one more step of Newton's method."""
     _, lengths, unit = _unit_rows(torch, gramian)
     # Where there is no root, a system without one would spoil derivatives of other entries.
     unit = torch.where(converged[..., None, None], unit, _host.identity(unit))
     inside = converged.unsqueeze(-1) & (value > 0)
     x = torch.where(inside, value * lengths, 1.0)
-    log_gain = (power - 1) * torch.log(lengths)
+    log_gain = (power - 1) * torch.log(lengths) + power * torch.log(shares)
     target = _target(torch, log_gain, power, x)
-    step = value * _newton(torch, unit, power, x, target, _apply(unit, x))
+    step = torch.where(inside, value, 0.0) * _newton(torch, unit, power, x, target, _apply(unit, x))
     return torch.where(inside, step - step.detach(), 0.0)
 
 
@@ -137,40 +158,44 @@ def _nearest(unit: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchjd_func::orthant_root", mutates_args=())
 def search(
-    gramian: Tensor, power: Tensor, tol: float, max_iter: int
+    gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Search for each problem of a batch; opaque to the compiler, since it ends early.
 
     Args:
         gramian: `(..., m, m)` float64.
         power: `(..., 1)` float64; leading dimensions broadcast.
+        shares: `(..., m)` float64, positive.
         tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
         max_iter: Largest number of steps.
 
     Returns:
         The root `(..., m)`, `converged` `(...,)` bool, and `iterations` `(...,)` int64.
     """
-    return _dispatch(gramian, power, tol, max_iter)
+    return _dispatch(gramian, power, shares, tol, max_iter)
 
 
-def _dispatch(gramian: Tensor, power: Tensor, tol: float, max_iter: int) -> Any:
+def _dispatch(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
     """Search in a kernel for what fits one, else on the host."""
-    shape = torch.broadcast_shapes(gramian.shape[:-2], power.shape[:-1])
-    m, n = gramian.shape[-1], math.prod(shape)
-    gramian, power = gramian.expand((*shape, m, m)), power.expand((*shape, 1))
-    if takes(gramian, "auto"):
-        from torchjd_func._kernels.orthant import root_kernel  # needs Triton
+    shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+    sizes = (m, m), (1,), (m,)
+    problems = [
+        x.expand((*shape, *size)) for x, size in zip((gramian, power, shares), sizes, strict=True)
+    ]
+    if not takes(gramian, "auto"):
+        find = partial(_search, tol=tol, max_iter=max_iter)
+        return _host.call_there_and_back(find, *problems)
+    from torchjd_func._kernels.orthant import root_kernel  # needs Triton
 
-        parts = root_kernel(gramian.reshape(n, m, m), power.reshape(n), tol, max_iter)
-        return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)
-    find = partial(_search, tol=tol, max_iter=max_iter)
-    return _host.call_there_and_back(find, gramian, power)
+    flat = [x.reshape(math.prod(shape), *size) for x, size in zip(problems, sizes, strict=True)]
+    parts = root_kernel(flat[0], flat[1].squeeze(-1), flat[2], tol, max_iter)
+    return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)
 
 
 @search.register_fake
-def _fake(gramian: Tensor, power: Tensor, tol: float, max_iter: int) -> Any:
+def _fake(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
     """Tell the compiler the shapes."""
-    shape = torch.broadcast_shapes(gramian.shape[:-2], power.shape[:-1])
+    shape = _shape(gramian, power, shares)
     count = gramian.new_empty(shape, dtype=torch.int64)
     return gramian.new_empty((*shape, gramian.shape[-1])), count.bool(), count
 
@@ -178,7 +203,7 @@ def _fake(gramian: Tensor, power: Tensor, tol: float, max_iter: int) -> Any:
 @search.register_vmap
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     """Search in one larger batch."""
-    return search(*align(in_dims, *args[:2]), *args[2:]), (0, 0, 0)
+    return search(*align(in_dims, *args[:3]), *args[3:]), (0, 0, 0)
 
 
 def _iterate(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:

@@ -13,8 +13,9 @@ The method, in words; a kernel for a device does the same for each problem:
    (`q = Qu`) then has `v'(Q + r)v <= u'(Q + r)u` and `y >= -r z`: `J'v` is not longer than `J'u`,
    and no row conflicts with it by more than `sqrt(r) |J'u|`, whatever the rank. Of many solutions
    it is that of least norm. Block exchange starts from the support for a larger ridge.
-4. Where block exchange cycles, free one index at a time from the empty support and drive it up to
-   its own minimum, exchanging what reaches zero on the way: finite where Q + r is definite.
+4. Where block exchange cycles, free one index at a time, from the part of the support that it came
+   to where z is positive, and drive it up to its own minimum, exchanging what reaches zero on the
+   way: finite where Q + r is definite.
 5. Refine on the support towards the solution without a ridge, only while a step halves the residual
    of the conditions and changes no sign.
 
@@ -28,16 +29,23 @@ from __future__ import annotations
 import numpy as np
 
 from torchjd_func._host import Array
-from torchjd_func.linalg._products import exchange_by_products, pays
-from torchjd_func.linalg._systems import SMALL, complementary, cut_out, largest, push, residual
+from torchjd_func.linalg._products import guess, pays, polish
+from torchjd_func.linalg._systems import (
+    KKT_TOL,
+    SMALL,
+    complementary,
+    cut_out,
+    largest,
+    push,
+    residual,
+)
 
 # Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
 SIGN_TOL = 1e-12
 # Exchanges without improvement before block exchange gives up.
 PATIENCE = 3
-# Ridges (of a unit diagonal) whose supports lead to that for the last; the least for which products
-# converge.
-LEADING, LOOSE = (0.1, 0.03, 0.01, 3e-3, 1e-3), 0.01
+# Ridges (of a unit diagonal) whose supports lead to that for the last.
+LEADING = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 # Pivots for each unknown before the driving-variable method gives up.
 PIVOTS = 40
 # Steps of refinement, and the sign that they may change.
@@ -58,7 +66,9 @@ def regular(
     free = vectors < -SIGN_TOL
     if not pays(matrices, vectors):
         return exchange(matrices, which, vectors, free, blown, size)
-    z, free, iterations, done = exchange_by_products(matrices, which, vectors, free, ridge / 100)
+    free, iterations = guess(matrices, which, vectors, free)
+    z, free, rounds, done = polish(matrices, which, vectors, free, ridge / 100)
+    iterations += rounds
     done &= largest(z) < size
     left = np.flatnonzero(~done)
     if len(left):
@@ -78,13 +88,17 @@ def ridged(
     """
     free, iterations = vectors < -SIGN_TOL, np.zeros(len(vectors), dtype=np.int64)
     for amount in LEADING:
-        _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
+        if pays(matrices, vectors):
+            free, rounds = guess(matrices, which, vectors, free, amount)
+        else:
+            _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
         iterations += rounds
-    z, free, rounds, done = _with(ridge, matrices, which, vectors, free)
+    near = free
+    z, free, rounds, done = _with(ridge, matrices, which, vectors, near)
     iterations += rounds
     definite = matrices + ridge * np.eye(vectors.shape[1])
     for i in np.flatnonzero(~done):
-        z[i], free[i], pivots = drive(definite[which[i]], vectors[i])
+        z[i], free[i], pivots = _driven(definite[which[i]], vectors[i], near[i])
         iterations[i] += pivots
     z, gap = _refined(matrices, definite, which, vectors, z.clip(min=0), free)
     # What rounding left of unknowns that are zero, goes if the conditions hold as well without.
@@ -102,8 +116,6 @@ def _with(
 ) -> tuple[Array, Array, Array, Array]:
     """Exchange with a ridge."""
     definite = matrices + ridge * np.eye(vectors.shape[1])
-    if ridge >= LOOSE and pays(matrices, vectors):
-        free = exchange_by_products(definite, which, vectors, free, 1.0)[1]
     return exchange(definite, which, vectors, free, np.inf, np.inf)
 
 
@@ -158,14 +170,23 @@ def exchange(
         free = free ^ wrong
 
 
-def drive(matrix: Array, vector: Array) -> tuple[Array, Array, int]:
-    """Solve one problem by the driving-variable method, on a tableau.
+def _driven(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
+    """Drive from a support that is near or, if rounding spoils that, from the empty one."""
+    z, free, pivots = drive(matrix, vector, near)
+    if residual(matrix[None], np.zeros(1, dtype=int), vector[None], z[None]) <= KKT_TOL:
+        return z, free, pivots
+    z, free, more = drive(matrix, vector, near & False)
+    return z, free, pivots + more
+
+
+def drive(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
+    """Solve one problem by the driving-variable method, on a tableau, from a support `(m,)`.
 
     Returns:
         `(z, support, pivots)`; `z` is not-a-number if it fails.
     """
-    m = len(vector)
-    tableau, value, free, pivots = matrix.copy(), vector.copy(), np.zeros(m, dtype=bool), 0
+    m, free, pivots = len(vector), _positive(matrix, vector, near.copy()), 0
+    tableau, value = _tableau(matrix, vector, free)
     while pivots < PIVOTS * (m + 1):
         pinned = np.where(free, 0.0, value)
         k, driven = int(pinned.argmin()), 0.0
@@ -188,6 +209,30 @@ def drive(matrix: Array, vector: Array) -> tuple[Array, Array, int]:
         value[k] += driven
         pivots += 1
     return np.full(m, np.nan), free, pivots
+
+
+def _positive(matrix: Array, vector: Array, free: Array) -> Array:
+    """Take out of a support what is negative on it, until nothing is."""
+    while free.any():
+        kept = np.flatnonzero(free)
+        negative = ~(np.linalg.solve(matrix[np.ix_(kept, kept)], -vector[kept]) >= 0)
+        if not negative.any():
+            break
+        free[kept[negative]] = False
+    return free
+
+
+def _tableau(matrix: Array, vector: Array, free: Array) -> tuple[Array, Array]:
+    """Return the tableau with the indices of a support exchanged, and its value."""
+    kept, rest = np.flatnonzero(free), np.flatnonzero(~free)
+    inverse = np.linalg.inv(matrix[np.ix_(kept, kept)])
+    across = matrix[np.ix_(rest, kept)] @ inverse
+    tableau, value = np.empty_like(matrix), np.empty_like(vector)
+    tableau[np.ix_(kept, kept)], tableau[np.ix_(kept, rest)] = inverse, -across.T
+    tableau[np.ix_(rest, kept)] = across
+    tableau[np.ix_(rest, rest)] = matrix[np.ix_(rest, rest)] - across @ matrix[np.ix_(kept, rest)]
+    value[kept], value[rest] = -inverse @ vector[kept], vector[rest] - across @ vector[kept]
+    return tableau, value
 
 
 def _pivot(tableau: Array, value: Array, free: Array, k: int) -> None:

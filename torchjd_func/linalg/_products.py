@@ -1,8 +1,9 @@
 """Many problems with one matrix: block exchange by products of matrices alone.
 
 Step 2 of the method in `_pivoting.py`, with systems solved by conjugate gradients on the supports,
-for all problems at once. A well-conditioned problem takes about 40 products of the matrix with a
-vector, whatever its size; what takes many more is left to factorisations.
+for all problems at once, in memory of the size of the matrix. Supports are found in float32, which
+takes half the time, and large problems then solved in float64. A problem takes 40 to 140 products
+of the matrix with a vector, whatever its size; what takes many more is left to factorisations.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torchjd_func._host import Array
 # Problems at a time, so that they stay in the cache.
 BATCH = 128
 # Rounds of exchange, and products in each.
-ROUNDS, PRODUCTS = 12, 60
+ROUNDS, PRODUCTS = 40, 60
 # Residuals to which systems are solved for a guess of the support, one after another.
 LOOSE = (3e-2, 1e-3, 1e-5)
 # From this size on products also polish a solution faster than a factorisation; to this residual.
 LARGE, POLISHED = 384, 1e-13
-# Divides by at least this.
-TINY = np.finfo(np.float64).tiny
+# Part of the problems that may be solved before the others go on without them.
+CROWD = 0.8
 # Products pay from this size on, if that of all vectors with the matrix takes so many operations.
 LEAST, HEAVY = 24, 100_000
 
@@ -31,42 +32,66 @@ def pays(matrices: Array, vectors: Array) -> bool:
     return m > LEAST and n * m**2 > HEAVY * len(matrices)
 
 
-def exchange_by_products(
-    matrices: Array, which: Array, vectors: Array, free: Array, tol: float
-) -> tuple[Array, Array, Array, Array]:
-    """Find supports, and, of large problems, solutions.
+def guess(
+    matrices: Array, which: Array, vectors: Array, free: Array, ridge: float = 0.0
+) -> tuple[Array, Array]:
+    """Find supports, most of them right.
 
     Args:
         matrices: `(P, m, m)`, of unit diagonal.
         which: `(N,)`.
         vectors: `(N, m)`, with largest entries of 1.
         free: `(N, m)`, the supports to start from.
-        tol: The residual to which the conditions of optimality are to be met; at least `POLISHED`.
+        ridge: What is added to the diagonals.
 
     Returns:
-        `(z, support, iterations, done)`.
+        Supports, and the rounds that took, `(N,)`.
     """
-    n, m = vectors.shape
+    support, rounds = free.copy(), np.zeros(len(vectors), dtype=np.int64)
+    for matrix, part in _parts(matrices, which):
+        narrow = (matrix + ridge * np.eye(len(matrix))).astype(np.float32)
+        for rows in part:
+            q = vectors[rows].astype(np.float32)
+            _, support[rows], rounds[rows], _ = _exchange(narrow, q, 0 * q, free[rows], LOOSE)
+    return support, rounds
+
+
+def polish(
+    matrices: Array, which: Array, vectors: Array, free: Array, tol: float
+) -> tuple[Array, Array, Array, Array]:
+    """Solve large problems to a residual, at least `POLISHED`, from supports that are near.
+
+    Returns:
+        `(z, support, rounds, done)`; of small problems none is done.
+    """
     z, support = np.zeros_like(vectors), free.copy()
-    rounds, done = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-    levels = np.array([*LOOSE, max(tol, POLISHED)][: 4 if m > LARGE else 3])
-    for index, matrix in enumerate(matrices):
-        own = np.flatnonzero(which == index)
-        for start in range(0, len(own), BATCH):
-            part = own[start : start + BATCH]
-            answer = _batch(matrix, vectors[part], free[part], levels)
-            z[part], support[part], rounds[part], done[part] = answer
-    return z, support, rounds, done & (m > LARGE)
+    rounds, done = np.zeros(len(vectors), dtype=np.int64), np.zeros(len(vectors), dtype=bool)
+    levels = LOOSE[-1], max(tol, POLISHED)
+    for matrix, part in _parts(matrices, which) if vectors.shape[1] > LARGE else ():
+        for rows in part:
+            q = vectors[rows]
+            answer = _exchange(matrix, q, 0 * q, free[rows], levels)
+            z[rows], support[rows], rounds[rows], done[rows] = answer
+    return z, support, rounds, done
 
 
-def _batch(
-    matrix: Array, vectors: Array, free: Array, levels: Array
+def _parts(matrices: Array, which: Array) -> list[tuple[Array, list[Array]]]:
+    """Return each matrix with its problems, a few at a time."""
+    own = [np.flatnonzero(which == index) for index in range(len(matrices))]
+    return [
+        (matrix, [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)])
+        for matrix, rows in zip(matrices, own, strict=True)
+    ]
+
+
+def _exchange(
+    matrix: Array, vectors: Array, z: Array, free: Array, residuals: tuple[float, ...]
 ) -> tuple[Array, Array, Array, Array]:
     """Exchange wrong signs, tightening the systems while there are none; what is done leaves."""
-    n = len(vectors)
+    n, levels = len(vectors), np.array(residuals, dtype=vectors.dtype)
     out, support, done = np.zeros_like(vectors), free.copy(), np.zeros(n, dtype=bool)
-    rounds, place = np.zeros(n, dtype=np.int64), np.arange(n)
-    z, slope, level = out.copy(), vectors.copy(), np.zeros(n, dtype=np.int64)
+    rounds, place, level = np.zeros(n, dtype=np.int64), np.arange(n), np.zeros(n, dtype=np.int64)
+    slope = vectors.copy()
     for _ in range(ROUNDS):
         solved = _conjugate_gradients(matrix, z, slope, free, levels[level])
         rounds[place] += 1
@@ -80,7 +105,7 @@ def _batch(
         level = np.where(right, np.minimum(level + 1, len(levels) - 1), level)
         free = free ^ wrong
         place, z, slope, free, level = (x[stay] for x in (place, z, slope, free, level))
-        gone = np.where(free, 0.0, z)
+        gone = np.where(free, 0.0, z).astype(z.dtype)
         if gone.any():
             z -= gone
             slope -= gone @ matrix
@@ -88,23 +113,42 @@ def _batch(
 
 
 def _conjugate_gradients(matrix: Array, z: Array, slope: Array, free: Array, tol: Array) -> Array:
-    """Solve `Qz + q = slope = 0` on the supports, in place; return which systems are solved."""
-    left = np.where(free, slope, 0.0)
-    square, limit = _dot(left, left), tol * tol
-    step = -left
+    """Solve `Qz + q = slope = 0` on the supports, in place.
+
+    What is solved leaves once it is more than a few: the slowest may take many more products.
+
+    Returns:
+        Whether each problem is solved.
+    """
+    solved, place = np.zeros(len(z), dtype=bool), np.arange(len(z))
+    x, y, left, limit = z, slope, np.where(free, slope, 0).astype(z.dtype), tol * tol
+    square, step = _dot(left, left), -left
     for _ in range(PRODUCTS):
-        if (square <= limit).all():
-            break
+        active = square > limit
+        n = np.count_nonzero(active)
+        if n <= CROWD * len(active):
+            gone = place[~active]
+            z[gone], slope[gone], solved[gone] = x[~active], y[~active], True
+            if not n:
+                return solved
+            kept = (place, x, y, free, left, step, square, limit)
+            place, x, y, free, left, step, square, limit = (values[active] for values in kept)
         pushed = step @ matrix
-        rate = (square / (_dot(step, pushed) + TINY))[:, None]
-        z += rate * step
+        rate = (square / (_dot(step, pushed) + _tiny(z)))[:, None]
+        x += rate * step
         pushed *= rate
-        slope += pushed
-        np.multiply(slope, free, out=left)
+        y += pushed
+        np.multiply(y, free, out=left)
         before, square = square, _dot(left, left)
-        step *= (square / (before + TINY))[:, None]
+        step *= (square / (before + _tiny(z)))[:, None]
         step -= left
-    return square <= limit
+    z[place], slope[place], solved[place] = x, y, square <= limit
+    return solved
+
+
+def _tiny(like: Array) -> float:
+    """Return what is added to a divisor that may be zero."""
+    return float(np.finfo(like.dtype).tiny)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -45,6 +45,9 @@ def canvas(ax: Any, size: tuple[float, float], columns: int = 1) -> Generator[An
 
 def numbers(values: Tensor) -> Any:
     """Return a tensor as an array."""
+    if values.is_meta:
+        got, remedy = _check.describe(values), "Compute it on a device with memory."
+        _check.fail(ValueError, "what is drawn", "hold numbers", got, remedy)
     return values.detach().cpu().double().numpy()
 
 

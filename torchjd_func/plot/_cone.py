@@ -34,6 +34,7 @@ def cone(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `directions` are not a dict of tensors.
         ValueError: If there are not two columns.
 
     Example:
@@ -45,12 +46,16 @@ def cone(
     """
     _check.in_the_plane("matrix", matrix, (2,))
     found = directions or {}
+    _check.names("directions", found, found)
+    for name, vector in found.items():
+        _check.in_the_plane(f"directions[{name!r}]", vector, (1,))
     rows = numbers(matrix).tolist()
     arrows = {name: numbers(vector).tolist() for name, vector in found.items()}
-    reach = 1.15 * max((math.hypot(*arrow) for arrow in (*rows, *arrows.values())), default=1) or 1
+    lengths = [math.hypot(*arrow) for arrow in (*rows, *arrows.values())]
+    reach = 1.15 * max(filter(math.isfinite, lengths), default=1) or 1
     with canvas(ax, (5.2, 4.2)) as axis:
-        axis.fill(*_columns(_dual_cone(rows, reach)), color="#56B4E9", alpha=0.25, linewidth=0)
-        axis.patches[-1].set_label("dual cone")
+        cone = _columns(_dual_cone(rows, reach))
+        axis.fill(*cone, color="#56B4E9", alpha=0.25, linewidth=0, label="dual cone")
         for i, row in enumerate(rows):
             _arrow(axis, row, INK, "gradients" if i == 0 else None, linewidth=2.5)
         for (name, arrow), color in zip(arrows.items(), itertools.cycle(COLORS), strict=False):

@@ -41,7 +41,7 @@ def conflict_matrix(
     cosines = numbers(metrics.pairwise_cosine(gramian))
     m = len(cosines)
     if names is not None:
-        _check.same_size("names", len(names), m)
+        _check.axis_names("names", names, m)
     with canvas(ax, (4.6, 3.8)) as axis:
         image = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         axis.grid(False)

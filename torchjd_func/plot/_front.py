@@ -58,7 +58,8 @@ def front(
         ('fit', ['UPGrad, hypervolume 7'])
     """
     points, keys = _points(losses)
-    _check.same_size("names", len(names or keys), points.shape[1])
+    if names is not None:
+        _check.axis_names("names", names, points.shape[1])
     with canvas(ax, (4.4, 3.6)) as axis:
         text = _text(label, points, reference)
         draw = _plane if points.shape[1] == 2 else _parallel
@@ -76,14 +77,19 @@ def front(
 
 def _points(losses: PyTree) -> tuple[Tensor, list[str]]:
     """Return the losses as `(k, m)`, and their names."""
-    if isinstance(losses, Tensor):
+    leaves, stacked = _tree.leaves(losses), isinstance(losses, Tensor) and losses.ndim > 0
+    _check.losses(_tree.paths(losses), leaves)
+    if any(leaf.shape != leaves[0].shape for leaf in leaves):
+        rule, got = "be vectors (k,) of one length", [tuple(leaf.shape) for leaf in leaves]
+        _check.fail(ValueError, "`losses`", rule, got, "Pass one number for each model.")
+    if stacked:
         points, keys = losses, [f"loss {i}" for i in range(losses.shape[-1])]
     else:
-        points, keys = torch.stack(_tree.leaves(losses), dim=-1), _tree.paths(losses)
+        points, keys = torch.stack(leaves, dim=-1), _tree.paths(losses)
     if points.ndim != 2 or points.shape[1] < 2:
         rule, remedy = "have shape (k, m), m at least 2", "Pass one row for each model."
         _check.fail(ValueError, "`losses`", rule, tuple(points.shape), remedy)
-    return points.detach().cpu().double(), keys
+    return torch.from_numpy(numbers(points)), keys
 
 
 def _efficient(points: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def _text(label: str | None, points: Tensor, reference: Any) -> str | None:
     """Return the label, with the hypervolume if there is a reference."""
     if reference is None:
         return label
-    corner = torch.as_tensor(reference, dtype=points.dtype).detach().cpu()
+    corner = torch.from_numpy(numbers(_check.vector("reference", reference)))
     volume = float(metrics.hypervolume(points, corner))
     return ", ".join(filter(None, (label, f"hypervolume {volume:.3g}")))
 

@@ -51,6 +51,9 @@ def trajectories(
         ['mean']
     """
     _check.in_the_plane("points", points, (2, 3))
+    if not points.numel():
+        got, remedy = _check.describe(points), "Record at least one."
+        _check.fail(ValueError, "`points`", "hold at least one point", got, remedy)
     runs = numbers(points if points.ndim == 3 else points.unsqueeze(0))
     with canvas(ax, (5.2, 4.2)) as axis:
         if objective is not None:

@@ -75,7 +75,7 @@ def observed(name: str, losses: PyTree, like: Tensor, present: Tensor) -> Tensor
     """Return observed losses as a constant vector of the size and dtype of one in the state."""
     _check.losses(_tree.paths(losses), _tree.leaves(losses))
     vector = _tree.ravel(losses).detach().to(like)
-    _check.losses_vector(name, vector, like.shape[0])
+    _check.losses_vector(name, vector, like.shape[0], like)
     return only(present, vector, 1.0)
 
 

@@ -71,7 +71,7 @@ class SetRule:
             And `state`.
         """
         _check.set_gramians(self.name, gramians)
-        values = _check.set_losses(self.name, losses, *gramians.shape[:2]).double()
+        values = _check.set_losses(self.name, losses, gramians).double()
         state = self.init_fn(gramians, None) if state is None else state
         given = gramians if self.needs == "size" else gramians.double()
         weights, state = self.update_fn(given, values, state)

@@ -15,7 +15,6 @@ The way of a call:
    rows and weighted gradients, over processes too (`_ranks`).
 """
 
-from torchjd_func.differentiate._layerwise._attention import spelled
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
@@ -30,8 +29,9 @@ from torchjd_func.differentiate._layerwise._layers import (
 )
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
-from torchjd_func.differentiate._layerwise._ranks import Ranks
+from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
+from torchjd_func.differentiate._layerwise._spelled import Spelled
 
 __all__ = [
     "Batch",
@@ -42,16 +42,17 @@ __all__ = [
     "Problem",
     "Ranks",
     "Recorded",
+    "Spelled",
     "combine",
     "cross_gramians",
     "gramians",
     "jacobian",
+    "joined",
     "layers",
     "leaf_costs",
     "name_of",
     "plan",
     "rule_names",
     "run",
-    "spelled",
     "spread",
 ]

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchjd_func.differentiate._layerwise._functions import name_of
-
 Apply = Callable[..., Any]
 Given = dict[str, Any]
 
@@ -71,56 +69,6 @@ def attention(apply: Apply, given: Given) -> tuple[Tensor, Tensor | None]:
         mixed, weights = _fused(apply, q, k, v, given, dropout), None
     rows = apply(torch.flatten, apply(torch.permute, mixed, (2, 0, 1, 3)), 2)
     return apply(F.linear, rows, given["out_proj_weight"], given["out_proj_bias"]), weights
-
-
-def scores_and_values(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Spell `F.scaled_dot_product_attention` out; torch's fused forms do not vmap (2.13)."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * factor) @ key.mT
-    if is_causal:
-        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if attn_mask is not None:
-        allowed = attn_mask.dtype is torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if allowed else scores + attn_mask
-    weights = scores.softmax(-1)
-    return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
-
-
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Spell `F.bilinear` out, which does not vmap (2.13)."""
-    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
-    return out if bias is None else out + bias
-
-
-def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
-    """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
-    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
-
-
-_SPELLED: dict[str, Callable[..., Any]] = {
-    "scaled_dot_product_attention": scores_and_values,
-    "bilinear": bilinear,
-    "cdist": distances,
-}
-_MISTAKEN = frozenset({"cdist"})  # spelled out always
-
-
-def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
-    """Return a function that torch differentiates right, also if it is mapped over."""
-    name = name_of(func)
-    return _SPELLED[name] if name in _SPELLED and (mapped or name in _MISTAKEN) else func
 
 
 def _project(apply: Apply, given: Given) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
+from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._forms import Arguments, Dense, Form, FormOf, Lazy, Outer
 
 
@@ -47,8 +48,26 @@ def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Argumen
         options = (stride, before if even else 0, dilation, groups)
         return _CONV_GRADS[dims - 1](images, shape, _images(maps, dims), *options)
 
+    def rows() -> Tensor:
+        """Convolve, with the channels of each example as groups of their own."""
+        even, e = before == after, len(image)
+        images, outputs = (
+            _tree.wide(x).reshape(e, -1, *x.shape[-dims - 1 :]).transpose(0, 1).flatten(1, 2)
+            for x in (image, maps)
+        )
+        images = images if even else F.pad(images, around)
+        options = (stride, before if even else 0, dilation, e * groups)
+        wide = (e * shape[0], *shape[1:])
+        return _CONV_GRADS[dims - 1](images, wide, outputs, *options).reshape(e, *shape)
+
     e, p = max(image.shape[0], maps.shape[0]), shape[1] * math.prod(shape[2:])
-    return Lazy(make, total, (e, t, groups, shape[0] // groups, p))
+    # Torch's kernels for few channels on CPU, and for many groups on GPU, are slower than patches.
+    fast = image.device.type == "cpu" and (groups > 1 or shape[1] >= _FEW_CHANNELS)
+    by_groups = rows if fast and len(image) == len(maps) else None
+    return Lazy(make, total, (e, t, groups, shape[0] // groups, p), by_groups)
+
+
+_FEW_CHANNELS = 8
 
 
 def _images(x: Tensor, dims: int) -> Tensor:

@@ -6,15 +6,14 @@ autograd, which is right about everything, one backward pass for each loss.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise import _local, _rules, _sources
-from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
+from torchjd_func.differentiate._layerwise import _local, _rules
+from torchjd_func.differentiate._layerwise._functions import READERS, is_getter, name_of
 from torchjd_func.differentiate._layerwise._plan import LOST, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
 from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
@@ -30,9 +29,7 @@ def decide(
     pairs = [(x, trace.sources[x]) for x in given if x in trace.sources]
     sources = [source for _, source in pairs]
     leaves = {leaf for source in sources for leaf in source.leaves}
-    hidden = [leaf for s in sources if _sources.has_getter(s) for leaf in s.leaves]
-    visible = not all(map(_sources.has_getter, sources))
-    step = Step(func, leaves=tuple(leaves), hidden=tuple(hidden), visible=visible)
+    step = Step(func, leaves=tuple(leaves), place=len(trace.operations.names) - 1)
     nested = is_nested(trace, given)
     if not nested and derives(trace, func, given, sources):
         out = trace.run(func, *args, **kwargs)
@@ -45,14 +42,13 @@ def decide(
         plain = isinstance(out, Tensor) and trace.traced(out) and not too_deep(trace, out)
         if plain and recognises(trace, func, args, kwargs, given, out):
             step = use(trace, step, given, out)
-            versions = [(x, 0 if trace.compiling else x._version) for x in given]
+            versions = [(x, x._version) for x in given]
             trace.kept.append((len(trace.steps), leaves, versions))
         else:
             trace.deny(operation(func), leaves)
     else:
         out = trace.run(func, *args, **kwargs)
-        reads = func in _READERS or is_getter(func)
-        if trace.compiling if tensors_in(out) else not reads:
+        if not (tensors_in(out) or func in READERS or is_getter(func)):
             trace.deny(operation(func), leaves)
     if tensors_in(out):
         trace.steps.append(step)
@@ -63,14 +59,12 @@ def decide(
 
 def is_nested(trace: Trace, tensors: Sequence[Tensor]) -> bool:
     """Say whether a transform within the objective, such as vmap, renames its tensors."""
-    if trace.compiling:
-        return any(x not in trace.sources and trace.operations.number(x) is None for x in tensors)
     return any(depth(x) > trace.depth for x in tensors)
 
 
 def too_deep(trace: Trace, out: Tensor) -> bool:
     """Say whether an output belongs to a transform within the objective."""
-    return not trace.compiling and depth(out) > trace.depth
+    return depth(out) > trace.depth
 
 
 def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
@@ -134,28 +128,6 @@ def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
     )
 
 
-def deny_hidden(trace: Trace, tensors: Sequence[Tensor]) -> None:
-    """Trust nothing if a compiler hid an operation, such as `.T`, that uses parameters."""
-    for x in tensors:
-        unknown = x not in trace.sources and trace.operations.number(x) is None
-        if unknown and (x.is_floating_point() or x.is_complex()) and trace.traced(x):
-            trace.denied |= set(range(trace.count))
-
-
-def deny_overwritten(trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Trust no use whose arguments a graph overwrites later, through whatever view."""
-    in_place = kwargs.get("inplace") or _IN_PLACE.fullmatch(name_of(func))
-    if in_place and args and isinstance(args[0], Tensor):
-        for _, leaves, versions in trace.kept:
-            if any(x is args[0] or args[0] not in trace.fresh for x, _ in versions):
-                trace.deny(operation(func), leaves)
-
-
-def is_view(func: Callable[..., Any]) -> bool:
-    """Say whether the output of an operation may share the memory of its input."""
-    return func in _VIEWS
-
-
 def operation(func: Callable[..., Any]) -> str:
     """Return the name of an operation, also of a getter such as `.T`."""
     return (
@@ -174,12 +146,3 @@ def depth(x: Any) -> int:
     """Return how many transforms of torch.func a tensor is in."""
     inner = torch.func.debug_unwrap(x, recurse=False)
     return 0 if inner is x else 1 + depth(inner)
-
-
-_READERS = named(
-    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
-    "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ "
-    "__repr__ __hash__ is_same_size equal allclose"
-)
-_IN_PLACE = re.compile(r"[a-z0-9]\w*[^_]_|__setitem__|__i(add|sub|mul|div|truediv|pow)__")
-_VIEWS = _sources.ENTRYWISE | named("chunk split unbind narrow select __getitem__ expand diagonal")

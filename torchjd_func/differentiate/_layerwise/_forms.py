@@ -7,12 +7,11 @@ Products are taken in float32 or better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchjd_func import _tree
 
@@ -39,6 +38,14 @@ class Lazy(NamedTuple):
     make: Callable[[slice], Outer]  # of some of the examples
     total: Callable[[], Tensor]  # () -> (*shape)
     elements: tuple[int, int, int, int, int]  # (e, t, g, q, p) of the factors to come
+    rows: Callable[[], Tensor] | None = None  # () -> (e, *shape), if there is a shorter way
+
+
+class Mixed(NamedTuple):
+    """A table that is looked up, and a matrix that is multiplied with: tied weights."""
+
+    outer: Outer  # in one group
+    lookup: Lookup
 
 
 class Dense(NamedTuple):
@@ -47,7 +54,7 @@ class Dense(NamedTuple):
     rows: Tensor  # (e, *shape)
 
 
-Form = Outer | Lookup | Lazy | Dense
+Form = Outer | Lookup | Lazy | Mixed | Dense
 Arguments = dict[str, Any]  # of one operation, by name
 FormOf = Callable[[Arguments, Tensor, tuple[int, ...]], Form]  # of them, cotangent and shape
 
@@ -73,7 +80,10 @@ def dense(form: Form) -> Tensor:
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
         return form.values.new_zeros(e, *form.shape).scatter_add(1, index, form.values)
     if isinstance(form, Lazy):
-        return torch.cat([dense(part) for part in _parts(form)])
+        parts = None if form.rows else [dense(part) for part in _parts(form)]
+        return torch.cat(parts) if parts else form.rows()
+    if isinstance(form, Mixed):
+        return dense(form.outer) + dense(form.lookup)
     return form.rows
 
 
@@ -82,8 +92,33 @@ def made(form: Form) -> Form:
     return form.make(slice(None)) if isinstance(form, Lazy) else form
 
 
+def merged(forms: Sequence[Form]) -> Form | None:
+    """Return several uses of one weight as one with more positions, if they are alike."""
+    parts = [made(form) for form in forms]
+    outers = [form for form in parts if isinstance(form, Outer)]
+    lookups = [form for form in parts if isinstance(form, Lookup)]
+    shapes = {
+        (x.left.shape[0], x.left.shape[2:], x.right.shape[0], x.right.shape[2:]) for x in outers
+    }
+    if len(shapes) != 1 or len(outers) + len(lookups) < len(parts) or len(lookups) > 1:
+        return None
+    outer = outers[0]
+    if len(outers) > 1:
+        left, right = zip(*((form.left, form.right) for form in outers), strict=True)
+        outer = Outer(torch.cat(left, 1), torch.cat(right, 1), outer.shape)
+    if not lookups:
+        return outer
+    left, right, _ = outer
+    alike = len(left) == len(right) == len(lookups[0].values) and left.shape[2] == 1
+    return Mixed(outer, lookups[0]) if alike and outer.shape == lookups[0].shape else None
+
+
 def cross(a: Form, b: Form) -> Tensor:
     """Return the inner products of the rows of two forms, `(e_a, e_b)`, the cheaper way."""
+    if isinstance(a, Mixed) and isinstance(b, Mixed):
+        first = _looked_up(a.outer, b.lookup)
+        second = first if a is b else _looked_up(b.outer, a.lookup)
+        return cross(a.outer, b.outer) + cross(a.lookup, b.lookup) + first + second.mT
     return (_inner if inner_is_cheaper(a, b) else _products)(a, b)
 
 
@@ -95,11 +130,15 @@ def sizes(form: Form) -> tuple[int, int, int, int, int]:
     if isinstance(form, Lookup):
         e, t, q = form.values.shape
         return e, t, 1, q, form.shape[0]
+    if isinstance(form, Mixed):
+        return sizes(form.outer)
     return form.elements if isinstance(form, Lazy) else (form.rows.shape[0], 0, 1, 1, _numel(form))
 
 
 def inner_is_cheaper(a: Form, b: Form) -> bool:
     """Say whether to multiply factors with factors, rather than rows with rows."""
+    if isinstance(a, Mixed) and isinstance(b, Mixed):
+        return inner_is_cheaper(a.outer, b.outer)
     if type(a) is not type(b) or isinstance(a, Dense):
         return False
     inner, rows = costs(a, b)
@@ -117,14 +156,16 @@ def costs(a: Form, b: Form) -> tuple[int, int]:
     """
     e, t, g, q, p = sizes(a)
     e_b, t_b, *_ = sizes(b)
-    pairs, positions = e * t * e_b * t_b * g, e * t + e_b * t_b
+    pairs = e * t * e_b * t_b * g
+    rows, positions = (e, e * t) if a is b else (e + e_b, e * t + e_b * t_b)
     lookup = isinstance(a, Lookup)
-    inner = pairs * (q + (1 if lookup else p) + 2 * _WRITE)
-    row = (e + e_b) * g * q * p * _WRITE
+    inner = pairs * (q + (1 if lookup else p) + 2 * _WRITE) + (0 if t == t_b == 1 else _CALLS)
+    row = rows * g * q * p * _WRITE
     return inner, (positions * g * q * (1 if lookup else p)) + e * e_b * g * q * p + row
 
 
 _WRITE = 8  # multiplications that take as long as one number written and read again
+_CALLS = 2**20  # and as the calls for factors at several positions
 
 
 def _inner(a: Form, b: Form) -> Tensor:
@@ -140,7 +181,17 @@ def _inner(a: Form, b: Form) -> Tensor:
     assert isinstance(a, Outer) and isinstance(b, Outer)
     first = (_rotated(a.left), _rotated(a.right))
     left, right = map(_pairs, first, first if a is b else (_rotated(b.left), _rotated(b.right)))
-    return (left * right).sum((0, 2, 4))
+    products = left * right
+    alone = products.shape[0] == products.shape[2] == products.shape[4] == 1
+    return products.squeeze((0, 2, 4)) if alone else products.sum((0, 2, 4))
+
+
+def _looked_up(a: Outer, b: Lookup) -> Tensor:
+    """Multiply factors of a matrix with the rows of it that are looked up, `(e_a, e_b)`."""
+    index, values = _positions(b), _tree.wide(b.values).flatten(0, 1)
+    left, right = (_tree.wide(x).flatten(0, 2) for x in (a.left, a.right))
+    products = left.index_select(1, index) * (right @ values.mT)
+    return products.reshape(*a.left.shape[:2], *b.values.shape[:2]).sum((1, 3))
 
 
 def _rotated(x: Tensor) -> Tensor:
@@ -155,14 +206,16 @@ def _rotated(x: Tensor) -> Tensor:
     x, t = _tree.wide(x), x.shape[1]
     if t == 1:
         return x
-    normal = x[:, :1] - x.sum(1, keepdim=True) / math.sqrt(t)
-    share = x.new_full((t, 1, 1), 1 / (math.sqrt(t) - 1))
-    return torch.addcmul(x, normal, F.pad(share[1:], (0, 0, 0, 0, 1, 0), value=-1.0))
+    mean = x.sum(1, keepdim=True) / math.sqrt(t)
+    rest = torch.add(x[:, 1:], x[:, :1] - mean, alpha=1 / (math.sqrt(t) - 1))
+    return torch.cat([mean, rest], 1)
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of all positions of `(e, t, g, q)` factors, `(g, e_a, t_a, e_b, t_b)`."""
-    first, second = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b))
+    first, second = (
+        x.flatten(0, 2) if x.shape[2] == 1 else x.permute(2, 0, 1, 3).flatten(1, 2) for x in (a, b)
+    )
     return (first @ second.mT).reshape(-1, *a.shape[:2], *b.shape[:2])
 
 

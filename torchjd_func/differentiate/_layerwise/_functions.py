@@ -41,3 +41,10 @@ def name_of(func: Callable[..., Any]) -> str:
 def is_getter(func: Callable[..., Any] | None) -> bool:
     """Say whether a function reads an attribute."""
     return getattr(func, "__name__", "") == "__get__"
+
+
+READERS = named(
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
+    "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ "
+    "__repr__ __hash__ is_same_size equal allclose"
+)

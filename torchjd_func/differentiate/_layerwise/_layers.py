@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
-from torchjd_func.differentiate._layerwise._forms import Dense, Form, Outer
+from torchjd_func.differentiate._layerwise._forms import Dense, Form
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
@@ -23,6 +23,7 @@ from torchjd_func.differentiate._layerwise._record import Recorded
 from torchjd_func.differentiate._layerwise._rule import bind
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 from torchjd_func.differentiate._layerwise._trace import Use
+from torchjd_func.differentiate._pullback import pull_rows
 
 Groups = Sequence[Sequence[int]]
 
@@ -46,11 +47,16 @@ class Layers(NamedTuple):
     pieces: dict[int, list[Piece]]  # the uses of each leaf
     rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
     size: int  # how many rows there are
-    ranks: Ranks | None = None  # who has the rows of other examples
+    ranks: Ranks | None = None  # which processes have the rows of other examples
 
 
 def layers(
-    recorded: Recorded, cotangents: Any, basis: Any, m: int, ranks: Ranks | None = None
+    recorded: Recorded,
+    cotangents: Any,
+    basis: Any,
+    m: int,
+    ranks: Ranks | None = None,
+    chunk_size: int | None = None,
 ) -> Layers:
     """Pull cotangents back to the uses; leaves whose rows autograd computes need a whole basis.
 
@@ -59,7 +65,8 @@ def layers(
         cotangents: Of all losses at once, or `(m, ...)` of an objective without examples.
         basis: `() -> (m, ...)`, one cotangent for each loss; `None` if `cotangents` are such.
         m: How many losses there are.
-        ranks: Who has the rows of other examples.
+        ranks: Which processes have the rows of other examples.
+        chunk_size: How many losses share a backward pass to the leaves without rules.
 
     Returns:
         What was pulled back.
@@ -70,7 +77,7 @@ def layers(
     else:
         by_uses, by_leaves = pull(cotangents, True, ())
         if plan.opaque and basis is not None:
-            by_leaves = vmap(lambda row: pull(row, False, plan.opaque)[1])(basis())
+            by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
     by_uses = list(by_uses)
     if plan.layout.kind == "batched":
@@ -99,7 +106,9 @@ def gramians(found: Layers, groups: Groups) -> Tensor:
 def cross_gramians(a: Layers, b: Layers, groups: Groups) -> Tensor:
     """Return the products of the rows of each group of leaves, `(g, m_a, m_b)`."""
     products = torch.stack([_cross_group(a, b, leaves) for leaves in groups])
-    return products if b.ranks is None else _ranks.stack(products, b.ranks)
+    return (
+        products if a.ranks is None or b.ranks is None else _ranks.stack(products, a.ranks, b.ranks)
+    )
 
 
 def combine(found: Layers, weights: Tensor, groups: Groups) -> list[Tensor]:
@@ -132,7 +141,9 @@ def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None
     forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
         return forms[0] if forms else None
-    merged = None if moved else _merged(forms)
+    merged = None if moved else _forms.merged(forms)
+    if isinstance(merged, _forms.Mixed) and found.ranks is not None:
+        merged = None
     return Dense(_rows_of(found, leaf, forms)) if merged is None else merged
 
 
@@ -198,18 +209,6 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
     pairs = zip(found.pieces[leaf], forms, strict=True)
     rows = [_sources.pull(p.source, leaf, found.values, _forms.dense(form)) for p, form in pairs]
     return sum(rows[1:], rows[0])
-
-
-def _merged(forms: Sequence[Form]) -> Form | None:
-    """Return several uses of one weight as one with more positions, if they are alike."""
-    outers = [form for form in map(_forms.made, forms) if isinstance(form, Outer)]
-    shapes = {
-        (x.left.shape[0], x.left.shape[2:], x.right.shape[0], x.right.shape[2:]) for x in outers
-    }
-    if len(outers) < len(forms) or len(shapes) > 1:
-        return None
-    left = torch.cat([form.left for form in outers], 1)
-    return Outer(left, torch.cat([form.right for form in outers], 1), outers[0].shape)
 
 
 def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:

@@ -13,6 +13,7 @@ from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._forms import Dense
 from torchjd_func.differentiate._layerwise._functions import name_of, named
 from torchjd_func.differentiate._layerwise._sources import Place, Source
+from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
 def is_deterministic(func: Callable[..., Any]) -> bool:
@@ -56,7 +57,11 @@ def is_local(
         return _einsum_is_local(args, [own for _, own in arrays])
     if name_of(func) == "instance_norm":
         return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
-    return isinstance(args[1] if func in _ADDMM else args[0], Place)
+    if name_of(func) == "scaled_dot_product_attention":  # by parameters that are added to scores
+        random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
+        inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
+        return inputs and not random and all(_repeated(x, axis, out) for x, _ in sources)
+    return isinstance(args[0], Place)
 
 
 def rows(
@@ -79,6 +84,10 @@ def rows(
     """
     sources = _sources.sources_in(given)
     made = [_sources.build(source, values) for source in sources]
+    if func in ELEMENTWISE or name_of(func) == "scaled_dot_product_attention":
+        return _broadcast(spelled(func, True), given, arrays, cotangent, chosen, made)
+    if func in _JOINS and sources[chosen].expanded:
+        return _joined(given, arrays, cotangent, chosen, made)
     dims = [0 if x.shape[0] == cotangent.shape[0] else None for x in arrays]
     parts = [x if dim == 0 else x.squeeze(0) for x, dim in zip(arrays, dims, strict=True)]
 
@@ -102,18 +111,50 @@ def rows(
     return Dense(vmap(one, in_dims=(0, *dims))(cotangent, *parts))
 
 
-def run_quietly(run: Callable[..., Any], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run an operation for its shapes alone; what a graph draws for nothing it would still draw."""
-    name = name_of(func)
-    if func in _DROPOUTS:
-        return args[0] if args else kwargs["input"]
-    if name in _NOISE:
-        return _NOISE[name](*args, **{k: v for k, v in kwargs.items() if k != "generator"})
-    if name == "scaled_dot_product_attention":
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return run(func, **(given | {"dropout_p": 0.0}))
-    return run(func, *args, **kwargs)
+def _broadcast(
+    func: Callable[..., Any],
+    given: tuple[Any, Any],
+    arrays: Sequence[Tensor],
+    cotangent: Tensor,
+    chosen: int,
+    made: Sequence[Tensor],
+) -> Dense:
+    """Return the gradients of a parameter that is repeated for each example."""
+    front = (1,) * (cotangent.ndim - 1)
+    fields = [x.reshape(x.shape[0], *front[x.ndim - 1 :], *x.shape[1:]) for x in arrays]
+    value = made[chosen]
+    shape = (len(cotangent), *front[value.ndim :], *value.shape)
+    field = cotangent if func in _SUMS and not given[1] else None
+    if func in _PRODUCTS and len(fields) == 1:
+        field = cotangent * fields[0]
+    if field is not None and not field.is_complex():
+        return Dense(field.sum_to_size(shape).reshape(-1, *value.shape))
+
+    def run(value: Tensor) -> Tensor:
+        """Run the operation with a value for each example."""
+        filled = [value if i == chosen else other for i, other in enumerate(made)]
+        args, kwargs = _fill(given, filled, fields)
+        return func(*args, **kwargs)
+
+    out, pullback = torch.func.vjp(run, value.expand(shape))[:2]
+    return Dense(pullback(cotangent.to(out.dtype))[0].reshape(-1, *value.shape))
+
+
+def _joined(
+    given: tuple[Any, Any],
+    arrays: Sequence[Tensor],
+    cotangent: Tensor,
+    chosen: int,
+    made: Sequence[Tensor],
+) -> Dense:
+    """Return the part of the gradient where a parameter was joined, repeated for each example."""
+    args, kwargs = _fill(given, [*enumerate(made)], [(-1, x[0]) for x in arrays])
+    parts = args[0] if args else kwargs["tensors"]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % made[chosen].ndim
+    sizes = [part.shape[dim] for _, part in parts]
+    place = [number for number, _ in parts].index(chosen)
+    rows = cotangent.narrow(dim + 1, sum(sizes[:place]), sizes[place])
+    return Dense(rows.sum(1, keepdim=True))
 
 
 def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:
@@ -143,7 +184,7 @@ def _einsum_is_local(args: Any, axes: Sequence[int | None]) -> bool:
     )
 
 
-def _fill(given: Any, sources: Sequence[Tensor], arrays: Sequence[Tensor]) -> Any:
+def _fill(given: Any, sources: Sequence[Any], arrays: Sequence[Any]) -> Any:
     """Put values in for sources, in order, and arrays in their places."""
     rest = iter(sources)
     return _sources.substitute(
@@ -156,8 +197,9 @@ ELEMENTWISE = named(
     "addcmul addcdiv atan2 hypot logaddexp fmod remainder __radd__ __rsub__ __rmul__ __rdiv__ "
     "__rtruediv__ __rpow__ xlogy clamp clip"
 )
+_SUMS, _PRODUCTS = named("add __radd__"), named("mul multiply __rmul__")
 _JOINS = named("cat concat concatenate")
-_EXAMPLEWISE = named("prelu instance_norm addmm")
+_EXAMPLEWISE = named("prelu instance_norm scaled_dot_product_attention")
 _DETERMINISTIC = (
     ELEMENTWISE
     | _JOINS
@@ -175,15 +217,3 @@ _DETERMINISTIC = (
         "layer_norm rms_norm group_norm bilinear prelu masked_fill __getitem__ tril triu"
     )
 )
-_ADDMM = named("addmm")
-_DROPOUTS = named(
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d"
-)
-_NOISE: dict[str, Callable[..., Any]] = {
-    "rand": torch.zeros,
-    "randn": torch.zeros,
-    "rand_like": torch.zeros_like,
-    "randn_like": torch.zeros_like,
-    "bernoulli": torch.zeros_like,
-    "normal": lambda mean, *rest, **options: torch.zeros_like(mean),
-}

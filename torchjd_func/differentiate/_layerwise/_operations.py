@@ -33,11 +33,9 @@ class Operations:
         self.size = size
         self.other = other
         self.known = {x: number for number, x in enumerate(inputs)}
-        self.shapes = [tuple(x.shape) for x in inputs]
-        self.written: set[Tensor] = set()  # that operations in place returned
+        self.shapes: list[Any] = [x.shape for x in inputs]
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
-        self.compiling = torch.compiler.is_compiling()
         self.token: list[Any] = []  # marks the tensors of this run
         self.lost = False  # whether the other run went another way
 
@@ -48,38 +46,38 @@ class Operations:
             place, there = len(self.names), self.other.names
             self.lost |= place >= len(there) or there[place] != name
         self.names.append(name)
-        if self.compiling:
-            return tensors_in((args, kwargs))
         given: list[Tensor] = []
-        loose = name in _ARITHMETIC and func in ELEMENTWISE
-        parts = [self._describe(x, loose, name == "__getitem__", given) for x in args]
+        loose = func in ELEMENTWISE.functions
+        index = name == "__getitem__"
+        described = [self._describe(x, loose, index, given) for x in args]
         if kwargs:
-            parts.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), *parts))
+            described.append(self._describe(kwargs, loose, False, given))
+        self.steps.append((name, torch.is_grad_enabled(), len(given), *described))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
-        if self.compiling:
-            if all(self.number(x) is not None for x in given):  # else of a transform within, maybe
-                self.known.update({x: len(self.shapes) + i for i, x in enumerate(parts)})
-                self.shapes.extend(tuple(x.shape) for x in parts)
-            return
         for x in parts:
-            shape = tuple(x.shape)
-            if any(x is other for other in given):
-                self.known[x] = len(self.shapes)
-                self.written.add(x)
+            number, marked = len(self.shapes), getattr(x, "_operation", None)
+            same = [place for place, other in enumerate(given) if x is other]
+            if same:
+                self.steps.append(same[0])
+            if same and (marked is None or marked[0] is not self.token):
+                self.known[x] = number  # an operation in place, on what was there before
             else:
-                x._operation = (self.token, len(self.shapes))  # pyright: ignore
-            self.shapes.append(shape)
-            self.steps.append(shape)
+                x._operation = (self.token, number)  # pyright: ignore
+            self.shapes.append(x.shape)
+            self.steps.append(x.shape)
+
+    def close(self, outputs: Sequence[Tensor]) -> None:
+        """Note what the run returns."""
+        self.steps.append(tuple([self._describe(x, False, False, []) for x in outputs]))
 
     def number(self, x: Tensor) -> int | None:
         """Return the number of a tensor, or `None` if no operation that was seen made it."""
-        marked = None if self.compiling else getattr(x, "_operation", None)
-        if marked is not None and marked[0] is self.token and x not in self.written:
+        marked = getattr(x, "_operation", None)
+        if marked is not None and marked[0] is self.token:
             return marked[1]
         return self.known.get(x)
 
@@ -87,13 +85,13 @@ class Operations:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
         if number is None:
-            return LOST if self.size and self.compiling else None
-        return self._compare(number, tuple(x.shape))
+            return None
+        return self._compare(number, x.shape)
 
     def axis_next(self, out: Any) -> Axis:
         """Return where the examples lie in what the operation that runs now returns."""
         parts = tensors_in(out)
-        axes = {self._compare(len(self.shapes) + i, tuple(x.shape)) for i, x in enumerate(parts)}
+        axes = {self._compare(len(self.shapes) + i, x.shape) for i, x in enumerate(parts)}
         return axes.pop() if len(axes) == 1 else LOST
 
     def _compare(self, number: int, shape: tuple[int, ...]) -> Axis:
@@ -121,12 +119,15 @@ class Operations:
         """
         if isinstance(x, Tensor):
             given.append(x)
-            return self.number(x)
+            number = self.number(x)
+            return None if number is None else number + HALF
         kind = type(x)
         if kind is int:
             return kind if loose or index else x
         if kind in _PLAIN:
             return kind if loose else x
+        if kind is float:
+            return kind
         if isinstance(x, (list, tuple)):
             return tuple([self._describe(part, loose, index, given) for part in x])
         if isinstance(x, dict):
@@ -138,5 +139,5 @@ class Operations:
         return kind
 
 
+HALF = 0.5  # tells the numbers of tensors from those that are arguments
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})
-_ARITHMETIC = ELEMENTWISE.names

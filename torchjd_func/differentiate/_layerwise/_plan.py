@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchjd_func.differentiate._layerwise._functions import is_getter
-
 Axis = int | None
 LOST = -1  # the axis of a tensor whose examples do not lie along one
 
@@ -32,8 +30,7 @@ class Step(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     leaves: tuple[int, ...] = ()  # that it is applied to
-    hidden: tuple[int, ...] = ()  # leaves that come by getters such as `.T`, hidden from graphs
-    visible: bool = True  # some source comes without
+    place: int = 0  # among the operations of the run
 
 
 class Plan(NamedTuple):
@@ -45,6 +42,8 @@ class Plan(NamedTuple):
     reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
+    entries: tuple[Any, ...] = ()  # the same, for graphs that replay the plan
+    uncompilable: str = ""  # why no graph can replay it, if so
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
@@ -54,12 +53,3 @@ def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
     return plan._replace(
         steps=tuple(steps), opaque=tuple(sorted(opaque)), reasons=plan.reasons | reasons
     )
-
-
-def for_graphs(plan: Plan) -> Plan:
-    """Return the plan of a run whose getters, such as `.T`, a compiler hides."""
-    hidden = {leaf for step in plan.steps for leaf in step.hidden}
-    hidden |= {leaf for step in plan.steps if is_getter(step.func) for leaf in step.leaves}
-    seen = [step for step in plan.steps if step.visible and not is_getter(step.func)]
-    steps = [step._replace(use=False, derives=False) if step.hidden else step for step in seen]
-    return without(plan._replace(steps=tuple(steps)), hidden, {})

@@ -12,11 +12,16 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import depth
+from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan, for_graphs, without
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
 _UNSEEN = "examples not seen: fn takes no other batch"
+_FUNCTIONS = (
+    "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
+    "torch.func (2.13); compare with the result that is not compiled"
+)
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
 
@@ -90,21 +95,22 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
 
 
 def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
-    """Run an objective that is compiled: as planned before, or plan on shapes, without a proof."""
+    """Run an objective that is compiled as an eager run was planned and proven, or by autograd."""
+    reason = "no run with arguments of these shapes was planned"
     for known in plans.get(_key(problem), ()):
-        recorded = _run(problem, for_graphs(known))
-        if _fits(recorded):
-            return recorded
-    plan = make(problem._replace(check=False), Draws([]), ())
-    recorded = _run(problem, plan)
-    if not _fits(recorded):
-        recorded = _run(problem, _by_autograd(problem, plan.layout))
-    if len(recorded.plan.opaque) == len(problem.leaves) and problem.check:
+        if known.uncompilable:
+            reason = known.uncompilable
+        elif known.proven:
+            recorded = _run(problem, known)
+            if not recorded.mode.changed:
+                return recorded
+            reason = f"it does something else than was planned, from `{recorded.mode.changed}` on"
+    if problem.kind != "shared":
         # Importing it earlier would load the compiler.
-        from torchjd_func.differentiate._layerwise._hidden import warn_hidden
+        from torchjd_func.differentiate._layerwise._unplanned import warn_unplanned
 
-        warn_hidden()
-    return recorded
+        warn_unplanned(reason)
+    return _run(problem, _by_autograd(problem))
 
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
@@ -122,6 +128,8 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         (),
         mode.reasons,
         tuple(mode.operations.steps),
+        entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
+        uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
     )
     if problem.kind == "batched" and seen.outputs.shape[0] != layout.size:
         return _by_autograd(problem, layout)
@@ -129,15 +137,14 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     if unseen:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
-    if any(_skeleton(plan) == _skeleton(other) for other in known):
-        return plan
-    return _proven(problem, plan, draws) if problem.check else plan
+    alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
+    if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
+        return plan._replace(proven=True)
+    return plan if depth(problem.leaves[0]) > 0 else _proven(problem, plan, draws)
 
 
 def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
     """Return a plan without what fails the proof."""
-    if len(plan.opaque) == len(problem.leaves) or depth(problem.leaves[0]) > 0:
-        return plan
     for leaves in (_proof.moved(problem.leaves), problem.leaves):
         draws.restore()
         recorded = _run(problem._replace(leaves=leaves), plan)
@@ -146,7 +153,7 @@ def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
         if _fits(recorded):
             failing = _proof.failing(recorded)
             if failing is not None:
-                return _warned(problem, plan, failing)
+                return _warned(problem, plan, failing)._replace(proven=True)
     return plan
 
 
@@ -186,12 +193,11 @@ def _fits(recorded: Recorded) -> bool:
     mode, plan = recorded.mode, recorded.plan
     if len(plan.opaque) == mode.count:
         return True
-    if mode.changed or len(mode.steps) != len(plan.steps):
-        return False
-    if torch.compiler.is_compiling():
-        return True
     return (
-        recorded.connected <= set(plan.opaque) and tuple(mode.operations.steps) == plan.operations
+        not mode.changed
+        and len(mode.steps) == len(plan.steps)
+        and recorded.connected <= set(plan.opaque)
+        and tuple(mode.operations.steps) == plan.operations
     )
 
 
@@ -223,7 +229,8 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
 def _skeleton(plan: Plan) -> Any:
     """Return what a proof is about, whatever the sizes."""
     steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
-    return plan.layout.kind, plan.opaque, steps
+    operations = [entry[:3] for entry in plan.entries]
+    return plan.layout.kind, plan.opaque, steps, operations
 
 
 def _key(problem: Problem) -> Any:

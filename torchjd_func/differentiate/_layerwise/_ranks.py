@@ -15,27 +15,40 @@ PyTree = Any
 
 
 class Ranks(NamedTuple):
-    """Processes with as many examples each; all examples are counted rank by rank."""
+    """Processes with as many examples each; all examples are counted process by process."""
 
     size: Callable[[], int]
     rank: Callable[[], int]
     gather: Callable[[Tensor], Tensor]  # (k, ...) -> (size * k, ...)
-    total: Callable[[PyTree], PyTree]  # the sum over ranks
-    check: Callable[[Tensor], None]  # that all have as many losses
+    total: Callable[[PyTree], PyTree]  # the sum over processes
+    lengths: Callable[[list[int], PyTree], list[list[int]]] | None  # what each has, once checked
+    kept: Tensor | None = None  # the places of what counts, where batches were filled up
+    padded: int = 0  # how many losses each process has then
+    whole: bool = False  # whether all that counts is present
+
+
+def joined(values: Tensor, ranks: Ranks) -> Tensor:
+    """Return values `(k, ...)` of the examples of each process, for all that count."""
+    every = ranks.gather(values)
+    return every if ranks.kept is None else every[ranks.kept]
 
 
 def own(weights: Tensor, ranks: Ranks) -> Tensor:
-    """Return the weights `(g, k)` of the examples of this rank, of `(g, size * k)`."""
+    """Return the weights `(g, k)` of the examples of this process, of `(g, m)`."""
+    if ranks.kept is not None:
+        filled = weights.new_zeros(len(weights), ranks.padded * ranks.size())
+        weights = filled.index_copy(1, ranks.kept, weights)
     return weights.chunk(ranks.size(), dim=1)[ranks.rank()]
 
 
-def stack(products: Tensor, ranks: Ranks) -> Tensor:
-    """Return the products `(g, k, m)` of the rows of each rank, `(g, size * k, m)`."""
-    return ranks.gather(products.transpose(0, 1)).transpose(0, 1)
+def stack(products: Tensor, first: Ranks, second: Ranks) -> Tensor:
+    """Return the products `(g, k, size * k)` of the rows of each process, `(g, m, m)`."""
+    rows = joined(products.transpose(0, 1), first).transpose(0, 1)
+    return rows if second.kept is None else rows[:, :, second.kept]
 
 
 def cross(a: Form, b: Form, ranks: Ranks | None) -> Tensor:
-    """Return the inner products of the rows of `a` here and those of `b`, on all ranks if any."""
+    """Return the inner products of the rows of `a` here and those of `b`, on all processes."""
     if ranks is None:
         return _forms.cross(a, b)
     parts = _of_all(b, ranks)
@@ -45,7 +58,7 @@ def cross(a: Form, b: Form, ranks: Ranks | None) -> Tensor:
 
 
 def _of_all(form: Form, ranks: Ranks) -> list[Form]:
-    """Return the rows of each rank; what travels is factors or rows, whatever is less."""
+    """Return the rows of each process; what travels is factors or rows, whatever is less."""
     e, t, g, q, p = _forms.sizes(form)
     lookup = isinstance(form, _forms.Lookup)
     factors = e * t * (q + 1 if lookup else g * (q + p))

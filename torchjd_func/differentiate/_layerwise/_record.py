@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
 
 Call = Callable[..., tuple[Any, list[Tensor]]]  # (leaves, *example) -> outputs, aux tensors
@@ -76,24 +78,34 @@ def record(
         and by leaves.
     """
     compiling = torch.compiler.is_compiling()
+    watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     traced = plan.opaque if compiling and plan is not None else range(len(frozen))
+    steps = [] if plan is None else [step for step in plan.steps if step.use]
+    front = () if batch is None else (layout.size,)
+    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
 
     def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
-        """Return outputs, auxiliary tensors, arrays of all uses, and constants."""
+        """Return outputs; constants, arrays of all uses and auxiliary tensors."""
         handles = list(frozen)
         for leaf, primal in zip(traced, primals, strict=True):
             handles[leaf] = primal
         seen = inputs if batch is None else _tree.tensors(args)
-        operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
-        mode = Trace(handles, layout, operations, plan, perturbations)
+        if compiling and plan is not None:
+            mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
+        else:
+            operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+            mode = Trace(handles, layout, operations, plan, perturbations if hidden else None)
         modes.append(mode)
-        with mode:
+        with mode if watched else Spelled():
             outputs, aux = call(handles, *args)
-        mode.finish(_tree.leaves(outputs))
-        return outputs, (aux, [use.arrays for use in mode.uses], mode.constants)
+        if watched:
+            mode.finish(_tree.leaves(outputs))
+        arrays = [x for use in mode.uses for x in use.arrays]
+        return outputs, [*mode.constants, *arrays, *aux]
 
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
         """Run over all examples."""
@@ -101,17 +113,18 @@ def record(
             out = run(perturbations, primals)
         else:
             out = batch.map(run, (perturbations, primals), (0, None))
-        inner.append((_tree.leaves(out[0]), perturbations, primals))
+        uses = perturbations if hidden else modes[0].edges
+        inner.append((_tree.leaves(out[0]), uses, primals))
         return out
 
-    steps = [] if plan is None else [step for step in plan.steps if step.use]
-    front = () if batch is None else (layout.size,)
-    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
     primals = [frozen[leaf].view_as(frozen[leaf]) for leaf in traced]
-    result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
-    outputs, pullback, (aux, arrays, constants) = result
+    result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
+    outputs, pullback, rest = result
     mode = modes[0]
-    kept = [use._replace(arrays=found) for use, found in zip(mode.uses, arrays, strict=True)]
+    rest = iter(rest)
+    constants = [next(rest) for _ in mode.constants]
+    kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
+    aux = list(rest)
 
     def pull_compiled(
         cotangent: Any, uses: bool, wanted: Sequence[int]
@@ -127,8 +140,14 @@ def record(
         """Pull a cotangent back to what is wanted alone."""
         outs, perturbed, handles = inner[0]
         places = [handles[leaf] for leaf in wanted]
-        places = [*perturbed, *places] if uses else places
+        empty = [frozen[leaf] for leaf in wanted]
+        if uses:
+            places, empty = [*perturbed, *places], [*zeros, *empty]
         grads = _gradients(outs, places, _tree.leaves(cotangent))
+        grads = [
+            torch.zeros_like(x) if grad is None else grad
+            for x, grad in zip(empty, grads, strict=True)
+        ]
         count = len(perturbed) if uses else 0
         return grads[:count], grads[count:]
 
@@ -139,17 +158,16 @@ def record(
     return Recorded(outputs, aux, planned, kept, values, chosen, mode, reached)
 
 
-def _gradients(outs: list[Tensor], places: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Return gradients by places, zeros where the outputs do not depend on one."""
+def _gradients(
+    outs: list[Tensor], places: Sequence[Any], cotangents: list[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return gradients by places, `None` where the outputs do not depend on one."""
     pairs = [(x, grad) for x, grad in zip(outs, cotangents, strict=True) if x.requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(places)
-    if pairs and places:
-        heads, grads = zip(*pairs, strict=True)
-        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
-        found = torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
-    return [
-        torch.zeros_like(x) if grad is None else grad for x, grad in zip(places, found, strict=True)
-    ]
+    if not pairs or not places:
+        return [None] * len(places)
+    heads, grads = zip(*pairs, strict=True)
+    options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
+    return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
 
 
 def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:

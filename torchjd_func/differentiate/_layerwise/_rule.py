@@ -70,6 +70,8 @@ def _options(given: Arguments) -> bool:
     options = ("sparse", "scale_grad_by_freq", "max_norm", "offsets", "per_sample_weights")
     if any(given.get(name) not in (None, False) for name in options) or given.get("mode") == "max":
         return False
+    if any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return False
     extra, stride = given.get("output_padding", 0), given.get("stride", 1)
     return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
 
@@ -102,6 +104,11 @@ def before_weight(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
 def images_first(dims: int) -> Accepts:
     """Return the condition of convolutions: a batch of images."""
     return lambda shapes, axis, _: axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
+
+
+def matrix_plus_row(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    row = shapes.get("input") == shapes["mat2"][1:] or "input" not in sources
+    return row and axis in (0, None)
 
 
 def bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:

@@ -40,6 +40,7 @@ from torchjd_func.differentiate._layerwise._rule import (
     first,
     images_first,
     matrix,
+    matrix_plus_row,
     vector_or_matrix,
 )
 
@@ -78,6 +79,10 @@ def _right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -
         rows = cotangent.unsqueeze(-1) * x
         return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
     return Outer(_positions(x, 1), _positions(cotangent, 1), shape)
+
+
+def _second_matrix(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    return Outer(_positions(given["mat1"], 1), _positions(cotangent, 1), shape)
 
 
 def _left_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
@@ -221,6 +226,13 @@ _BAG = (
     "padding_idx",
 )
 
+_ADDMM = Rule(
+    "addmm",
+    ("input", "mat1", "mat2", "beta", "alpha"),
+    ("mat1",),
+    {"input": _last, "mat2": _second_matrix},
+    matrix_plus_row,
+)
 _METHODS = (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__)
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _LINEAR,
@@ -271,6 +283,7 @@ RULES: dict[Callable[..., Any], Rule] = {
             (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
         )
     },
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _ADDMM),
     **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
 }
 _BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

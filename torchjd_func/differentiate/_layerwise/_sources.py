@@ -70,13 +70,6 @@ def is_reordered(source: Source) -> bool:
     return source.func not in _CASTS or any(map(is_reordered, sources_in(source.args)))
 
 
-def has_getter(source: Source) -> bool:
-    """Say whether a source is made by reading an attribute such as `.T`."""
-    if is_getter(source.func):
-        return True
-    return any(has_getter(part) for part in sources_in((source.args, source.kwargs)))
-
-
 def build(source: Source, values: Sequence[Tensor]) -> Any:
     """Make the tensor again from parameter leaves and constants."""
     if source.func is None:
@@ -90,6 +83,9 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
     """Pull rows `(e, ...)` of gradients by a source back to one of its leaves."""
     if source.func is None:
         return rows.reshape(-1, *values[leaf].shape)
+    alone = source.args and isinstance(source.args[0], Source) and source.args[0].func is None
+    if source.expanded and alone and rows[0].numel() == values[leaf].numel():
+        return rows.reshape(-1, *values[leaf].shape)
 
     def make(value: Tensor) -> Tensor:
         """Make the source from a value of the leaf."""
@@ -102,13 +98,21 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
 
 def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
     """Return arguments with each tensor, source and place replaced."""
-    if isinstance(tree, (Tensor, Source, Place)):
+    if isinstance(tree, _REPLACED):
         return replace(tree)
     if isinstance(tree, dict):
         return {name: substitute(part, replace) for name, part in tree.items()}
-    if isinstance(tree, list):
-        return [substitute(part, replace) for part in tree]
-    return tuple(substitute(part, replace) for part in tree) if isinstance(tree, tuple) else tree
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    parts = [
+        replace(part)
+        if isinstance(part, _REPLACED)
+        else substitute(part, replace)
+        if isinstance(part, (list, tuple, dict))
+        else part
+        for part in tree
+    ]
+    return parts if isinstance(tree, list) else tuple(parts)
 
 
 def sources_in(tree: Any) -> list[Source]:
@@ -129,9 +133,19 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among arguments or outputs, in order."""
     if isinstance(tree, Tensor):
         return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree
-    nested = isinstance(tree, (dict, list, tuple))
-    return [x for part in parts for x in tensors_in(part)] if nested else []
+    if not isinstance(tree, _NESTED):
+        return []
+    found: list[Tensor] = []
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, _NESTED):  # few calls, since a compiler is slow to trace one
+            found.extend(tensors_in(part))
+    return found
+
+
+_NESTED = (dict, list, tuple)
+_REPLACED = (Tensor, Source, Place)
 
 
 def _item(outputs: Any, index: int) -> Any:

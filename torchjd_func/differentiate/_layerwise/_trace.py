@@ -3,8 +3,9 @@
 The run is ordinary: autograd differentiates whatever the objective does, and is right about hooks,
 modes, writes by index and functions of one's own. Beside it, operations whose derivative by
 parameters has a known form are taken out: their parameters come as aliases, which end what autograd
-traces, and their outputs are perturbed by zeros, whose gradients are wanted instead. A parameter
-that autograd reaches on another way than through such aliases has rows by autograd, all of them.
+traces, and gradients by their outputs are wanted instead: by the places of these in the graph of
+autograd, or by zeros that are added to them, where that graph is out of reach (compiled, mapped). A
+parameter that autograd reaches on another way than through such aliases has rows by autograd.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _local, _rules, _sources
+from torchjd_func.differentiate._layerwise import _attention, _decide, _rules, _sources
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
 class Use(NamedTuple):
@@ -45,7 +48,7 @@ class Trace(TorchFunctionMode):
         layout: How the objective treats examples.
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
-        perturbations: Zeros to add to the outputs of uses.
+        perturbations: Zeros to add to the outputs of uses; `None` to note their places.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Trace(TorchFunctionMode):
         layout: Layout,
         operations: Operations,
         plan: Plan | None = None,
-        perturbations: Sequence[Tensor] = (),
+        perturbations: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -65,18 +68,20 @@ class Trace(TorchFunctionMode):
         self.constants: list[Tensor] = []
         self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
         self.versions = {handle: version_of(handle) for handle in handles}
-        self.compiling = torch.compiler.is_compiling()
+        self.ids: set[int] = set()  # of what has a source
+        for handle in handles:
+            self.note(handle)
         self.depth = 0
-        if plan is None and not self.compiling:
+        if plan is None:
             self.depth = _decide.common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
+        self.edges: list[GradientEdge] = []  # the outputs of uses
         self.kept: list[Kept] = []
-        self.fresh: dict[Tensor, None] = {}  # in graphs: tensors that are views of none
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
-        self.changed = False  # whether the run is not as planned
+        self.changed = ""  # the first operation that is not as planned
 
     def __torch_function__(
         self,
@@ -86,32 +91,34 @@ class Trace(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
-        if name_of(func) == "unflatten":  # the method cannot be traced (torch 2.13)
-            func = torch.unflatten
-        return self.apply(func, *args, **(kwargs or {}))
-
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation."""
+        kwargs = kwargs or {}
         if func is F.batch_norm:
             _rules.check_batch_norm(self.layout.kind, args, kwargs)
         if func is F.multi_head_attention_forward:
-            spelled = _attention.arguments(args, kwargs)
-            if _attention.is_plain(spelled):
-                return _attention.attention(self.apply, spelled)
+            named = _attention.arguments(args, kwargs)
+            if _attention.is_plain(named):
+                return _attention.attention(self.apply, named)
+        return self.apply(func, *args, **kwargs)
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation."""
         given = self.operations.begin(func, args, kwargs)
-        if self.plan is None and self.compiling:
-            _decide.deny_hidden(self, given)
-            _decide.deny_overwritten(self, func, args, kwargs)
-        if any([x in self.sources and self.source(x) is not None for x in given]):
+        if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        if self.compiling:
-            given = [x for x in given if x not in self.sources]
         self.operations.end(out, given)
-        if self.compiling and not _decide.is_view(func):
-            self.fresh.update(dict.fromkeys(tensors_in(out)))
         return out
+
+    def on_sources(self, given: list[Tensor]) -> bool:
+        """Say whether some tensor is made of parameters."""
+        if self.ids.isdisjoint(map(id, given)):  # most, and fast
+            return False
+        return any([x in self.sources and self.source(x) is not None for x in given])
+
+    def note(self, x: Tensor) -> None:
+        """Note that a tensor has a source."""
+        self.ids.add(id(x))
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
@@ -125,20 +132,12 @@ class Trace(TorchFunctionMode):
         """Say whether autograd traces a tensor back to parameters."""
         if x.requires_grad or self.layout.kind != "vmapped":
             return x.requires_grad
-        if self.compiling:
-            return True
         inner = torch.func.debug_unwrap(x, recurse=False)
         return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an operation, for its shapes alone where a graph plans."""
-        if self.plan is None and self.compiling:
-            return _local.run_quietly(self.run_spelled, func, args, kwargs)
-        return self.run_spelled(func, *args, **kwargs)
-
-    def run_spelled(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation in a form that torch differentiates right."""
-        return _attention.spelled(func, self.layout.kind != "batched")(*args, **kwargs)
+        return spelled(func, self.layout.kind != "batched")(*args, **kwargs)
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
@@ -146,13 +145,13 @@ class Trace(TorchFunctionMode):
         """Run an operation with parameters: as planned, or decide what it is."""
         if self.plan is None:
             return _decide.decide(self, func, args, kwargs, given)
-        place = len(self.steps)
-        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
-        if name_of(step.func) != name_of(func) or self.changed:
+        step = self.next_step(func, given)
+        if step is None:
             out = self.run(func, *args, **kwargs)
-            self.changed |= bool(tensors_in(out))
+            if tensors_in(out):
+                self.changed = self.changed or name_of(func)
             return out
-        step = step._replace(func=func)
+        step = step if step.func is func else step._replace(func=func)
         self.steps.append(step)
         if not step.use:
             out = self.run(func, *args, **kwargs)
@@ -160,16 +159,24 @@ class Trace(TorchFunctionMode):
                 self.derived(step, args, kwargs, out)
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
-        if out.shape != step.shape:
-            self.changed = True
+        if out.shape != step.shape or (self.perturbations is None and not out.requires_grad):
+            self.changed = name_of(func)
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
-        return out + self.perturbations[len(self.uses) - 1]
+        if self.perturbations is not None:
+            return out + self.perturbations[len(self.uses) - 1]
+        self.edges.append(get_gradient_edge(out))
+        return out
+
+    def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
+        """Return what the plan makes of the operation here, if it is the same one."""
+        assert self.plan is not None
+        place = len(self.steps)
+        step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
+        return None if self.changed or name_of(step.func) != name_of(func) else step
 
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
-        if self.compiling:
-            return tree
 
         def replace(x: Any) -> Any:
             if not isinstance(x, Tensor) or x not in self.sources or not x.requires_grad:
@@ -205,16 +212,14 @@ class Trace(TorchFunctionMode):
         source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part) or (self.plan is not None and self.compiling):
+            if self.traced(part):
                 self.sources[part] = source if part is out else _sources.pick(source, index)
                 self.versions[part] = version_of(part)
+                self.note(part)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
-        if self.plan is None and self.compiling:
-            _decide.deny_hidden(self, outputs)
-            for x in outputs:
-                self.deny("the losses", set(self.sources[x].leaves if x in self.sources else ()))
+        self.operations.close(outputs)
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
@@ -230,5 +235,5 @@ class Trace(TorchFunctionMode):
 
 
 def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; graphs are told by the names of operations."""
+    """Return how often a tensor was written to; where a graph differs, a plan says."""
     return 0 if torch.compiler.is_compiling() else x._version

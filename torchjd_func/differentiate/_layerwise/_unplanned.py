@@ -8,7 +8,7 @@ from torchjd_func import _check
 
 
 @torch.compiler.assume_constant_result
-def warn_hidden() -> bool:
+def warn_unplanned(reason: str) -> bool:
     """Warn while a graph is traced, which runs this once."""
-    warnings.warn(_check.hidden_from_graph(), UserWarning, stacklevel=2)
+    warnings.warn(_check.unplanned_graph(reason), UserWarning, stacklevel=2)
     return True

@@ -1,0 +1,73 @@
+"""What a process has of each objective, where several processes have parts of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _tree
+
+PyTree = Any
+Size = int | Tensor | None  # how many examples a process has; `None` if parts count alike
+
+
+class Part(NamedTuple):
+    """What one process has of a batch."""
+
+    size: Size = None
+    lengths: Any = None  # of the tensors of the batch, to be the same on all processes
+
+
+def given(present: Any, size: Any) -> dict[str, str]:
+    """Say which of the options that all processes give, or none, there are."""
+    options = {"present": present, "size": size}
+    return {name: "nothing" if x is None else "a value" for name, x in options.items()}
+
+
+class Shares(NamedTuple):
+    """What this process has of each objective."""
+
+    here: Tensor  # (k,) bool, whether it has any
+    anywhere: Tensor  # (m,) bool, whether any process has
+    factors: Tensor  # (k,), of which sums over processes are weighted means
+
+
+def shares_of(
+    like: Tensor,
+    present: Tensor | None,
+    size: Size,
+    world: int,
+    add: Callable[[Tensor], Tensor],
+) -> Shares:
+    """Return shares whose mean over processes is that over those that have an objective, by size.
+
+    `like` is `(k,)`, and `add` returns the sum over processes.
+    """
+    here = counted(like, present, size)
+    examples = here.to(torch.float64) if size is None else here * _on(like, size)
+    sums = add(examples)
+    return Shares(here, sums > 0, world * examples / torch.where(sums > 0, sums, 1))
+
+
+def counted(like: Tensor, present: Tensor | None, size: Size) -> Tensor:
+    """Return which objectives `(k,)` this process has: none without examples."""
+    here = torch.ones_like(like, dtype=torch.bool) if present is None else present
+    return here if size is None else here & (_on(like, size) > 0)
+
+
+def _on(like: Tensor, size: Size) -> Tensor:
+    """Return a number of examples as a tensor where another one is."""
+    return torch.as_tensor(size, device=like.device).to(torch.float64)
+
+
+def scaled(tree: PyTree, shares: Shares) -> PyTree:
+    """Return leaves `(k, ...)` by their factors, and 0 for what is absent."""
+
+    def scale(leaf: Tensor) -> Tensor:
+        kept = torch.where(_tree.per_row(shares.here, leaf), leaf, 0)
+        return kept * _tree.per_row(shares.factors, leaf).to(leaf.dtype)
+
+    return _tree.map(scale, tree)

@@ -1,0 +1,213 @@
+"""Replay a plan in a graph, if what is compiled does what the plan was made for.
+
+A compiler hides some operations from those who watch. So a run is held against the operations of
+the plan, one by one: the same, applied to the same, with the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise._functions import READERS, name_of
+from torchjd_func.differentiate._layerwise._operations import HALF, Operations
+from torchjd_func.differentiate._layerwise._plan import Plan, Step
+from torchjd_func.differentiate._layerwise._sources import tensors_in
+from torchjd_func.differentiate._layerwise._trace import Trace
+
+
+class Entry(NamedTuple):
+    """An operation of a plan, as `_operations` lists it."""
+
+    head: tuple[str, bool, int]  # name, whether autograd is on, how many tensors it is applied to
+    values: tuple[Any, ...]  # the arguments, in order
+    named: dict[str, Any]  # those of them that came by name
+    shapes: list[tuple[int, ...]]  # of what it returns
+    aliased: list[int | None]  # which argument an output is
+    idle: bool = False  # whether only decisions of the objective look at what it returns
+
+
+def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
+    """Return the operations of a run; the last stands for what is returned."""
+    found: list[Entry] = []
+    alias = None
+    for part in operations[:-1]:
+        if isinstance(part, int):
+            alias = part
+        elif part and isinstance(part[0], str):
+            named = dict(part[-1]) if _is_by_name(part[-1]) else {}
+            values = (*(part[3:-1] if named else part[3:]), *named.values())
+            found.append(Entry(part[:3], values, named, [], []))
+        else:
+            found[-1].shapes.append(tuple(part))
+            found[-1].aliased.append(alias)
+            alias = None
+    return (*found, Entry(("", True, 0), operations[-1], {}, [], []))
+
+
+def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
+    """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`.
+
+    Args:
+        listed: The operations.
+        made: How many tensors are numbered.
+
+    Returns:
+        The operations.
+    """
+    readers: dict[float, list[int]] = {}  # the places of what reads each tensor
+    for place, entry in enumerate(listed):
+        for number in _numbers(entry.values):
+            readers.setdefault(number, []).append(place)
+    found: set[int] = set()
+    for place in reversed(range(len(listed))):
+        made -= len(listed[place].shapes)
+        uses = [readers.get(made + i + HALF, [-1]) for i in range(len(listed[place].shapes))]
+        unused = bool(uses) and found.issuperset(user for group in uses for user in group)
+        if listed[place].head[0] in READERS.names or unused:
+            found.add(place)
+    return tuple(entry._replace(idle=place in found) for place, entry in enumerate(listed))
+
+
+def _is_by_name(part: Any) -> bool:
+    """Say whether a part of what is listed of an operation is its keyword arguments."""
+    return isinstance(part, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in part
+    )
+
+
+def _numbers(part: Any) -> list[float]:
+    """Return the numbers of tensors in what is listed of an operation."""
+    if isinstance(part, tuple):
+        return [x for inner in part for x in _numbers(inner)]
+    return [part] if isinstance(part, float) else []
+
+
+class Followed(Operations):
+    """Holds operations against those of a plan; tensors have the numbers that they had there."""
+
+    def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
+        super().__init__(inputs)
+        self.count = len(inputs)
+        self.entries = plan.entries
+        self.planned = {step.place: step for step in plan.steps}
+        self.place = -1  # among the entries
+        self.reads = False  # whether the operation here is of no interest
+        self.hidden: set[float] = set()  # the numbers of what hidden operations returned
+        self.changed = ""  # the first operation that is another one
+
+    def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+        """Find an operation in the plan."""
+        given, name = tensors_in((args, kwargs)), name_of(func)
+        self.reads = name in READERS.names
+        if not self.reads and not self.changed:
+            entry = self.skip(name)
+            self.place += 1
+            head = (name, torch.is_grad_enabled(), len(given))
+            if entry.head != head or not self._binds(args, kwargs, entry):
+                self.changed = name
+        return given
+
+    def end(self, out: Any, given: Sequence[Tensor]) -> None:
+        """Number the outputs of an operation."""
+        if self.reads or self.changed:
+            return
+        entry, parts = self.entries[self.place], tensors_in(out)
+        if [tuple(x.shape) for x in parts] != entry.shapes:
+            self.changed = entry.head[0]
+        for x, alias in zip(parts, entry.aliased, strict=False):
+            self.known[x] = self.count
+            if alias is not None:
+                self.known[given[alias]] = self.count
+            self.count += 1
+
+    def skip(self, name: str) -> Entry:
+        """Pass by what a compiler hides or leaves away, but for known functions of parameters."""
+        while True:
+            entry = self.entries[self.place + 1]
+            if entry.head[0] == name or not (entry.idle or entry.head[0] in HIDDEN):
+                return entry
+            self.place += 1
+            step = self.planned.pop(self.place, None)
+            if step is not None and (step.use or step.derives):
+                self.changed = entry.head[0]
+            for _ in entry.shapes:
+                self.hidden.add(self.count + HALF)
+                self.count += 1
+
+    def close(self, outputs: Sequence[Tensor]) -> None:
+        """Hold what the run returns against the plan."""
+        entry = self.skip("")
+        if not self.changed and (entry.head[0] or not self._agrees(list(outputs), entry.values)):
+            self.changed = "the losses"
+
+    def _binds(self, args: Any, kwargs: Any, entry: Entry) -> bool:
+        """Say whether arguments are those of the plan, by name or not."""
+        if len(args) > len(entry.values) or not all([name in entry.named for name in kwargs]):
+            return False
+        return all(
+            [
+                *[self._agrees(x, value) for x, value in zip(args, entry.values, strict=False)],
+                *[self._agrees(x, entry.named[name]) for name, x in kwargs.items()],
+            ]
+        )
+
+    def _agrees(self, x: Any, expected: Any) -> bool:
+        """Say whether an argument is that of the plan."""
+        if isinstance(x, Tensor):
+            if expected in self.hidden and x not in self.known:
+                self.known[x] = int(expected)
+            return (self.known[x] + HALF if x in self.known else None) == expected
+        if isinstance(x, dict):
+            x = [[key, part] for key, part in x.items()]
+        if isinstance(x, slice):
+            x = [slice, x.start, x.stop, x.step]
+        if isinstance(x, (list, tuple)):
+            if not isinstance(expected, tuple) or len(x) != len(expected):
+                return False
+            return all([self._agrees(*pair) for pair in zip(x, expected, strict=True)])
+        return isinstance(expected, type) or x == expected
+
+
+class Replay(Trace):
+    """Watches a run that is compiled, and does as planned."""
+
+    operations: Followed
+
+    def on_sources(self, given: list[Tensor]) -> bool:
+        """Say whether parameters are used, where the plan says so."""
+        return self.operations.place in self.operations.planned and not self.operations.reads
+
+    def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
+        """Return what the plan makes of the operation here, if it is applied to the same leaves."""
+        step = self.operations.planned[self.operations.place]
+        leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
+        same = not self.operations.changed and sorted(leaves) == sorted(step.leaves)
+        return step if same else None
+
+    def note(self, x: Tensor) -> None:
+        """Note nothing: graphs have no identities."""
+
+    def traced(self, x: Tensor) -> bool:
+        """Trust the plan on what autograd traces."""
+        return True
+
+    def alias(self, tree: Any) -> Any:
+        """Return the arguments; leaves without rows by autograd are constants."""
+        return tree
+
+    def finish(self, outputs: list[Tensor]) -> None:
+        """Find out whether the run was the one that was planned."""
+        self.operations.close(outputs)
+        missing = "" if len(self.steps) == len(self.operations.planned) else "an operation"
+        self.changed = self.changed or self.operations.changed or missing
+
+
+# Whose outputs are told by where they are used, and which use no parameters (torch 2.13)
+HIDDEN = READERS.names | {
+    *("__get__", "pad", "_set_grad_enabled", "requires_grad_", "grad"),
+    *("_make_dual", "_unpack_dual"),
+}

@@ -1,0 +1,106 @@
+"""Operations that torch differentiates wrong, or not under vmap, spelled out in others."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from torchjd_func.differentiate._layerwise._functions import name_of
+
+
+def scores_and_values(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Spell `F.scaled_dot_product_attention` out; torch's fused forms do not vmap (2.13)."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if attn_mask is not None:
+        allowed = attn_mask.dtype is torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if allowed else scores + attn_mask
+    weights = scores.softmax(-1)
+    return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
+
+
+def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Spell `F.bilinear` out, which does not vmap (2.13)."""
+    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
+    return out if bias is None else out + bias
+
+
+def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
+
+
+def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Normalise in the widest precision of the arguments."""
+    # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    dtypes = {x.dtype for x in given}
+    if len(dtypes) == 1 or (given[0].is_cuda and func in _CAST_ON_GPU):
+        return func(*args, **kwargs)
+    wide = functools.reduce(torch.promote_types, dtypes)
+    args = tuple(_cast(x, wide) for x in args)
+    out = func(*args, **{name: _cast(x, wide) for name, x in kwargs.items()})
+    return out.to(given[0].dtype)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor in a precision, itself if it has it, and anything else as it is."""
+    return x.to(dtype) if isinstance(x, Tensor) else x
+
+
+_NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
+_CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
+_MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
+_ALWAYS: dict[Any, Callable[..., Any]] = {
+    **{func: functools.partial(_norm, func) for func in _NORMS},
+    torch.cdist: distances,
+    Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
+}
+_BY_NAME = {name_of(func): other for func, other in _ALWAYS.items()}
+
+
+def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
+    """Return a function that torch differentiates right, also if it is mapped over."""
+    if torch.compiler.is_compiling():
+        func = _BY_NAME.get(name_of(func), func)
+    else:
+        func = _ALWAYS.get(func, func)
+    return _MAPPED.get(name_of(func), func) if mapped else func
+
+
+class Spelled(TorchFunctionMode):
+    """Computes what torch mistakes, such as norms of mixed precisions, in other operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation."""
+        return spelled(func, False)(*args, **(kwargs or {}))
