@@ -1,6 +1,7 @@
 """What only a GPU shows: nothing waits for it, graphs capture, numbers are those of the CPU.
 
-Not run yet.
+Last run: 2026-11-26, NVIDIA H100 80GB HBM3, torch 2.11: all passed but CAGrad compiled, whose
+kernel gave not-a-number at m = 4. It has been rewritten since, and not been run on a device.
 """
 
 import gc
@@ -13,6 +14,7 @@ from torch import nn
 
 import torchjd_func as jd
 from tests import scalarizer_registry
+from tests.helpers import weighting, weights_of
 from tests.registry import METHODS, exported
 from torchjd_func import _tree
 
@@ -132,8 +134,8 @@ def test_sizes(name, m):
     weights = []
     for device in ("cuda", "cpu"):
         rule = METHODS[name].make(m)
-        gramian = (rows @ rows.mT).to(device)
-        weights.append(rule.weighting(gramian, rule.init(rows.to(device), key=jd.random.key(0)))[0])
+        state = rule.init(rows.to(device), key=jd.random.key(0))
+        weights.append(weighting(rule)((rows @ rows.mT).to(device), state)[0])
     assert_same(*weights)
 
 
@@ -141,8 +143,8 @@ def test_sizes(name, m):
 def test_large_quadratic_programs(m):
     rows = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
     gramian = rows @ rows.mT
-    want = jd.upgrad().weighting(gramian)[0]
-    assert_same(jd.upgrad().weighting(gramian.cuda())[0], want)
+    want = weights_of(jd.upgrad(), gramian)
+    assert_same(weights_of(jd.upgrad(), gramian.cuda()), want)
 
 
 @pytest.mark.parametrize("name", scalarizer_registry.METHODS)
@@ -233,6 +235,15 @@ COMPILED = {
 }
 
 
+def third(fast, *args):
+    """Call a compiled step until it replays a graph; return the last result."""
+    for _ in range(2):
+        torch.compiler.cudagraph_mark_step_begin()
+        fast(*args)
+    torch.compiler.cudagraph_mark_step_begin()
+    return fast(*args)
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_into_a_graph(name):
     objective, params, x, y = network()
@@ -243,10 +254,7 @@ def test_compiled_into_a_graph(name):
         lambda s, p, x, y: step(s, p, x, y), fullgraph=True, mode="reduce-overhead"
     )
     want = step(state, params, x, y)
-    for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()
-        got = fast(state, params, x, y)
-    assert_same(got, want, 1e-4)
+    assert_same(third(fast, state, params, x, y), want, 1e-4)
 
 
 def instance_wise():
@@ -270,10 +278,7 @@ def test_instance_wise_steps():
     fast = torch.compile(
         lambda p, x, y: step(None, p, x, y), fullgraph=True, mode="reduce-overhead"
     )
-    for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()
-        got = fast(params, x, y)
-    assert_same(got, want, 1e-4)
+    assert_same(third(fast, params, x, y), want, 1e-4)
     assert_same(replayed(lambda: step(None, params, x, y)), want, 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The root of `G w = (p / w)^(1/alpha)` on a GPU: the method of `linalg._orthant`, in three launches.
+"""Roots of `G w = (p / w)^(1/alpha)` on a GPU: the method of `linalg._orthant`, in three launches.
 
 Two decide by the min-norm point of the unit rows whether there is a root, the second where block
 exchange does not find it; the third finds the root by Newton's method, with systems solved by

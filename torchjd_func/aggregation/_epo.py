@@ -116,7 +116,8 @@ def epo(
     w = \arg\max_{w \in \Delta} \mathbf 1^\top G w\ \ \text{(otherwise)},$$
 
     where, while balancing, losses that are too small may rise, and no loss may when descending.
-    Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly.
+    Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly; on the
+    host, so that a CUDA graph cannot capture it.
 
     Args:
         preference: `r`, `(m,)`, or a dict by the names of the losses; positive: the larger an

@@ -136,7 +136,8 @@ def pmgda(
 
     afterwards $\min_{\mu \in \Delta, \nu} \lVert J^\top \mu + \nu g_h \rVert$: MGDA on the
     gradients without their parts along $g_h$. Weights may be negative. Solves a linear program in
-    `m + 2` unknowns and a quadratic one in `m`, exactly.
+    `m + 2` unknowns and a quadratic one in `m`, exactly; the first on the host, so that a CUDA
+    graph cannot capture it.
 
     Args:
         preference: `p`, `(m,)`, or a dict by the names of the losses; positive: losses are to be
