@@ -91,7 +91,7 @@ def measure(name: str, m: int, seconds: float, device: str) -> Iterator[Row]:
     routes = {"ours": lambda x: rule(x, state)} | ({"torchjd": other} if other else {})
     calls: Routes = {key: partial(each, fn, inputs) for key, fn in routes.items()}
     if device != "cpu":
-        calls |= captured(calls["ours"])
+        calls = {**calls, **captured(calls["ours"])}
     times = minima(calls, seconds)
     row = {"method": name, "m": m}
     row |= {f"{key}_ms": 1e3 * value / N_INPUTS for key, value in times.items()}

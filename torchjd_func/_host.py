@@ -64,7 +64,7 @@ def _watched(x: Tensor) -> bool:
         return True
     try:  # what is made under a transform is of it, and has no memory (torch 2.13)
         x.detach().untyped_storage()
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:
         return True
     return unpack_dual(x).tangent is not None
 

@@ -14,6 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
+from torchjd_func import _host
 from torchjd_func._precision import accumulation_dtype, product, sums
 
 PyTree = Any
@@ -44,21 +45,17 @@ class Named(NamedTuple):
         if like.device == self.values.device or torch.compiler.is_compiling():
             return self.values.to(like)
         place = like.device, like.dtype
-        moved = self.kept.get(place)
-        if moved is None:
-            moved = self.values.to(like)
-            if type(moved) is Tensor and type(self.values) is Tensor:  # not of a shape alone
-                self.kept[place] = moved
+        moved = self.kept[place] if place in self.kept else self.values.to(like)
+        if _host.resident(moved):  # not of a shape alone, nor of a transform
+            self.kept[place] = moved
         return moved
 
     def __repr__(self) -> str:
-        """Return what they came in; only its keys where numbers cannot be read."""
+        """Return the dict that they came in; only its keys where numbers cannot be read."""
         try:
             numbers = self.values.tolist()
         except RuntimeError:  # mapped by torch.func.vmap, or of a shape alone
             return f"dict of {', '.join(self.names)}"
-        if not self.names:
-            return f"[{', '.join(f'{x:.4g}' for x in numbers)}]"
         shown = [f"{name!r}: {x:.4g}" for name, x in zip(self.names, numbers, strict=True)]
         return f"{{{', '.join(shown)}}}"
 
