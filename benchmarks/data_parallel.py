@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.data_parallel [--steps N] [--seed S] [--eager]
 
 Two handwritten digits overlaid in one image, as in `benchmarks.digits`; the parameters stay the
-same on all ranks, bit by bit. Prints losses and bytes from rank 0.
+same on all processes, bit by bit. Prints losses and bytes from the first.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ EVERY = 50  # steps between two lines
 
 
 def part(batch: Batch) -> Batch:
-    """Return the part of a batch that this rank has."""
+    """Return the part of a batch that this process has."""
     world, rank = dist.get_world_size(), dist.get_rank()
     images, labels = (tensor.chunk(world)[rank] for tensor in batch)
     return images, labels
 
 
 def say(text: str) -> None:
-    """Print from one rank."""
+    """Print from one process."""
     if dist.get_rank() == 0:
         print(text, flush=True)
 
 
 def report(step: int, losses: dict[str, torch.Tensor]) -> None:
-    """Print the mean losses over ranks."""
+    """Print the mean losses over processes."""
     means = jd.distributed.mean(losses)
     tasks = ", ".join(f"{name} {float(loss):.3f}" for name, loss in means.items())
     say(f"step {step:4d}: {tasks}")
@@ -54,7 +54,7 @@ def train(steps: int, seed: int, eager: bool) -> Any:
         step(state, params, batches[0])
     shared = sum(leaf.numel() for leaf in params[0].values())
     sent = ", ".join(f"{name} {size}" for name, size in transfers)
-    say(f"{dist.get_world_size()} ranks, batches of {BATCH}, {shared} shared parameters")
+    say(f"{dist.get_world_size()} processes, batches of {BATCH}, {shared} shared parameters")
     say(f"bytes of a step: {sum(size for _, size in transfers)} ({sent})")
     run = step if eager else torch.compile(step, fullgraph=True)
     for number, batch in enumerate(batches):

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -35,7 +35,7 @@ class Policy(nn.Module):
     """A small causal transformer."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Make embeddings, two layers and a head."""
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
@@ -85,14 +85,15 @@ def save(folder: str, model: nn.Module, optimizer: Any, state: Any, step: int) -
     """Write all that training needs to go on, in shards."""
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     rule = jd.interop.state_dict(RULE, state)
-    dcp.save({**parts, "rule": rule, "step": torch.tensor(step)}, checkpoint_id=folder)
+    saved = {**parts, "rule": rule, "step": torch.tensor(step)}
+    state_dict_saver.save(saved, checkpoint_id=folder)
 
 
 def load(folder: str, model: nn.Module, optimizer: Any, state: Any) -> tuple[Any, int]:
     """Read a checkpoint of any number of processes; return the state of the rule and the step."""
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     read = {**parts, "rule": jd.interop.state_dict(RULE, state), "step": torch.tensor(0)}
-    dcp.load(read, checkpoint_id=folder)
+    state_dict_loader.load(read, checkpoint_id=folder)
     set_state_dict(
         model,
         optimizer,

@@ -52,7 +52,7 @@ def test_two_processes_train():
     run = [sys.executable, "-m", "torch.distributed.run", *arguments, "--steps", "3", "--eager"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stdout
+    assert "2 processes" in done.stdout
     assert "step    2: first" in done.stdout
 
 

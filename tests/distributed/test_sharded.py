@@ -265,8 +265,45 @@ def mistakes():
         "product": lambda: jd.gramian(wrapped, route="product")(params, x),
         "tasks": lambda: jd.distributed.sharded(jd.multitask(fn, {"a": fn})),
         "twice": lambda: jd.distributed.sharded(wrapped),
+        "rule": lambda: jd.grad(wrapped, jd.distributed.data_parallel(jd.mean()))(None, params, x),
     }
-    return {name: said(fn) for name, fn in tries.items()}
+    return {name: said(fn) for name, fn in (tries | of_fsdp()).items()}
+
+
+def of_fsdp():
+    """Return mistakes with a module after `fully_shard`."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    net, losses, x = network("mlp")
+    model = fully_shard(copy.deepcopy(net), mesh=mesh_of((2,)))
+    params = dict(model.named_parameters())
+    inside = jd.distributed.sharded(lambda p, x: functional_call(model, p, (x,)).square().mean(0))
+    called = jd.distributed.sharded(lambda p, x: model(x).square().mean(0))
+    return {
+        "functionalize": lambda: jd.functionalize(model),
+        "wrapped": lambda: jd.functionalize(DistributedDataParallel(net)),
+        "one process": lambda: jd.grad(losses, jd.upgrad())(None, params, x),
+        "inside": lambda: jd.grad(inside, jd.upgrad())(None, params, x),
+        "state": lambda: jd.init_state(jd.upgrad(), inside, params, x),
+        "called": lambda: jd.grad(called, jd.upgrad())(None, params, x),
+    }
+
+
+def outside():
+    """Differentiate by parameters on a mesh of the first process."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh("cpu", [0])
+    w = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)
+    jd.grad(jd.distributed.sharded(lambda w: (w.sum(), w[0])), jd.upgrad())(None, w)
+
+
+def test_a_process_outside_the_mesh():
+    inside, failure = workers.outcomes(2, outside)
+    assert inside is None
+    assert failure.message.startswith("this process must be in `group`, got another group's")
 
 
 def test_mistakes_are_named():
@@ -278,3 +315,9 @@ def test_mistakes_are_named():
         assert found[name].startswith("ValueError: `route` must be 'auto' or 'jacobian'")
     for name in ("tasks", "twice"):
         assert "must be a plain function" in found[name], name
+    assert "must be that of one process, got one of jd.distributed" in found["rule"]
+    assert "jd.distributed.data_parallel" in found["wrapped"]
+    for name in ("functionalize", "one process", "inside", "state", "called"):
+        assert found[name].startswith("ValueError: "), found[name]
+        assert "jd.distributed.sharded" in found[name], name
+        assert "copy of the module that fully_shard has not touched" in found[name], name

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import torchjd_func as jd
 from tests import workers
-from tests.distributed.test_data_parallel import data, objective, parameters
+from tests.distributed.test_data_parallel import data, objective, parameters, short
 from tests.distributed.test_gathered import squares
 from tests.distributed.test_sharded import placed, whole
 from tests.helpers import assert_trees_close
@@ -102,6 +102,69 @@ def test_rules_weigh_parts_by_size(world):
 def test_sharded_objectives_weigh_parts_by_size(world, layout):
     for got in workers.run(world, shards, layout):
         assert_equal(got, alone())
+
+
+# By process; the third has no example, and the last loss is nowhere else.
+HERE = torch.tensor(
+    [[True, False, False], [True, True, False], [True, True, True], [False, True, False]]
+)
+ABSENT = {
+    "gramian": jd.smoothed(jd.upgrad()),
+    "size": jd.mean(),
+    "rows": jd.db_mtl(),
+    "uw": jd.scalarizers.uw(),
+}
+
+
+def absent():
+    """Step with a size and with losses that only some processes have; then without examples."""
+    rank, got = dist.get_rank(), {}
+    x, present, fn = own(data()), HERE[rank], objective(3)
+    fns = {
+        "parallel": (fn, jd.distributed.data_parallel, parameters()),
+        "sharded": (jd.distributed.sharded(fn), lambda rule: rule, placed(parameters(), "rows")),
+    }
+    for kind, (spread, wrap, params) in fns.items():
+        for name, rule in ABSENT.items():
+            step = jd.grad(spread, wrap(rule))
+            options = {"present": present, "size": len(x)}
+            got[kind, name] = whole(step(None, params, x, **options))
+            _, state = got[kind, name]
+            got[kind, name, "none"] = whole(step(state, params, x, size=0))
+    return got
+
+
+def test_losses_that_some_processes_have_are_weighed_by_size():
+    sizes = torch.tensor(SIZES[4])
+    weights = HERE.double() * sizes.unsqueeze(1)
+    weights = weights / weights.sum(0).clamp(min=1)
+    parts = [(x, w) for x, w in zip(data().split(SIZES[4]), weights, strict=True) if len(x)]
+
+    def fn(params):
+        return sum(objective(3)(params, x) * w for x, w in parts)
+
+    first, *others = workers.run(4, absent)
+    for name, rule in ABSENT.items():
+        grads, state = jd.grad(fn, rule)(None, parameters(), present=weights.sum(0) > 0)
+        nothing = _tree.map(torch.zeros_like, grads), state
+        for kind in ("parallel", "sharded"):
+            for got in (first, *others):
+                assert_equal(got, {(kind, name): (grads, state), (kind, name, "none"): nothing})
+
+
+def weighed():
+    """Take a compiled step and an eager one, with a size that is a tensor."""
+    x, rule = own(data()), jd.distributed.data_parallel(jd.mgda())
+    size, step = torch.tensor(len(x)), jd.grad(short, rule)
+    eager = step(None, parameters(), x, size=size)[0]
+    fast = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_trees_close(fast(None, parameters(), x, size=size)[0], eager, rtol=1e-11)
+    return eager
+
+
+def test_a_size_is_an_argument_of_a_compiled_step():
+    first, second = workers.run(2, weighed)
+    assert_trees_close(first, second, rtol=0, atol=0)
 
 
 def examples():

@@ -169,6 +169,32 @@ def parts_here():
     return parts_of_a_batch(dist.get_rank(), dist.get_world_size())
 
 
+def absent_here():
+    """Take a step in which the last process has no loss of one head."""
+    import torch.distributed as dist
+
+    model, rank = tasks(), dist.get_rank()
+    z, losses = model.losses(X[:6].chunk(2)[rank])
+    target, present = (model.trunk, dict(model.heads.items())), dict.fromkeys(losses, True)
+    present["b"] = rank == 0
+    rule = jd.distributed.data_parallel(jd.upgrad())
+    jd.interop.backward_(losses, target, rule, features=z, present=present)
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+def test_a_head_is_averaged_over_the_processes_that_have_it():
+    parts = []
+    for x in X[:6].chunk(2):
+        model = tasks()
+        sum(model.losses(x)[1].values()).backward()
+        parts.append({name: param.grad for name, param in model.named_parameters()})
+    for found in workers.run(2, absent_here):
+        for name, grad in found.items():
+            if name.startswith("heads"):
+                want = parts[0][name] if ".b." in name else (parts[0][name] + parts[1][name]) / 2
+                torch.testing.assert_close(grad, want)
+
+
 def test_a_rule_over_processes_averages_gradients_and_heads():
     want = parts_of_a_batch(0, 1)
     for found in workers.run(2, parts_here):

@@ -3,7 +3,7 @@ r"""Rules over several processes, in the groups of `torch.distributed`: gloo on 
     torchrun --nproc-per-node 2 train.py        # with, in train.py,
     dist.init_process_group()
     rule = jd.distributed.data_parallel(jd.upgrad())
-    state = jd.init_state(rule, objective, params, part)            # all ranks, before the loop
+    state = jd.init_state(rule, objective, params, part)  # on all, before the loop
     grads, losses, state = jd.grad_and_value(objective, rule)(state, params, part)
 
 Each process runs the same program on its part of the batch; parameters, states and keys are the

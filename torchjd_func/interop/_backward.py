@@ -103,7 +103,7 @@ def backward_(
         if features is None or isinstance(rule, Scalarizer):
             parts = _heads.no_heads(batch, tree)
         else:
-            parts = _heads.split(features, batch, target, tree)
+            parts = _heads.split(features, batch, target, tree, _factors(rule, batch))
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -111,6 +111,13 @@ def backward_(
             grads, after = kept_if_finite(grads, after, before)
         _accumulate(grads, batch.zeros or rule.processes is not None)
     return after
+
+
+def _factors(rule: Aggregator, batch: Batch) -> Tensor | None:
+    """Return factors of losses that make means over the processes that have them, if needed."""
+    if rule.processes is None or batch.present is None:
+        return None
+    return rule.processes.factors(batch.vector, batch.present)
 
 
 def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any) -> None:

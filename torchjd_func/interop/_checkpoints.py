@@ -22,9 +22,9 @@ HEADER = "torchjd_func"  # the entry that holds method, format and structure, as
 def state_dict(rule: Rule, state: State) -> dict[str, Tensor]:
     """Return the tensors of a state by name, for `torch.save`.
 
-    Or for `torch.distributed.checkpoint.save`, on all ranks, beside sharded parameters. What loads
-    there writes into the tensors that it is given; it is told by the file which these are, or by a
-    fresh state, whose number of ranks and placements may be others than at saving:
+    Or for `torch.distributed.checkpoint.save`, on all processes, beside sharded parameters. What
+    loads there writes into the tensors that it is given; it is told by the file which these are, or
+    by a fresh state, whose number of processes and placements may be others than at saving:
 
         read = {name: torch.empty_like(x) for name, x in jd.interop.state_dict(rule, fresh).items()}
         torch.distributed.checkpoint.load(read, checkpoint_id=path)

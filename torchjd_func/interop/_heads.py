@@ -32,8 +32,10 @@ def no_heads(batch: Batch, tree: PyTree) -> Split:
     return Split(batch.pulls, [], tree)
 
 
-def split(features: PyTree, batch: Batch, target: PyTree, tree: PyTree) -> Split:
-    """Differentiate each loss by its head and by the features, each head once."""
+def split(
+    features: PyTree, batch: Batch, target: PyTree, tree: PyTree, factors: Tensor | None
+) -> Split:
+    """Differentiate each loss by its head, times a factor, and by the features, each head once."""
     flat = _features(features)
     params, below = _tree.leaves(tree), ancestry(flat).leaves
     shared = [param for param in params if id(param) in below]
@@ -49,6 +51,7 @@ def split(features: PyTree, batch: Batch, target: PyTree, tree: PyTree) -> Split
         _check.reaches("losses", batch.paths[pull.place], reached)
         for param, grad in zip(own, found[len(flat) :], strict=True):
             if grad is not None:
+                grad = grad if factors is None else grad * factors[pull.place].to(grad.dtype)
                 totals[id(param)] = totals[id(param)] + grad if id(param) in totals else grad
         pairs = [(out, grad) for out, grad in zip(flat, found, strict=False) if grad is not None]
         pulls.append(Pull(pull.place, [out for out, _ in pairs], [grad for _, grad in pairs]))
