@@ -159,7 +159,11 @@ def test_scalarizers_capture(name):
 
 def slope(rule, state, rows):
     """Return the derivative of the squared length of a direction."""
-    return torch.func.grad(lambda rows: rule(rows, state)[0].square().sum())(rows)
+
+    def square(rows):
+        return rule(rows, state)[0].square().sum()
+
+    return torch.func.grad(square)(rows)
 
 
 @pytest.mark.parametrize(

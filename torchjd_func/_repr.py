@@ -119,8 +119,8 @@ def _shown(value: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {_shown(part)}" for key, part in value.items()) + "}"
     if type(value) in (tuple, list):
         return f"[{', '.join(map(_shown, value))}]"
-    if isinstance(value, Named) and not value.names:
-        return _numbers(value.values)
+    if isinstance(value, Named):
+        return repr(value) if value.names else _numbers(value.values)
     if isinstance(value, Tensor):
         return _numbers(value)
     if isinstance(value, partial):
