@@ -1,5 +1,9 @@
 """A good rule passes `jd.testing.check`; a rule with one fault fails the check that is about it."""
 
+import os
+import pathlib
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -307,3 +311,21 @@ def test_all_failures_are_listed():
 def test_what_is_no_rule_is_refused():
     with pytest.raises(TypeError, match="rule"):
         jd.testing.check(lambda m: 3)
+
+
+ELSEWHERE = """
+import sys
+import torchjd_func as jd
+jd.testing.check(jd.sum())
+assert not [name for name in sys.modules if name.partition(".")[0] in ("tests", "pytest")]
+"""
+
+
+def test_it_needs_neither_a_checkout_nor_pytest(tmp_path):
+    package = pathlib.Path(jd.__file__).parent
+    (tmp_path / package.name).symlink_to(package)
+    command, places = [sys.executable, "-c", ELSEWHERE], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | places
+    )
+    assert done.returncode == 0, done.stderr

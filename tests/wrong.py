@@ -77,6 +77,7 @@ REQUIRED: dict[str, Any] = {
     "measures": {"weights": jd.measures.weights},
     "k": 2,
     "reference": torch.full((M,), 9.0),
+    "scores": [1.0] * M,
 }
 
 FACTORIES: dict[str, Callable[..., Any]] = {

@@ -23,6 +23,9 @@ def weigh(
     rule: Any, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, State]:
     """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
+    if present is None and (rule.robust or rule.needs == "size"):
+        weights, after = rule.update_fn(statistic, state, losses)
+        return weights, keep(weights, after, state)
     if statistic.is_cuda and not (rule.robust or rule.needs == "size"):
         weights, after = _present.update(rule, statistic, state, losses, present=present)
         weights = weights + nothing(statistic, losses)

@@ -93,13 +93,16 @@ class Weighting:
             `weights` `(m,)`, in the dtype of the statistic, and `state`.
         """
         _check.square(self.name, statistic)
-        m = statistic.shape[0]
-        _check.losses_vector(self.name, losses, m, statistic)
         state = self.init(statistic) if state is None else state
         _check.state_of(self.name, self.init_fn, state)
-        wide = None if losses is None else losses.to(torch.float64)
+        wide = None
+        if losses is not None:
+            _check.losses_vector(self.name, losses, statistic.shape[0], statistic)
+            wide = losses.to(torch.float64)
         seen = statistic.double() if self.widen and self.needs != "size" else statistic
-        mask = _present.as_mask(self.name, present, m, statistic.device)
+        mask = None
+        if present is not None:
+            mask = _present.as_mask(self.name, present, statistic.shape[0], statistic.device)
         if mask is None:
             weights, state = _sound.weigh(self, seen, state, wide, None)
         else:

@@ -5,7 +5,7 @@ import torch
 
 import torchjd_func as jd
 from tests.matrices import matrix
-from tests.registry import METHODS
+from tests.registry import METHODS, run
 
 BOUNDS = {torch.float64: 1e-5, torch.float32: 2e-3}
 both_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
@@ -154,3 +154,18 @@ def test_gramians_of_no_rows_are_refused(name):
     if rule is not None:
         with pytest.raises(ValueError, match="m > 0"):
             rule(torch.zeros(0, 0))
+
+
+def balanced(m: int, n: int, seed: int) -> torch.Tensor:
+    """Draw rows whose sum is zero but for rounding."""
+    rows = (jd.random.bits(jd.random.key(seed), (m - 1, n)) % 7 - 3).double() / 1e4
+    return torch.cat([rows, -rows.sum(0, keepdim=True)])
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_balance_but_for_rounding_give_numbers(name, dtype):
+    method = METHODS[name]
+    for m, n in ((max(6, method.min_m), 3), (14, 1), (12, 6)):
+        for seed in range(3):
+            assert run(method, balanced(m, n, seed).to(dtype), m).isfinite().all()

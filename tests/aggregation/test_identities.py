@@ -29,6 +29,24 @@ def test_of_two_objectives_upgrad_is_half_of_pcgrad():
         torch.testing.assert_close(2 * jd.upgrad()(jac)[0], twice)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_dual_cone_gradient_descent_of_two_losses_is_known_here(seed):
+    # Y. Hwang, D.-Y. Lim, Dual Cone Gradient Descent, NeurIPS 2024, arXiv:2409.18426.
+    jac = matrix("gaussian", 2, 3, seed)
+    total, unit = jac.sum(0), jac / jac.norm(dim=1, keepdim=True)
+    bisector = unit.sum(0)
+    center = (bisector @ total) / (bisector @ bisector) * bisector
+    torch.testing.assert_close(jd.config()(jac)[0], center)
+    slopes, projected = jac @ total, total
+    for row, slope in zip(jac, slopes, strict=True):
+        if slope < 0:
+            projected = total - slope / (row @ row) * row
+    torch.testing.assert_close(2 * jd.dualproj()(jac)[0], projected)
+    if jac[0] @ jac[1] < 0:
+        apart = [total - (total @ row) / (row @ row) * row for row in jac]
+        torch.testing.assert_close(jd.upgrad()(jac)[0], 0.5 * (apart[0] + apart[1]))
+
+
 @given(jacobians())
 @settings(deadline=None, max_examples=60)
 def test_mgda_improves_all_objectives_by_at_least_its_square_and_is_the_shortest(jac):

@@ -218,3 +218,13 @@ def test_the_peer_returns_huge_weights_where_there_is_no_solution_and_we_do_not(
     theirs = peer.FairGradWeighting(1.0)(C @ C.mT)
     assert theirs.max() > 100
     assert torch.equal(jd.fairgrad()(C)[0], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [jd.nash_mtl, jd.fairgrad, lambda: jd.fairgrad(2.0)])
+def test_nearly_stationary_rows_give_numbers(make):
+    for seed in range(20):
+        rows = matrix("gaussian", 4, 6, seed)
+        noise = 10.0 ** -(3 + seed % 6) * matrix("gaussian", 4, 6, seed + 100)
+        jac = torch.cat([-rows[1:].sum(0, keepdim=True), rows[1:]]) + noise
+        direction = make()(jac)[0]
+        assert (jac @ direction >= -1e-9 * jac.norm(dim=1) * direction.norm()).all()

@@ -293,6 +293,21 @@ def test_groups_are_measured_one_by_one():
         assert_trees_close(_tree.map(lambda v, k=place: v[k], values), jd.read_measures(own))
 
 
+def test_measures_are_read_by_the_names_of_the_losses():
+    """One number for each objective, for each pair of them, or for all."""
+    losses = {"speed": double(1.0), "comfort": double(2.0, 3.0)}
+    rows = double(*range(1, 13)).reshape(3, 4).sin()
+    seen = {name: getattr(measures, name) for name in ("weights", "pairwise_cosine", "min_cosine")}
+    _, state = jd.monitored(jd.mgda(), seen)(rows)
+    plain, named = jd.read_measures(state), jd.read_measures(state, names=losses)
+    order = ["comfort.0", "comfort.1", "speed"]
+    assert list(named["weights"]) == list(named["pairwise_cosine"]) == order
+    assert torch.equal(torch.stack([*named["weights"].values()]), plain["weights"])
+    for row, name in zip(plain["pairwise_cosine"], order, strict=True):
+        assert torch.equal(torch.stack([*named["pairwise_cosine"][name].values()]), row)
+    assert torch.equal(named["min_cosine"], plain["min_cosine"])
+
+
 def test_every_measures_the_calls_that_are_due():
     rule = jd.every(jd.monitored(jd.mgda(), {"weights": measures.weights}), 2)
     _, first = rule(A, None)

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 import torchjd_func as jd
 from benchmarks._networks import CLASSES, WORDS, Transformer
+from benchmarks._public_models import build
+
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def counted(step, args):
@@ -48,6 +51,17 @@ def test_attention_is_differentiated_once_a_layer(first):
         gramian(params, x, y)
     found, calls = counted(gramian, (params, x, y))
     torch.testing.assert_close(found, gramian(params, x, y), rtol=1e-4, atol=1e-6)
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
-    assert calls[attention] == 2
-    assert calls[f"{attention}_backward"] == 2
+    assert calls[ATTENTION] == 2
+    assert calls[f"{ATTENTION}_backward"] == 2
+
+
+def test_attention_of_a_public_model_is_differentiated_once_a_layer():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    losses, params, batch = build("GPT2LMHeadModel", transformers)
+    objective = jd.instancewise(losses)
+    gramian = jd.gramian(objective)
+    jd.init_state(jd.upgrad(), objective, params, *batch)
+    found, calls = counted(gramian, (params, *batch))
+    torch.testing.assert_close(found, gramian(params, *batch), rtol=1e-9, atol=1e-12)
+    assert calls[ATTENTION] == 2
+    assert calls[f"{ATTENTION}_backward"] == 2

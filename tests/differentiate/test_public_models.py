@@ -6,14 +6,12 @@ import pytest
 import torch
 
 import torchjd_func as jd
-from tests.public_models import NAMES, build
+from benchmarks._public_models import NAMES, build
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-# Parameters that no form is for: biases of attention scores, and tables cut by relative position
+# Parameters that no form is for: tables cut by relative position
 BY_AUTOGRAD = {
-    "T5ForConditionalGeneration": ("relative_attention_bias",),
-    "SwinForImageClassification": ("relative_position_bias_table",),
     "DebertaV2ForMaskedLM": ("rel_embeddings", "pos_key_proj", "pos_query_proj", "LayerNorm"),
 }
 

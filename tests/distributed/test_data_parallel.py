@@ -241,7 +241,9 @@ def test_a_state_goes_on_in_one_process():
 
 
 def test_a_weighting_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"is not the mean of the ranks' Gramians.*jd\.weighted"):
+    with pytest.raises(
+        ValueError, match=r"is not the mean of the processes' Gramians.*jd\.weighted"
+    ):
         jd.distributed.data_parallel(jd.upgrad().weighting)  # pyright: ignore
 
 

@@ -182,6 +182,7 @@ def attempts():
     params, (x, y) = setting(2)
     tries = {
         "sizes": lambda: jd.gramian(objective)(params, x[dist.get_rank() :], y[dist.get_rank() :]),
+        "size": lambda: jd.gramian(objective)(params, x, y, size=8 + dist.get_rank()),
         "jac": lambda: jd.jac(objective)(params, x, y),
         "jacobian": lambda: jd.gramian(objective, route="jacobian")(params, x, y),
         "product": lambda: jd.gramian(objective, route="product")(params, x, y),
@@ -203,6 +204,8 @@ def test_mistakes_are_named_on_every_rank():
     for found in workers.run(2, attempts):
         assert found["sizes"].startswith("ValueError: `batch.1` must be the same on all processes")
         assert "got 8 rows on process 0 and 7 rows on process 1" in found["sizes"]
+        assert "`size` must be at most 8" in found["size"]
+        assert "got 9 on process 1" in found["size"]
         for name in ("jac", "jacobian", "product", "rows"):
             assert found[name].startswith("ValueError: the Jacobian of a gathered objective must")
 

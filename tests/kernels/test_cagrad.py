@@ -23,15 +23,16 @@ HARD = [
 def search(gramians, shares, c):
     """Search on the device, and on the host."""
     radii = torch.full((len(gramians),), c, dtype=torch.float64)
+    pushed = (gramians @ shares.unsqueeze(-1)).squeeze(-1)
     got = cagrad.search_kernel(
-        *(x.to(DEVICE) for x in (gramians, shares, radii)),
+        *(x.to(DEVICE) for x in (gramians, shares, pushed, radii)),
         ridge=RIDGE,
         tol=1e-8,
         steps=host.STEPS,
         shortest=host.SHORTEST * RIDGE**0.5,
         length_tol=host.LENGTH_TOL,
     )
-    want = host._search(gramians.numpy(), shares.numpy(), radii.numpy(), RIDGE)
+    want = host._search(*(x.numpy() for x in (gramians, shares, pushed, radii)), RIDGE)
     return got.cpu(), torch.from_numpy(want)
 
 

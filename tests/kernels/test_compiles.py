@@ -31,7 +31,7 @@ def programs():
         out = dict(G=X, Q=X, Z=X, FREE=B, SOUND=B, PIVOTS=L, DEPENDENT=B)
         yield quadratic._solve, out | LIMITS | dict(per=I, tol=F), known
         yield orthant._hull, dict(G=X, DISTANCE=X, STATE="*i32") | LIMITS, dict(M=M, DRIVE=drive)
-        out = dict(G=X, SHARES=X, RADIUS=X, OUT=X, STATE="*i32", STEPS=I)
+        out = dict(G=X, SHARES=X, PUSHED=X, RADIUS=X, OUT=X, STATE="*i32", STEPS=I)
         yield cagrad._search, out | LIMITS | dict(shortest=F, length_tol=F, tol=F), known
     out = dict(G=X, POWER=X, SHARES=X, DISTANCE=X, W=X, SOUND=B, STEPS=L, m=I, max_iter=I, tol=F)
     yield orthant._root, out, SIZES

@@ -91,27 +91,13 @@ def rows_are_here(here: bool) -> None:
         fail(ValueError, name, rule, got, remedy)
 
 
-def same_batches(lengths: Sequence[int], needed: bool) -> None:
-    """Check that all processes have as many examples, if they do not say how many."""
-    if needed and len(set(lengths)) > 1:
-        name, rule = "the batches of a gathered objective", "have one size on all processes"
-        fail(ValueError, name, rule, list(lengths), "Pass size=len(x) on each process.")
-
-
-def at_most(option: str, size: Any, length: int) -> None:
-    """Check that no process says that it has more examples than it passes."""
-    if isinstance(size, int) and size > length:
-        remedy = "Pass the number of examples of this process, e.g. len(x)."
-        rule = f"be at most {length}, the examples of the batch"
-        fail(ValueError, f"`{option}`", rule, size, remedy)
-
-
-def not_gathered(option: str, gathered: bool) -> None:
-    """Check that an option is given an objective whose losses are all here."""
-    if gathered:
-        rule = "be used with an objective of one process"
-        remedy = "Leave out jd.distributed.gathered."
-        fail(TypeError, f"`{option}`", rule, "one of jd.distributed.gathered", remedy)
+def at_most(sizes: Sequence[Sequence[int]]) -> None:
+    """Check that no process has more examples than are in its batch."""
+    for process, (length, size) in enumerate(sizes):
+        if size > length:
+            rule, got = f"be at most {length}, the examples of the batch", f"{size} on process"
+            remedy = "Pass the number of examples of this process, e.g. len(x)."
+            fail(ValueError, "`size`", rule, f"{got} {process}", remedy)
 
 
 def one_mesh(meshes: Sequence[Any]) -> None:

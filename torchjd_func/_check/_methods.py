@@ -231,7 +231,7 @@ def combinable(combinator: str, value: Any, types: tuple[type, ...]) -> None:
         kinds = " or ".join(f"jd.{kind.__name__}" for kind in types)
         remedy = "Call the factory first, e.g. jd.upgrad()."
         fail(TypeError, f"`{combinator}`", f"be given a {kinds}", repr(value), remedy)
-    if getattr(value, "average", None) is not None:
+    if getattr(value, "processes", None) is not None:
         remedy = "What jd.distributed makes of a rule is not combined further: wrap it last."
         fail(ValueError, f"`{combinator}`", "be given a rule of one process", repr(value), remedy)
 

@@ -89,8 +89,8 @@ def unplanned_graph(reason: str) -> str:
     """Return the warning that a compiled function costs a backward pass for each loss."""
     return (
         f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
-        "rows cost one backward pass for each loss, which is right and slower. Call the function, "
-        "or jd.init_state, once with the same objective and shapes before compiling."
+        "rows cost one backward pass for each loss. Call the function, or jd.init_state, once with "
+        "the same objective and shapes before compiling."
     )
 
 
@@ -272,13 +272,6 @@ def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
         if not isinstance(leaf, Tensor):
             got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
-
-
-def same_dtype(name: str, path: str, got: Tensor, want: Tensor) -> None:
-    """Check that a leaf has the dtype of its counterpart."""
-    if got.dtype != want.dtype:
-        remedy = "It was saved by another method or in another precision: convert it."
-        fail(ValueError, f"`{name}`", f"have dtype {want.dtype} at {path!r}", got.dtype, remedy)
 
 
 def same_structure(name: str, same: bool) -> None:

@@ -45,6 +45,7 @@ def _log_length(G, base, m, i, same, inverse, w, shortest, M: tl.constexpr):
 def _search(
     G,
     SHARES,
+    PUSHED,
     RADIUS,
     OUT,
     STATE,
@@ -66,13 +67,11 @@ def _search(
     i = tl.arange(0, M)
     on = i < m
     same = i[:, None] == i[None, :]
-    both = on[:, None] & on[None, :]
     d = tl.load(G + base + i * m + i, mask=on, other=0.0)
     largest = tl.max(d, axis=0)
     inverse = 1.0 / tl.where(largest > 0, largest, 1.0)
     shares = tl.load(SHARES + pid * m + i, mask=on, other=0.0)
-    U = tl.load(G + base + i[:, None] * m + i[None, :], mask=both, other=0.0) * inverse
-    pushed = tl.sum(U * _along_rows(shares, same)[:, None], axis=0)
+    pushed = tl.load(PUSHED + pid * m + i, mask=on, other=0.0) * inverse
     square = tl.maximum(tl.sum(pushed * shares, axis=0), 0.0)
     far = tl.where(shares > 0, 0.0, FAR).to(tl.float64)
     radius = tl.load(RADIUS + pid) * tl.sqrt(square)
@@ -81,6 +80,7 @@ def _search(
     # Round 0 finds the shortest addition after which nothing conflicts, round 1 the lowest length
     # that there may be; then a secant method, kept inside of what is known of the root.
     x, f, step, low, high = 0.0 * square, 0.0 * square, 0.0 * square, 0.0 * square, 0.0 * square
+    best = 0.0 * pushed
     round = 0
     state = 1
     running = True
@@ -93,8 +93,11 @@ def _search(
         )
         w = tl.where(on, w, 0.0)
         w = w / tl.where(near, tl.sum(w, axis=0), 1.0)
-        place = tl.where(near, 2 * pid, 2 * pid + 1)
-        tl.store(OUT + place * m + i, w, mask=on)
+        if round == 0:
+            tl.store(OUT + (2 * pid + 1) * m + i, w, mask=on)
+        # Rows that the shift balances but for rounding may have no min-norm point.
+        finite = tl.abs(tl.sum(0.0 * w, axis=0)) <= 0.0
+        best = tl.where(finite, w, best)
         least = tl.where(round == 1, shortest * tl.sum(norms * w, axis=0), 0.0)
         length = _log_length(G, base, m, i, same, inverse, w, least, M)
         if round == 1:
@@ -113,12 +116,14 @@ def _search(
             step = after - x
             x = after
         round += 1
+    tl.store(OUT + 2 * pid * m + i, best, mask=on)
     tl.store(STATE + pid, state)
 
 
 def search_kernel(
     matrices: Tensor,
     shares: Tensor,
+    pushed: Tensor,
     radii: Tensor,
     *,
     ridge: float,
@@ -132,6 +137,7 @@ def search_kernel(
     Args:
         matrices: `(k, m, m)` float64, `m` at most `linalg._device.LARGEST`.
         shares: `(k, m)` float64.
+        pushed: `(k, m)` float64, improvements under the mean gradient.
         radii: `(k,)` float64, relative to the length of the mean gradient.
         ridge: The rounding of the entries of `matrices`, relative to the diagonal.
         tol: The largest residual of a quadratic program.
@@ -144,7 +150,7 @@ def search_kernel(
     """
     k, m, _ = matrices.shape
     matrices, found = matrices.contiguous(), matrices.new_empty((k, 2, m))
-    arrays = matrices, shares.contiguous(), radii.contiguous(), found
+    arrays = matrices, *(x.contiguous() for x in (shares, pushed, radii)), found
     state = torch.empty(k, dtype=torch.int32, device=matrices.device)
     # A warp holds 8 x 8 numbers without copies of any.
     size, kernel = max(8, padded(m)), cast(Any, _search)

@@ -112,7 +112,8 @@ def _root(G, POWER, SHARES, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.c
     length = tl.sqrt(tl.where(active, d, 1.0))
     inverse = 1.0 / length
     inverse_rows = _along_rows(inverse, same)
-    exists = tl.load(DISTANCE + pid) > tol
+    distance = tl.load(DISTANCE + pid)
+    exists = distance > tol
     power = tl.load(POWER + pid)
     shares = tl.load(SHARES + pid * m + i, mask=on, other=1.0)
     log_gain = (power - 1.0) * tl.log(length) + power * tl.log(shares)
@@ -148,9 +149,13 @@ def _root(G, POWER, SHARES, DISTANCE, W, SOUND, STEPS, m, max_iter, tol, M: tl.c
                 halved += 1
             x = x * (1.0 + step * relative)
             steps += 1
-    small = tl.max(tl.abs(relative), axis=0) <= KKT_TOL
+    left = tl.max(tl.abs(relative), axis=0)
+    small = left <= KKT_TOL
+    # Rounding of nearly stationary rows leaves more, however many steps are taken.
+    reached = small | (left <= tol / tl.where(exists, distance, 1.0))
     converged = exists & small
-    w = tl.where(small, x * (1.0 + relative), float("nan")) / length
+    w = tl.where(small, x * (1.0 + relative), x) / length
+    w = tl.where(reached, w, float("nan"))
     tl.store(W + pid * m + i, tl.where(exists, tl.where(active, w, 0.0), 0.0), mask=on)
     tl.store(SOUND + pid, converged)
     tl.store(STEPS + pid, steps)

@@ -17,7 +17,7 @@ from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._cagrad_search import find
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg._gramian import pseudo_inverse, rank_tol, rows_of
-from torchjd_func.linalg._nnqp import ridge_of
+from torchjd_func.linalg._nnqp import products_with, ridge_of
 
 RESCALES = (None, "1+c^2", "1+c")
 # Improvements of a gradient are told apart relative to its length, and to the mean length.
@@ -75,7 +75,8 @@ def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     """Return two candidates `(2, m)` as constants, see `_cagrad_search`."""
     wide = gramian.detach().double()
     radius = c.to(wide).detach() if isinstance(c, Tensor) else wide.new_full((), c)
-    return find(wide, shares, radius, ridge_of(gramian.dtype))
+    pushed = products_with(wide, shares, torch.finfo(gramian.dtype).eps)
+    return find(wide, shares, pushed, radius, ridge_of(gramian.dtype))
 
 
 def _total(
@@ -107,7 +108,7 @@ def _total(
     norms = safe_sqrt(wide.diagonal()).detach()
     equal = TIED * norms * (norms @ shares)
     steepest, closest = additions[0] * steep, additions[1] * close
-    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close]
+    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close + equal]
     gain, other = (torch.where(shares > 0, x.detach(), torch.inf).amin() for x in gains)
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)

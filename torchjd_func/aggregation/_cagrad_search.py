@@ -33,32 +33,33 @@ class Rows(NamedTuple):
     square: Array  # (...,), its squared length
 
 
-def find(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def find(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find two candidates `(..., 2, m)`, as constants; see `search` and `_search`."""
-    return _host.opaque(search, _dispatch, gramian, shares, c, ridge)
+    return _host.opaque(search, _dispatch, gramian, shares, pushed.detach(), c, ridge)
 
 
 @torch.library.custom_op("torchjd_func::cagrad", mutates_args=())
-def search(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def search(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find the candidates for each problem of a batch; opaque to the compiler, as it ends early.
 
     Args:
         gramian: `(..., m, m)` float64.
         shares: `(..., m)` float64, of the mean gradient; 0 where a row is absent.
+        pushed: `(..., m)` float64, improvements under the mean gradient.
         c: `(...,)` float64; leading dimensions broadcast.
         ridge: The rounding of the entries of `gramian`, relative to the diagonal.
 
     Returns:
         `(..., 2, m)`.
     """
-    return _dispatch(gramian, shares, c, ridge)
+    return _dispatch(gramian, shares, pushed, c, ridge)
 
 
-def _dispatch(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def _dispatch(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Search in a kernel for what fits one, else on the host."""
     if not takes(shares, "auto"):
-        arrays = [x.detach().cpu().numpy() for x in (gramian, shares, c)]
-        return torch.from_numpy(_search(arrays[0], arrays[1], arrays[2], ridge)).to(gramian.device)
+        arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
+        return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
     from torchjd_func._kernels.cagrad import search_kernel  # needs Triton
 
     shape = torch.broadcast_shapes(gramian.shape[:-2], shares.shape[:-1], c.shape)
@@ -66,6 +67,7 @@ def _dispatch(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tenso
     found = search_kernel(
         gramian.expand((*shape, m, m)).reshape(n, m, m),
         shares.expand((*shape, m)).reshape(n, m),
+        pushed.expand((*shape, m)).reshape(n, m),
         c.expand(shape).reshape(n),
         ridge=ridge,
         tol=max(KKT_TOL, 2 * ridge),
@@ -77,7 +79,7 @@ def _dispatch(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tenso
 
 
 @search.register_fake
-def _fake(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
+def _fake(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Tell the compiler the shape."""
     shape = torch.broadcast_shapes(gramian.shape[:-2], shares.shape[:-1], c.shape)
     return gramian.new_empty((*shape, 2, gramian.shape[-1]))
@@ -86,20 +88,20 @@ def _fake(gramian: Tensor, shares: Tensor, c: Tensor, ridge: float) -> Tensor:
 @search.register_vmap
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """Search in one larger batch."""
-    return search(*align(in_dims, *args[:3]), args[3]), 0
+    return search(*align(in_dims, *args[:4]), args[4]), 0
 
 
 @np.errstate(all="ignore")  # what is not finite is seen in the result
-def _search(gramian: Array, shares: Array, c: Array, ridge: float) -> Array:
+def _search(gramian: Array, shares: Array, pushed: Array, c: Array, ridge: float) -> Array:
     """Return two additions to the mean gradient, one of which is optimal, to some length.
 
     The first points where the worst improvement rises most at the border of the ball, as weights of
     sum 1. The second is the shortest after which nothing conflicts, if there is one in the ball:
     where the rows balance, the first has no direction.
     """
-    diagonal = gramian.diagonal(0, -2, -1).max(axis=-1, initial=0.0)
-    unit = gramian / np.where(diagonal > 0, diagonal, 1.0)[..., None, None]
-    pushed = (unit @ shares[..., None])[..., 0]
+    size = gramian.diagonal(0, -2, -1).max(axis=-1, initial=0.0)[..., None]
+    size = np.where(size > 0, size, 1.0)
+    unit, pushed = gramian / size[..., None], pushed / size
     square = (pushed * shares).sum(axis=-1).clip(min=0)
     far = np.where(shares > 0, 0.0, FAR)[..., None] * np.eye(shares.shape[-1])
     steepest = _steepest(Rows(unit, far, pushed, square), c * np.sqrt(square), ridge)
@@ -124,15 +126,16 @@ def _steepest(rows: Rows, radius: Array, ridge: float) -> Array:
     at = partial(_excess, rows, np.where(radius > 0, radius, 1.0), ridge)
     x = low = _log_length(rows.gramian, nearest, shortest) + 0 * radius
     high = 0 * low
-    f, best = at(x)
-    step = f
+    f, w = at(x)
+    step, best = f, np.where(np.isfinite(w), w, nearest)
     done = ~(f > 0)
     for _ in range(STEPS):
         low, high = np.where(f > 0, x + f, low), np.where(f > 0, high, x + f)
         inside = (x + step >= low) & (x + step <= high)
         x, f_before, x_before = np.where(inside, x + step, 0.5 * (low + high)), f, x
         f, w = at(x)
-        best = np.where(done[..., None], best, w)
+        # Rows that the shift balances but for rounding may have no min-norm point.
+        best = np.where(done[..., None] | ~np.isfinite(w), best, w)
         close = ~(np.abs(f) > LENGTH_TOL) & ~(2 * np.abs(f) < np.abs(f_before))
         done = done | close | ~(high > low)
         if done.all():
@@ -152,6 +155,5 @@ def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
-    pushed = (gramian @ weights[..., None])[..., 0]
-    square = (pushed * weights).sum(axis=-1)
+    square = ((gramian @ weights[..., None])[..., 0] * weights).sum(axis=-1)
     return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))

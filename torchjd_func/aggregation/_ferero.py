@@ -46,7 +46,7 @@ def _update(
     drift: float | Tensor,
     present: Tensor | None = None,
 ) -> tuple[Tensor, FereroState]:
-    """Take one step on the dual of the direction's program (algorithm 2)."""
+    """Take one step on the dual of the program for the direction (single loop)."""
     _check.state_type(NAME, state, FereroState)
     _check.state(NAME, "weights", state.weights, gramian.shape[:1])
     values = _present.only(present, _check.losses_present(NAME, losses))

@@ -23,10 +23,11 @@ from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
 from torchjd_func.linalg._eigh import eigh
-from torchjd_func.linalg._nnqp import RIDGES, nearest
+from torchjd_func.linalg._nnqp import RIDGES, nearest, products_with
 
 # Eigenvalues below this part of the largest are rounding.
 NEGATIVE = 1e-12
+EPS = torch.finfo(torch.float64).eps
 
 
 class SDMGradState(NamedTuple):
@@ -62,22 +63,17 @@ def _update(
 
 def _exact(matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
     """Find the min-norm point of the rows shifted by the pull."""
-    return _host.call(_shifted, matrix, pull, *(() if present is None else (present,)))
-
-
-def _shifted(xp: Any, matrix: Array, pull: Array, present: Array | None = None) -> Array:
-    """Shift the rows."""
-    gramian = _positive_part(xp, matrix)
-    along = gramian @ pull
-    shifted = gramian + along[:, None] + along + pull @ along
+    gramian = _host.call(_positive_part, matrix)
+    along = products_with(gramian, pull, EPS)
+    shifted = gramian + along.unsqueeze(-1) + along + pull @ along
+    # A row that the pull balances is 0 but for rounding, which has no direction.
+    lengths = safe_sqrt(gramian.detach().diagonal())
+    rounding = len(pull) * EPS * (lengths + lengths @ pull.detach()).square()
+    kept = shifted.detach().diagonal() > rounding
+    shifted = torch.where(kept & kept.unsqueeze(-1), shifted, 0.0)
     if present is not None:
-        shifted = _present.apart(xp.where(present & present[:, None], shifted, 0.0), present)
-    return _host.lift(xp, _nearest, shifted)
-
-
-def _nearest(gramian: Tensor) -> Tensor:
-    """Return the weights of the min-norm point."""
-    return nearest(gramian, RIDGES[torch.float64]).value
+        shifted = _present.apart(_present.statistic(shifted, present), present)
+    return nearest(shifted, RIDGES[torch.float64]).value
 
 
 def _positive_part(xp: Any, matrix: Array) -> Array:

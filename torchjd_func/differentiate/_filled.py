@@ -25,17 +25,16 @@ def filled(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWi
     length = _length(request, dims)
     if torch.compiler.is_compiling() or ranks.lengths is None:
         return fn, request if size is None else _first(request, size, length)
-    _check.at_most("size", size, length)
     options = {"batch": request.part.lengths, **given(request.present, size)}
     known = length if size is None else -1 if isinstance(size, Tensor) else size
     every = ranks.lengths([length, known], {"rule": "jd.distributed.gathered", **options})
+    _check.at_most(every)
     lengths = [count for count, _ in every]
     if any(pair[0] != pair[1] for pair in every):
         request = _first(request, size, length)
     longest = max(lengths)
     if min(lengths) == longest:
         return fn, request
-    _check.same_batches(lengths, size is None)
     places = [i * longest + k for i, count in enumerate(lengths) for k in range(count)]
     kept = torch.tensor(places, device=_tree.tensors(request.args)[0].device)
     whole = request.present is None

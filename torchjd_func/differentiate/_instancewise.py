@@ -36,7 +36,11 @@ class Example(NamedTuple):
 
     def dims(self, count: int) -> tuple[Any, ...]:
         """Return the batched dimension of each of `count` arguments."""
-        dims = (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+        return (None, *[0] * (count - 1)) if self.in_dims is None else self.in_dims
+
+    def all_dims(self, count: int) -> tuple[Any, ...]:
+        """Return the batched dimension of each of all arguments, of which one has examples."""
+        dims = self.dims(count)
         _check.in_dims(dims, count)
         return dims
 
@@ -93,7 +97,8 @@ class InstanceWise:
         if not kwargs:
             return self, args
         names, given = tuple(sorted(kwargs)), (*args, *(kwargs[name] for name in sorted(kwargs)))
-        plans = {} if torch.compiler.is_compiling() else self.plans.setdefault(names, {})
+        compiling = torch.compiler.is_compiling()
+        plans = self.plans.get(names, {}) if compiling else self.plans.setdefault(names, {})
         change = partial(partial, _call_by_name, names)
         if self.example is None:
             dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))
@@ -155,6 +160,8 @@ def instancewise(
     Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
     examples lie, and prove once for each new way that `fn` runs that what they found out is right.
     What is not proven costs one backward pass for each loss, with a warning; it is never wrong.
+    A graph of `torch.compile` replays what `jd.init_state` or a call before it has proven, if it
+    does the same operations.
 
     Args:
         fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
@@ -208,6 +215,6 @@ def per_example(
 
     def batched(*args: Any) -> Any:
         """Map the loss of one example over the batch."""
-        return vmap(fn, in_dims=example.dims(len(args)), randomness=randomness)(*args)
+        return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
 
     return InstanceWise(batched, example)

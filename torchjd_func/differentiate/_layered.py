@@ -225,7 +225,7 @@ def _structure(
     if fn.example is None:
         return "batched", None
     rest = tuple(place for place in range(len(args)) if place not in positions)
-    dims = fn.example.dims(len(args))
+    dims = fn.example.all_dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
     if 0 in _batch_sizes(batch) and fn.ranks is None:
         _check.losses((), ())

@@ -132,7 +132,21 @@ def linearize_whole(
         """Return the losses as one vector, for torch.func to differentiate."""
         return _evaluate(fn, request, bound.fill(leaves), check)
 
-    vector, pull, (losses, aux, present) = vjp_aux(from_leaves, bound.leaves)
+    vector, pull, out = vjp_aux(from_leaves, bound.leaves)
+    seen = None if where is None else Seen(chosen(where, bound.paths))
+    return _linearized(request, bound, vector, pull, out, seen)
+
+
+def _linearized(
+    request: Request,
+    bound: Bound,
+    vector: Tensor,
+    pull: Callable[[Tensor], Any],
+    out: tuple[PyTree, PyTree, Any],
+    seen: Seen | None,
+) -> Linearized:
+    """Return what was run, with the rows that its pullback gives."""
+    losses, aux, present = out
     pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
     return Linearized(
         losses=losses,
@@ -141,7 +155,7 @@ def linearize_whole(
         present=present,
         leaves=Leaves(bound.paths, bound.rebuild),
         jacobian=by_pullback(pullback, vector, request.chunk_size),
-        seen=None if where is None else Seen(chosen(where, bound.paths)),
+        seen=seen,
     )
 
 
@@ -192,17 +206,8 @@ def _linearize_nested(
         rows = pull_rows(pullback, basis(vector), request.chunk_size)
         return vector, (out, rows)
 
-    vector, pull, ((losses, aux, present), rows) = vjp_aux(from_leaves, bound.leaves)
-    pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
-    return Linearized(
-        losses=losses,
-        aux=aux,
-        vector=vector,
-        present=present,
-        leaves=Leaves(bound.paths, bound.rebuild),
-        jacobian=by_pullback(pullback, vector, request.chunk_size),
-        seen=Seen(places, rows),
-    )
+    vector, pull, (out, rows) = vjp_aux(from_leaves, bound.leaves)
+    return _linearized(request, bound, vector, pull, out, Seen(places, rows))
 
 
 def filled(leaves: list[Tensor], places: tuple[int, ...], some: list[Tensor]) -> list[Tensor]:

@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
+from torchjd_func._host import Array
 from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
 
 # What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
@@ -107,21 +109,27 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     _check.one_device("`gramian, coordinates`", [gramian, coordinates])
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     matrix, start = gramian.double(), coordinates.double()
-    vector = _products_with(matrix, start, torch.finfo(gramian.dtype).eps)
-    solution = solve(matrix, vector, ridge_of(gramian.dtype), solver)
+    eps, ridge = torch.finfo(gramian.dtype).eps, ridge_of(gramian.dtype)
+    arrays = _host.numbers(matrix), _host.numbers(start)
+    if arrays[0] is not None and arrays[1] is not None:
+        answer = on_host(arrays[0], products_with(*arrays, eps, np), ridge, solver)
+        value, _, *flags = map(_host.tensor, answer)
+        solution = Solution(value, *flags)
+    else:
+        solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
     return cast(solution._replace(value=start + solution.value), dtype)
 
 
-def _products_with(gramian: Tensor, coordinates: Tensor, eps: float) -> Tensor:
+def products_with(gramian: Array, coordinates: Array, eps: float, xp: Any = torch) -> Array:
     """Return the products of the rows with `J'u`, 0 where only rounding is left of them.
 
     Rounding alone has no solution: it is not of the form `G u`.
     """
-    vector = (coordinates.unsqueeze(-2) @ gramian).squeeze(-2)
-    sizes = gramian.detach().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    terms = (coordinates.detach().abs() * sizes).sum(-1, keepdim=True)
+    vector = (coordinates[..., None, :] @ gramian)[..., 0, :]
+    sizes = xp.sqrt(_host.constant(gramian).diagonal(0, -2, -1).clip(min=0))
+    terms = (abs(_host.constant(coordinates)) * sizes).sum(-1)[..., None]
     rounding = gramian.shape[-1] * eps * sizes * terms
-    return torch.where(vector.detach().abs() <= rounding, 0.0, vector)
+    return xp.where(abs(_host.constant(vector)) <= rounding, 0.0, vector)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:

@@ -122,8 +122,12 @@ def _search(xp: Any, gramian: Array, power: Array, shares: Array, tol: float, ma
     log_gain = (power - 1) * xp.log(lengths) + power * xp.log(shares)
     x, iterations = _iterate(xp, unit, log_gain, power, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
-    small = xp.amax(xp.abs(correction), -1) <= KKT_TOL
-    root = xp.where(small[..., None], x * (1 + correction), xp.nan) / lengths
+    left = xp.amax(xp.abs(correction), -1)
+    small = left <= KKT_TOL
+    # Rounding of nearly stationary rows leaves more, however many steps are taken.
+    reached = small | (left <= tol / xp.where(exists, distance, 1.0))
+    root = xp.where(small[..., None], x * (1 + correction), x) / lengths
+    root = xp.where(reached[..., None], root, xp.nan)
     return xp.where(active & exists[..., None], root, 0.0), exists & small, iterations
 
 

@@ -6,6 +6,7 @@ Many-Objective Optimization, ICLR 2025, arXiv:2405.19650.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func._lift import no_state
+from torchjd_func._names import Vector, entries
+from torchjd_func._tree import Numbers
 from torchjd_func._types import State
 from torchjd_func.sets._types import SetRule
 
@@ -23,11 +26,11 @@ def _update(
     state: State,
     *,
     mu: float | Tensor,
-    preference: Tensor | None,
-    reference: Tensor | None,
+    preference: Vector | None,
+    reference: Vector | None,
     mu_set: float | Tensor | None,
 ) -> tuple[Tensor, State]:
-    """Differentiate a smooth maximum over objectives of smooth minima over models (equation 8)."""
+    """Differentiate a smooth maximum over objectives of smooth minima over models."""
     _check.stateless("stch_set", state)
     m = losses.shape[1]
     smooth = mu if mu_set is None else mu_set
@@ -38,19 +41,16 @@ def _update(
     return shares * worst * torch.softmax(-losses / smooth, dim=0), state
 
 
-def _entries(name: str, value: Tensor | None, default: Tensor) -> Tensor:
+def _entries(name: str, value: Vector | None, default: Tensor) -> Tensor:
     """Return a number for each objective."""
-    if value is None:
-        return default
-    _check.length(name, value, default.shape[0])
-    return value.to(default)
+    return default if value is None else entries(name, value, default)
 
 
 def stch_set(
     mu: float | Tensor = 0.1,
     *,
-    preference: Tensor | None = None,
-    reference: Tensor | None = None,
+    preference: Numbers | None = None,
+    reference: Tensor | Sequence[float] | None = None,
     mu_set: float | Tensor | None = None,
 ) -> SetRule:
     r"""Move a set of models so that each objective is served well by one of them.
@@ -66,7 +66,8 @@ def stch_set(
 
     Args:
         mu: Smoothness of the maximum, positive, in the unit of the losses. A tensor may be vmapped.
-        preference: `b`, `(m,)`; uniform weights `1/m` by default. A tensor may be vmapped.
+        preference: `b`, `(m,)`, or a dict whose values are in leaf order; uniform weights `1/m` by
+            default. A tensor may be vmapped.
         reference: `z`, `(m,)`, losses that are ideal; 0 by default. A tensor may be vmapped.
         mu_set: Smoothness of the minimum; that of the maximum by default.
 

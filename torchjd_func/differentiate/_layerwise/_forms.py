@@ -67,6 +67,8 @@ def total(form: Form) -> Tensor:
     if isinstance(form, Lookup):
         zeros = form.values.new_zeros(form.shape)
         return zeros.index_add(0, _positions(form), form.values.flatten(0, 1))
+    if isinstance(form, Mixed):
+        return total(form.outer) + total(form.lookup)
     return form.total() if isinstance(form, Lazy) else form.rows.sum(0)
 
 
@@ -80,8 +82,9 @@ def dense(form: Form) -> Tensor:
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
         return form.values.new_zeros(e, *form.shape).scatter_add(1, index, form.values)
     if isinstance(form, Lazy):
-        parts = None if form.rows else [dense(part) for part in _parts(form)]
-        return torch.cat(parts) if parts else form.rows()
+        if form.rows is not None:
+            return form.rows()
+        return torch.cat([dense(part) for part in _parts(form)])
     if isinstance(form, Mixed):
         return dense(form.outer) + dense(form.lookup)
     return form.rows
@@ -234,9 +237,21 @@ def _widened(form: Form) -> Form:
     """Return the form with factors in float32 or better."""
     if isinstance(form, Lazy):
         return form._replace(make=lambda examples: _widened(form.make(examples)))
+    if isinstance(form, Mixed):
+        return Mixed(_wide_factors(form.outer), _wide_values(form.lookup))
     if isinstance(form, Outer):
-        return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
-    return form._replace(values=_tree.wide(form.values)) if isinstance(form, Lookup) else form
+        return _wide_factors(form)
+    return _wide_values(form) if isinstance(form, Lookup) else form
+
+
+def _wide_factors(form: Outer) -> Outer:
+    """Return factors in float32 or better."""
+    return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
+
+
+def _wide_values(form: Lookup) -> Lookup:
+    """Return what is looked up in float32 or better."""
+    return form._replace(values=_tree.wide(form.values))
 
 
 def _parts(form: Lazy) -> list[Outer]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
-from torchjd_func.differentiate._layerwise._operations import HALF, Operations
+from torchjd_func.differentiate._layerwise._operations import HALF, Operations, unknown
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
@@ -125,15 +126,15 @@ class Followed(Operations):
             self.count += 1
 
     def skip(self, name: str) -> Entry:
-        """Pass by what a compiler hides or leaves away, but for known functions of parameters."""
+        """Pass by what a compiler hides or leaves away, unless that uses parameters."""
         while True:
             entry = self.entries[self.place + 1]
             if entry.head[0] == name or not (entry.idle or entry.head[0] in HIDDEN):
                 return entry
             self.place += 1
             step = self.planned.pop(self.place, None)
-            if step is not None and (step.use or step.derives):
-                self.changed = entry.head[0]
+            if step is not None:
+                self.changed = HIDES
             for _ in entry.shapes:
                 self.hidden.add(self.count + HALF)
                 self.count += 1
@@ -160,7 +161,7 @@ class Followed(Operations):
         if isinstance(x, Tensor):
             if expected in self.hidden and x not in self.known:
                 self.known[x] = int(expected)
-            return (self.known[x] + HALF if x in self.known else None) == expected
+            return (self.known[x] + HALF if x in self.known else unknown(x)) == expected
         if isinstance(x, dict):
             x = [[key, part] for key, part in x.items()]
         if isinstance(x, slice):
@@ -196,8 +197,15 @@ class Replay(Trace):
         return True
 
     def alias(self, tree: Any) -> Any:
-        """Return the arguments; leaves without rows by autograd are constants."""
-        return tree
+        """Return the arguments, constants but for leaves with rows by autograd."""
+        assert self.plan is not None
+        opaque = self.plan.opaque
+
+        def replace(x: Any) -> Any:
+            known = isinstance(x, Tensor) and x in self.sources
+            return x.detach() if known and not {*self.sources[x].leaves} & {*opaque} else x
+
+        return _sources.substitute(tree, replace)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Find out whether the run was the one that was planned."""
@@ -208,6 +216,7 @@ class Replay(Trace):
 
 # Whose outputs are told by where they are used, and which use no parameters (torch 2.13)
 HIDDEN = READERS.names | {
-    *("__get__", "pad", "_set_grad_enabled", "requires_grad_", "grad"),
+    *("__get__", "pad", "unbind", "_set_grad_enabled", "requires_grad_", "grad"),
     *("_make_dual", "_unpack_dual"),
 }
+HIDES = "an operation on parameters that a compiler hides, such as `.T` (write `.t()`)"

@@ -120,7 +120,7 @@ class Operations:
         if isinstance(x, Tensor):
             given.append(x)
             number = self.number(x)
-            return None if number is None else number + HALF
+            return unknown(x) if number is None else number + HALF
         kind = type(x)
         if kind is int:
             return kind if loose or index else x
@@ -137,6 +137,11 @@ class Operations:
             ends = (x.start, x.stop, x.step)
             return (kind, *(self._describe(part, False, False, given) for part in ends))
         return kind
+
+
+def unknown(x: Tensor) -> str | None:
+    """Return what is listed of a tensor that no operation made: parameters are traced."""
+    return "traced" if x.requires_grad else None
 
 
 HALF = 0.5  # tells the numbers of tensors from those that are arguments

@@ -104,7 +104,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             recorded = _run(problem, known)
             if not recorded.mode.changed:
                 return recorded
-            reason = f"it does something else than was planned, from `{recorded.mode.changed}` on"
+            reason = f"it does something else than was planned, from {recorded.mode.changed} on"
     if problem.kind != "shared":
         # Importing it earlier would load the compiler.
         from torchjd_func.differentiate._layerwise._unplanned import warn_unplanned

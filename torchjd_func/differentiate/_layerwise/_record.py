@@ -80,7 +80,6 @@ def record(
     compiling = torch.compiler.is_compiling()
     watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
-    traced = plan.opaque if compiling and plan is not None else range(len(frozen))
     steps = [] if plan is None else [step for step in plan.steps if step.use]
     front = () if batch is None else (layout.size,)
     zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
@@ -90,9 +89,8 @@ def record(
 
     def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
         """Return outputs; constants, arrays of all uses and auxiliary tensors."""
-        handles = list(frozen)
-        for leaf, primal in zip(traced, primals, strict=True):
-            handles[leaf] = primal
+        # In graphs, what torch.func is handed does not say that it is traced (torch 2.13)
+        handles = [x.view_as(x) for x in primals] if compiling else primals
         seen = inputs if batch is None else _tree.tensors(args)
         if compiling and plan is not None:
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
@@ -117,7 +115,7 @@ def record(
         inner.append((_tree.leaves(out[0]), uses, primals))
         return out
 
-    primals = [frozen[leaf].view_as(frozen[leaf]) for leaf in traced]
+    primals = [leaf.view_as(leaf) for leaf in frozen]
     result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
@@ -131,8 +129,7 @@ def record(
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Pull a cotangent back; the compiler drops what is not wanted."""
         by_uses, by_leaves = pullback(cotangent)
-        found = dict(zip(traced, by_leaves, strict=True))
-        return by_uses, [found[leaf] for leaf in wanted]
+        return by_uses, [by_leaves[leaf] for leaf in wanted]
 
     def pull(
         cotangent: Any, uses: bool, wanted: Sequence[int]
