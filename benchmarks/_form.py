@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 RESULTS = pathlib.Path(__file__).parent / "results"  # of full runs, committed
 QUICK = pathlib.Path(__file__).parent / "quick"  # of all others, ignored by git
+DEVICES = ("cpu", "cuda")
 ROUNDS, SHORT = 5, 0.2  # fewest repeats, and seconds up to which calls are repeated at once
 Row = dict[str, Any]
 Cell = tuple[str, Callable[[], Iterable[Row]]]
@@ -73,7 +74,7 @@ def main(
     quick, out, only = (options.pop(key) for key in ("quick", "out", "only"))
     for key, value in options.items():
         _check(parser, key, value, benchmarks[0].full[key])
-    complete = not (quick or options)
+    complete = not (quick or set(options) - {"device"})
     plan = {
         benchmark: benchmark.full | (benchmark.quick if quick else {}) | options
         for benchmark in benchmarks
@@ -102,7 +103,8 @@ def save(
 ) -> str:
     """Write numbers and picture to a folder, and say where and when they are from."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, where = folder / f"{benchmark.name}.json", machine()
+    where = machine(settings.get("device", "cpu"))
+    path = folder / f"{'-'.join([benchmark.name, *where.get('card', '').split()])}.json"
     path.write_text(json.dumps(where | {"settings": settings, "rows": rows}, indent=1) + "\n")
     paths = [path]
     if benchmark.draw:
@@ -116,14 +118,19 @@ def load(name: str) -> list[Row]:
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """Return when and where this is measured."""
+    card = {} if device == "cpu" else {"card": torch.cuda.get_device_name(device)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchjd")}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
-        "python": f"Python {platform.python_version()}",
-    } | {name: f"{name} {version}" for name, version in versions.items()}
+    return (
+        {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
+            "python": f"Python {platform.python_version()}",
+        }
+        | card
+        | {name: f"{name} {version}" for name, version in versions.items()}
+    )
 
 
 def minima(routes: Routes, seconds: float, slow: float = math.inf) -> dict[str, float]:
@@ -148,15 +155,31 @@ def minima(routes: Routes, seconds: float, slow: float = math.inf) -> dict[str, 
 
 
 def clock(route: Callable[[], Any]) -> float:
-    """Return how many seconds one call takes."""
+    """Return how many seconds one call takes, with all that it starts on a device."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else bool
+    wait()
     start = time.perf_counter()
     route()
+    wait()
     return time.perf_counter() - start
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as one graph."""
-    return torch.compile(lambda *args: fn(*args), fullgraph=True)
+def graphed(route: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the replay of a route that a CUDA graph has captured."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        route()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        route()
+    return graph.replay
+
+
+def compiled(fn: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
+    """Return the function as one graph, on a device one that CUDA captures."""
+    mode = "default" if device == "cpu" else "reduce-overhead"
+    return torch.compile(lambda *args: fn(*args), fullgraph=True, mode=mode)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | float]], digits: int = 3) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import torchjd_func as jd
-from benchmarks._form import Benchmark, Cell, Row, clock, compiled, main, minima, table
+from benchmarks._form import DEVICES, Benchmark, Cell, Row, clock, compiled, main, minima, table
 
 METHODS: dict[str, Callable[[], jd.Aggregator]] = {
     "mean": jd.mean,
@@ -35,15 +35,17 @@ METHODS: dict[str, Callable[[], jd.Aggregator]] = {
 BATCH = 64
 
 
-def training_step(rule: jd.Aggregator, m: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def training_step(
+    rule: jd.Aggregator, m: int, device: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return a step, and its arguments: state, parameters, a batch."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, m)]
-        apply, params, _ = jd.functionalize(nn.Sequential(*layers))
-    x = torch.randn(BATCH, 64, generator=generator)
-    y = torch.randn(BATCH, m, generator=generator)
+        apply, params, _ = jd.functionalize(nn.Sequential(*layers).to(device))
+    x = torch.randn(BATCH, 64, generator=generator).to(device)
+    y = torch.randn(BATCH, m, generator=generator).to(device)
 
     def objective(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Return the squared errors of the outputs."""
@@ -58,25 +60,25 @@ def training_step(rule: jd.Aggregator, m: int) -> tuple[Callable[..., Any], tupl
     return step, (state, params, x, y)
 
 
-def measure(name: str, m: int, seconds: float) -> Iterator[Row]:
+def measure(name: str, m: int, seconds: float, device: str) -> Iterator[Row]:
     """Compile twice, and time the steps."""
-    step, args = training_step(METHODS[name](), m)
+    step, args = training_step(METHODS[name](), m, device)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
     ):
-        first_call(torch.sin, args[-1:])  # headers and imports
-        first, again = (first_call(step, args) for _ in range(2))
-        fast = compiled(step)
+        first_call(torch.sin, args[-1:], device)  # headers and imports
+        first, again = (first_call(step, args, device) for _ in range(2))
+        fast = compiled(step, device)
         times = minima({"eager": partial(step, *args), "compiled": partial(fast, *args)}, seconds)
     row = {"method": name, "first_s": first, "again_s": again}
     yield row | {f"{key}_ms": 1e3 * value for key, value in times.items()}
 
 
-def first_call(step: Callable[..., Any], args: tuple[Any, ...]) -> float:
+def first_call(step: Callable[..., Any], args: tuple[Any, ...], device: str) -> float:
     """Return how many seconds the first call of a compiled step takes."""
     torch.compiler.reset()
-    return clock(partial(compiled(step), *args))
+    return clock(partial(compiled(step, device), *args))
 
 
 def report(rows: list[Row]) -> str:
@@ -90,9 +92,9 @@ def report(rows: list[Row]) -> str:
     return table(["method", *head], lines, digits=2)
 
 
-def cells(methods: Sequence[str], objectives: int, seconds: float) -> list[Cell]:
+def cells(methods: Sequence[str], objectives: int, seconds: float, device: str) -> list[Cell]:
     """Return the methods."""
-    return [(name, partial(measure, name, objectives, seconds)) for name in methods]
+    return [(name, partial(measure, name, objectives, seconds, device)) for name in methods]
 
 
 BENCHMARK = Benchmark(
@@ -100,9 +102,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"methods": tuple(METHODS), "objectives": 4, "seconds": 1.0},
+    full={"methods": tuple(METHODS), "objectives": 4, "seconds": 1.0, "device": "cpu"},
     quick={"methods": ("mean", "upgrad"), "seconds": 0.2},
-    choices={"methods": METHODS},
+    choices={"methods": METHODS, "device": DEVICES},
 )
 
 if __name__ == "__main__":

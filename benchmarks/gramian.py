@@ -6,7 +6,8 @@ Gramians of b losses, one for each example: layer by layer, from the whole Jacob
 peer's `autogram.Engine` and `autojac.jac`. Whole UPGrad steps to gradients, and their `weights`
 alone, beside the gradients of the mean loss (`plain`: forward and backward). One thread; minima of
 interleaved repeats in one process; the peak of the bytes that a call makes; errors against float64
-rows. A dash: a repeat may take longer than 10 s (8 times that of half the examples), or a
+rows. On a device (`--device cuda`) everything is also compiled into CUDA graphs, and memory is not
+measured. A dash: a repeat may take longer than 10 s (8 times that of half the examples), or a
 Jacobian more than 0.2 GB.
 """
 
@@ -29,7 +30,7 @@ from torchjd.autojac import jac as autojac
 
 import torchjd_func as jd
 from benchmarks import _memory, _picture
-from benchmarks._form import Benchmark, Cell, Row, compiled, exponent, main, minima, table
+from benchmarks._form import DEVICES, Benchmark, Cell, Row, compiled, exponent, main, minima, table
 from benchmarks._networks import CLASSES, MODELS, WORDS, Size
 
 Routes = dict[str, Callable[[], Any]]
@@ -64,17 +65,19 @@ TITLES = {
     "wide": ("MLP d-d-d-10, b = 64", "d", "features d"),
 }
 GRAMIANS = ("plain", "layerwise", "compiled", "jacobian", "autogram", "autojac")
+GRAPHS = ("plain_graph", "layerwise_graph", "step_graph")
 STEPS = ("plain", "step", "weights", "step_compiled", "step_torchjd")
 
 
-def case(name: str, size: Size) -> Case:
+def case(name: str, size: Size, device: str) -> Case:
     """Return a model with a random batch."""
     torch.manual_seed(0)
     net, shape = MODELS[name](size)
     x = torch.randn(size.b, *shape)
     if name == "transformer":
         x = torch.randint(WORDS, (size.b, *shape))
-    return Case(name, size, net, copy.deepcopy(net), x, torch.randint(CLASSES, (size.b,)))
+    net, y = net.to(device), torch.randint(CLASSES, (size.b,))
+    return Case(name, size, net, copy.deepcopy(net), x.to(device), y.to(device))
 
 
 def gramians(given: Case, engine: Engine) -> Routes:
@@ -94,7 +97,7 @@ def gramians(given: Case, engine: Engine) -> Routes:
         "layerwise": lambda: by_layer(params, given.x, given.y),
         "autogram": lambda: engine.compute_gramian(losses(given.watched, given)),
     }
-    if given.size == COMPILED.get(given.name):
+    if given.size == COMPILED.get(given.name) and not given.x.is_cuda:
         routes["compiled"] = partial(compiled(by_layer), params, given.x, given.y)
     if given.size.b * sum(4 * param.numel() for param in flat) <= LARGE:
         routes |= {"jacobian": lambda: whole(params, given.x, given.y), "autojac": jacobian}
@@ -120,9 +123,22 @@ def steps(given: Case, engine: Engine) -> Routes:
         "weights": lambda: ours(matrix),
         "step_torchjd": theirs,
     }
-    if given.size == COMPILED.get(given.name):
+    if given.size == COMPILED.get(given.name) and not given.x.is_cuda:
         routes["step_compiled"] = partial(compiled(step), None, params, given.x, given.y)
     return routes
+
+
+def graphs(given: Case) -> Routes:
+    """Return the gradient of the mean loss, the Gramian and the step, in CUDA graphs."""
+    objective, params = functional(given)
+    mean = torch.func.grad(lambda params, x, y: objective(params, x, y).mean())
+    step = jd.grad(objective, jd.upgrad())
+    batch = params, given.x, given.y
+    return {
+        "plain_graph": partial(compiled(mean, "cuda"), *batch),
+        "layerwise_graph": partial(compiled(jd.gramian(objective), "cuda"), *batch),
+        "step_graph": partial(compiled(partial(step, None), "cuda"), *batch),
+    }
 
 
 def functional(given: Case) -> tuple[Any, dict[str, Tensor]]:
@@ -142,7 +158,9 @@ def losses(net: nn.Module, given: Case) -> Tensor:
     return F.cross_entropy(net(given.x), given.y, reduction="none")
 
 
-def measure(name: str, size: Size, hopeless: set[str], seconds: float) -> Iterator[Row]:
+def measure(
+    name: str, size: Size, hopeless: set[str], seconds: float, device: str
+) -> Iterator[Row]:
     """Time all routes of one case, but those that are hopeless; with the memory they take.
 
     Args:
@@ -150,17 +168,20 @@ def measure(name: str, size: Size, hopeless: set[str], seconds: float) -> Iterat
         size: How large.
         hopeless: The routes to leave out; gains those that are too slow for the next size.
         seconds: How long to repeat.
+        device: Where.
 
     Yields:
         The size, times in ms and peaks in MB.
     """
-    given = case(name, size)
+    given = case(name, size, device)
     engine = Engine(given.watched, batch_dim=0)
     routes = gramians(given, engine) | steps(given, engine)
+    if device != "cpu":
+        routes |= graphs(given)
     routes = {key: fn for key, fn in routes.items() if key not in hopeless}
     times = minima(routes, seconds, SLOW)
     known = [*given.net.parameters(), *given.watched.parameters(), given.x, given.y]
-    eager = [key for key in times if "compiled" not in key]
+    eager = [key for key in times if "compiled" not in key and device == "cpu"]
     peaks = {key: _memory.peak(lambda *_, fn=routes[key]: fn(), *known) for key in eager}
     hopeless |= {key for key in routes if times.get(key, SLOW) > SLOW / 8}  # at twice the examples
     row: Row = {"model": name, **size._asdict(), "tokens": size.b * size.t}
@@ -168,9 +189,9 @@ def measure(name: str, size: Size, hopeless: set[str], seconds: float) -> Iterat
     yield row | {f"{key}_mb": value / 1e6 for key, value in peaks.items()}
 
 
-def error(name: str, size: Size) -> Iterator[Row]:
+def error(name: str, size: Size, device: str) -> Iterator[Row]:
     """Measure the relative errors of float32 Gramians of a few examples, against float64 rows."""
-    given = case(name, size._replace(b=SMALL))
+    given = case(name, size._replace(b=SMALL), device)
     x, y = (part.unsqueeze(1) for part in (given.x, given.y))
     x = x.double() if x.is_floating_point() else x
     exact = given._replace(net=copy.deepcopy(given.net).double())
@@ -221,6 +242,9 @@ def report(rows: list[Row]) -> str:
         _table(timed, eager, "mb", (("layerwise", "plain"), ("step", "plain"))),
         _table([row for row in rows if row not in timed], GRAMIANS[1:], "error", ()),
     ]
+    if any("plain_graph_ms" in row for row in timed):
+        ratios = (("layerwise_graph", "plain_graph"), ("step_graph", "plain_graph"))
+        parts.append(_table(timed, GRAPHS, "ms", ratios))
     return "\n\n".join([*parts, f"Exponents of growth:\n\n{growth(timed)}"])
 
 
@@ -237,16 +261,16 @@ def _table(
     return table(["model", "size", *head], lines)
 
 
-def cells(models: Sequence[str], few: bool, seconds: float) -> list[Cell]:
+def cells(models: Sequence[str], few: bool, seconds: float, device: str) -> list[Cell]:
     """Return the models at all their sizes."""
     warnings.filterwarnings("ignore", message="There is a performance drop")  # the peer, under vmap
     sizes, found = QUICK if few else SIZES, list[Cell]()
     hopeless = defaultdict[str, set[str]](lambda: set(LONG if few else ()))
     for name in [name for name in models if name in sizes]:
-        found.append((f"{name}, errors", partial(error, name, sizes[name][0])))
+        found.append((f"{name}, errors", partial(error, name, sizes[name][0], device)))
         for size in sizes[name]:
             title = f"{name}, {label({'model': name, **size._asdict()})}"
-            found.append((title, partial(measure, name, size, hopeless[name], seconds)))
+            found.append((title, partial(measure, name, size, hopeless[name], seconds, device)))
     return found
 
 
@@ -255,9 +279,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"models": tuple(MODELS), "few": False, "seconds": 2.0},
+    full={"models": tuple(MODELS), "few": False, "seconds": 2.0, "device": "cpu"},
     quick={"few": True, "seconds": 1.0},
-    choices={"models": MODELS},
+    choices={"models": MODELS, "device": DEVICES},
     draw=partial(_picture.panels, titles=TITLES, groups={"Gramian": GRAMIANS, "step": STEPS}),
 )
 

@@ -21,7 +21,7 @@ from torch.func import vmap
 from torchjd.autojac import backward, jac_to_grad
 
 import torchjd_func as jd
-from benchmarks._form import Benchmark, Cell, Routes, Row, compiled, main, minima, table
+from benchmarks._form import DEVICES, Benchmark, Cell, Routes, Row, compiled, main, minima, table
 
 PAIRS: dict[str, tuple[Callable[[], jd.Aggregator], Callable[[], Any]]] = {
     "upgrad": (jd.upgrad, peer.UPGrad),
@@ -32,12 +32,12 @@ BATCH, N_GROUPS = 32, 200
 
 
 def cells(
-    methods: Sequence[str], layers: int, width: int, objectives: int, seconds: float
+    methods: Sequence[str], layers: int, width: int, objectives: int, seconds: float, device: str
 ) -> list[Cell]:
     """Return the methods on one network, and many groups."""
-    sizes = (layers, width, objectives, seconds)
+    sizes = (layers, width, objectives, seconds, device)
     own = [(name, partial(measure, name, *sizes)) for name in methods]
-    return [*own, ("groups", partial(groups, seconds))]
+    return [*own, ("groups", partial(groups, seconds, device))]
 
 
 def losses(params: dict[str, Tensor], batch: Tensor, m: int) -> Tensor:
@@ -46,16 +46,16 @@ def losses(params: dict[str, Tensor], batch: Tensor, m: int) -> Tensor:
     for layer in range(len(params) // 2):
         update = torch.nn.functional.linear(hidden, params[f"{layer}.weight"])
         hidden = hidden + 0.1 * torch.tanh(update + params[f"{layer}.bias"])
-    targets = torch.linspace(-1, 1, m).unsqueeze(-1)
+    targets = torch.linspace(-1, 1, m, device=batch.device).unsqueeze(-1)
     return (hidden[:, :m].T - targets).square().mean(-1)
 
 
-def network(layers: int, width: int, seed: int = 0) -> dict[str, Tensor]:
+def network(layers: int, width: int, device: str, seed: int = 0) -> dict[str, Tensor]:
     """Return random parameters."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (width, width), "bias": (width,)}
     return {
-        f"{layer}.{kind}": torch.randn(shape, generator=generator) / width**0.5
+        f"{layer}.{kind}": torch.randn(shape, generator=generator).to(device) / width**0.5
         for layer in range(layers)
         for kind, shape in shapes.items()
     }
@@ -74,11 +74,13 @@ def peer_loop(make: Callable[[], Any], params: list[Tensor]) -> Callable[[], Non
     return loop
 
 
-def measure(name: str, layers: int, width: int, m: int, seconds: float) -> Iterator[Row]:
+def measure(
+    name: str, layers: int, width: int, m: int, seconds: float, device: str
+) -> Iterator[Row]:
     """Time the aggregation alone, and whole steps, eager and compiled."""
     make, make_peer = PAIRS[name]
-    params = network(layers, width)
-    batch = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(1))
+    params = network(layers, width, device)
+    batch = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(1)).to(device)
     theirs = {key: value.clone().requires_grad_() for key, value in params.items()}
     flat = list(theirs.values())
     rule = jd.grouped(make(), jd.by_tensor)
@@ -102,17 +104,18 @@ def measure(name: str, layers: int, width: int, m: int, seconds: float) -> Itera
     peer_step()
     cases = {
         "aggregation": (partial(rule, jac, state), loop),
-        "aggregation, compiled": (partial(compiled(rule), jac, state), loop),
+        "aggregation, compiled": (partial(compiled(rule, device), jac, state), loop),
         "step": (partial(step, state, params), peer_step),
-        "step, compiled": (partial(compiled(step), state, params), peer_step),
+        "step, compiled": (partial(compiled(step, device), state, params), peer_step),
     }
     for case, (ours, other) in cases.items():
         yield row(name, case, {"ours": ours, "torchjd": other}, seconds)
 
 
-def groups(seconds: float) -> Iterator[Row]:
+def groups(seconds: float, device: str) -> Iterator[Row]:
     """Time UPGrad for many groups of 8 objectives: one call, and one of the peer for each."""
     jacobians = torch.randn(N_GROUPS, 8, 32, generator=torch.Generator().manual_seed(0))
+    jacobians = jacobians.to(device)
     gramians, other = jacobians @ jacobians.mT, peer.UPGradWeighting()
     weighting = jd.upgrad().weighting
     assert weighting is not None
@@ -145,9 +148,16 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"methods": tuple(PAIRS), "layers": 75, "width": 32, "objectives": 4, "seconds": 3.0},
+    full={
+        "methods": tuple(PAIRS),
+        "layers": 75,
+        "width": 32,
+        "objectives": 4,
+        "seconds": 3.0,
+        "device": "cpu",
+    },
     quick={"methods": ("upgrad",), "layers": 10, "seconds": 0.5},
-    choices={"methods": PAIRS},
+    choices={"methods": PAIRS, "device": DEVICES},
 )
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Weights from the Gramian of Gaussian gradients in 4 m dimensions, and, for methods that need the
 rows, the direction from an m x 10,000 matrix, with the memory it takes. Eager, one thread; minima
-of interleaved repeats in one process. Methods that need cvxpy in the peer are timed alone.
+of interleaved repeats in one process. Methods that need cvxpy in the peer are timed alone. On a
+device (`--device cuda`) also replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ import torchjd.aggregation as peer
 
 import torchjd_func as jd
 from benchmarks import _memory, _picture
-from benchmarks._form import Benchmark, Cell, Row, exponent, main, minima, number, table
+from benchmarks._form import (
+    DEVICES,
+    Benchmark,
+    Cell,
+    Routes,
+    Row,
+    exponent,
+    graphed,
+    main,
+    minima,
+    number,
+    table,
+)
 
 Pair = tuple[Callable[[int], jd.Aggregator], Callable[[int], Any] | None]
 WEIGHTS: dict[str, Pair] = {
@@ -58,30 +71,43 @@ SUMMARY = (4, 16, 64)  # sizes of the geometric mean
 N_PARAMS, N_INPUTS = 10_000, 3
 
 
-def cells(methods: Sequence[str], sizes: Sequence[int], seconds: float) -> list[Cell]:
+def cells(methods: Sequence[str], sizes: Sequence[int], seconds: float, device: str) -> list[Cell]:
     """Return the methods, at all sizes that they take."""
     work = [(name, m) for name in methods for m in sizes if m >= LEAST.get(name, 2)]
-    return [(f"{name}, m = {m}", partial(measure, name, m, seconds)) for name, m in work]
+    return [(f"{name}, m = {m}", partial(measure, name, m, seconds, device)) for name, m in work]
 
 
-def measure(name: str, m: int, seconds: float) -> Iterator[Row]:
+def measure(name: str, m: int, seconds: float, device: str) -> Iterator[Row]:
     """Time one method at one size; with the memory if it needs the rows."""
     make, make_peer = PAIRS[name]
-    aggregator = make(m)
+    with torch.device(device):
+        aggregator, other = make(m), make_peer(m) if make_peer else None
     generator = torch.Generator().manual_seed(m)
     n = N_PARAMS if name in ROWS else 4 * m
-    jacobians = [torch.randn(m, n, generator=generator) for _ in range(N_INPUTS)]
+    jacobians = [torch.randn(m, n, generator=generator).to(device) for _ in range(N_INPUTS)]
     state = aggregator.init(jacobians[0], key=jd.random.key(0))
     rule: Any = aggregator if name in ROWS else aggregator.weighting
     inputs = jacobians if name in ROWS else [jac @ jac.mT for jac in jacobians]
-    routes = {"ours": lambda x: rule(x, state)} | ({"torchjd": make_peer(m)} if make_peer else {})
-    times = minima({key: partial(each, fn, inputs) for key, fn in routes.items()}, seconds)
+    routes = {"ours": lambda x: rule(x, state)} | ({"torchjd": other} if other else {})
+    calls: Routes = {key: partial(each, fn, inputs) for key, fn in routes.items()}
+    if device != "cpu":
+        calls = {**calls, **captured(calls["ours"])}
+    times = minima(calls, seconds)
     row = {"method": name, "m": m}
     row |= {f"{key}_ms": 1e3 * value / N_INPUTS for key, value in times.items()}
-    if name in ROWS:
+    if name in ROWS and device == "cpu":
         peaks = {key: _memory.peak(fn, inputs[0]) for key, fn in routes.items()}
         row |= {f"{key}_memory": peak / inputs[0].nbytes for key, peak in peaks.items()}
     yield row
+
+
+def captured(call: Callable[[], Any]) -> Routes:
+    """Return the replay of a call, if a CUDA graph captures it."""
+    try:
+        return {"graph": graphed(call)}
+    except RuntimeError:  # it waits for the host
+        torch.cuda.synchronize()
+        return {}
 
 
 def each(fn: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
@@ -90,16 +116,16 @@ def each(fn: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
         fn(value)
 
 
-def ratio(row: Row) -> float:
+def ratio(row: Row, key: str = "ours_ms") -> float:
     """Return the peer's time over ours; not-a-number where there is no peer."""
-    return row.get("torchjd_ms", math.nan) / row["ours_ms"]
+    return row.get("torchjd_ms", math.nan) / row.get(key, math.nan)
 
 
-def ratios(rows: list[Row]) -> str:
+def ratios(rows: list[Row], key: str = "ours_ms") -> str:
     """Return the ratios at all sizes as Markdown, without the methods that are timed alone."""
     sizes, lines = sorted({row["m"] for row in rows}), []
     for name, own in by_method(rows).items():
-        found = {row["m"]: ratio(row) for row in own if "torchjd_ms" in row}
+        found = {row["m"]: ratio(row, key) for row in own if "torchjd_ms" in row}
         if found:
             lines.append([f"`{name}`", *(found.get(m, math.nan) for m in sizes)])
     return table(["method", *(f"m = {m}" for m in sizes)], lines, digits=2)
@@ -126,7 +152,10 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 def report(rows: list[Row]) -> str:
     """Return ratios, growth and memory as Markdown."""
     title = "TorchJD's time divided by ours:"
-    return "\n\n".join([title, ratios(rows), growth(rows), summary(rows)])
+    parts = [title, ratios(rows), growth(rows), summary(rows)]
+    if any("graph_ms" in row for row in rows):
+        parts += ["In a CUDA graph:", ratios(rows, "graph_ms")]
+    return "\n\n".join(parts)
 
 
 def summary(rows: list[Row]) -> str:
@@ -147,9 +176,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"methods": tuple(PAIRS), "sizes": SIZES, "seconds": 0.6},
+    full={"methods": tuple(PAIRS), "sizes": SIZES, "seconds": 0.6, "device": "cpu"},
     quick={"sizes": (4, 16, 64), "seconds": 0.1},
-    choices={"methods": PAIRS},
+    choices={"methods": PAIRS, "device": DEVICES},
     draw=_picture.speedups,
 )
 

@@ -45,7 +45,7 @@ def peer(column: Column) -> str:
         return "-"
     by = networks(column).items()
     named = [(MODELS[k], span(quotients(rows, "autogram_ms", "layerwise_ms"))) for k, rows in by]
-    return ", ".join(f"{name} {value}" for name, value in named)
+    return ", ".join(f"{name} {value}" for name, value in named if value != "-") or "-"
 
 
 def upgrad(column: Column) -> str:

@@ -17,35 +17,66 @@ from torch.autograd.forward_ad import unpack_dual
 Array = Any  # numpy.ndarray (its types of reductions are too wide to be checked), or Tensor
 
 
-def call(fn: Callable[..., Any], *values: Array) -> Any:
+def call(fn: Callable[..., Any], *values: Array, device: Callable[..., Any] | None = None) -> Any:
     """Return `fn(numpy, *arrays)` as tensors if all numbers are plain, else `fn(torch, *tensors)`.
-
-    Plain numbers of a CUDA device go to the host and back: 0.1 to 0.3 ms, where a hundred launches
-    take more (seen on an H100). Not so while a graph is captured, which may not wait for the host.
 
     Args:
         fn: Returns one array, or a tuple of arrays.
         *values: Tensors or arrays of float64 or integers; Python numbers stay what they are.
+        device: What a CUDA device does instead with plain numbers, `device(*tensors)`.
     """
-    device = next((x.device for x in values if isinstance(x, Tensor) and x.is_cuda), None)
-    plain = [numbers(x if device is None else _brought(x)) for x in values]
-    if any(x is None for x in plain):
+    if device is not None and any(isinstance(x, Tensor) and x.is_cuda for x in values):
+        return device(*values) if plain(*values) else fn(torch, *values)
+    arrays = [numbers(x) for x in values]
+    if any(x is None for x in arrays):
         return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
     with np.errstate(all="ignore"):  # what is not finite propagates silently, as in torch
-        found = fn(np, *plain)
+        found = fn(np, *arrays)
     if not isinstance(found, tuple):
-        return tensor(found).to(device)
-    parts = [tensor(part).to(device) for part in found]
+        return tensor(found)
+    parts = [tensor(part) for part in found]
     return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
 
 
-def _brought(x: Array) -> Array:
-    """Return what is on a CUDA device on the host, where nothing but the host waits for it."""
-    if not isinstance(x, Tensor) or not x.is_cuda or torch.compiler.is_compiling():
-        return x
-    if x.requires_grad or torch.cuda.is_current_stream_capturing():
-        return x
-    return x.cpu()
+def call_there_and_back(fn: Callable[..., Any], *values: Array) -> Any:
+    """Do as `call`, with plain numbers of a CUDA device on the host."""
+    # There and back takes 0.1 to 0.3 ms, which a hundred launches exceed (seen on an H100). A graph
+    # that is captured may not wait for the host, and takes the launches.
+    first = next((x for x in values if isinstance(x, Tensor) and x.is_cuda), None)
+    if first is None or not all(map(resident, values)) or torch.cuda.is_current_stream_capturing():
+        return call(fn, *values)
+    found = call(fn, *(x.cpu() if isinstance(x, Tensor) else x for x in values))
+    parts = found if isinstance(found, tuple) else (found,)
+    there = [part.to(first.device) for part in parts]
+    return tuple(there) if isinstance(found, tuple) else there[0]
+
+
+def plain(*values: Any) -> bool:
+    """Say whether no derivative, transform or compiler is watching tensors."""
+    return not torch.compiler.is_compiling() and not any(
+        _watched(x) for x in values if isinstance(x, Tensor)
+    )
+
+
+def _watched(x: Tensor) -> bool:
+    """Say whether a derivative or a transform is watching a tensor."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    try:  # what is made under a transform is of it, and has no memory (torch 2.13)
+        x.detach().untyped_storage()
+    except RuntimeError:
+        return True
+    return unpack_dual(x).tangent is not None
+
+
+def resident(value: Any) -> bool:
+    """Say whether a value is no tensor, or one whose memory a kernel may read."""
+    return not isinstance(value, Tensor) or (type(value) is Tensor and plain(value))
+
+
+def opaque(operation: Callable[..., Any], body: Callable[..., Any], *values: Any) -> Any:
+    """Call an opaque operation; its body, which takes less time, if nothing is watching."""
+    return (body if all(map(resident, values)) else operation)(*values)
 
 
 def numbers(x: Array) -> Array | None:

@@ -19,7 +19,9 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     """Return one number for each row of `like`, in its dtype and on its device."""
     values = value.values if isinstance(value, Named) else value
     _check.length(name, values, like.shape[0])
-    return values.to(like)
+    if isinstance(value, Named):
+        return value.at(like)
+    return values.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
 
 
 def of_each(tree: Any) -> list[str]:
@@ -73,7 +75,7 @@ def named_options(rule: Any) -> list[tuple[str, tuple[str, ...]]]:
 def _walk(option: str, value: Any) -> Iterator[tuple[str, Named]]:
     """Visit what the functions of a rule are bound to."""
     if isinstance(value, Named):
-        yield option, value
+        yield from [(option, value)] if value.names else []
     elif isinstance(value, partial):
         for name, bound in [*((option, x) for x in value.args), *value.keywords.items()]:
             yield from _walk(name, bound)

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-CAST, MOST_BLOCKS = 2**17, 16  # numbers in a block that is cast, and blocks in compiled code
+# Numbers in a block that is cast: what fits in the cache of a CPU, or is half a GB on a device.
+CAST, CAST_ON_DEVICE = 2**17, 2**26
+MOST_BLOCKS = 16  # in compiled code
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,11 +37,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(matrices: Tensor) -> tuple[Tensor, ...]:
-    """Cut the columns into blocks that can be cast to float64 in the cache."""
+    """Cut the columns into blocks to be cast to float64."""
     if matrices.dtype == torch.float64:
         return (matrices,)
     rows, n = math.prod(matrices.shape[:-1]), matrices.shape[-1]
-    width = max(1, CAST // max(1, rows))
+    width = max(1, (CAST_ON_DEVICE if matrices.is_cuda else CAST) // max(1, rows))
     if torch.compiler.is_compiling():  # each block is code
         width = max(width, -(-n // MOST_BLOCKS))
     return matrices.split(width, dim=-1) if n > width else (matrices,)

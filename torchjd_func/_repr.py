@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func._tree import Named
+
 LONGEST = 8  # numbers of a tensor that are shown
 
 
@@ -117,6 +119,8 @@ def _shown(value: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {_shown(part)}" for key, part in value.items()) + "}"
     if type(value) in (tuple, list):
         return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Named):
+        return repr(value) if value.names else _numbers(value.values)
     if isinstance(value, Tensor):
         return _numbers(value)
     if isinstance(value, partial):

@@ -6,7 +6,7 @@ is mapped only the member that diverged is lost.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,10 @@ def weigh(
     """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
     if present is None and (rule.robust or rule.needs == "size"):
         weights, after = rule.update_fn(statistic, state, losses)
+        return weights, keep(weights, after, state)
+    if statistic.is_cuda and not (rule.robust or rule.needs == "size"):
+        weights, after = _present.update(rule, statistic, state, losses, present=present)
+        weights = weights + nothing(statistic, losses)
         return weights, keep(weights, after, state)
     # Decompositions raise on what is not finite, for all members of a batch.
     sound = None if rule.robust or rule.needs == "size" else finite(statistic, losses)
@@ -48,14 +52,20 @@ def keep(result: PyTree, after: State, before: State) -> State:
 
 def finite(*tensors: Tensor | None) -> Tensor | None:
     """Say `()` whether all numbers are finite; `None` if that is known without waiting."""
-    flags = []
-    for x in tensors:
-        if x is None:
-            continue
+    present, flags = [x for x in tensors if x is not None], []
+    if present and present[0].is_cuda:
+        return nothing(*present) == 0
+    for x in present:
         numbers = _host.numbers(x)
         if numbers is None or not np.isfinite(numbers).all():
             flags.append(x.isfinite().all())
     return torch.stack(flags).all() if flags else None
+
+
+def nothing(*tensors: Tensor | None) -> Tensor:
+    """Return 0, or not-a-number if any number is not finite, in few launches."""
+    parts = [(0 * x.detach()).sum() for x in tensors if x is not None]
+    return reduce(torch.add, parts)
 
 
 def masked_weights(

@@ -33,6 +33,9 @@ def bits(key: Tensor, shape: Sequence[int]) -> Array:
 
 def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
     """Draw `n_bits` (32 ... 62) random bits for each element."""
+    if _on_device(key):
+        flat = _host.opaque(words, _launch, key, DRAW, math.prod(shape), n_bits)
+        return flat.reshape((*key.shape[:-1], *shape))
     pair = bits(key, (2, *shape))
     return ((pair[0] << 32) | pair[1]) >> (64 - n_bits) & ((1 << n_bits) - 1)
 
@@ -40,6 +43,8 @@ def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
 def encrypt(key: Tensor, stream: int, n: int) -> Array:
     """Encrypt the counters `0 ... n-1` of a stream; returns `(2, n)` int64, an array if plain."""
     plain = _host.numbers(key)
+    if _on_device(key):
+        return _host.opaque(words, _launch, key, stream, n, 0)
     if plain is None or n == 0:
         counter = torch.arange(n, dtype=torch.int64, device=key.device)
         return torch.stack(rounds(key.unbind(), torch.full_like(counter, stream), counter))
@@ -50,6 +55,47 @@ def encrypt(key: Tensor, stream: int, n: int) -> Array:
         counter = np.arange(start, min(start + BLOCK, n), dtype=np.uint32)
         found[:, start : start + BLOCK] = _rounds_in_place(plain.tolist(), stream, counter)
     return found
+
+
+def _on_device(key: Tensor) -> bool:
+    """Say whether a kernel encrypts: on CUDA, where the rounds are not compiled into one anyway."""
+    return key.is_cuda and not torch.compiler.is_compiling()
+
+
+def _launch(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
+    """Encrypt in a kernel."""
+    from torchjd_func._kernels.threefry import encrypt_kernel  # needs Triton
+
+    found = encrypt_kernel(key.reshape(-1, 2), stream, n, n_bits)
+    return found.reshape((*key.shape[:-1], *found.shape[1:]))
+
+
+@torch.library.custom_op("torchjd_func::threefry", mutates_args=())
+def words(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
+    """Encrypt the counters `0 ... n-1` of a stream on a CUDA device.
+
+    Args:
+        key: `(..., 2)` int64.
+        stream: The high counter word.
+        n: How many.
+        n_bits: Of a wide word; 0 for both words.
+
+    Returns:
+        `(..., 2, n)` int64, or `(..., n)` of wide words.
+    """
+    return _launch(key, stream, n, n_bits)
+
+
+@words.register_fake
+def _fake(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
+    """Tell the shape."""
+    return key.new_empty((*key.shape[:-1], *(() if n_bits else (2,)), n))
+
+
+@words.register_vmap
+def _vmap(info: Any, in_dims: Any, key: Tensor, *options: Any) -> tuple[Tensor, int]:
+    """Encrypt with all keys."""
+    return words(key.movedim(in_dims[0], 0), *options), 0
 
 
 def _encrypt_few(key: list[int], stream: int, n: int) -> Array:

@@ -14,6 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
+from torchjd_func import _host
 from torchjd_func._precision import accumulation_dtype, product, sums
 
 PyTree = Any
@@ -33,10 +34,21 @@ Numbers = Tensor | Sequence[float] | Mapping[str, Any]
 
 
 class Named(NamedTuple):
-    """Numbers by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
+    """Python numbers, a list or by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
 
-    names: tuple[str, ...]  # in leaf order
+    names: tuple[str, ...]  # in leaf order; none of a list
     values: Tensor  # (m,)
+    kept: dict[Any, Tensor]  # the same on other devices
+
+    def at(self, like: Tensor) -> Tensor:
+        """Return the numbers as `like`; those of another device are copied once, and kept."""
+        if like.device == self.values.device or torch.compiler.is_compiling():
+            return self.values.to(like)
+        place = like.device, like.dtype
+        moved = self.kept[place] if place in self.kept else self.values.to(like)
+        if _host.resident(moved):  # not of a shape alone, nor of a transform
+            self.kept[place] = moved
+        return moved
 
     def __repr__(self) -> str:
         """Return the dict that they came in; only its keys where numbers cannot be read."""
@@ -122,7 +134,8 @@ def names(tree: PyTree) -> list[str]:
 
 def named(tree: PyTree) -> Named:
     """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
-    return Named(tuple(paths(tree)), ravel([torch.as_tensor(x).double() for x in leaves(tree)]))
+    numbers = ravel([torch.as_tensor(x).double() for x in leaves(tree)])
+    return Named(tuple(paths(tree)), numbers, {})
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchjd_func import _check, _observed, metrics
 from torchjd_func._present import only
 from torchjd_func._types import Observation
+from torchjd_func.linalg._eigh import eigenvalues
 from torchjd_func.linalg._gramian import rank_tol, ratio
 
 __all__ = [
@@ -191,7 +192,7 @@ def condition_number(observation: Observation) -> Tensor:
     """
     exact = _check.observed("gramian", observation.gramian)
     gramian = exact.to(torch.float64)
-    values = torch.linalg.eigvalsh(gramian)
+    values = eigenvalues(gramian)
     largest = values[-1]
     counted = values > rank_tol(exact) * largest
     smallest = torch.where(counted, values, largest).min()

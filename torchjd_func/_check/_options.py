@@ -166,7 +166,7 @@ def per_loss(
     high: float = math.inf,
     open_low: bool = False,
 ) -> Tensor | _tree.Named:
-    """Return a number for each loss as a vector, with the names of the losses if it is a dict.
+    """Return a number for each loss as a vector; Python numbers with names, if it is a dict.
 
     Numbers have to lie in an interval; tensors are returned unread.
     """
@@ -174,7 +174,10 @@ def per_loss(
         for number in _tree.leaves(value):
             if isinstance(number, int | float):
                 interval(name, number, low, high, open_low=open_low)
-    return _tree.named(value) if isinstance(value, Mapping) else vector(name, value)
+    if isinstance(value, Mapping):
+        return _tree.named(value)
+    numbers = vector(name, value)
+    return numbers if isinstance(value, Tensor) else _tree.Named((), numbers, {})
 
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:

@@ -19,6 +19,7 @@ from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
+from torchjd_func.linalg._eigh import eigh
 from torchjd_func.linalg._gramian import rank_tol
 
 SCALES = ("min", "median", "rmse")
@@ -51,9 +52,9 @@ def _marks(gramian: Tensor, present: Tensor) -> Tensor:
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
     """Align the rows, and combine them."""
-    if xp is torch:
+    if xp is torch and not _host.plain(gramian, combination):
         return _differentiable(gramian, combination, scale, tol)
-    eigenvalues, vectors = xp.linalg.eigh(gramian)
+    eigenvalues, vectors = eigh(gramian)
     return _aligned(xp, eigenvalues, vectors, combination, scale, tol)
 
 
@@ -71,11 +72,7 @@ def _differentiable(gramian: Tensor, combination: Tensor, scale: str, tol: float
     """Align the rows, with a derivative also where eigenvalues are equal."""
     # There eigenvectors have no derivative, but their span has: the first derivative of `G^(-1/2)`
     # is that by divided differences (Ju. L. Daleckii, S. G. Krein, 1965); the second is not known.
-    values, vectors = torch.linalg.eigh(gramian.detach())
-    apart = (values.diff() > DISTINCT * values[-1:]).all()
-    other = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device).diag()
-    live, turned = torch.linalg.eigh(torch.where(apart, gramian, other))
-    smooth = _aligned(torch, live, turned, combination, scale, tol)
+    values, vectors = eigh(gramian)
     change = vectors.mT @ (gramian - gramian.detach()) @ vectors  # 0, with a derivative
     moved = values + change.diagonal()
     kept = values > tol * values[-1:]
@@ -88,7 +85,12 @@ def _differentiable(gramian: Tensor, combination: Tensor, scale: str, tol: float
     along = combination @ vectors
     aligned = vectors @ (roots * along + (change * slopes) @ along)
     repeated = torch.where(kept.any(), _sigma(torch, moved, kept, scale) * aligned, combination)
-    return torch.where(apart, smooth, repeated)
+    if gramian.is_cuda:  # where torch.linalg.eigh waits for the host
+        return repeated
+    apart = (values.diff() > DISTINCT * values[-1:]).all()
+    other = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device).diag()
+    live, turned = torch.linalg.eigh(torch.where(apart, gramian, other))
+    return torch.where(apart, _aligned(torch, live, turned, combination, scale, tol), repeated)
 
 
 def _sigma(xp: Any, eigenvalues: Array, kept: Array, scale: str) -> Array:

@@ -23,7 +23,7 @@ def _clipped(
     squares = statistic.diagonal()
     positive = squares > 0
     norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-    limit = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
+    limit = max_norm.to(norms) if isinstance(max_norm, Tensor) else norms.new_full((), max_norm)
     scales = torch.where(norms > limit, limit / torch.where(norms > limit, norms, 1.0), 1.0)
     return scales * _present.uniform(present, statistic)
 

@@ -96,7 +96,7 @@ def _wide(leaf: Tensor) -> torch.dtype:
 
 def _power(beta: float | Tensor, count: Tensor) -> Tensor:
     """Return `beta` to the power of a counter, in float64."""
-    return torch.as_tensor(beta, dtype=torch.float64, device=count.device) ** count
+    return (beta.double() if isinstance(beta, Tensor) else beta) ** count.double()
 
 
 def _renew(momentum: Tensor, leaf: Tensor, *, read: Tensor, beta: float | Tensor) -> Tensor:

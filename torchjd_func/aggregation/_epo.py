@@ -91,7 +91,9 @@ def _solve(
     bounded = limits > -torch.inf
     rows = torch.where(bounded.unsqueeze(-1), rows / scales.unsqueeze(-1), 0.0)
     limits = torch.where(bounded, torch.where(bounded, limits, 0.0) / scales, -1.0)
-    slacks = torch.cat([-torch.eye(m + 1).to(rows), rows.new_zeros(1, m + 1)])
+    slacks = torch.cat(
+        [-torch.eye(m + 1, dtype=rows.dtype, device=rows.device), rows.new_zeros(1, m + 1)]
+    )
     matrix = torch.cat([torch.cat([rows, ones.unsqueeze(0)]), slacks], dim=-1)
     objective = torch.cat([goal, goal.new_zeros(m + 1)])
     solution = linear_program(objective, matrix, torch.cat([limits, limits.new_ones(1)]))
@@ -114,7 +116,8 @@ def epo(
     w = \arg\max_{w \in \Delta} \mathbf 1^\top G w\ \ \text{(otherwise)},$$
 
     where, while balancing, losses that are too small may rise, and no loss may when descending.
-    Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly.
+    Losses are assumed to be at least 0. Solves one linear program in `m` unknowns, exactly; on the
+    host, so that a CUDA graph cannot capture it.
 
     Args:
         preference: `r`, `(m,)`, or a dict by the names of the losses; positive: the larger an

@@ -19,6 +19,7 @@ from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
+from torchjd_func.linalg._dense import solve
 from torchjd_func.linalg._gramian import rank_tol
 
 MAX_ITER, TOL = 20, 1e-12
@@ -49,7 +50,7 @@ def _weights(
     wide = gramian.double()
     find = partial(_median, tol=rank_tol(gramian))
     mask = () if present is None else (present,)
-    return _host.call(find, wide, resolve(preference, wide, present), *mask)
+    return _host.call_there_and_back(find, wide, resolve(preference, wide, present), *mask)
 
 
 def _median(
@@ -118,7 +119,8 @@ def _steps(xp: Any, gramian: Array, shares: Array, point: Array) -> Steps:
     # Unknowns and equations are in units of the distances, which may differ by any factor.
     away = (point - identity) / distances[:, None]
     bent = (away * distances).T @ ((away @ (gramian / distances)) * (shares / distances)[:, None])
-    newton = xp.linalg.solve(total * identity - DAMPING * bent, surplus)
+    system = total * identity - DAMPING * bent
+    newton = solve(system, surplus)
     return Steps(distances, newton / distances, surplus / (total * distances))
 
 

@@ -49,7 +49,8 @@ def _update(
     next_key, draw = random.split(state.key)
     orders = shuffled_others(draw, gramian.shape[0])
     # A row of zeros adds nothing where it is visited.
-    weights, seen = _host.call(partial(_correct, tol=tol), gramian.double(), state.phi, orders)
+    correct, launch = partial(_correct, tol=tol), partial(_on_device, tol=tol)
+    weights, seen = _host.call(correct, gramian.double(), state.phi, orders, device=launch)
     phi = (1 - beta) * state.phi + beta * seen
     if present is not None:
         phi = torch.where(present & present.unsqueeze(-1), phi, state.phi)
@@ -85,6 +86,46 @@ def _correct(
         coordinates = coordinates + xp.where(visited, added[:, None], 0.0)
         seen = xp.where(visited, phi[:, None], seen)
     return coordinates.sum(0), seen
+
+
+def _on_device(
+    gramian: Tensor, targets: Tensor, orders: Tensor, *, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Correct in a kernel."""
+    coordinates, seen = _host.opaque(raise_cosines, _launch, gramian, targets, orders, tol)
+    return coordinates.sum(0), seen
+
+
+def _launch(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Return the coordinates of the corrected gradients, and the cosines that were seen."""
+    from torchjd_func._kernels.surgery import raise_kernel  # needs Triton
+
+    return raise_kernel(gramian, targets, orders, tol)
+
+
+@torch.library.custom_op("torchjd_func::gradvac", mutates_args=())
+def raise_cosines(
+    gramian: Tensor, targets: Tensor, orders: Tensor, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Correct all rows on a CUDA device; opaque, without derivatives.
+
+    Args:
+        gramian: `(m, m)` float64.
+        targets: `(m, m)` float64, the cosines that are aimed at.
+        orders: `(m, m - 1)` int64.
+        tol: Of the squared length of the parts, up to which a gradient cancels.
+
+    Returns:
+        The coordinates `(m, m)` of the corrected gradients, and the cosines `(m, m)` that were
+        seen.
+    """
+    return _launch(gramian, targets, orders, tol)
+
+
+@raise_cosines.register_fake
+def _fake(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Tell the shapes."""
+    return torch.empty_like(gramian), torch.empty_like(gramian)
 
 
 def _root(xp: Any, square: Array) -> Array:

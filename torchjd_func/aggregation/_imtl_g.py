@@ -17,8 +17,7 @@ from torchjd_func._host import Array
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._types import Aggregator
 from torchjd_func.linalg._gramian import (
-    full_rank,
-    pseudo_inverse,
+    inverse_and_rank,
     rank_tol,
     rows_of,
     sure_inverse,
@@ -45,16 +44,16 @@ def _normalize(xp: Any, gramian: Array, *, safe: bool, tol: float) -> Array:
 def _balanced(xp: Any, gramian: Array, tol: float) -> tuple[Array, Array]:
     """Return `G^+ delta`, with `delta` the norms, and the rounding of the sum of its entries."""
     rows = rows_of(gramian, xp)
-    present = xp.where(rows.norms > 0, 1.0, 0 * rows.norms)
+    present = xp.sign(rows.norms)
     inverse = sure_inverse(rows.cosines, tol) if xp is np else None
     if inverse is not None:
         regular = rows.inverse * (inverse @ present)
         return regular, tol * abs(regular).sum()
     # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
-    regular = rows.inverse * (pseudo_inverse(rows.cosines, tol) @ present)
-    inverse = pseudo_inverse(gramian, tol)
+    inverses, full_rank = inverse_and_rank(xp.stack([rows.cosines, gramian]), tol)
+    regular, inverse = rows.inverse * (inverses[0] @ present), inverses[1]
     spread = inverse.diagonal().sum() * xp.sqrt(_host.constant(rows.norms @ rows.norms))
-    is_regular = full_rank(rows.cosines, xp, tol)
+    is_regular = full_rank[0]
     balanced = xp.where(is_regular, regular, inverse @ rows.norms)
     rounding = tol * xp.where(is_regular, abs(regular).sum(), spread)
     return balanced, rounding

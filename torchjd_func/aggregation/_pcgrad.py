@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host, _present, random
@@ -40,7 +41,7 @@ def _update(
     _check.state_type("pcgrad", state, PCGradState)
     next_key, draw = random.split(state.key)
     orders = shuffled_others(draw, gramian.shape[0])
-    weights = _host.call(_project, gramian, orders)
+    weights = _host.call(_project, gramian, orders, device=_on_device)
     mean = reduction == "mean"
     return (weights / _present.count(present, gramian) if mean else weights), PCGradState(next_key)
 
@@ -56,6 +57,38 @@ def _project(xp: Any, gramian: Array, orders: Array) -> Array:
         removed = xp.where(inner < 0, inner, 0.0) * inverse[j]
         coordinates = coordinates - removed[:, None] * identity[j]
     return coordinates.sum(0)
+
+
+def _on_device(gramian: Tensor, orders: Tensor) -> Tensor:
+    """Project in a kernel."""
+    return _host.opaque(project, _launch, gramian, orders).sum(0)
+
+
+def _launch(gramian: Tensor, orders: Tensor) -> Tensor:
+    """Return the coordinates of the projected gradients."""
+    from torchjd_func._kernels.surgery import project_kernel  # needs Triton
+
+    return project_kernel(gramian, orders)
+
+
+@torch.library.custom_op("torchjd_func::pcgrad", mutates_args=())
+def project(gramian: Tensor, orders: Tensor) -> Tensor:
+    """Project all rows on a CUDA device; opaque, without derivatives.
+
+    Args:
+        gramian: `(m, m)` float64.
+        orders: `(m, m - 1)` int64.
+
+    Returns:
+        The coordinates `(m, m)` of the projected gradients.
+    """
+    return _launch(gramian, orders)
+
+
+@project.register_fake
+def _fake(gramian: Tensor, orders: Tensor) -> Tensor:
+    """Tell the shape."""
+    return torch.empty_like(gramian)
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

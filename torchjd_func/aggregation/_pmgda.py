@@ -92,7 +92,7 @@ def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor, present: Tenso
         The weights of the raw gradients, `(m,)`.
     """
     m = len(eta)
-    mixing = torch.cat([torch.eye(m).to(eta), eta.unsqueeze(0)])
+    mixing = torch.cat([torch.eye(m, dtype=eta.dtype, device=eta.device), eta.unsqueeze(0)])
     products = mixing @ gramian @ mixing.mT
     squares = products.diagonal()
     norms = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
@@ -101,10 +101,12 @@ def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor, present: Tenso
     progress = _present.only(present, _ratio_to_shortest(norms[:m]))
     ones = _present.only(present, torch.ones_like(eta))
     free = torch.cat([-progress, progress.new_zeros(2)]).unsqueeze(-1)
-    slacks = torch.cat([-torch.eye(m + 1).to(eta), eta.new_zeros(1, m + 1)])
+    slacks = torch.cat(
+        [-torch.eye(m + 1, dtype=eta.dtype, device=eta.device), eta.new_zeros(1, m + 1)]
+    )
     simplex = torch.cat([ones, ones.new_ones(1)]).unsqueeze(0)
     matrix = torch.cat([torch.cat([cosines, simplex]), slacks, free], dim=-1)
-    rate = torch.as_tensor(sigma).to(eta).unsqueeze(-1)
+    rate = sigma.to(eta).unsqueeze(-1) if isinstance(sigma, Tensor) else eta.new_full((1,), sigma)
     right = torch.cat([eta.new_zeros(m), rate, eta.new_ones(1)])
     objective = torch.cat([eta.new_zeros(2 * m + 2), eta.new_ones(1)])
     weights = linear_program(objective, matrix, right, n_free=1).value[: m + 1]
@@ -134,7 +136,8 @@ def pmgda(
 
     afterwards $\min_{\mu \in \Delta, \nu} \lVert J^\top \mu + \nu g_h \rVert$: MGDA on the
     gradients without their parts along $g_h$. Weights may be negative. Solves a linear program in
-    `m + 2` unknowns and a quadratic one in `m`, exactly.
+    `m + 2` unknowns and a quadratic one in `m`, exactly; the first on the host, so that a CUDA
+    graph cannot capture it.
 
     Args:
         preference: `p`, `(m,)`, or a dict by the names of the losses; positive: losses are to be

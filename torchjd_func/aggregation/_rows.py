@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _host, _tree
 from torchjd_func._types import PyTree
 
-# Numbers in a block of columns.
-BLOCK = 262_144
+# Numbers in a block of columns: what fits in the cache of a CPU, or is half a GB on a device.
+BLOCK, BLOCK_ON_DEVICE = 2**18, 2**26
 
 
 def zeros_like(jac: PyTree) -> PyTree:
@@ -52,7 +52,7 @@ def by_columns(fn: Callable[..., Tensor], rows: Tensor, *vectors: Tensor) -> Ten
 
 def blocks(rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut the columns of `rows` `(m, n)`, and of `others` `(..., n)`, into what fits the cache."""
-    width = max(1, BLOCK // max(1, rows.shape[0]))
+    width = max(1, (BLOCK_ON_DEVICE if rows.is_cuda else BLOCK) // max(1, rows.shape[0]))
     # Compiled code is one loop as it is.
     if torch.compiler.is_compiling() or rows.shape[1] <= width:
         return [(rows, *others)]
@@ -61,6 +61,8 @@ def blocks(rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
 
 def safe_sqrt(squares: Tensor) -> Tensor:
     """Return the square root, with a derivative of 0 where the square is not positive."""
+    if squares.is_cuda and _host.plain(squares):  # two launches instead of six
+        return squares.clamp(min=0).sqrt()
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
 
 

@@ -22,6 +22,7 @@ from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
+from torchjd_func.linalg._eigh import eigh
 from torchjd_func.linalg._nnqp import RIDGES, nearest, products_with
 
 # Eigenvalues below this part of the largest are rounding.
@@ -80,7 +81,7 @@ def _positive_part(xp: Any, matrix: Array) -> Array:
     symmetric = 0.5 * (matrix + matrix.T)
     if isinstance(matrix, np.ndarray) and _has_factor(symmetric):
         return symmetric
-    values, vectors = xp.linalg.eigh(_host.constant(symmetric))
+    values, vectors = eigh(symmetric)
     negative = xp.where(values < -NEGATIVE * xp.amax(xp.abs(values), -1), -values, 0.0)
     return symmetric + (vectors * negative) @ vectors.T
 
@@ -99,7 +100,7 @@ def _pgd(
     matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None, *, n_iter: int
 ) -> Tensor:
     """Iterate projected gradient steps of length one over the norm of the matrix."""
-    size = torch.linalg.matrix_norm(matrix.detach(), ord=2)
+    size = eigh(matrix.mT @ matrix)[0][-1].clamp(min=0).sqrt()  # the norm of the matrix
     step = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
     for _ in range(n_iter):
         moved = weights - step * (matrix @ (weights + pull))

@@ -43,7 +43,8 @@ def _trim(leaf: Tensor, *, trim_number: int, present: Tensor | None) -> Tensor:
         return _tree.row_like(by_columns(fn, _tree.rows(leaf)), leaf)
     # Extremes are sorted out, never subtracted: they may be larger than the rest by any factor.
     few = trim_number <= FEW and COLUMNS * (4 * trim_number + 1) <= leaf[0].numel()
-    fn = _streamed if few and not torch.compiler.is_compiling() else _sorted
+    few = few and not leaf.is_cuda and not torch.compiler.is_compiling()
+    fn = _streamed if few else _sorted  # on a device one sort is faster than many passes
     mean = by_columns(partial(fn, trim_number=trim_number), _tree.rows(leaf))
     return _tree.row_like(mean, leaf)
 

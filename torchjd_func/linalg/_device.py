@@ -9,9 +9,7 @@ from torch import Tensor
 
 from torchjd_func.linalg._systems import KKT_TOL
 
-LARGEST = 128  # unknowns of a problem that the kernel takes
-# Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
-DEPENDENT = 1e3
+LARGEST = 128  # unknowns of a problem that a kernel takes; more do not fit in its registers
 
 
 def takes(vector: Tensor, solver: str) -> bool:
@@ -21,16 +19,25 @@ def takes(vector: Tensor, solver: str) -> bool:
 
 def on_device(matrix: Tensor, vector: Tensor, ridge: float) -> tuple[Tensor, ...]:
     """Number matrices and problems, and solve them; see `search` for shapes."""
-    from torchjd_func.linalg._kernel import solve_kernel  # Triton comes with CUDA builds alone
+    from torchjd_func._kernels.quadratic import solve_kernel  # needs Triton
 
-    m, leading = vector.shape[-1], matrix.shape[:-2]
-    shape = torch.broadcast_shapes(leading, vector.shape[:-1])
-    numbers = torch.arange(math.prod(leading), device=matrix.device).reshape(leading)
-    which = numbers.expand(shape).reshape(-1)
-    vectors = vector.expand((*shape, m)).reshape(-1, m)
-    solved = solve_kernel(matrix.reshape(-1, m, m), which, vectors, ridge)
-    sound = solved.residual <= max(KKT_TOL, 2 * ridge)
-    value = torch.where(sound.unsqueeze(-1), solved.value, torch.nan)
-    dependent = solved.least < DEPENDENT * ridge
-    parts = value, solved.support, sound, solved.pivots.to(torch.int64), dependent
-    return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)
+    m = vector.shape[-1]
+    if matrix.ndim == 3 and vector.ndim == 2 and len(matrix) == 1:  # problems share a matrix
+        return tuple(solve_kernel(matrix, vector, ridge, max(KKT_TOL, 2 * ridge)))
+    shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
+    matrices = _prefix(matrix, shape)
+    vectors = vector.expand((*shape, m)).reshape(math.prod(shape), m)
+    solved = solve_kernel(matrices, vectors, ridge, max(KKT_TOL, 2 * ridge))
+    if len(shape) == 1:
+        return tuple(solved)
+    return tuple(part.reshape((*shape, *part.shape[1:])) for part in solved)
+
+
+def _prefix(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return matrices `(k, m, m)` of which each serves as many problems, in turn."""
+    m, leading = matrix.shape[-1], matrix.shape[:-2]
+    leading = (1,) * (len(shape) - len(leading)) + leading
+    shared = next((i for i, size in enumerate(leading) if size != shape[i]), len(shape))
+    if any(size > 1 for size in leading[shared:]):
+        return matrix.expand((*shape, m, m)).reshape(math.prod(shape), m, m)
+    return matrix.reshape(math.prod(leading), m, m)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._eigh import eigh
 
 
 class Rows(NamedTuple):
@@ -23,12 +24,23 @@ class Rows(NamedTuple):
 def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     """Split a Gramian into cosines and norms: `G = D C D` with `D` the diagonal of norms."""
     squares = gramian.diagonal(0, -2, -1)
+    if xp is torch and gramian.is_cuda and _host.plain(gramian):
+        return _rows_in_few_launches(gramian, squares)
     positive = squares > 0
     roots = xp.sqrt(xp.where(positive, squares, 1.0))
     inverse = xp.where(positive, 1 / roots, 0.0)
     cosines = gramian * inverse[..., :, None] * inverse[..., None, :]
     filled = xp.where(positive[..., None, :], cosines, _host.identity(gramian))
     return Rows(filled, xp.where(positive, roots, 0.0), inverse)
+
+
+def _rows_in_few_launches(gramian: Tensor, squares: Tensor) -> Rows:
+    """Do the same without regard to derivatives."""
+    norms = squares.clamp(min=0).sqrt()
+    absent = norms == 0
+    inverse = norms.reciprocal().masked_fill(absent, 0)
+    cosines = gramian * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    return Rows(cosines + torch.diag_embed(absent.to(gramian.dtype)), norms, inverse)
 
 
 def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
@@ -42,15 +54,41 @@ def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
 
 
 def pseudo_inverse(gramian: Array, tol: float) -> Array:
-    """Return the pseudo-inverse of a symmetric matrix, with eigenvalues up to `tol` taken as 0."""
+    """Return pseudo-inverses of symmetric matrices, with eigenvalues up to `tol` taken as 0."""
+    return inverse_and_rank(gramian, tol)[0]
+
+
+def inverse_and_rank(gramian: Array, tol: float) -> tuple[Array, Array]:
+    """Return pseudo-inverses, and whether the matrices have full rank `(...,)`."""
     if isinstance(gramian, np.ndarray):
-        return np.linalg.pinv(gramian, tol, hermitian=True)
-    return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+        inverse = np.linalg.pinv(gramian, tol, hermitian=True)
+        return inverse, _full_rank(np.linalg.eigvalsh(gramian), tol)
+    if not gramian.is_cuda:
+        inverse = torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+        return inverse, _full_rank(torch.linalg.eigvalsh(gramian.detach()), tol)
+    values, vectors = eigh(gramian)
+    kept = values > tol * values[..., -1:]
+    inverse = values.masked_fill(~kept, torch.inf).reciprocal()
+    fixed = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    if not _host.plain(gramian):
+        fixed = fixed + _change_of_inverse(gramian, fixed)
+    return fixed, kept[..., 0]
 
 
-def full_rank(gramian: Array, xp: Any, tol: float) -> Array:
-    """Say `()` whether every eigenvalue is above `tol` times the largest."""
-    eigenvalues = xp.linalg.eigvalsh(_host.constant(gramian))
+def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
+    """Return 0 with the first derivative of the pseudo-inverse, at a fixed rank.
+
+    G. H. Golub, V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares
+    problems whose variables separate, SIAM J. Numer. Anal. 10, 1973.
+    """
+    change = gramian - gramian.detach()
+    beyond = _host.identity(gramian) - inverse @ gramian.detach()
+    crossed = inverse @ inverse @ change @ beyond.mT
+    return crossed + crossed.mT - inverse @ change @ inverse
+
+
+def _full_rank(eigenvalues: Array, tol: float) -> Array:
+    """Say whether every eigenvalue is above `tol` times the largest."""
     return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
 
 

@@ -192,6 +192,10 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
+    if _host.plain(matrix, vector):
+        known = type(matrix) is Tensor and type(vector) is Tensor  # not of a shape alone
+        value, _, *flags = (dispatch if known else search)(matrix, vector, ridge, solver)
+        return Solution(value, *flags)
     if not torch.compiler.is_compiling():
         value, _, *flags = _Differentiable.apply(matrix, vector, ridge, solver)
         return Solution(value, *flags)

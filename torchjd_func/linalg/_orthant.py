@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
 from torchjd_func.linalg._systems import KKT_TOL
@@ -37,8 +39,7 @@ def orthant_root(
     It is the minimiser over $w > 0$ of the strictly convex
     $$\tfrac12 w^\top G w - \sum_i \int (p_i / w_i)^{1/\alpha} \mathrm d w_i,$$
     found by Newton's method with a line search, in float64, on unit rows: the accuracy does not
-    depend on the lengths of the rows. The last step is differentiable, which makes the first
-    derivative of the root exact.
+    depend on the lengths of the rows. The first derivative of the root is exact.
 
     Zero rows take no part and get weight 0. There is no root where a convex combination of the
     other rows vanishes (`min_norm_point`), or where there are none: then the value is zero and
@@ -49,8 +50,7 @@ def orthant_root(
         gramian: `G`, `(..., m, m)`.
         alpha: Positive; a number, or a tensor of the leading dimensions of `gramian` or fewer.
         preference: `p`, positive, `(..., m)`; 1 by default.
-        max_iter: Largest number of Newton steps; 6 to 12 do in most cases. An accelerator takes
-            them all, so that nothing waits for the host.
+        max_iter: Largest number of Newton steps; typically 6 to 12 do.
         eps: Relative rounding of the entries of `gramian`, by default that of its dtype.
 
     Returns:
@@ -93,31 +93,66 @@ def _root(
     xp: Any, gramian: Array, power: Array, shares: Array, *, tol: float, max_iter: int
 ) -> Solution:
     """Search on unit rows, and take the last step differentiably."""
-    squares = _host.constant(gramian).diagonal(0, -2, -1)
-    active, identity = squares > 0, _host.identity(gramian)
-    lengths = xp.sqrt(xp.where(active, squares, 1.0))
-    unit = gramian / lengths[..., None] / lengths[..., None, :]
-    unit = unit + identity * xp.where(active, 0.0, 1.0)[..., None]  # zero rows become unit rows
-    fixed = _host.constant(unit)
-    hull = _host.lift(xp, _nearest, fixed)
-    distance = (hull * _apply(fixed, hull)).sum(-1)
+    if xp is np:
+        value, converged, iterations = _search(np, gramian, power, shares, tol, max_iter)
+    else:
+        shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+        fixed = power.detach().expand((*shape, 1)), shares.detach().expand((*shape, m))
+        found = _host.opaque(search, _dispatch, gramian.detach(), *fixed, tol, max_iter)
+        value, converged, iterations = found
+        if not _host.plain(gramian, power, shares):
+            value = value + _change(gramian, power, shares, value, converged)
+    return Solution(value, converged, iterations, converged & False)
+
+
+def _shape(gramian: Tensor, power: Tensor, shares: Tensor) -> torch.Size:
+    """Return the shape of a batch of problems."""
+    return torch.broadcast_shapes(gramian.shape[:-2], power.shape[:-1], shares.shape[:-1])
+
+
+def _search(xp: Any, gramian: Array, power: Array, shares: Array, tol: float, max_iter: int) -> Any:
+    """Return the root, 0 where there is none, whether it converged, and the number of steps."""
+    active, lengths, unit = _unit_rows(xp, gramian)
+    hull = _host.lift(xp, _nearest, unit)
+    distance = (hull * _apply(unit, hull)).sum(-1)
     exists = (distance > tol) & active.any(-1)
-    # Where there is no root the iteration would diverge, and spoil derivatives of other entries.
-    unit = xp.where(exists[..., None, None], unit, identity)
+    # Where there is no root the iteration would diverge.
+    unit = xp.where(exists[..., None, None], unit, _host.identity(unit))
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) p^power x^(-power).
     log_gain = (power - 1) * xp.log(lengths) + power * xp.log(shares)
-    same = _host.constant(power + 0 * log_gain[..., :1])
-    x, iterations = _find(xp, _host.constant(unit), _host.constant(log_gain), same, max_iter)
+    x, iterations = _iterate(xp, unit, log_gain, power, max_iter)
     correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
-    left = xp.amax(xp.abs(_host.constant(correction)), -1)
+    left = xp.amax(xp.abs(correction), -1)
     small = left <= KKT_TOL
     # Rounding of nearly stationary rows leaves more, however many steps are taken.
     reached = small | (left <= tol / xp.where(exists, distance, 1.0))
-    converged = exists & small
     root = xp.where(small[..., None], x * (1 + correction), x) / lengths
     root = xp.where(reached[..., None], root, xp.nan)
-    value = xp.where(active & exists[..., None], root, 0.0)
-    return Solution(value, converged, iterations, exists & False)
+    return xp.where(active & exists[..., None], root, 0.0), exists & small, iterations
+
+
+def _unit_rows(xp: Any, gramian: Array) -> tuple[Array, Array, Array]:
+    """Return which rows are not zero, lengths, and the Gramian of unit rows; zero rows become."""
+    squares = _host.constant(gramian).diagonal(0, -2, -1)
+    active = squares > 0
+    lengths = xp.sqrt(xp.where(active, squares, 1.0))
+    unit = gramian / lengths[..., None] / lengths[..., None, :]
+    return active, lengths, unit + _host.identity(gramian) * xp.where(active, 0.0, 1.0)[..., None]
+
+
+def _change(
+    gramian: Tensor, power: Tensor, shares: Tensor, value: Tensor, converged: Tensor
+) -> Tensor:
+    """Return 0 with the first derivative of the root, by one more step of Newton's method."""
+    _, lengths, unit = _unit_rows(torch, gramian)
+    # Where there is no root, a system without one would spoil derivatives of other entries.
+    unit = torch.where(converged[..., None, None], unit, _host.identity(unit))
+    inside = converged.unsqueeze(-1) & (value > 0)
+    x = torch.where(inside, value * lengths, 1.0)
+    log_gain = (power - 1) * torch.log(lengths) + power * torch.log(shares)
+    target = _target(torch, log_gain, power, x)
+    step = torch.where(inside, value, 0.0) * _newton(torch, unit, power, x, target, _apply(unit, x))
+    return torch.where(inside, step - step.detach(), 0.0)
 
 
 def _nearest(unit: Tensor) -> Tensor:
@@ -125,40 +160,54 @@ def _nearest(unit: Tensor) -> Tensor:
     return nearest(unit, RIDGES[torch.float64]).value
 
 
-def _find(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
-    """Iterate: in numpy, or behind an operation that may use it."""
-    if xp is np:
-        return _iterate(np, unit, log_gain, power, max_iter)
-    return iterate(unit, log_gain, power, max_iter)
-
-
 @torch.library.custom_op("torchjd_func::orthant_root", mutates_args=())
-def iterate(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> tuple[Tensor, Tensor]:
-    """Iterate on each problem of a batch; opaque to the compiler, since it ends early on the CPU.
+def search(
+    gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search for each problem of a batch; opaque to the compiler, since it ends early.
 
     Args:
-        unit: `(..., m, m)` float64.
-        log_gain: `(..., m)` float64.
-        power: `(..., 1)` float64.
+        gramian: `(..., m, m)` float64.
+        power: `(..., 1)` float64; leading dimensions broadcast.
+        shares: `(..., m)` float64, positive.
+        tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
         max_iter: Largest number of steps.
 
     Returns:
-        `x` `(..., m)` and `iterations` `(...,)` int64.
+        The root `(..., m)`, `converged` `(...,)` bool, and `iterations` `(...,)` int64.
     """
-    return _host.call(partial(_iterate, max_iter=max_iter), unit, log_gain, power)
+    return _dispatch(gramian, power, shares, tol, max_iter)
 
 
-@iterate.register_fake
-def _fake(unit: Tensor, log_gain: Tensor, power: Tensor, max_iter: int) -> Any:
+def _dispatch(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
+    """Search in a kernel for what fits one, else on the host."""
+    shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+    sizes = (m, m), (1,), (m,)
+    problems = [
+        x.expand((*shape, *size)) for x, size in zip((gramian, power, shares), sizes, strict=True)
+    ]
+    if not takes(gramian, "auto"):
+        find = partial(_search, tol=tol, max_iter=max_iter)
+        return _host.call_there_and_back(find, *problems)
+    from torchjd_func._kernels.orthant import root_kernel  # needs Triton
+
+    flat = [x.reshape(math.prod(shape), *size) for x, size in zip(problems, sizes, strict=True)]
+    parts = root_kernel(flat[0], flat[1].squeeze(-1), flat[2], tol, max_iter)
+    return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)
+
+
+@search.register_fake
+def _fake(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
     """Tell the compiler the shapes."""
-    x = log_gain.new_empty(log_gain.shape)
-    return x, x.new_empty(x.shape[:-1], dtype=torch.int64)
+    shape = _shape(gramian, power, shares)
+    count = gramian.new_empty(shape, dtype=torch.int64)
+    return gramian.new_empty((*shape, gramian.shape[-1])), count.bool(), count
 
 
-@iterate.register_vmap
+@search.register_vmap
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Iterate on one larger batch."""
-    return iterate(*align(in_dims, *args[:3]), args[3]), (0, 0)
+    """Search in one larger batch."""
+    return search(*align(in_dims, *args[:3]), *args[3:]), (0, 0, 0)
 
 
 def _iterate(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
@@ -205,7 +254,8 @@ def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed:
     if xp is np:
         return np.linalg.solve(hessian, residual)[..., 0] / root
     factor, _ = torch.linalg.cholesky_ex(hessian)
-    return torch.cholesky_solve(residual, factor).squeeze(-1) / root
+    half = torch.linalg.solve_triangular(factor, residual, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1) / root
 
 
 def _step_length(

@@ -1,4 +1,4 @@
-"""Eigenvalues of small symmetric matrices on a GPU: one launch, one program for each matrix.
+"""Eigenvalues of small symmetric matrices on a GPU: one launch.
 
 `torch.linalg.eigh` waits for the device and cannot be captured in a CUDA graph (torch 2.13).
 Here, Jacobi's method (G. H. Golub, C. F. Van Loan, Matrix Computations, section 8.5) rotates all
@@ -8,12 +8,13 @@ disjoint pairs of a round at once: with a size that is a power of two, round `r`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from torchjd_func._kernels.pivoting import padded, warps
 
 LARGEST = 64  # size of a matrix; it and its eigenvectors live in registers
 SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again
@@ -46,7 +47,7 @@ def _rotate(A, cosine, sine, partner, M: tl.constexpr):
     return A * cosine[None, :] + moved * sine[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
     """Diagonalise matrix `program_id`."""
     pid = tl.program_id(0).to(tl.int64)
@@ -70,8 +71,15 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
             A = _rotate(A, cosine, sine, partner, M)
         left = tl.max(tl.max(tl.where(same, 0.0, tl.abs(A)), axis=1), axis=0)
         sweep += 1
-    values = tl.sum(tl.where(same, A, 0.0), axis=0) + nothing
-    tl.store(VALUES + pid * m + i, values, mask=i < m)
+    values = tl.sum(tl.where(same, A, 0.0), axis=0)
+    others = tl.sum(tl.where(same, values[None, :], 0.0), axis=1)
+    before = (others[:, None] < values[None, :]) | (
+        (others[:, None] == values[None, :]) & (i[:, None] < i[None, :])
+    )
+    rank = tl.sum((before & (i < m)[:, None]).to(tl.int32), axis=0)
+    rank = tl.where(tl.abs(nothing) <= 0.0, rank, i)
+    tl.store(VALUES + pid * m + rank, values + nothing, mask=i < m)
+    place = pid * m * m + i[:, None] * m + rank[None, :]
     tl.store(VECTORS + place, V + nothing, mask=inside)
 
 
@@ -82,14 +90,12 @@ def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
         matrices: `(k, m, m)` float64, `m` at most `LARGEST`.
 
     Returns:
-        Eigenvalues `(k, m)` in no order, and eigenvectors `(k, m, m)` in columns; not-a-number for
-        a matrix that is not finite.
+        Eigenvalues `(k, m)`, ascending, and eigenvectors `(k, m, m)` in columns; not-a-number for a
+        matrix that is not finite.
     """
     k, m, _ = matrices.shape
-    values, vectors = matrices.new_empty((k, m)), torch.empty_like(matrices.contiguous())
-    size = max(2, triton.next_power_of_2(m))
-    kernel: Any = _eigh
+    values, vectors = matrices.new_empty((k, m)), matrices.new_empty((k, m, m))
+    size, kernel = padded(m), cast(Any, _eigh)
     if k:
-        warps = 1 if size <= 16 else 4 if size <= 32 else 8
-        kernel[k,](matrices.contiguous(), values, vectors, m, SWEEPS, size, num_warps=warps)
+        kernel[k,](matrices.contiguous(), values, vectors, m, SWEEPS, size, num_warps=warps(size))
     return values, vectors

@@ -1,26 +1,20 @@
-"""The non-negative quadratic program on a GPU: two launches, one program for each problem.
+"""Principal pivoting on a GPU, for kernels: a quadratic program in the registers of a program.
 
-The method is that of `_pivoting`: principal pivoting on a matrix of unit diagonal plus a ridge of
-the size of its rounding. All wrong indices are exchanged at once (Judice and Pires); where that
-stalls, the driving-variable method (Cottle and Dantzig; Keller) starts again from the empty
-support, and is finite: the second launch, which has nothing to do for all other problems. Then the
-solution is refined towards no ridge, as long as that improves it.
+The method is that of `linalg._pivoting`: on a matrix of unit diagonal plus a ridge of the size of
+its rounding. All wrong indices are exchanged at once (Judice and Pires); where that stalls, the
+driving-variable method (Cottle and Dantzig; Keller) starts again from the empty support, and is
+finite. Then the solution is refined towards no ridge, as long as that improves it.
 
 The tableau lives in registers. Its entries (i, j) and (j, i) differ in sign at most, negative
-between a free and a pinned index, so that one reduction reads a row and a column. Nothing waits for
-the host, and a CUDA graph can capture it. Triton comes with every CUDA build of torch.
+between a free and a pinned index, so that one reduction reads a row and a column.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-LARGEST = 128  # unknowns of a problem; the tableau of more does not fit in registers
+PIVOTS = 40  # for each unknown, before the driving-variable method gives up
 
 
 @triton.jit
@@ -30,6 +24,32 @@ def _unit(G, base, m, i, scale_rows, scale_columns, M: tl.constexpr):
     same = i[:, None] == i[None, :]
     A = tl.load(G + base + i[:, None] * m + i[None, :], mask=both, other=0.0)
     return tl.where(same & ~both, 1.0, A * scale_rows[:, None] * scale_columns[None, :])
+
+
+@triton.jit
+def _shifted(
+    G,
+    base,
+    m,
+    i,
+    scale_rows,
+    scale_columns,
+    factor,
+    add_rows,
+    add,
+    extra,
+    M: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Load likewise `factor G_ij + add_i + add_j`, with more on the diagonal, if shifted."""
+    if not SHIFT:
+        return _unit(G, base, m, i, scale_rows, scale_columns, M)
+    both = (i < m)[:, None] & (i < m)[None, :]
+    same = i[:, None] == i[None, :]
+    A = factor * tl.load(G + base + i[:, None] * m + i[None, :], mask=both, other=0.0)
+    A = A + (add_rows[:, None] + add[None, :]) + tl.where(same, extra[None, :], 0.0)
+    A = tl.where(both, A * scale_rows[:, None] * scale_columns[None, :], 0.0)
+    return tl.where(same & ~both, 1.0, A)
 
 
 @triton.jit
@@ -64,11 +84,29 @@ def _pivot(T, q, free, i, same, p):
 
 
 @triton.jit
-def _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M: tl.constexpr):
+def _refine(
+    T,
+    q,
+    free,
+    linear,
+    G,
+    base,
+    m,
+    i,
+    s_rows,
+    s,
+    same,
+    factor,
+    add_rows,
+    add,
+    extra,
+    M: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Take steps towards no ridge, as long as one halves the residual and changes no sign."""
     on = i < m
     x = tl.where(free & (q > 0), q, 0.0)
-    U = _unit(G, base, m, i, s_rows, s, M)
+    U = _shifted(G, base, m, i, s_rows, s, factor, add_rows, add, extra, M, SHIFT)
     w = tl.sum(U * _along_rows(x, same)[:, None], axis=0) + linear
     gap = tl.max(tl.where(on, tl.abs(tl.minimum(x, w)), 0.0), axis=0)
     refining = 1
@@ -77,7 +115,7 @@ def _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M: tl.constexpr)
         y = x + tl.where(free, tl.sum(T * descent[:, None], axis=0), 0.0)
         lowest = tl.min(y, axis=0) + 1e-13 * (1.0 + tl.max(y, axis=0))
         y = tl.where(y > 0, y, 0.0)
-        U = _unit(G, base, m, i, s_rows, s, M)
+        U = _shifted(G, base, m, i, s_rows, s, factor, add_rows, add, extra, M, SHIFT)
         v = tl.sum(U * _along_rows(y, same)[:, None], axis=0) + linear
         left = tl.max(tl.where(on, tl.abs(tl.minimum(y, v)), 0.0), axis=0)
         better = (refining == 1) & (lowest >= 0.0) & (left < 0.5 * gap)
@@ -169,102 +207,54 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
 
 
 @triton.jit
-def _solve(
+def _minimise(
     G,
-    WHICH,
-    Q,
-    Z,
-    FREE,
-    RESIDUAL,
-    PIVOTS,
-    LEAST,
+    base,
+    linear,
     m,
+    i,
+    same,
+    factor,
+    add,
+    extra,
     LIMIT,
+    tol,
     RIDGE: tl.constexpr,
     M: tl.constexpr,
     DRIVE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
-    """Solve problem `program_id`, with matrix `WHICH[program_id]`; driving, only what is left."""
-    pid = tl.program_id(0).to(tl.int64)
-    before = 0
-    if DRIVE:
-        before = tl.load(PIVOTS + pid)
-        if before >= 0:
-            return
-    base = tl.load(WHICH + pid) * m * m
-    i = tl.arange(0, M)
+    """Solve the problem of the matrix at `G + base`, shifted or as it is."""
     on = i < m
-    same = i[:, None] == i[None, :]
     d = tl.load(G + base + i * m + i, mask=on, other=1.0)
+    if SHIFT:
+        d = tl.where(on, factor * d + (add + add) + extra, 1.0)
+    add_rows = _along_rows(add, same)
     s = tl.where(d > 0, 1.0 / tl.sqrt(tl.where(d > 0, d, 1.0)), 1.0)
     s_rows = _along_rows(s, same)
-    linear = tl.load(Q + pid * m + i, mask=on, other=0.0) * s
+    linear = linear * s
     size = tl.max(tl.abs(linear), axis=0)
     size = tl.where(size > 0, size, 1.0)
     linear = tl.where(on, linear / size, 1.0)
-    T = _unit(G, base, m, i, s_rows, s, M) + tl.where(same, RIDGE, 0.0)
+    T = _shifted(G, base, m, i, s_rows, s, factor, add_rows, add, extra, M, SHIFT)
+    T = T + tl.where(same, RIDGE, 0.0)
     if DRIVE:
         T, q, free, pivots, least, state = _drive(T, linear, i < 0, i, same, LIMIT, M, RIDGE)
     else:
         T, q, free, pivots, least, state = _exchange(T, linear, i < 0, i, same, M, RIDGE)
-    x, residual = _refine(T, q, free, linear, G, base, m, i, s_rows, s, same, M)
-    residual = tl.where(state == 1, residual, float("nan"))
-    tl.store(Z + pid * m + i, x * s * size + 0.0 * residual, mask=on)
-    tl.store(FREE + pid * m + i, free, mask=on)
-    tl.store(RESIDUAL + pid, residual)
-    tl.store(LEAST + pid, least)
-    # Negative: this many, and not solved.
-    pivots = tl.where(DRIVE, pivots - before, pivots)
-    tl.store(PIVOTS + pid, tl.where((state == 1) | DRIVE, pivots, -1 - pivots))
+    x, residual = _refine(
+        T, q, free, linear, G, base, m, i, s_rows, s, same, factor, add_rows, add, extra, M, SHIFT
+    )
+    # With a ridge a solution may be as long as the root of one over it; an infinite one is longer.
+    sound = (state == 1) & (residual <= tol) & (tl.max(x, axis=0) < RIDGE**-0.75)
+    return tl.where(sound, x * s * size, float("nan")), free, sound, pivots, least, state
 
 
-class Solved(NamedTuple):
-    """What the kernel finds for each of `p` problems."""
-
-    value: Tensor  # (p, m); not-a-number where it is not solved
-    support: Tensor  # (p, m) bool
-    residual: Tensor  # (p,), relative, of the conditions of optimality without the ridge
-    pivots: Tensor  # (p,) int32
-    least: Tensor  # (p,), the smallest pivot that came in; about the ridge for dependent rows
+def padded(m: int) -> int:
+    """Return the size of the registers for `m` unknowns."""
+    return max(2, triton.next_power_of_2(m))
 
 
-def solve_kernel(matrices: Tensor, which: Tensor, vectors: Tensor, ridge: float) -> Solved:
-    """Minimise `z'Qz / 2 + q'z` over `z >= 0`, for many small problems at once.
-
-    Args:
-        matrices: `(k, m, m)` float64, `m` at most `LARGEST`.
-        which: `(p,)` int64, the matrix of each problem.
-        vectors: `(p, m)` float64.
-        ridge: What is added to the unit diagonal, of the size of the rounding of the matrices.
-
-    Returns:
-        What was found for each problem.
-    """
-    results = [
-        torch.empty_like(vectors),
-        torch.empty(vectors.shape, dtype=torch.bool, device=vectors.device),
-        vectors.new_empty((len(vectors),)),
-        torch.empty((len(vectors),), dtype=torch.int32, device=vectors.device),
-        vectors.new_empty((len(vectors),)),
-    ]
-    for drive in (False, True) if len(vectors) else ():
-        launch(matrices, which, vectors, ridge, results, drive=drive)
-    return Solved(*results)
-
-
-def launch(
-    matrices: Tensor,
-    which: Tensor,
-    vectors: Tensor,
-    ridge: float,
-    results: list[Tensor],
-    *,
-    drive: bool,
-) -> None:
-    """Write the results; when driving, of problems whose pivots are negative only."""
-    p, m = vectors.shape
-    size = max(2, triton.next_power_of_2(m))
-    warps = 1 if size <= 16 else 4 if size <= 32 else 8  # measured on an H100
-    problems = (x.contiguous() for x in (matrices, which, vectors))
-    kernel: Any = _solve
-    kernel[p,](*problems, *results, m, 40 * m + 40, ridge, size, drive, num_warps=warps)
+def warps(size: int) -> int:
+    """Return how many warps share a problem (measured on an H100)."""
+    return 1 if size <= 16 else 4 if size <= 32 else 8

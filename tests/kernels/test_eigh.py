@@ -1,7 +1,4 @@
-"""Jacobi's method for a GPU: under Triton's interpreter where there is none, else on the device.
-
-Last seen to pass on an NVIDIA H100 (torch 2.11) on 2026-11-26: errors below 3e-14 to m = 64.
-"""
+"""Jacobi's method for a GPU: under Triton's interpreter where there is none, else on the device."""
 
 import pytest
 import torch
@@ -10,7 +7,7 @@ from tests.matrices import KINDS, matrix
 
 pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
 
-from torchjd_func.linalg._eigh_kernel import eigh_kernel
+from torchjd_func._kernels.eigh import eigh_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +25,8 @@ def test_gives_back_the_matrix(m, kinds):
     identity = torch.eye(m, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(vectors.mT @ vectors, identity.expand_as(gramians))
     want = torch.linalg.eigvalsh(gramians)
-    assert ((values.sort(-1).values - want).abs().amax(1) <= 1e-13 * size).all()
+    assert (values.diff() >= 0).all()
+    assert ((values - want).abs().amax(1) <= 1e-13 * size).all()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, in the interpreter

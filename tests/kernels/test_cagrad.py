@@ -1,0 +1,58 @@
+"""CAGrad's search on a GPU: under Triton's interpreter where there is none, else on the device."""
+
+import pytest
+import torch
+
+from tests.matrices import matrix
+
+pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
+
+from torchjd_func._kernels import cagrad
+from torchjd_func.aggregation import _cagrad_search as host
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RIDGE = 1e-11
+# Of these the mean gradient is short, or rows nearly balance.
+HARD = [
+    [[2.0, -2.001, -3.001, 0.0], [-4.0, 4.0, 5.998, 0.0], [1.998, 0.0, -2.999, 0.0]],
+    [[2.0, 0.0, 0.002, 0.003], [-1.0, -0.001, -0.002, 0.0], [-1.0, 0.001, -0.002, -0.001]],
+    [[2.998, 0.001, 0.001, 0.0], [-2.999, -0.001, -0.001, 0.0], [-1.002, 0.0, -3.002, 0.0]],
+]
+
+
+def search(gramians, shares, c):
+    """Search on the device, and on the host."""
+    radii = torch.full((len(gramians),), c, dtype=torch.float64)
+    pushed = (gramians @ shares.unsqueeze(-1)).squeeze(-1)
+    got = cagrad.search_kernel(
+        *(x.to(DEVICE) for x in (gramians, shares, pushed, radii)),
+        ridge=RIDGE,
+        tol=1e-8,
+        steps=host.STEPS,
+        shortest=host.SHORTEST * RIDGE**0.5,
+        length_tol=host.LENGTH_TOL,
+    )
+    want = host._search(*(x.numpy() for x in (gramians, shares, pushed, radii)), RIDGE)
+    return got.cpu(), torch.from_numpy(want)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted
+@pytest.mark.parametrize("c", [0.5, 1.5])
+def test_equals_the_search_of_the_host(c):
+    jacs = torch.stack([*torch.tensor(HARD, dtype=torch.float64), matrix("gaussian", 3, 4)])
+    gramians = jacs @ jacs.mT
+    got, want = search(gramians, torch.full((4, 3), 1 / 3, dtype=torch.float64), c)
+    torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-6, atol=1e-6)
+    # Of the third the first two rows are opposite up to rounding: no length is determined.
+    regular = [0, 1, 3]
+    torch.testing.assert_close(got[regular, 1], want[regular, 1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted
+def test_absent_rows_count_as_if_they_were_not_there():
+    jac = matrix("gaussian", 4, 6, seed=3)
+    jac[1] = 0
+    shares = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64) / 3
+    got, want = search((jac @ jac.mT).unsqueeze(0), shares, 0.5)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+    assert got[0, 0, 1] == 0

@@ -1,0 +1,81 @@
+"""How many kernels a rule launches on a CUDA device, and that it waits for none; without one."""
+
+import pytest
+import torch
+
+from tests.launches import count
+from tests.registry import METHODS, exported
+
+MOST = 40
+# From a Gramian, or from the rows of one leaf, for six objectives.
+FEW = {
+    "upgrad": 12,
+    "upgrad[preference]": 12,
+    "mean": 4,
+    "sum": 4,
+    "constant": 4,
+    "trimmed_mean": 2,
+}
+MORE = {
+    # Closed forms: each operation on `(m,)` is a launch, and compiled they are one kernel.
+    "cagrad": (60, "two candidates, measured on the rows"),
+    "imtl_g": (50, "two pseudo-inverses, of the rows and of the unit rows"),
+    "config": (50, "lengths, and what is rounding"),
+    "config_momentum": (115, "moments of each leaf"),
+    "pcd": (95, "an average, a quadratic program and a length"),
+    "sdmgrad": (50, "eigenvalues, a shift and a min-norm point"),
+    "sdmgrad[pgd]": (420, "twenty projections on the simplex"),
+    "sdmgrad[reference]": (460, "twenty projections on the simplex"),
+    "gradnorm": (70, "rates, targets and weights of each objective"),
+    "excess_mtl": (45, "sums of squares, risks and weights"),
+    "ferero": (60, "losses, a slack and a quadratic program"),
+    "sam_gs": (85, "lengths, similarities and two ways"),
+    "log_losses": (90, "a rule on other rows"),
+    "moco": (45, "a projection on the simplex"),
+    "db_mtl": (45, "averages and lengths of each leaf"),
+    "mgda": (45, "normalisations of the rows"),
+    "smoothed[every[rlw]]": (50, "three rules in one another"),
+    "grouped": (50, "mapped, so that nothing is known to be plain"),
+    "every[gradnorm]": (90, "two states"),
+    "monitored": (95, "its measures"),
+    # Eager these two take there and back to the host; in a graph that is captured:
+    "geometric_median": (1600, "twenty steps of Newton"),
+    # Mapped, the gradients are corrected step by step.
+    "grouped[gradvac]": (400, "mapped: a step for each objective"),
+}
+WAITS = {"epo", "pmgda"}  # for the linear program
+
+
+def limit(name):
+    """Return how many launches a method may take."""
+    if name in FEW:
+        return FEW[name]
+    return MORE.get(name, MORE.get(exported(name), (MOST, "")))[0]
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["gramian", "rows"])
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_held_to_its_count(name, weights):
+    method = METHODS[name]
+    if weights and method.make(6).weighting is None:
+        return
+    counter = count(method, 6, weights=weights)
+    if exported(name) in WAITS:
+        assert counter.waits
+        return
+    assert not counter.waits
+    assert 0 <= counter.launches <= limit(name), counter.names
+
+
+def test_float32_statistics_cost_two_casts():
+    few, more = (
+        count(METHODS["upgrad"], 6, weights=True, dtype=dtype).launches
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert more <= few + 2
+
+
+def test_the_number_of_objectives_does_not_count():
+    for name in ("upgrad", "pcgrad", "gradvac", "cagrad", "nash_mtl", "imtl_g"):
+        few, many = (count(METHODS[name], m, weights=True).launches for m in (3, 60))
+        assert few == many

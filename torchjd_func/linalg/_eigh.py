@@ -1,0 +1,78 @@
+"""Eigenvalues of small symmetric matrices: of LAPACK on the host, of a kernel on a CUDA device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchjd_func import _host
+from torchjd_func._host import Array
+
+LARGEST = 64  # size of a matrix that the kernel takes; for larger ones CUDA waits
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Return eigenvalues `(..., m)`, ascending, and eigenvectors, as constants of derivatives."""
+    if isinstance(matrix, np.ndarray):
+        values, vectors = np.linalg.eigh(matrix)
+        return values, vectors
+    fixed = matrix.detach()
+    if not fixed.is_cuda:
+        values, vectors = torch.linalg.eigh(fixed)
+        return values, vectors
+    return _host.opaque(decompose, _decompose, fixed)
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Return eigenvalues `(..., m)`, ascending, differentiably."""
+    if not matrix.is_cuda:
+        return torch.linalg.eigvalsh(matrix)
+    values, vectors = eigh(matrix)
+    if _host.plain(matrix):
+        return values
+    return values + (vectors * ((matrix - matrix.detach()) @ vectors)).sum(-2)
+
+
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose in a kernel what fits one, and else without an error where it is not finite."""
+    m = matrix.shape[-1]
+    if m > LARGEST:
+        sound = matrix.isfinite().all(-1).all(-1)
+        safe = torch.where(sound[..., None, None], matrix, _host.identity(matrix))
+        values, vectors = torch.linalg.eigh(safe)
+        bad = torch.where(sound, 0.0, torch.nan)
+        return values + bad[..., None], vectors + bad[..., None, None]
+    from torchjd_func._kernels.eigh import eigh_kernel  # needs Triton
+
+    shape = matrix.shape
+    values, vectors = eigh_kernel(matrix.reshape(math.prod(shape[:-2]), m, m))
+    return values.reshape(shape[:-1]), vectors.reshape(shape)
+
+
+@torch.library.custom_op("torchjd_func::eigh", mutates_args=())
+def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose on a CUDA device; opaque to compilers.
+
+    Args:
+        matrix: `(..., m, m)` float64, symmetric.
+
+    Returns:
+        Eigenvalues `(..., m)` and eigenvectors `(..., m, m)`; not-a-number where it is not finite.
+    """
+    return _decompose(matrix)
+
+
+@decompose.register_fake
+def _fake(matrix: Tensor) -> Any:
+    """Tell the compiler the shapes."""
+    return matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape)
+
+
+@decompose.register_vmap
+def _vmap(info: Any, in_dims: Any, matrix: Tensor) -> Any:
+    """Decompose one larger batch."""
+    return decompose(matrix.movedim(in_dims[0], 0)), (0, 0)
