@@ -188,7 +188,7 @@ def test_derivatives_are_those_of_the_host(name):
         rows = ROWS.to(device)
         state = rule.init(rows, key=jd.random.key(0))
         found.append(slope(rule, state, rows))
-    assert_same(*found, 1e-6)
+    assert_same(*found, tol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["upgrad", "cagrad", "imtl_g", "nash_mtl", "pcgrad", "rlw"])

@@ -32,7 +32,8 @@ def search(gramians, shares, c):
         shortest=host.SHORTEST * RIDGE**0.5,
         length_tol=host.LENGTH_TOL,
     )
-    want = host._search(*(x.numpy() for x in (gramians, shares, pushed, radii)), RIDGE)
+    arrays = [x.numpy() for x in (gramians, shares, pushed, radii)]
+    want = host._search(*arrays, ridge=RIDGE)
     return got.cpu(), torch.from_numpy(want)
 
 

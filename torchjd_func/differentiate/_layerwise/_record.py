@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
 
+Place = tuple[Any, Tensor]  # of autograd, and a tensor of the shape of its gradient
 Call = Callable[..., tuple[Any, list[Tensor]]]  # (leaves, *example) -> outputs, aux tensors
 
 
@@ -124,35 +126,42 @@ def record(
     kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
     aux = list(rest)
 
-    def pull_compiled(
-        cotangent: Any, uses: bool, wanted: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Pull a cotangent back; the compiler drops what is not wanted."""
-        by_uses, by_leaves = pullback(cotangent)
-        return by_uses, [by_leaves[leaf] for leaf in wanted]
-
-    def pull(
-        cotangent: Any, uses: bool, wanted: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Pull a cotangent back to what is wanted alone."""
-        outs, perturbed, handles = inner[0]
-        places = [handles[leaf] for leaf in wanted]
-        empty = [frozen[leaf] for leaf in wanted]
-        if uses:
-            places, empty = [*perturbed, *places], [*zeros, *empty]
-        grads = _gradients(outs, places, _tree.leaves(cotangent))
-        grads = [
-            torch.zeros_like(x) if grad is None else grad
-            for x, grad in zip(empty, grads, strict=True)
-        ]
-        count = len(perturbed) if uses else 0
-        return grads[:count], grads[count:]
-
     reached = set() if compiling else _reached(inner[0][0], inner[0][2], mode.aliases)
     values = [*frozen, *constants]
-    chosen = pull_compiled if compiling else pull
+    if compiling:
+        pull = partial(_pull_compiled, pullback)
+    else:
+        outs, perturbed, handles = inner[0]
+        pull = partial(
+            _pull, outs, [*zip(perturbed, zeros, strict=True)], [*zip(handles, frozen, strict=True)]
+        )
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
-    return Recorded(outputs, aux, planned, kept, values, chosen, mode, reached)
+    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached)
+
+
+def _pull_compiled(
+    pullback: Callable[[Any], Any], cotangent: Any, uses: bool, wanted: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pull a cotangent back; the compiler drops what is not wanted."""
+    by_uses, by_leaves = pullback(cotangent)
+    return by_uses, [by_leaves[leaf] for leaf in wanted]
+
+
+def _pull(
+    outs: list[Tensor],
+    perturbed: Sequence[Place],
+    handles: Sequence[Place],
+    cotangent: Any,
+    uses: bool,
+    wanted: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pull a cotangent back to what is wanted alone."""
+    first = list(perturbed) if uses else []
+    places = [*first, *(handles[leaf] for leaf in wanted)]
+    grads = _gradients(outs, [place for place, _ in places], _tree.leaves(cotangent))
+    pairs = zip(places, grads, strict=True)
+    full = [torch.zeros_like(x) if grad is None else grad for (_, x), grad in pairs]
+    return full[: len(first)], full[len(first) :]
 
 
 def _gradients(
