@@ -127,7 +127,8 @@ def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
 def _only(found: Layers, present: Tensor) -> Layers:
     """Take what absent examples give, which may not be a number, out of all rows."""
     cotangents = _present.rows(found.cotangents, present)
-    uses = [_only_use(use, found.layout, present) for use in found.uses]
+    examples = present.reshape(-1, found.each).any(1)
+    uses = [_only_use(use, found.layout, examples) for use in found.uses]
     rows = {leaf: _present.rows(rows, present) for leaf, rows in found.rows.items()}
     return found._replace(cotangents=cotangents, uses=uses, rows=rows)
 
@@ -156,7 +157,7 @@ def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     recorded = run(problem, _plans(fn, check))
     losses, aux = unpackers[-1](recorded.aux)
     if isinstance(fn, InstanceWise):
-        _check.one_for_each_example(losses)
+        _check.one_for_each_example(losses, fn.several)
     return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
 
 
@@ -191,9 +192,10 @@ def _problem(
         tensors, unpack = _tree.pack((losses, aux))
         unpackers.append(unpack)
         if batch is not None:
+            _check.one_loss(losses)
             return losses, tensors
         if isinstance(fn, InstanceWise):
-            _check.one_for_each_example(losses)
+            _check.one_for_each_example(losses, fn.several)
         return masked(losses, present)[0], tensors
 
     problem = Problem(
