@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
+from torchjd_func._pack import pack
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
@@ -189,7 +190,7 @@ def _problem(
         with as_called(request.autocast, watched=True):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
-        tensors, unpack = _tree.pack((losses, aux))
+        tensors, unpack = pack((losses, aux))
         unpackers.append(unpack)
         if batch is not None:
             _check.one_loss(losses)
@@ -206,16 +207,15 @@ def _problem(
         inputs=_tree.tensors((args, dict(request.kwargs))),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call),
-        check=check and _to_be_proven(fn, bound.leaves, request.present),
+        check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )
     return problem, unpackers
 
 
-def _to_be_proven(fn: Objective, leaves: Sequence[Tensor], present: Any) -> bool:
+def _to_be_proven(fn: Objective, leaves: Sequence[Tensor]) -> bool:
     """Say whether a plan is to be proven; without numbers it cannot be."""
-    asked = isinstance(fn, InstanceWise) and fn.check and present is None
-    return asked and not any(leaf.is_meta for leaf in leaves)
+    return isinstance(fn, InstanceWise) and fn.check and not any(leaf.is_meta for leaf in leaves)
 
 
 def _structure(
