@@ -92,19 +92,6 @@ def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     return [nodes[place] for place in places], rebuild
 
 
-def pack(tree: PyTree) -> tuple[list[Tensor], Callable[[list[Tensor]], PyTree]]:
-    """Return the tensors of `tree`, and the function that puts them back among all else."""
-    flat, rebuild = flatten(tree)
-    places = [place for place, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-
-    def unpack(tensors: list[Tensor]) -> PyTree:
-        """Put tensors in their places."""
-        found = dict(zip(places, tensors, strict=True))
-        return rebuild([found.get(place, leaf) for place, leaf in enumerate(flat)])
-
-    return [flat[place] for place in places], unpack
-
-
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply `fn` to corresponding leaves of trees of one structure."""
 

@@ -365,3 +365,15 @@ class TestSize:
         for size in (-1, 0.5, True, torch.ones(2)):
             with pytest.raises(ValueError, match=r"`size` must be an int of at least 0"):
                 jd.grad(vector_losses, RULE)(None, PARAMS, X, size=size)
+
+
+def test_plans_are_proven_where_losses_are_absent():
+    def mixed(params, x):
+        scores = x @ params
+        return (scores - scores.mean()).square()
+
+    params, x = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    present = torch.tensor([True, False, True, True])
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        got = jd.gramian(jd.instancewise(mixed))(params, x, present=present)
+    torch.testing.assert_close(got, jd.gramian(mixed)(params, x, present=present))

@@ -102,6 +102,7 @@ from torchjd_func._check._objectives import (
     not_features,
     not_instancewise,
     one_for_each_example,
+    one_loss,
     params,
     same_losses,
     same_shape,

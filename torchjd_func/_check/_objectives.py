@@ -120,11 +120,19 @@ def dependent(tracked: bool) -> None:
         fail(ValueError, "`losses`", rule, got, remedy)
 
 
-def one_for_each_example(losses: Any) -> None:
-    """Check the losses of an instance-wise objective."""
-    if not (isinstance(losses, Tensor) and losses.ndim == 1):
+def one_for_each_example(losses: Any, several: bool = False) -> None:
+    """Check the losses of an instance-wise objective, of which an example may have several."""
+    if not (isinstance(losses, Tensor) and losses.ndim in (1, 1 + several)):
         name, remedy = "`losses` of an instance-wise objective", "Return one for each example."
-        fail(ValueError, name, "have shape (b,)", describe(losses), remedy)
+        rule = "have shape (b,) or (b, k)" if several else "have shape (b,)"
+        fail(ValueError, name, rule, describe(losses), remedy)
+
+
+def one_loss(loss: Any) -> None:
+    """Check the loss of one example."""
+    if not (isinstance(loss, Tensor) and loss.ndim == 0):
+        remedy = "Return one loss of one example; jd.instancewise takes k for each, (b, k)."
+        fail(ValueError, "the loss of `jd.per_example`", "have shape ()", describe(loss), remedy)
 
 
 def like_losses(present: Any, fits: bool) -> None:

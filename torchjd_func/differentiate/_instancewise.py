@@ -1,4 +1,4 @@
-"""Objectives with one loss for each example, which depends on this example alone."""
+"""Objectives with losses for each example, which depend on this example alone."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class Example(NamedTuple):
 class InstanceWise:
     """An objective `fn(params, *batch) -> (b,)` whose loss i depends on example i alone.
 
+    Or `(b, k)`, of which row i does.
+
     Attributes:
         fn: The objective over a batch.
         example: The loss of one example that `fn` maps over a batch; `None` if there is none.
@@ -80,7 +82,8 @@ class InstanceWise:
             return linearize_by_layers(*filled_up(objective, objective.ranks, request))
         if request.route in ("auto", "layerwise"):
             return linearize_by_layers(objective, request)
-        return linearize_whole(objective.fn, request, _check.one_for_each_example)
+        check = partial(_check.one_for_each_example, several=objective.several)
+        return linearize_whole(objective.fn, request, check)
 
     def wrap(self, change: Callable[[Function], Function]) -> InstanceWise:
         """Return the objective of the changed function, with the same structure."""
@@ -124,6 +127,11 @@ class InstanceWise:
             plan_by_layers(self, request)
 
     @property
+    def several(self) -> bool:
+        """Whether an example may have several losses."""
+        return self.example is None and self.ranks is None
+
+    @property
     def spans_processes(self) -> bool:
         """Whether other processes have examples."""
         return self.ranks is not None
@@ -165,7 +173,8 @@ def instancewise(
 
     Args:
         fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
-            normalisation in training mode.
+            normalisation in training mode. Or `(b, k)`, k losses for each example, at k backward
+            passes: `m = b k` objectives, those of an example next to each other.
         in_dims: Where the examples of each argument lie, as for `torch.func.vmap`; `None` for an
             argument without. By default dimension 0 of each tensor with as many entries as there
             are losses.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
+from torchjd_func._pack import pack
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
@@ -127,7 +128,8 @@ def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
 def _only(found: Layers, present: Tensor) -> Layers:
     """Take what absent examples give, which may not be a number, out of all rows."""
     cotangents = _present.rows(found.cotangents, present)
-    uses = [_only_use(use, found.layout, present) for use in found.uses]
+    examples = present.reshape(-1, found.each).any(1)
+    uses = [_only_use(use, found.layout, examples) for use in found.uses]
     rows = {leaf: _present.rows(rows, present) for leaf, rows in found.rows.items()}
     return found._replace(cotangents=cotangents, uses=uses, rows=rows)
 
@@ -156,7 +158,7 @@ def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     recorded = run(problem, _plans(fn, check))
     losses, aux = unpackers[-1](recorded.aux)
     if isinstance(fn, InstanceWise):
-        _check.one_for_each_example(losses)
+        _check.one_for_each_example(losses, fn.several)
     return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
 
 
@@ -188,12 +190,13 @@ def _problem(
         with as_called(request.autocast, watched=True):
             out = invoke(inner, bound.fill(leaves, given), request.kwargs)
         losses, aux = split_aux(out, request.has_aux)
-        tensors, unpack = _tree.pack((losses, aux))
+        tensors, unpack = pack((losses, aux))
         unpackers.append(unpack)
         if batch is not None:
+            _check.one_loss(losses)
             return losses, tensors
         if isinstance(fn, InstanceWise):
-            _check.one_for_each_example(losses)
+            _check.one_for_each_example(losses, fn.several)
         return masked(losses, present)[0], tensors
 
     problem = Problem(
@@ -204,16 +207,15 @@ def _problem(
         inputs=_tree.tensors((args, dict(request.kwargs))),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call),
-        check=check and _to_be_proven(fn, bound.leaves, request.present),
+        check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )
     return problem, unpackers
 
 
-def _to_be_proven(fn: Objective, leaves: Sequence[Tensor], present: Any) -> bool:
+def _to_be_proven(fn: Objective, leaves: Sequence[Tensor]) -> bool:
     """Say whether a plan is to be proven; without numbers it cannot be."""
-    asked = isinstance(fn, InstanceWise) and fn.check and present is None
-    return asked and not any(leaf.is_meta for leaf in leaves)
+    return isinstance(fn, InstanceWise) and fn.check and not any(leaf.is_meta for leaf in leaves)
 
 
 def _structure(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
+from torchjd_func._pack import pack
 
 PyTree = Any
 
@@ -71,7 +72,7 @@ def packing(
     def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
         """Return the value, and the tensors of the auxiliary output."""
         value, aux = fn(primals)
-        tensors, unpack = _tree.pack(aux)
+        tensors, unpack = pack(aux)
         restore.append(unpack)
         return value, tensors
 

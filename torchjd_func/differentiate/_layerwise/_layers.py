@@ -47,6 +47,7 @@ class Layers(NamedTuple):
     pieces: dict[int, list[Piece]]  # the uses of each leaf
     rows: dict[int, Tensor]  # of leaves without a rule, `(e, *shape)`
     size: int  # how many rows there are
+    each: int = 1  # how many losses an example has
     ranks: Ranks | None = None  # which processes have the rows of other examples
 
 
@@ -72,19 +73,42 @@ def layers(
         What was pulled back.
     """
     plan, pull = recorded.plan, recorded.pull
+    each = _losses_of_one(plan.layout, m)
     if plan.layout.kind == "shared":
         by_uses, by_leaves = vmap(lambda row: pull(row, True, plan.opaque))(cotangents)
     else:
-        by_uses, by_leaves = pull(cotangents, True, ())
+        by_uses = _pull_uses(recorded, cotangents, each)
+        by_leaves = []
         if plan.opaque and basis is not None:
             by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
-    by_uses = list(by_uses)
-    if plan.layout.kind == "batched":
-        pairs = zip(by_uses, recorded.uses, strict=True)
-        by_uses = [spread(grad, use.step.axis, plan.layout) for grad, use in pairs]
     pieces = _index(recorded.uses, frozenset(plan.opaque))
-    return Layers(plan.layout, recorded.uses, by_uses, recorded.values, pieces, rows, m, ranks)
+    return Layers(
+        plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
+    )
+
+
+def _losses_of_one(layout: Layout, m: int) -> int:
+    """Return how many losses an example has."""
+    whole = layout.kind == "batched" and layout.size > 0 and m % layout.size == 0
+    return m // layout.size if whole else 1
+
+
+def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor]:
+    """Return the gradients by the outputs of uses, one row for each loss of each example."""
+    plan, pull = recorded.plan, recorded.pull
+    if plan.layout.kind != "batched":
+        return list(pull(cotangents, True, ())[0])
+    columns = torch.eye(each, dtype=cotangents.dtype, device=cotangents.device)
+    rows = [(cotangents.reshape(-1, each) * column).flatten() for column in columns]
+    pulled = [pull(row, True, ())[0] for row in (rows if each > 1 else [cotangents])]
+    pairs = zip(zip(*pulled, strict=True), recorded.uses, strict=True)
+    return [_by_loss([spread(x, use.step.axis, plan.layout) for x in xs]) for xs, use in pairs]
+
+
+def _by_loss(grads: Sequence[Tensor]) -> Tensor:
+    """Order gradients by example, then by loss."""
+    return grads[0] if len(grads) == 1 else torch.stack(list(grads), 1).flatten(0, 1)
 
 
 def layers_of(recorded: Recorded) -> Layers:
@@ -214,9 +238,8 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
 def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     """Return the rows of one parameter of one use."""
     use = found.uses[piece.use]
-    arrays = [
-        spread(x, axis, found.layout) for x, axis in zip(use.arrays, use.step.axes, strict=True)
-    ]
+    pairs = zip(use.arrays, use.step.axes, strict=True)
+    arrays = [_repeated(spread(x, axis, found.layout), found.each) for x, axis in pairs]
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
@@ -248,6 +271,11 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
     if layout.kind == "shared" or axis is None:
         return x.unsqueeze(0)
     return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
+
+
+def _repeated(x: Tensor, each: int) -> Tensor:
+    """Return an array once for each loss of an example; what all share stays."""
+    return x if each == 1 or x.shape[0] == 1 else x.repeat_interleave(each, 0)
 
 
 def _shared(found: Layers, use: Use, place: int) -> Tensor:

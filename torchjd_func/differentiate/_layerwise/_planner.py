@@ -131,7 +131,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
     )
-    if problem.kind == "batched" and seen.outputs.shape[0] != layout.size:
+    if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
     unseen = problem.kind == "batched" and other is None
     if unseen:
@@ -177,7 +177,7 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
             seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
             continue  # sizes that the objective checks, or constants of the batch's size
-        if seen.outputs.shape[0] == larger.size + 1:
+        if seen.outputs.shape[0] % (larger.size + 1) == 0:
             return larger.size, seen.mode.operations
     return (sizes or [0])[0], None
 

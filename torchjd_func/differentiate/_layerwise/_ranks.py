@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _tree
+from torchjd_func._pack import pack
 from torchjd_func.differentiate._layerwise import _forms
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 
@@ -64,6 +64,6 @@ def _of_all(form: Form, ranks: Ranks) -> list[Form]:
     lookup = isinstance(form, _forms.Lookup)
     factors = e * t * (q + 1 if lookup else g * (q + p))
     form = _forms.made(form) if factors < e * g * q * p else Dense(_forms.dense(form))
-    tensors, rebuild = _tree.pack(form)
+    tensors, rebuild = pack(form)
     parts = [ranks.gather(x).chunk(ranks.size()) for x in tensors]
     return [rebuild(list(values)) for values in zip(*parts, strict=True)]
