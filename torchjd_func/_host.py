@@ -71,7 +71,9 @@ def _watched(x: Tensor) -> bool:
 
 def resident(value: Any) -> bool:
     """Say whether a value is no tensor, or one whose memory a kernel may read."""
-    return not isinstance(value, Tensor) or (type(value) is Tensor and plain(value))
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) is Tensor and not value.is_meta and plain(value)
 
 
 def opaque(operation: Callable[..., Any], body: Callable[..., Any], *values: Any) -> Any:

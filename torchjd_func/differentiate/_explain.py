@@ -91,7 +91,7 @@ def explain_gramian(
         >>> objective = jd.instancewise(lambda w, x: torch.nn.functional.linear(x, w).sum(1))
         >>> print(jd.explain_gramian(objective, torch.ones(3, 2), torch.ones(4, 2)))
         parameter  shape  rule    contraction  MB
-                   3x2    linear  factors      0.00
+                   3x2    linear  rows         0.00
     """
     seen = observe(as_objective(fn), Request(args, argnums, has_aux))
     found = _layers(seen)

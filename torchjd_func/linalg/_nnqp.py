@@ -193,8 +193,7 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
     if _host.plain(matrix, vector):
-        known = type(matrix) is Tensor and type(vector) is Tensor  # not of a shape alone
-        value, _, *flags = (dispatch if known else search)(matrix, vector, ridge, solver)
+        value, _, *flags = _host.opaque(search, dispatch, matrix, vector, ridge, solver)
         return Solution(value, *flags)
     if not torch.compiler.is_compiling():
         value, _, *flags = _Differentiable.apply(matrix, vector, ridge, solver)

@@ -73,7 +73,7 @@ def layers(
         What was pulled back.
     """
     plan, pull = recorded.plan, recorded.pull
-    each = _losses_of_one(plan.layout, m)
+    each = plan.layout.losses_of_one(m)
     if plan.layout.kind == "shared":
         by_uses, by_leaves = vmap(lambda row: pull(row, True, plan.opaque))(cotangents)
     else:
@@ -86,12 +86,6 @@ def layers(
     return Layers(
         plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
     )
-
-
-def _losses_of_one(layout: Layout, m: int) -> int:
-    """Return how many losses an example has."""
-    whole = layout.kind == "batched" and layout.size > 0 and m % layout.size == 0
-    return m // layout.size if whole else 1
 
 
 def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor]:

@@ -17,6 +17,11 @@ class Layout(NamedTuple):
     kind: str  # "shared": no examples; "batched": along axes; "vmapped": under vmap, none visible
     size: int  # how many examples there are
 
+    def losses_of_one(self, m: int) -> int:
+        """Return how many of `m` losses are those of one example."""
+        whole = self.kind == "batched" and self.size > 0 and m % self.size == 0
+        return m // self.size if whole else 1
+
 
 class Step(NamedTuple):
     """What becomes of one operation on parameters."""

@@ -17,7 +17,8 @@ from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
 
-Place = tuple[Any, Tensor]  # of autograd, and a tensor of the shape of its gradient
+# Places in the graph of autograd, and tensors of the shapes of gradients there
+Places = tuple[Sequence[Any], Sequence[Tensor]]
 Call = Callable[..., tuple[Any, list[Tensor]]]  # (leaves, *example) -> outputs, aux tensors
 
 
@@ -132,9 +133,7 @@ def record(
         pull = partial(_pull_compiled, pullback)
     else:
         outs, perturbed, handles = inner[0]
-        pull = partial(
-            _pull, outs, [*zip(perturbed, zeros, strict=True)], [*zip(handles, frozen, strict=True)]
-        )
+        pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, reached)
 
@@ -149,15 +148,15 @@ def _pull_compiled(
 
 def _pull(
     outs: list[Tensor],
-    perturbed: Sequence[Place],
-    handles: Sequence[Place],
+    perturbed: Places,
+    handles: Places,
     cotangent: Any,
     uses: bool,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Pull a cotangent back to what is wanted alone."""
-    first = list(perturbed) if uses else []
-    places = [*first, *(handles[leaf] for leaf in wanted)]
+    first = list(zip(*perturbed, strict=True)) if uses else []
+    places = [*first, *((handles[0][leaf], handles[1][leaf]) for leaf in wanted)]
     grads = _gradients(outs, [place for place, _ in places], _tree.leaves(cotangent))
     pairs = zip(places, grads, strict=True)
     full = [torch.zeros_like(x) if grad is None else grad for (_, x), grad in pairs]
