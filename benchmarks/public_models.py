@@ -8,6 +8,7 @@ thread; minima of interleaved repeats in one process.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -22,8 +23,7 @@ SCALE = Scale(96, 4, examples=8, tokens=24, words=1000, pixels=32, patch=8, dtyp
 
 def measure(name: str, seconds: float) -> Iterator[Row]:
     """Time one model."""
-    import transformers  # takes seconds, and may be missing
-
+    transformers = importlib.import_module("transformers")  # takes seconds, and may be missing
     losses, params, batch = build(name, transformers, SCALE)
     leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
     flat, gramian = list(leaves.values()), jd.gramian(jd.instancewise(losses))
