@@ -1,5 +1,6 @@
 """One thread for each worker: the problems are small, and workers share the cores."""
 
+import contextlib
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -7,6 +8,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,3 +21,12 @@ DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 def device(request):
     """Each device that there is."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_forward_level_is_left():
+    """Leave the level of forward derivatives that Dynamo left where it refused a program."""
+    yield
+    with contextlib.suppress(RuntimeError):  # there is none
+        torch._C._exit_dual_level(level=0)  # pyright: ignore
+        forward_ad._current_level = -1
