@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import PIVOTS, _along_rows, _minimise, padded, warps
+from torchjd_func import _present
+from torchjd_func._kernels.pivoting import _along_rows, _minimise, padded, warps
+from torchjd_func.linalg._pivoting import PIVOTS
 
 TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
-FAR = tl.constexpr(1e40)  # as on the host, see there
+FAR = tl.constexpr(_present.FAR)
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from torchjd_func._kernels.pivoting import padded, warps
 
-LARGEST = 64  # size of a matrix; it and its eigenvectors live in registers
 SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again
 
 
@@ -87,7 +86,7 @@ def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonalise symmetric matrices.
 
     Args:
-        matrices: `(k, m, m)` float64, `m` at most `LARGEST`.
+        matrices: `(k, m, m)` float64, `m` at most `linalg._eigh.LARGEST`.
 
     Returns:
         Eigenvalues `(k, m)`, ascending, and eigenvectors `(k, m, m)` in columns; not-a-number for a

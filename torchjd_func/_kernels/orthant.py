@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from torchjd_func._kernels.pivoting import (
-    PIVOTS,
     _along_rows,
     _drive,
     _exchange,
@@ -24,19 +23,26 @@ from torchjd_func._kernels.pivoting import (
     padded,
     warps,
 )
+from torchjd_func.linalg import _orthant, _systems
+from torchjd_func.linalg._nnqp import RIDGES
+from torchjd_func.linalg._pivoting import PIVOTS
 
-RIDGE = tl.constexpr(1e-11)
-BOUNDARY = tl.constexpr(0.95)  # as on the host, see there
-HALVINGS = tl.constexpr(12)
-STEP_TOL = tl.constexpr(1e-13)
-KKT_TOL = tl.constexpr(1e-8)
+RIDGE = tl.constexpr(RIDGES[torch.float64])
+BOUNDARY, HALVINGS = tl.constexpr(_orthant.BOUNDARY), tl.constexpr(_orthant.HALVINGS)
+STEP_TOL, KKT_TOL = tl.constexpr(_orthant.STEP_TOL), tl.constexpr(_systems.KKT_TOL)
+
+
+@triton.jit
+def _rows(G, base, m, i, inverse_rows, inverse, active, same, M: tl.constexpr):
+    """Load the Gramian of unit rows, with unit vectors in the place of zero rows."""
+    U = _unit(G, base, m, i, inverse_rows, inverse, M)
+    return tl.where(same & ~active[None, :], 1.0, U)
 
 
 @triton.jit
 def _push(G, base, m, i, inverse_rows, inverse, active, same, x, M: tl.constexpr):
-    """Return `U x` for the unit rows, with unit vectors in the place of zero rows."""
-    U = _unit(G, base, m, i, inverse_rows, inverse, M)
-    U = tl.where(same & ~active[None, :], 1.0, U)
+    """Return `U x` for the unit rows."""
+    U = _rows(G, base, m, i, inverse_rows, inverse, active, same, M)
     return tl.sum(U * _along_rows(x, same)[:, None], axis=0)
 
 
@@ -50,8 +56,7 @@ def _newton(
     pushed = _push(G, base, m, i, inverse_rows, inverse, active, same, x, M)
     root = tl.sqrt(target)
     scale = tl.where(on, x / root, 0.0)
-    T = _unit(G, base, m, i, inverse_rows, inverse, M)
-    T = tl.where(same & ~active[None, :], 1.0, T)
+    T = _rows(G, base, m, i, inverse_rows, inverse, active, same, M)
     T = T * _along_rows(scale, same)[:, None] * scale[None, :] + tl.where(same, power, 0.0)
     q = tl.where(on, scale * pushed - target / root, 0.0)
     free = i < 0
@@ -83,8 +88,7 @@ def _hull(G, DISTANCE, STATE, m, LIMIT, M: tl.constexpr, DRIVE: tl.constexpr):
     inverse = 1.0 / tl.sqrt(tl.where(active, d, 1.0))
     inverse_rows = _along_rows(inverse, same)
     # The min-norm point: with the shift 1, all of the diagonal is 2.
-    T = _unit(G, base, m, i, inverse_rows, inverse, M)
-    T = tl.where(same & ~active[None, :], 1.0, T)
+    T = _rows(G, base, m, i, inverse_rows, inverse, active, same, M)
     T = tl.where(on[:, None] & on[None, :], 0.5 * (T + 1.0), T) + tl.where(same, RIDGE, 0.0)
     q = tl.where(on, -1.0, 1.0).to(tl.float64)
     if DRIVE:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PIVOTS = 40  # for each unknown, before the driving-variable method gives up
-
 
 @triton.jit
 def _unit(G, base, m, i, scale_rows, scale_columns, M: tl.constexpr):

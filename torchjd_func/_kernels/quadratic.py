@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import PIVOTS, _minimise, padded, warps
+from torchjd_func._kernels.pivoting import _minimise, padded, warps
+from torchjd_func.linalg._pivoting import PIVOTS
 
 # Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
 DEPENDENT_PIVOT = tl.constexpr(1e3)

@@ -19,22 +19,13 @@ def _round(x, y, left: tl.constexpr):
 
 
 @triton.jit
-def _even(x, y, a, b, step: tl.constexpr):
-    """Take four rounds, and inject the key."""
-    x, y = _round(x, y, 13)
-    x, y = _round(x, y, 15)
-    x, y = _round(x, y, 26)
-    x, y = _round(x, y, 6)
-    return (x + a) & 0xFFFFFFFF, (y + b + step) & 0xFFFFFFFF
-
-
-@triton.jit
-def _odd(x, y, a, b, step: tl.constexpr):
-    """Do the same with the other rotations."""
-    x, y = _round(x, y, 17)
-    x, y = _round(x, y, 29)
-    x, y = _round(x, y, 16)
-    x, y = _round(x, y, 24)
+def _rounds(x, y, a, b, step: tl.constexpr):
+    """Take four rounds, with two kinds of rotations in turn, and inject the key."""
+    odd: tl.constexpr = step % 2 == 1
+    x, y = _round(x, y, 13 if odd else 17)
+    x, y = _round(x, y, 15 if odd else 29)
+    x, y = _round(x, y, 26 if odd else 16)
+    x, y = _round(x, y, 6 if odd else 24)
     return (x + a) & 0xFFFFFFFF, (y + b + step) & 0xFFFFFFFF
 
 
@@ -47,11 +38,11 @@ def _encrypt(KEYS, WORDS, n, stream, n_bits, WIDE: tl.constexpr, BLOCK: tl.const
     third = first ^ second ^ 0x1BD11BDA
     x, y = (stream + first) & 0xFFFFFFFF, (low + second) & 0xFFFFFFFF
     x = x + 0 * y
-    x, y = _even(x, y, second, third, 1)
-    x, y = _odd(x, y, third, first, 2)
-    x, y = _even(x, y, first, second, 3)
-    x, y = _odd(x, y, second, third, 4)
-    x, y = _even(x, y, third, first, 5)
+    x, y = _rounds(x, y, second, third, 1)
+    x, y = _rounds(x, y, third, first, 2)
+    x, y = _rounds(x, y, first, second, 3)
+    x, y = _rounds(x, y, second, third, 4)
+    x, y = _rounds(x, y, third, first, 5)
     if WIDE:
         wide = ((x << 32) | y) >> (64 - n_bits)
         mask = (low * 0 + 1 << n_bits) - 1

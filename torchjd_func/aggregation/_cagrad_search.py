@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _host
+from torchjd_func import _host, _present
 from torchjd_func._host import Array
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._search import align, nearest_on_host, on_host
@@ -20,8 +20,6 @@ from torchjd_func.linalg._systems import KKT_TOL
 # the ridge; and its relative error, at which a step that does not halve it is the last.
 STEPS, SHORTEST, LENGTH_TOL = 60, 0.3, 1e-9
 TINY = np.finfo(np.float64).tiny  # logarithms are not taken of less
-# Squared length of what stands for an absent row, where that of the longest is 1.
-FAR = 1e40
 
 
 class Rows(NamedTuple):
@@ -103,7 +101,7 @@ def _search(gramian: Array, shares: Array, pushed: Array, c: Array, ridge: float
     size = np.where(size > 0, size, 1.0)
     unit, pushed = gramian / size[..., None], pushed / size
     square = (pushed * shares).sum(axis=-1).clip(min=0)
-    far = np.where(shares > 0, 0.0, FAR)[..., None] * np.eye(shares.shape[-1])
+    far = np.where(shares > 0, 0.0, _present.FAR)[..., None] * np.eye(shares.shape[-1])
     steepest = _steepest(Rows(unit, far, pushed, square), c * np.sqrt(square), ridge)
     closest = on_host(unit, pushed, ridge, "auto").value
     return np.stack(np.broadcast_arrays(steepest, closest), axis=-2)

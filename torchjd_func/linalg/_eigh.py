@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _host
 from torchjd_func._host import Array
 
-LARGEST = 64  # size of a matrix that the kernel takes; for larger ones CUDA waits
+LARGEST = 64  # size of a matrix that fits in a kernel's registers; for larger ones CUDA waits
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:
