@@ -42,9 +42,9 @@ def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
 
 def encrypt(key: Tensor, stream: int, n: int) -> Array:
     """Encrypt the counters `0 ... n-1` of a stream; returns `(2, n)` int64, an array if plain."""
-    plain = _host.numbers(key)
     if _on_device(key):
         return _host.opaque(words, _launch, key, stream, n, 0)
+    plain = _host.numbers(key)
     if plain is None or n == 0:
         counter = torch.arange(n, dtype=torch.int64, device=key.device)
         return torch.stack(rounds(key.unbind(), torch.full_like(counter, stream), counter))

@@ -22,7 +22,7 @@ from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
-from torchjd_func.linalg._eigh import eigh
+from torchjd_func.linalg._eigh import eigenvalues, eigh
 from torchjd_func.linalg._nnqp import RIDGES, nearest, products_with
 
 # Eigenvalues below this part of the largest are rounding.
@@ -100,7 +100,8 @@ def _pgd(
     matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None, *, n_iter: int
 ) -> Tensor:
     """Iterate projected gradient steps of length one over the norm of the matrix."""
-    size = eigh(matrix.mT @ matrix)[0][-1].clamp(min=0).sqrt()  # the norm of the matrix
+    square = eigenvalues((matrix.mT @ matrix).detach())[-1]
+    size = square.clamp(min=0).sqrt()  # the norm of the matrix
     step = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
     for _ in range(n_iter):
         moved = weights - step * (matrix @ (weights + pull))

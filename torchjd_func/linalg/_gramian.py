@@ -55,17 +55,24 @@ def rank_tol(gramian: Tensor, rtol: float | None = None) -> float:
 
 def pseudo_inverse(gramian: Array, tol: float) -> Array:
     """Return pseudo-inverses of symmetric matrices, with eigenvalues up to `tol` taken as 0."""
-    return inverse_and_rank(gramian, tol)[0]
+    if isinstance(gramian, np.ndarray):
+        return np.linalg.pinv(gramian, tol, hermitian=True)
+    if not gramian.is_cuda:
+        return torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
+    return _by_eigenvalues(gramian, tol)[0]
 
 
 def inverse_and_rank(gramian: Array, tol: float) -> tuple[Array, Array]:
     """Return pseudo-inverses, and whether the matrices have full rank `(...,)`."""
-    if isinstance(gramian, np.ndarray):
-        inverse = np.linalg.pinv(gramian, tol, hermitian=True)
-        return inverse, _full_rank(np.linalg.eigvalsh(gramian), tol)
-    if not gramian.is_cuda:
-        inverse = torch.linalg.pinv(gramian, rtol=tol, hermitian=True)
-        return inverse, _full_rank(torch.linalg.eigvalsh(gramian.detach()), tol)
+    if isinstance(gramian, Tensor) and gramian.is_cuda:
+        return _by_eigenvalues(gramian, tol)
+    linalg: Any = np.linalg if isinstance(gramian, np.ndarray) else torch.linalg
+    eigenvalues = linalg.eigvalsh(_host.constant(gramian))
+    return pseudo_inverse(gramian, tol), eigenvalues[..., 0] > tol * eigenvalues[..., -1]
+
+
+def _by_eigenvalues(gramian: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Do the same by one decomposition, without waiting for a device."""
     values, vectors = eigh(gramian)
     kept = values > tol * values[..., -1:]
     inverse = values.masked_fill(~kept, torch.inf).reciprocal()
@@ -85,11 +92,6 @@ def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
     beyond = _host.identity(gramian) - inverse @ gramian.detach()
     crossed = inverse @ inverse @ change @ beyond.mT
     return crossed + crossed.mT - inverse @ change @ inverse
-
-
-def _full_rank(eigenvalues: Array, tol: float) -> Array:
-    """Say whether every eigenvalue is above `tol` times the largest."""
-    return eigenvalues[..., 0] > tol * eigenvalues[..., -1]
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

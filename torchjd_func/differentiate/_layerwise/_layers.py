@@ -93,9 +93,10 @@ def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor
     plan, pull = recorded.plan, recorded.pull
     if plan.layout.kind != "batched":
         return list(pull(cotangents, True, ())[0])
-    columns = torch.eye(each, dtype=cotangents.dtype, device=cotangents.device)
-    rows = [(cotangents.reshape(-1, each) * column).flatten() for column in columns]
-    pulled = [pull(row, True, ())[0] for row in (rows if each > 1 else [cotangents])]
+    rows = [cotangents]
+    if each > 1:  # the first losses of all examples, then the second, and so on
+        rows = torch.diag_embed(cotangents.reshape(-1, each), dim1=0, dim2=2).flatten(1).unbind()
+    pulled = [pull(row, True, ())[0] for row in rows]
     pairs = zip(zip(*pulled, strict=True), recorded.uses, strict=True)
     return [_by_loss([spread(x, use.step.axis, plan.layout) for x in xs]) for xs, use in pairs]
 
