@@ -8,14 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present
 from torchjd_func._shares import Part, given, scaled
 from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
-from torchjd_func.distributed._exchange import Exchange, factors, shares, spread
-from torchjd_func.distributed._mean import average, share
+from torchjd_func.distributed._exchange import Exchange, factors, spread
+from torchjd_func.distributed._mean import average, share, shares
 
 Rule = TypeVar("Rule", Aggregator, Scalarizer)
 
@@ -168,8 +168,7 @@ def _update(
     loss, after = rule(average(constant, group) + (losses - constant), state, present=present)
     if own is None or present is not None:
         return loss, after
-    some = own.anywhere.any()
-    return torch.where(some, loss, 0), _tree.map(partial(torch.where, some), after, state)
+    return torch.where(own.anywhere.any(), loss, 0), _present.kept(own.anywhere, after, state)
 
 
 def _observe(

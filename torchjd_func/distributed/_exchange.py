@@ -16,11 +16,11 @@ from torch import Tensor
 
 from torchjd_func import _present, _tree
 from torchjd_func._lift import statistic_like
-from torchjd_func._shares import Part, Shares, Size, given, scaled, shares_of
+from torchjd_func._shares import Part, Shares, Size, given, scaled
 from torchjd_func._types import Aggregator, Partition, Processes, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
-from torchjd_func.distributed._mean import average, total
+from torchjd_func.distributed._mean import average, shares, total
 
 
 class Exchange(NamedTuple):
@@ -53,12 +53,6 @@ def spread(
     )
     update = partial(_update, name=name, part=part, check=check, **bound)
     return Aggregator(name, partial(_init, name=name, **bound), update, processes=processes)
-
-
-def shares(like: Tensor, present: Tensor | None, size: Size, group: Group) -> Shares:
-    """Return what this process has of each objective that all processes share."""
-    add = partial(_collectives.all_reduce, group=group)
-    return shares_of(like, present, size, _collectives.size(group), add)
 
 
 def factors(losses: Tensor, present: Tensor | None, *, size: Size, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._shares import Size, given, scaled, shares_of
+from torchjd_func._shares import Shares, Size, given, scaled, shares_of
 from torchjd_func._types import PyTree
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
@@ -47,7 +47,7 @@ def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = 
         {'loss': tensor(2.)}
         >>> dist.destroy_process_group()
     """
-    world = _collectives.size(group)
+    _collectives.size(group)  # checks that there is one
     remedy = "Convert counters, or leave them out."
     leaves = _tree.leaves(tree)
     _check.differentiable("`tree`", _tree.paths(tree), leaves, remedy)
@@ -57,9 +57,14 @@ def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = 
     if size is None or not leaves:
         return average(tree, group)
     one = leaves[0].new_ones(1, dtype=torch.float64)
-    shares = shares_of(one, None, size, world, partial(_collectives.all_reduce, group=group))
-    rows = _tree.map(lambda leaf: leaf.unsqueeze(0), tree)
-    return _tree.map(lambda leaf: leaf.squeeze(0), average(scaled(rows, shares), group))
+    rows = scaled(_tree.map(lambda leaf: leaf.unsqueeze(0), tree), shares(one, None, size, group))
+    return _tree.map(lambda leaf: leaf.squeeze(0), average(rows, group))
+
+
+def shares(like: Tensor, present: Tensor | None, size: Size, group: Group) -> Shares:
+    """Return what this process has of each objective `(k,)` that all processes share."""
+    add = partial(_collectives.all_reduce, group=group)
+    return shares_of(like, present, size, _collectives.size(group), add)
 
 
 def average(tree: PyTree, group: Group) -> PyTree:
