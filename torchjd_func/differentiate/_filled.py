@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._shares import given
-from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import Ranks
 from torchjd_func.differentiate._request import Request
+
+if TYPE_CHECKING:
+    from torchjd_func.differentiate._instancewise import InstanceWise
 
 
 def filled(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWise, Request]:
@@ -78,8 +80,8 @@ def _grown(request: Request, dims: dict[int, int], length: int, longest: int) ->
     """Return the request with examples added to its batch."""
     args = list(request.args)
     for place, dim in dims.items():
-        grow = partial(_grow, dim=dim, length=length, longest=longest)
-        args[place] = _tree.map(grow, args[place])
+        more = partial(grow, dim=dim, length=length, longest=longest)
+        args[place] = _tree.map(more, args[place])
     present = request.present
     if present is not None:
         device = _tree.tensors(args)[0].device
@@ -88,7 +90,7 @@ def _grown(request: Request, dims: dict[int, int], length: int, longest: int) ->
     return request._replace(args=tuple(args), present=present)
 
 
-def _grow(leaf: Any, dim: int, length: int, longest: int) -> Any:
+def grow(leaf: Any, dim: int, length: int, longest: int) -> Any:
     """Add zeros to a tensor of as many examples; the last example again, if there is one."""
     if not isinstance(leaf, Tensor) or leaf.ndim <= dim or leaf.shape[dim] != length:
         return leaf

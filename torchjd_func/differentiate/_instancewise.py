@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _check, _tree
+from torchjd_func.differentiate._filled import filled
 from torchjd_func.differentiate._layerwise import Ranks
 from torchjd_func.differentiate._linearized import Linearized
 from torchjd_func.differentiate._objective import (
@@ -79,7 +80,7 @@ class InstanceWise:
         argnums = _check.normalised(request.argnums, len(request.args))
         request = request._replace(args=args, kwargs={}, argnums=argnums)
         if objective.ranks is not None:
-            return linearize_by_layers(*filled_up(objective, objective.ranks, request))
+            return linearize_by_layers(*filled(objective, objective.ranks, request))
         if request.route in ("auto", "layerwise"):
             return linearize_by_layers(objective, request)
         check = partial(_check.one_for_each_example, several=objective.several)
@@ -139,13 +140,6 @@ class InstanceWise:
     def __repr__(self) -> str:
         """Return the name of the function in one line."""
         return f"InstanceWise({name_of(self.fn)})"
-
-
-def filled_up(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWise, Request]:
-    """Fill the batches of processes up to one length, of which what was there counts."""
-    from torchjd_func.differentiate._filled import filled
-
-    return filled(fn, ranks, request)
 
 
 def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:

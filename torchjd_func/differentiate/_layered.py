@@ -12,6 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func._pack import pack
 from torchjd_func.differentiate._autocast import as_called
+from torchjd_func.differentiate._filled import grow
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
@@ -157,8 +158,6 @@ def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:
     problem, unpackers = _problem(fn, request, bound, check)
     recorded = run(problem, _plans(fn, check))
     losses, aux = unpackers[-1](recorded.aux)
-    if isinstance(fn, InstanceWise):
-        _check.one_for_each_example(losses, fn.several)
     return Observed(recorded, _tree.ravel(losses), losses, aux, bound)
 
 
@@ -270,14 +269,12 @@ def _larger(
         for size in reversed(list(sizes)):
             grown = list(args)
             for place in places:
-                grow = partial(_grow, dim=dims[place], size=size)
-                grown[place] = _tree.map(grow, args[place])
+                more = partial(_one_more, dim=dims[place], size=size)
+                grown[place] = _tree.map(more, args[place])
             yield Larger(size, partial(call, tuple(grown), None), _tree.tensors(tuple(grown)))
 
 
-def _grow(leaf: Any, *, dim: int, size: int) -> Any:
-    """Repeat the last example of a tensor that has as many."""
+def _one_more(leaf: Any, *, dim: int, size: int) -> Any:
+    """Repeat the last example of a dense tensor that has as many."""
     dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-    if not dense or leaf.ndim <= dim or leaf.shape[dim] != size:
-        return leaf
-    return torch.cat([leaf, leaf.narrow(dim, size - 1, 1)], dim)
+    return grow(leaf, dim, size, size + 1) if dense else leaf
