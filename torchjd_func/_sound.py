@@ -23,15 +23,9 @@ def weigh(
     rule: Any, statistic: Tensor, state: State, losses: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, State]:
     """Call the `update_fn` of a Weighting on a statistic that is finite, or on a stand-in."""
-    if present is None and (rule.robust or rule.needs == "size"):
-        weights, after = rule.update_fn(statistic, state, losses)
-        return weights, keep(weights, after, state)
-    if statistic.is_cuda and not (rule.robust or rule.needs == "size"):
-        weights, after = _present.update(rule, statistic, state, losses, present=present)
-        weights = weights + nothing(statistic, losses)
-        return weights, keep(weights, after, state)
-    # Decompositions raise on what is not finite, for all members of a batch.
-    sound = None if rule.robust or rule.needs == "size" else finite(statistic, losses)
+    trusted = rule.robust or rule.needs == "size"
+    # Decompositions of the host raise on what is not finite, for all members of a batch.
+    sound = None if trusted or statistic.is_cuda else finite(statistic, losses)
     if sound is not None:
         identity = torch.eye(len(statistic), dtype=statistic.dtype, device=statistic.device)
         statistic = torch.where(sound, statistic, identity)
@@ -39,6 +33,8 @@ def weigh(
     weights, after = _present.update(rule, statistic, state, losses, present=present)
     if sound is not None:
         weights = torch.where(sound, weights, torch.nan)
+    elif statistic.is_cuda and not trusted:
+        weights = weights + nothing(statistic, losses)
     return weights, keep(weights, after, state)
 
 

@@ -60,6 +60,11 @@ class Named(NamedTuple):
         return f"{{{', '.join(shown)}}}"
 
 
+def number(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return `value` as a 0-d tensor in the dtype and on the device of another one."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
 def hollow(node: PyTree) -> bool:
     """Say whether `node` is an empty dict, or one of such; optree's do not compile (torch 2.13)."""
     return isinstance(node, dict) and all(hollow(child) for child in node.values())

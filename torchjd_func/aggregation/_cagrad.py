@@ -74,7 +74,7 @@ def _rescaled(weights: Tensor, c: float | Tensor, rescale: str | None) -> Tensor
 def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     """Return two candidates `(2, m)` as constants, see `_cagrad_search`."""
     wide = gramian.detach().double()
-    radius = c.to(wide).detach() if isinstance(c, Tensor) else wide.new_full((), c)
+    radius = _tree.number(c, wide).detach()
     pushed = products_with(wide, shares, torch.finfo(gramian.dtype).eps)
     return find(wide, shares, pushed, radius, ridge_of(gramian.dtype))
 

@@ -112,9 +112,7 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     eps, ridge = torch.finfo(gramian.dtype).eps, ridge_of(gramian.dtype)
     arrays = _host.numbers(matrix), _host.numbers(start)
     if arrays[0] is not None and arrays[1] is not None:
-        answer = on_host(arrays[0], products_with(*arrays, eps, np), ridge, solver)
-        value, _, *flags = map(_host.tensor, answer)
-        solution = Solution(value, *flags)
+        solution = _solved(on_host(arrays[0], products_with(*arrays, eps, np), ridge, solver))
     else:
         solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
     return cast(solution._replace(value=start + solution.value), dtype)
@@ -160,8 +158,7 @@ def nearest(gramian: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve with the shift `kappa`; any positive number gives the same answer."""
     numbers = _host.numbers(gramian)
     if numbers is not None:
-        value, _, *flags = map(_host.tensor, nearest_on_host(numbers, ridge, solver))
-        return Solution(value, *flags)
+        return _solved(nearest_on_host(numbers, ridge, solver))
     diagonal = gramian.detach().diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
     shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
@@ -182,22 +179,25 @@ def cast(solution: Solution, dtype: torch.dtype) -> Solution:
     return solution if same else solution._replace(value=solution.value.to(dtype))
 
 
+def _solved(parts: Any) -> Solution:
+    """Return what a search found, without the supports."""
+    value, _, *flags = map(_host.tensor, parts)
+    return Solution(value, *flags)
+
+
 def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve a float64 problem, differentiably."""
     arrays = _host.numbers(matrix), _host.numbers(vector)
     if arrays[0] is not None and arrays[1] is not None:
-        value, _, *flags = map(_host.tensor, on_host(*arrays, ridge, solver))
-        return Solution(value, *flags)
+        return _solved(on_host(*arrays, ridge, solver))
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
     if _host.plain(matrix, vector):
-        value, _, *flags = _host.opaque(search, dispatch, matrix, vector, ridge, solver)
-        return Solution(value, *flags)
+        return _solved(_host.opaque(search, dispatch, matrix, vector, ridge, solver))
     if not torch.compiler.is_compiling():
-        value, _, *flags = _Differentiable.apply(matrix, vector, ridge, solver)
-        return Solution(value, *flags)
+        return _solved(_Differentiable.apply(matrix, vector, ridge, solver))
     # A graph holds no autograd.Function under vmap (torch 2.13), so its value is solved in torch.
     best, support, *flags = search(matrix.detach(), vector.detach(), ridge, solver)
     value = masked_solve(matrix, support, -vector, flags[-1])

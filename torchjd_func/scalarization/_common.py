@@ -13,7 +13,7 @@ from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._lift import no_state
 from torchjd_func._names import Vector
 from torchjd_func._present import Present, only
-from torchjd_func._tree import Numbers
+from torchjd_func._tree import Numbers, number
 from torchjd_func._types import PyTree, Scalarizer, State
 
 Number = Tensor | float
@@ -64,11 +64,6 @@ def weights_or_uniform(weights: Vector | None, losses: Tensor, present: Tensor |
     if weights is None:
         return (1 / count(losses, present)).expand(losses.shape)
     return entries("weights", weights, losses, 1.0)
-
-
-def number(value: Number, losses: Tensor) -> Tensor:
-    """Return `value` as a 0-d tensor in the dtype and on the device of the losses."""
-    return value.to(losses) if isinstance(value, Tensor) else losses.new_full((), value)
 
 
 def observed(name: str, losses: PyTree, like: Tensor, present: Tensor) -> Tensor:
