@@ -64,12 +64,12 @@ def with_backend(fn, backend):
     return fn if backend is None else torch.compile(fn, backend=backend, fullgraph=True)
 
 
-def train(fn, rule, key, params, batch, backend=None):
-    """Return gradients of a first step, parameters after three of Adam, losses and state."""
+def train(fn, rule, key, params, batch, backend=None, steps=3):
+    """Return gradients of a first step, parameters after some of Adam, losses and state."""
     state = jd.init_state(rule, fn, params, batch, key=key)
     step, first, losses = with_backend(jd.grad_and_value(fn, rule), backend), None, None
     moments = [_tree.map(torch.zeros_like, params)] * 2
-    for count in range(1, 4):
+    for count in range(1, steps + 1):
         grads, losses, state = step(state, params, batch)
         first = grads if first is None else first
         moments = [
@@ -86,14 +86,14 @@ def adam(param, mean, square, *, count):
     return param - 0.01 * mean / (1 - 0.9**count) / ((square / (1 - 0.99**count)).sqrt() + 1e-8)
 
 
-def by_methods(layout, names, backend):
+def by_methods(layout, names, backend, steps):
     """Train by some methods on the part of this rank, with sharded parameters."""
     found, cases = {}, methods()
     for name in names:
         fn, rule, key = cases[name]
         params = placed(parameters(), layout)
         grads, after, losses, state = train(
-            jd.distributed.sharded(fn), rule, key, params, part(data()), backend
+            jd.distributed.sharded(fn), rule, key, params, part(data()), backend, steps
         )
         for got, want in zip(_tree.leaves(grads), _tree.leaves(params), strict=True):
             assert type(got) is type(want), name
@@ -103,25 +103,24 @@ def by_methods(layout, names, backend):
 
 
 @functools.cache
-def alone():
-    """Train by each route in this process."""
-    cases = methods().items()
-    return {name: train(fn, rule, key, parameters(), data()) for name, (fn, rule, key) in cases}
+def alone(name, steps):
+    """Train by a method in this process."""
+    fn, rule, key = methods()[name]
+    return train(fn, rule, key, parameters(), data(), steps=steps)
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "names", "backend"),
+    ("world", "layout", "names", "backend", "steps"),
     [
-        (2, "columns", tuple(methods()), None),
-        (2, "rows", SOME, None),
-        (4, "replicas", tuple(methods()), None),
-        (2, "columns", FEW[:1], "aot_eager"),
-        (2, "rows", FEW, "aot_eager"),
+        (2, "columns", tuple(methods()), None, 3),
+        (2, "rows", SOME, None, 3),
+        (4, "replicas", tuple(methods()), None, 10),
+        (2, "rows", FEW, "aot_eager", 3),
     ],
 )
-def test_every_method_equals_one_process(world, layout, names, backend):
-    first, *others = workers.run(world, by_methods, layout, names, backend)
-    assert_ranks_agree(first, others, {name: alone()[name] for name in names})
+def test_every_method_equals_one_process(world, layout, names, backend, steps):
+    first, *others = workers.run(world, by_methods, layout, names, backend, steps)
+    assert_ranks_agree(first, others, {name: alone(name, steps) for name in names})
 
 
 def transforms(fn, params, batch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present
-from torchjd_func._shares import Part, given, scaled
+from torchjd_func._shares import Part, scaled, step_of
 from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
@@ -62,7 +62,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         check: Whether each step compares, by one small all-reduce, that all processes call the same
             rule on the same shapes, with or without `present` and `size`: those that differ are
             named at once, where collectives would hang until their time-out, or mix up numbers. It
-            waits for the result, and does nothing in a compiled function.
+            waits for the result, in a compiled function when its graph runs.
 
     Returns:
         A rule of the type of `rule`, and with its state: a state may go on with `rule` in one
@@ -73,8 +73,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         ValueError: If `rule` is a Weighting; on all processes, at `init` or a step, if shapes,
             dtypes, keys, rules or options differ (`jd.distributed.check_same`).
         RuntimeError: If another process has ended, or does not come within the time-out of the
-            group, naming this process and the collective. In a compiled function torch's own error,
-            which names neither.
+            group, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -155,10 +154,8 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Scalarize the mean losses, of which those of this process are differentiated."""
-    if check:
-        options = given(present, part.size)
-        same = {"rule": name, "losses": losses.detach(), "batch": part.lengths, **options}
-        _handshake.check_step(same, (group,))
+    step = step_of(part, present, rule=name, losses=losses.detach())
+    losses = _handshake.agreed(step, (group,), check)(losses)
     own = None
     if present is not None or part.size is not None:
         own = shares(losses.detach(), present, part.size, group)

@@ -64,8 +64,7 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
             none is a `DTensor`; if another route is asked for; or, on all processes, if these
             differ in the number of losses, the lengths of their batches without `size`, or options.
         RuntimeError: If this process is outside the mesh; or another has ended, or does not come
-            within the time-out of the group, naming this process and the collective; not in a
-            compiled function.
+            within the time-out of the group, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -133,20 +132,21 @@ def _shares(losses: Tensor, present: Tensor | None, size: Size, *, mesh: Any) ->
 def _ranks(places: list[Place], check: bool) -> Ranks:
     """Return who has the other examples, counted in the order of the mesh."""
     mesh = places[0].mesh
-    lengths = partial(_handshake.numbers_of_all, groups=_mesh.groups(mesh)) if check else None
+    groups = _mesh.groups(mesh)
     return Ranks(
         mesh.size,
         partial(_mesh.number, mesh),
         partial(_mesh.all_of, mesh=mesh),
         partial(_mesh.scatter_sums, places=places),
-        lengths,
+        partial(_handshake.numbers_of_all, groups=groups) if check else None,
+        agree=partial(_handshake.agreed, groups=groups, check=check),
     )
 
 
-def _agree(tree: PyTree, *, mesh: Any, check: bool) -> None:
-    """Check that a pytree is the same on all processes of a mesh."""
-    if check:
-        _handshake.check_step({"rule": "jd.distributed.sharded", **tree}, _mesh.groups(mesh))
+def _agree(step: PyTree, *, mesh: Any, check: bool) -> _handshake.Agreed:
+    """Check that a step is the same on all processes of a mesh."""
+    named = {"rule": "jd.distributed.sharded", **step}
+    return _handshake.agreed(named, _mesh.groups(mesh), check)
 
 
 def _contract(
@@ -188,5 +188,5 @@ def _aggregate(
     else:
         whole = _mesh.each(_mesh.gather, rows, places)
         grads, state = rule(rebuild(whole), state, losses=losses, present=present)
-        grads = _mesh.each(_mesh.cut, _tree.leaves(grads), places)
+        grads = _mesh.each(_mesh.own_part, _tree.leaves(grads), places)
     return rebuild(_mesh.wrap(grads, places, [_mesh.is_sharded(leaf) for leaf in flat])), state
