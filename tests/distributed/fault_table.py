@@ -111,13 +111,11 @@ def attempt(kind, group, case, here, backend):
     """Return the error of a step, or whether its result is one of numbers."""
     prepare = (lambda step: compiled(step, backend)) if backend else lambda step: step
     try:
-        step = prepare(call(kind, group, "nothing", here))
-        step()
+        step = prepare(call(kind, group, case, here))
         if case == "skip":
+            step()
             if here:
                 return "left out"
-        else:
-            step = prepare(call(kind, group, case, here))
         grads = step()
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"

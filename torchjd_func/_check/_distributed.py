@@ -104,7 +104,10 @@ def one_mesh(meshes: Sequence[Any]) -> None:
     """Check that there are sharded parameters, all of them on one mesh."""
     if not meshes or any(mesh != meshes[0] for mesh in meshes):
         rule, got = "be DTensors on one mesh", f"{len(set(map(str, meshes)))} meshes"
-        remedy = "Pass the parameters of a model after fully_shard(model, mesh=mesh)."
+        remedy = (
+            "Pass the parameters of a model after fully_shard(model, mesh=mesh); where "
+            "parallelize_module took some of its layers, let it take all."
+        )
         fail(ValueError, "the parameters of a sharded objective", rule, got, remedy)
 
 

@@ -24,8 +24,9 @@ from torchjd_func.distributed._mesh import Place
 def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
     r"""Differentiate an objective by parameters that are sharded, such as those of FSDP2.
 
-    Parameters are `DTensor`s, as after `torch.distributed.fsdp.fully_shard`, of any placements
-    `Shard` and `Replicate` on one mesh, of one or more dimensions. Losses are means over the part
+    Parameters are `DTensor`s, as after `torch.distributed.fsdp.fully_shard`, after
+    `parallelize_module` for tensor parallelism, or both, of any placements `Shard` and `Replicate`
+    on one mesh, of one or more dimensions. Losses are means over the part
     of the batch that a process has, and the rule is a plain one:
 
         objective = jd.distributed.sharded(losses)  # losses(params, *part_of_batch), whole params
