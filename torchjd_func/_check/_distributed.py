@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from torchjd_func._check._messages import fail
+from torchjd_func._check._messages import describe, fail
 
 
 def process_group(joined: bool) -> None:
@@ -15,6 +15,16 @@ def process_group(joined: bool) -> None:
     if not joined:
         remedy = "Start with torchrun, and call torch.distributed.init_process_group()."
         fail(RuntimeError, "this process", "be in a process group", "none", remedy)
+
+
+def group(value: Any, known: bool) -> None:
+    """Check that a value is a group of processes."""
+    if not known:
+        rule, remedy = (
+            "be a process group, or None",
+            "Pass what torch.distributed.new_group returns.",
+        )
+        fail(TypeError, "`group`", rule, describe(value), remedy)
 
 
 def member(joined: bool) -> None:

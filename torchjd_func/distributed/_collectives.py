@@ -38,6 +38,13 @@ def size(group: Group) -> int:
     return world
 
 
+def valid(group: Group) -> None:
+    """Check that a value may be a group."""
+    outside = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+    known = group is None or group is outside or isinstance(group, dist.ProcessGroup)
+    _check.group(group, known)
+
+
 def rank(group: Group) -> int:
     """Return the number of this process in the group."""
     size(group)
@@ -128,6 +135,8 @@ def _(name: str, x: Tensor, shape: Sequence[int], group: str) -> Tensor:
 
 def _communicate(name: str, x: Tensor, shape: Sequence[int], group: Group) -> Tensor:
     """Fill a tensor of some shape with what a collective makes of another one."""
+    if x.is_meta:  # there are no numbers to exchange
+        return x.new_empty(shape)
     if name == "all_reduce":
         total = x.detach().clone(memory_format=torch.contiguous_format)
         return _run(name, dist.all_reduce, group, total)

@@ -87,6 +87,8 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
     if isinstance(rule, Weighting):
         _check.not_a_weighting("data_parallel", rule)
     _check.combinable("data_parallel", rule, (Aggregator, Scalarizer))
+    _collectives.valid(group)
+    _check.flag("check", check)
     name = f"data_parallel({rule.name})"
     if isinstance(rule, Aggregator):
         return spread(rule, name, MEAN, group, check)

@@ -73,6 +73,8 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
         remedy = "Declare it with jd.instancewise or jd.per_example, or use across_workers."
         name, got = "the objective of `gathered`", _check.describe(objective)
         _check.fail(TypeError, name, "be instance-wise", got, remedy)
+    _collectives.valid(group)
+    _check.flag("check", check)
     ranks = Ranks(
         partial(_collectives.size, group),
         partial(_collectives.rank, group),

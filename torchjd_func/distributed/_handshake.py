@@ -45,6 +45,7 @@ def check_same(tree: PyTree, group: Group = None) -> None:
         >>> jd.distributed.check_same({"weight": torch.zeros(2, 3), "batch": 32})
         >>> dist.destroy_process_group()
     """
+    _collectives.valid(group)
     if not torch.compiler.is_compiling():
         _compare(_briefs(tree), (group,))
 
@@ -52,7 +53,8 @@ def check_same(tree: PyTree, group: Group = None) -> None:
 def check_start(name: str, tree: PyTree, key: Tensor | None, group: Group) -> None:
     """Check that all processes start the same rule, on the same shapes, with the same key."""
     if not torch.compiler.is_compiling():
-        check_same({"rule": name, "key": None if key is None else str(key.tolist()), **tree}, group)
+        numbers = key if key is None or key.is_meta else str(key.tolist())
+        check_same({"rule": name, "key": numbers, **tree}, group)
 
 
 def agreed(tree: PyTree, groups: Sequence[Group], check: bool = True) -> Agreed:

@@ -46,6 +46,8 @@ def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = 
         {'loss': tensor(2.)}
         >>> dist.destroy_process_group()
     """
+    _collectives.valid(group)
+    _check.flag("check", check)
     _collectives.size(group)  # checks that there is one
     remedy = "Convert counters, or leave them out."
     leaves = _tree.leaves(tree)

@@ -77,6 +77,7 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
         tensor([ 1.3500, -0.4500])
         >>> dist.destroy_process_group()
     """
+    _check.flag("check", check)
     inner = as_objective(objective)
     alone = isinstance(inner, InstanceWise) and inner.ranks is None
     if not (alone or isinstance(inner, Plain)):
