@@ -39,7 +39,9 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
     during the forward and the backward pass of a process, and at the end of the latter `chunk_size`
     whole rows (by default `m`), which are scattered leaf by leaf: of the Jacobian a process keeps
     `m n / W` numbers. It contracts them, and `(m, m)` is added up over processes, replicas counted
-    once. The step compiles with `fullgraph=True`.
+    once: `(m + 1) n' + m^2 + m` numbers that a process hands to collectives, with `n'` the sum over
+    leaves of their numbers, rounded up to parts of one length; with replicas, all-reduces of the
+    parts more. The step compiles with `fullgraph=True`.
 
     For an objective of `jd.instancewise` the losses are those of the examples of all processes, as
     for `jd.distributed.gathered`: activations travel, and rows are nowhere.
