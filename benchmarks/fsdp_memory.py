@@ -46,7 +46,7 @@ def network(width: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, LOSSES))
 
 
-def split(net: nn.Sequential) -> nn.Sequential:
+def split(net: nn.Sequential) -> Any:
     """Return a copy whose layers are sharded."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = copy.deepcopy(net)

@@ -178,7 +178,8 @@ def draw_call(seed: int) -> Call:
 
 def faults(n: int, seed: int) -> list[tuple[int, str, str]]:
     """Return seeds, calls and faults of `n` calls, in a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = torch.distributed.HashStore()  # pyright: ignore
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     try:
         seeds = range(seed * 1_000_000, seed * 1_000_000 + n)

@@ -100,17 +100,12 @@ def backward_(
         >>> w.grad
         tensor([ 1.3500, -0.4500])
     """
-    _check_options(rule, chunk_size, where, scaler)
-    _check.size(size, rule.processes is not None)
+    _check_options(rule, chunk_size, where, scaler, size)
     part, target = Part(size), _targets.listed(target)
     rule = rule if rule.processes is None else rule.processes.of_part(part)
-    tree = _targets.trainable(target)
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
-        if features is None or isinstance(rule, Scalarizer):
-            parts = _heads.no_heads(batch, tree)
-        else:
-            parts = _heads.split(features, batch, target, tree, _factors(rule, batch, part))
+        parts = _parts(features, batch, target, rule, part)
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -120,6 +115,16 @@ def backward_(
     return after
 
 
+def _parts(
+    features: PyTree, batch: Batch, target: PyTree, rule: Aggregator | Scalarizer, part: Part
+) -> Split:
+    """Tell what losses share from their heads, if there are features."""
+    tree = _targets.trainable(target)
+    if features is None or isinstance(rule, Scalarizer):
+        return _heads.no_heads(batch, tree)
+    return _heads.split(features, batch, target, tree, _factors(rule, batch, part))
+
+
 def _factors(rule: Aggregator, batch: Batch, part: Part) -> Tensor | None:
     """Return factors of losses that make means over the processes that have them, if needed."""
     if rule.processes is None or (batch.present is None and part.size is None):
@@ -127,11 +132,12 @@ def _factors(rule: Aggregator, batch: Batch, part: Part) -> Tensor | None:
     return rule.processes.factors(batch.vector, batch.present)
 
 
-def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any) -> None:
+def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any, size: Any) -> None:
     """Check the rule, and what goes with it."""
     _check.rule(rule, (Aggregator, Scalarizer))
     _check.chunk_size(chunk_size)
     _check.function("where", where)
+    _check.size(size, rule.processes is not None)
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
         _check.weighting_present("where", rule.name, rule.weighting)
