@@ -72,7 +72,10 @@ def agreed(tree: PyTree, groups: Sequence[Group], check: bool = True) -> Agreed:
     if not check:
         return _unchanged
     if torch.compiler.is_compiling():
-        return partial(_after, _checked(*_for_graphs(tree), _names(groups)))
+        tensors, lengths, text = _for_graphs(tree)
+        if not tensors and not lengths:  # nor is there anything to exchange
+            return _unchanged
+        return partial(_after, _checked(tensors, lengths, text, _names(groups)))
     _check_digest(_briefs(tree), groups)
     return _unchanged
 
