@@ -5,6 +5,8 @@ A view launches nothing, an operation of torch one kernel, an operation of ours 
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,13 @@ def _item(x: Tensor, index: Any) -> Tensor:
                 dim + 1,
             )
     return found
+
+
+@contextmanager
+def counted() -> Generator[Counter]:
+    """Count launches on fake tensors."""
+    with FakeTensorMode(), _Methods(), Counter() as counter:
+        yield counter
 
 
 def count(method: Any, m: int, *, weights: bool, dtype: torch.dtype = torch.float64) -> Counter:

@@ -146,6 +146,13 @@ def test_large_quadratic_programs(m):
     assert_same(weights_of(jd.upgrad(), gramian.cuda()), want)
 
 
+def test_large_quadratic_programs_are_captured():
+    rows = torch.randn(150, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gramian = (rows @ rows.mT).cuda()
+    want = weights_of(jd.upgrad(), gramian)
+    assert_same(replayed(lambda: weights_of(jd.upgrad(), gramian)), want)
+
+
 @pytest.mark.parametrize("name", scalarizer_registry.METHODS)
 def test_scalarizers_capture(name):
     method = scalarizer_registry.METHODS[name]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.launches import count
+from tests.launches import count, counted
 from tests.registry import METHODS, exported
+from torchjd_func.linalg import _interior
 
 MOST = 40
 # From a Gramian, or from the rows of one leaf, for six objectives.
@@ -79,3 +80,14 @@ def test_the_number_of_objectives_does_not_count():
     for name in ("upgrad", "pcgrad", "gradvac", "cagrad", "nash_mtl", "imtl_g"):
         few, many = (count(METHODS[name], m, weights=True).launches for m in (3, 60))
         assert few == many
+
+
+def test_problems_too_large_for_a_kernel_do_not_wait():
+    counts = []
+    for m in (130, 300):
+        with counted() as counter:
+            matrix = torch.empty(1, m, m, device="cuda", dtype=torch.float64)
+            _interior.minimise(matrix, matrix[0], 1e-11)
+        assert not counter.waits
+        counts.append(counter.launches)
+    assert counts[0] == counts[1] <= 50 * _interior.STEPS + 300

@@ -11,6 +11,8 @@ between a free and a pinned index, so that one reduction reads a row and a colum
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -256,3 +258,8 @@ def padded(m: int) -> int:
 def warps(size: int) -> int:
     """Return how many warps share a problem (measured on an H100)."""
     return 1 if size <= 16 else 4 if size <= 32 else 8
+
+
+def options(n_warps: int) -> dict[str, Any]:
+    """Return how to compile a kernel, the same with every version of Triton."""
+    return {"num_warps": n_warps, "enable_fp_fusion": True}  # the default changes in 3.10

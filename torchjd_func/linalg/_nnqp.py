@@ -1,7 +1,6 @@
 """The non-negative quadratic program, and the problems that reduce to it."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import factor_on, solve_on, times
 from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
 
 # What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
@@ -214,34 +214,13 @@ def masked_solve(matrix: Tensor, support: Tensor, right: Tensor, dependent: Tens
     unit = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     ridge = torch.where(dependent, SLOPE_RIDGE, 0.0)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    solve = _on_support(unit + ridge * identity, support)
+    factor = factor_on(unit + ridge * identity, support)
     right = torch.where(support, right * scale, 0.0)
     x = torch.zeros_like(right)
     for _ in range(REFINEMENTS):
-        left = right - _times(unit, x)
-        x = x + solve(_times(unit, solve(left)))
+        left = solve_on(factor, support, right - times(unit, x))
+        x = x + solve_on(factor, support, times(unit, left))
     return x * scale
-
-
-def _times(matrix: Tensor, z: Tensor) -> Tensor:
-    """Return `Q z`."""
-    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
-
-
-def _on_support(matrix: Tensor, support: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what solves systems on the support."""
-    both = support.unsqueeze(-1) & support.unsqueeze(-2)
-    identity = torch.eye(support.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, _ = torch.linalg.cholesky_ex(torch.where(both, matrix, identity))
-
-    def solve(right: Tensor) -> Tensor:
-        """Solve one system."""
-        masked = torch.where(support, right, 0.0).unsqueeze(-1)
-        # `cholesky_solve` cannot be captured in a CUDA graph (torch 2.13).
-        half = torch.linalg.solve_triangular(factor, masked, upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
-
-    return solve
 
 
 class _Differentiable(torch.autograd.Function):

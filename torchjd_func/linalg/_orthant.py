@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import solve_factored
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
@@ -250,12 +251,11 @@ def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed:
     scale = x / root
     hessian = _host.constant(unit) * scale[..., None] * scale[..., None, :]
     hessian = hessian + _host.constant(power)[..., None] * _host.identity(hessian)
-    residual = (target / root - scale * pushed)[..., None]
+    residual = target / root - scale * pushed
     if xp is np:
-        return np.linalg.solve(hessian, residual)[..., 0] / root
+        return np.linalg.solve(hessian, residual[..., None])[..., 0] / root
     factor, _ = torch.linalg.cholesky_ex(hessian)
-    half = torch.linalg.solve_triangular(factor, residual, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1) / root
+    return solve_factored(factor, residual) / root
 
 
 def _step_length(
