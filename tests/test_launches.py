@@ -5,6 +5,8 @@ import torch
 
 from tests.launches import count, counted
 from tests.registry import METHODS, exported
+from torchjd_func.differentiate._layerwise._convolutions import conv_weight
+from torchjd_func.differentiate._layerwise._forms import cross
 from torchjd_func.linalg import _interior
 
 MOST = 40
@@ -80,6 +82,17 @@ def test_the_number_of_objectives_does_not_count():
     for name in ("upgrad", "pcgrad", "gradvac", "cagrad", "nash_mtl", "imtl_g"):
         few, many = (count(METHODS[name], m, weights=True).launches for m in (3, 60))
         assert few == many
+
+
+def test_the_batch_does_not_count_in_the_gramian_of_a_convolution():
+    counts = []
+    for e in (4, 256):
+        with counted() as counter:
+            images = torch.empty(e, 32, 16, 16, device="cuda")
+            form = conv_weight({"input": images, "padding": 1}, images, (32, 32, 3, 3))
+            assert cross(form, form).shape == (e, e)
+        counts.append(counter.launches)
+    assert counts[0] == counts[1] <= 12
 
 
 def test_problems_too_large_for_a_kernel_do_not_wait():
