@@ -118,6 +118,11 @@ def constant(x: Array) -> Array:
     return x.detach() if isinstance(x, Tensor) else x
 
 
+def filled(x: Array, mask: Array, value: float) -> Array:
+    """Return `x` with a number where a mask is true, in one launch."""
+    return x.masked_fill(mask, value) if isinstance(x, Tensor) else np.where(mask, value, x)
+
+
 def argsort(x: Array) -> Array:
     """Return the stable order along the last dimension."""
     if isinstance(x, Tensor):

@@ -127,7 +127,7 @@ def products_with(gramian: Array, coordinates: Array, eps: float, xp: Any = torc
     sizes = xp.sqrt(_host.constant(gramian).diagonal(0, -2, -1).clip(min=0))
     terms = (abs(_host.constant(coordinates)) * sizes).sum(-1)[..., None]
     rounding = gramian.shape[-1] * eps * sizes * terms
-    return xp.where(abs(_host.constant(vector)) <= rounding, 0.0, vector)
+    return _host.filled(vector, abs(_host.constant(vector)) <= rounding, 0.0)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
@@ -161,8 +161,8 @@ def nearest(gramian: Tensor, ridge: float, solver: str = "auto") -> Solution:
         return _solved(nearest_on_host(numbers, ridge, solver))
     diagonal = gramian.detach().diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
-    shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
-    kappa = torch.where(shortest < torch.inf, shortest, 1.0)
+    shortest = diagonal.masked_fill(diagonal <= 0, torch.inf).amin(-1, keepdim=True)
+    kappa = shortest.masked_fill(shortest == torch.inf, 1.0)
     vector = 0 * diagonal - kappa
     solution = solve(gramian + kappa.unsqueeze(-1), vector, ridge, solver)
     return solution._replace(value=solution.value / solution.value.sum(-1, keepdim=True))
