@@ -34,7 +34,7 @@ def balanced(m, n, noise, seed):
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (3, 5), (5, 3), (8, 4)])
 def test_projections_equal_enumeration(kind, m, n):
     jac = matrix(kind, m, n, seed=m)
-    gramian, starts = jac @ jac.mT, torch.eye(m, dtype=torch.float64)[-3:]
+    gramian, starts = jac @ jac.mT, torch.eye(m, dtype=torch.float64)[-2:]
     z, free, sound = solve(gramian, starts @ gramian)
     assert sound.all()
     assert (z >= 0).all()
@@ -52,15 +52,15 @@ def test_conditions_of_optimality_hold(kind):
     m = 16
     jac = balanced(m, 12, 1e-7, 1) if kind == "balanced" else matrix(kind, m, 12, seed=7)
     gramian = jac @ jac.mT
-    z, _, sound = solve(gramian, gramian[:2])
+    z, _, sound = solve(gramian, gramian[:1])
     assert sound.all()
-    projected = jac[:2] + z @ jac
+    projected = jac[:1] + z @ jac
     squares = jac.square().sum(1)
     assert ((projected @ jac.mT) >= -1e-5 * squares.max()).all()
-    assert (projected.norm(dim=1) <= (1 + 1e-5) * jac[:2].norm(dim=1)).all()
+    assert (projected.norm(dim=1) <= (1 + 1e-5) * jac[:1].norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_variable_at_a_time_where_exchanging_stalls(seed):
     jac = matrix("gaussian", 8, 5, seed)
     gramian = jac @ jac.mT
@@ -94,12 +94,12 @@ def test_unbounded_is_not_a_number():
 def test_agrees_with_the_solver_of_the_host():
     jac = matrix("gaussian", 12, 20, seed=3)
     gramian = jac @ jac.mT
-    z, _, _ = solve(gramian, gramian[:4])
-    torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian[:4]).value, rtol=1e-9, atol=1e-11)
+    z, _, _ = solve(gramian, gramian[:2])
+    torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian[:2]).value, rtol=1e-9, atol=1e-11)
 
 
 def test_batches_broadcast_as_on_the_host():
-    jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(3)])
+    jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(2)])
     gramians = jacs @ jacs.mT
     matrices, vectors = gramians.unsqueeze(1), gramians[:, :2]
     value, support, converged, pivots, dependent = _device.on_device(
@@ -109,7 +109,7 @@ def test_batches_broadcast_as_on_the_host():
     torch.testing.assert_close(value.cpu(), torch.from_numpy(want.value), rtol=1e-9, atol=1e-11)
     assert support.cpu().tolist() == want.support.tolist()
     assert converged.all() and not dependent.any()
-    assert pivots.shape == (3, 2)
+    assert pivots.shape == (2, 2)
 
 
 def test_one_problem_has_no_leading_dimension():
