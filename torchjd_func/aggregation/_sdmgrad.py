@@ -100,9 +100,11 @@ def _pgd(
     matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None, *, n_iter: int
 ) -> Tensor:
     """Iterate projected gradient steps of length one over the norm of the matrix."""
-    square = eigenvalues((matrix.mT @ matrix).detach())[-1]
-    size = square.clamp(min=0).sqrt()  # the norm of the matrix
-    step = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
+    largest = matrix.detach().abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    unit = matrix.detach() / largest  # whose squares are in range
+    norm = eigenvalues(unit.mT @ unit)[-1].clamp(min=0).sqrt()
+    step = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0) / largest
     for _ in range(n_iter):
         moved = weights - step * (matrix @ (weights + pull))
         weights = project_simplex(_present.only(present, moved, -torch.inf))
