@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host, _present, _tree
+from torchjd_func import _check, _host, _present, _sound, _tree
 from torchjd_func._lift import no_state, stateless
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
@@ -39,7 +39,7 @@ def _update(
 ) -> tuple[PyTree, State]:
     """Measure what may be added on the rows: squares of short vectors are rounding."""
     _check.stateless("cagrad", state)
-    gramian = _tree.gramian(jac)
+    gramian = _sound.without_subnormal(_tree.gramian(jac))
     shares = _shares(preference, gramian, present)
     additions = _additions(gramian, shares, c)
     vectors = _tree.row_sums(jac, additions)

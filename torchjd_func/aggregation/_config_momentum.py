@@ -113,12 +113,12 @@ def _unbias(moment: Tensor, *, count: Tensor, beta: float | Tensor) -> Tensor:
 
 
 def _scaled(leaf: Tensor, d: Tensor, spread: Tensor, *, ready: Tensor, eps: float) -> Tensor:
-    """Divide the direction by the root of its second moment, which may overflow."""
-    positive = ready & (spread != 0)  # not-a-number counts as such, and stays
-    root = torch.where(positive, torch.where(positive, spread, 1.0).sqrt(), 0.0) + eps
-    root = torch.where(spread.isinf(), torch.nan, root)
-    # Without `eps` a root of 0 divides a direction of 0.
-    return torch.where(ready, d / torch.where(root == 0, 1.0, root), 0 * d).to(leaf.dtype)
+    """Divide the direction by the root of its second moment; where that is 0, so is `d`."""
+    usable = ready & (spread != 0)
+    safe = torch.where(usable, spread, 1.0)
+    root = safe / safe.sqrt()  # not-a-number if it overflowed
+    divisor = torch.where(usable, root + eps, eps or 1.0)
+    return torch.where(ready, d / divisor, 0 * d).to(leaf.dtype)  # what is not finite stays so
 
 
 def _check_state(state: ConfigMomentumState, jac: PyTree) -> None:
