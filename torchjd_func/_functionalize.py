@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -13,6 +15,18 @@ from torchjd_func import _check, _tree
 
 PyTree = Any
 Tensors = dict[str, Tensor]
+
+
+class Lent(WeakValueDictionary[str, Tensor]):
+    """The parameters that share memory with a module, while somebody holds them."""
+
+    def __deepcopy__(self, memo: Any) -> Lent:
+        """Return none: those of a copied module are its own."""
+        return Lent()
+
+    def __reduce__(self) -> Any:
+        """Keep none, for the same reason."""
+        return Lent, ()
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
@@ -24,12 +38,15 @@ class Apply:
     frozen: list[str]  # the names of parameters that are constants
     overwritten: list[str]  # the names of the buffers
     model: nn.Module
+    lent: Lent
 
     def __call__(
         self, params: Tensors, buffers: Tensors, /, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, Tensors]:
         """Run the module on copies of the buffers, which it may overwrite."""
         _check.capturable(self.recurrent)
+        if not torch.compiler.is_compiling():
+            _check.lent(self.model, self.lent)
         _check.names("params", params, self.trained)
         _check.names("buffers", buffers, [*self.frozen, *self.overwritten])
         fresh = {name: buffers[name].clone() for name in self.overwritten}
@@ -54,8 +71,9 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         `(outputs, buffers)` and changes nothing: running statistics come back as new buffers.
         `params` holds the parameters that require a gradient now; those that do not (LoRA's base
         weights) are constants, and with the buffers. Both are dicts of detached tensors that share
-        memory with the module; a tied weight is listed once, under its first name. For a tree of
-        modules, three trees.
+        memory with the module, so call this after `model.to(...)`, and again after what replaces
+        its parameters (`apply` warns); a tied weight is listed once, under its first name. For a
+        tree of modules, three trees.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -91,5 +109,5 @@ def _functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tenso
     frozen = {name: x.detach() for name, x in parameters.items() if not x.requires_grad}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
     recurrent = _check.recurrent(named_modules)
-    apply = Apply(recurrent, list(params), list(frozen), list(buffers), model)
+    apply = Apply(recurrent, list(params), list(frozen), list(buffers), model, Lent(params))
     return apply, params, {**frozen, **buffers}

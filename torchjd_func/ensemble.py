@@ -97,7 +97,11 @@ def init(fn: Callable[[Tensor], PyTree], key: Tensor, k: int) -> PyTree:
 
 
 def each(
-    fn: Callable[..., PyTree], shared: int | tuple[int, ...] = (), *, chunk_size: int | None = None
+    fn: Callable[..., PyTree],
+    shared: int | tuple[int, ...] = (),
+    *,
+    chunk_size: int | None = None,
+    randomness: str = "error",
 ) -> Callable[..., PyTree]:
     """Map the function of one model over the models of an ensemble.
 
@@ -109,6 +113,8 @@ def each(
         shared: Positions of arguments that all models are given as they are, such as the batch.
         chunk_size: How many models are computed at a time, to bound the memory of what is
             temporary; `None` for all.
+        randomness: What dropout and other draws from torch's global generator do: `"error"`,
+            `"different"` (each model draws its own), or `"same"`.
 
     Returns:
         `f(*args)`: each argument that is not shared a pytree of `(k, ...)` tensors (`None` and
@@ -116,8 +122,8 @@ def each(
 
     Raises:
         TypeError: From `f`, if `shared` are not positions.
-        ValueError: If `chunk_size` is not positive; from `f`, if leading dimensions differ, or
-            `shared` names no argument.
+        ValueError: If `chunk_size` is not positive, or `randomness` none of these; from `f`, if
+            leading dimensions differ, or `shared` names no argument.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -131,11 +137,16 @@ def each(
                 [0.8500]])
     """
     _check.chunk_size(chunk_size)
-    return partial(_each, fn, shared, chunk_size)
+    _check.choice("randomness", randomness, ("error", "different", "same"))
+    mapping = partial(vmap, chunk_size=chunk_size, randomness=randomness)
+    return partial(_each, fn, shared, mapping)
 
 
 def _each(
-    fn: Callable[..., PyTree], shared: int | tuple[int, ...], chunk_size: int | None, *args: PyTree
+    fn: Callable[..., PyTree],
+    shared: int | tuple[int, ...],
+    mapping: Callable[..., Any],
+    *args: PyTree,
 ) -> PyTree:
     """Map over the tensors of arguments; torch.func counts `None` as a leaf, and cannot map it."""
     constant = _check.shared(shared, len(args))
@@ -152,5 +163,5 @@ def _each(
         box.append(put_back)
         return tuple(parts)
 
-    parts = vmap(one, chunk_size=chunk_size)(*flat)
+    parts = mapping(one)(*flat)
     return box[-1](list(parts))

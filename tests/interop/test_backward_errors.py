@@ -64,7 +64,7 @@ BAD = {
     "no leaf": (lambda: backward(OUT.mean(0), [OUT]), "`target` at '0' must be a leaf"),
     "no parameter": (lambda: backward(OUT.mean(0), [3]), "`target` at '0' must be a parameter or"),
     "no losses": (lambda: backward([], MODEL), "`losses` must hold at least one number"),
-    "numbers": (lambda: backward([1.0], MODEL), "`losses` must be tensors, got float"),
+    "numbers": (lambda: backward([1.0], MODEL), "must be a tensor, got float"),
     "no rule": (lambda: backward(OUT.mean(0), MODEL, jd.upgrad().weighting), "`rule` must be a"),
     "no key": (lambda: backward(MODEL(X).mean(0), MODEL, jd.gradvac()), "`key` must be given"),
     "another state": (

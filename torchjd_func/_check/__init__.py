@@ -1,5 +1,16 @@
 """Every error text of the library, in one style: what must hold, what came, what to do."""
 
+from torchjd_func._check._combinators import (
+    combinable,
+    distinct,
+    functions,
+    grouping,
+    label,
+    labelled,
+    measured,
+    observed,
+    weighting_present,
+)
 from torchjd_func._check._distributed import (
     at_most,
     collective,
@@ -35,22 +46,14 @@ from torchjd_func._check._messages import (
 )
 from torchjd_func._check._methods import (
     broadcastable,
-    combinable,
-    distinct,
     floating,
-    functions,
-    grouping,
     jacobian,
     key,
     key_at,
     key_present,
-    label,
-    labelled,
     losses_present,
     losses_vector,
     matrix,
-    measured,
-    observed,
     present,
     rule,
     square,
@@ -61,17 +64,24 @@ from torchjd_func._check._methods import (
     stateless,
     takes_present,
     two_batch_weighting,
-    weighting_present,
 )
 from torchjd_func._check._mistakes import explain
 from torchjd_func._check._modules import (
     capturable,
     kept_once,
+    lent,
     modules,
     owned_once,
     recurrent,
     supported,
     whole_parameters,
+)
+from torchjd_func._check._multitask import (
+    disjoint,
+    features,
+    head_weights,
+    heads,
+    multitask_params,
 )
 from torchjd_func._check._numbers import (
     axis_names,
@@ -89,21 +99,18 @@ from torchjd_func._check._objectives import (
     batches,
     carry_aux,
     dependent,
-    disjoint,
     divisible,
-    features,
-    head_weights,
-    heads,
     in_dims,
     like_losses,
     losses,
-    multitask_params,
     names,
     not_features,
     not_instancewise,
+    objective,
     one_for_each_example,
     one_loss,
     params,
+    same_aux,
     same_losses,
     same_shape,
     same_structure,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchjd_func._check._messages import describe, fail
+from torchjd_func._check._messages import at, describe, fail
 
 REDUCERS = {
     "DistributedDataParallel": (
@@ -26,22 +26,20 @@ def local(path: str, modules: Iterable[nn.Module]) -> None:
             if kind.__name__ in REDUCERS:
                 rule = "not be wrapped for several processes"
                 remedy = REDUCERS[kind.__name__]
-                fail(ValueError, _at("target", path), rule, kind.__name__, remedy)
-
-
-def _at(name: str, path: str) -> str:
-    """Name a part of an argument."""
-    return f"`{name}` at {path!r}" if path else f"`{name}`"
+                fail(ValueError, at("target", path), rule, kind.__name__, remedy)
 
 
 def leaf_parameter(name: str, path: str, value: Any) -> None:
     """Check that a target has a `.grad` that optimisers read."""
-    where = _at(name, path)
+    where = at(name, path)
     if not isinstance(value, Tensor):
         remedy = "Pass modules, or the parameters of modules."
         fail(TypeError, where, "be a parameter or a module", describe(value), remedy)
     if not value.is_leaf:
-        remedy = "Pass the parameter that it was computed from, whose `.grad` optimisers read."
+        remedy = (
+            "Pass the parameter that it was computed from, whose `.grad` optimisers read. Losses "
+            "come first: backward_(losses, model, rule, state)."
+        )
         fail(
             ValueError, where, "be a leaf, such as a parameter", "the result of a function", remedy
         )
@@ -53,7 +51,10 @@ def trainable(params: Sequence[Any]) -> None:
         remedy = "Use jd.distributed.sharded."
         fail(ValueError, "`target`", "hold parameters of one process", "a DTensor", remedy)
     if not params:
-        remedy = "Pass the model itself: the parameters of jd.functionalize are detached from it."
+        remedy = (
+            "Pass the model itself, with parameters of requires_grad=True: those of "
+            "jd.functionalize are detached from it."
+        )
         rule = "hold parameters that require a gradient"
         fail(ValueError, "`target`", rule, "none", remedy)
 
@@ -62,7 +63,7 @@ def assignable(path: str, param: Tensor, grad: Any) -> None:
     """Check that a gradient fits its parameter."""
     if not isinstance(grad, Tensor):
         remedy = "Pass the pytree that jd.grad returned for these parameters."
-        fail(ValueError, _at("grads", path), "be a tensor or None", describe(grad), remedy)
+        fail(ValueError, at("grads", path), "be a tensor or None", describe(grad), remedy)
     if not param.requires_grad:
         rule, remedy = (
             f"require a gradient at {path!r}",
@@ -86,13 +87,13 @@ def owned(path: str, is_owned: bool) -> None:
             "add_param_group."
         )
         got = "one that it does not have"
-        fail(ValueError, _at("target", path), "be a parameter of `optimizer`", got, remedy)
+        fail(ValueError, at("target", path), "be a parameter of `optimizer`", got, remedy)
 
 
 def reaches(name: str, path: str, depends: bool) -> None:
     """Check that a loss can be differentiated with respect to what is trained."""
     if not depends:
-        where = _at(name, path)
+        where = at(name, path)
         remedy = (
             "Compute it by the modules of `target`, outside torch.no_grad() and without detach(); "
             "say by `present` that a batch does not have it."
@@ -114,7 +115,7 @@ def apart(path: str, other_ways: bool) -> None:
     if other_ways:
         rule = "reach the parameters that `features` depend on through `features` alone"
         remedy = "Pass all tensors that the heads take from the trunk as `features`."
-        fail(ValueError, _at("losses", path), rule, "another way", remedy)
+        fail(ValueError, at("losses", path), rule, "another way", remedy)
 
 
 def independent_feature(path: str, independent: bool) -> None:
@@ -122,7 +123,7 @@ def independent_feature(path: str, independent: bool) -> None:
     if not independent:
         rule, got = "not be computed from another feature", "one that is"
         remedy = "Hand the heads a copy of the other, feature.clone(), and pass that."
-        fail(ValueError, _at("features", path), rule, got, remedy)
+        fail(ValueError, at("features", path), rule, got, remedy)
 
 
 def unscaled(name: str, spans: bool) -> None:

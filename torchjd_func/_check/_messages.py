@@ -19,6 +19,11 @@ def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> 
     raise kind(message(name, rule, got, remedy))
 
 
+def at(name: str, path: str) -> str:
+    """Name an argument, or a part of it."""
+    return f"`{name}` at {path!r}" if path else f"`{name}`"
+
+
 def describe(value: Any) -> str:
     """Describe a value that is not what it should be."""
     if isinstance(value, Tensor):
@@ -48,11 +53,20 @@ def one_device(name: str, leaves: Sequence[Any], paths: Sequence[str] | None = N
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
     """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
+        got = f"{describe(leaf)} at {path!r}" if path else describe(leaf)
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            got = f"{describe(leaf)} at {path!r}"
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
         if not holds_numbers(leaf):
-            got = f"{describe(leaf)} at {path!r}"
             remedy = "Use .to_dense(), or .to()."
             fail(TypeError, name, "hold dense tensors with numbers", got, remedy)
     one_device(name, leaves)
+
+
+def place(leaf: Tensor) -> tuple[int, int] | None:
+    """Return where a tensor lies in memory, or `None` where that is not known or is nowhere."""
+    if torch.compiler.is_compiling() or not leaf.numel():
+        return None
+    try:
+        return leaf.data_ptr(), leaf.numel()
+    except RuntimeError:  # a tensor under torch.func.vmap has no memory of its own
+        return None

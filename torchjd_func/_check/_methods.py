@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -164,7 +164,7 @@ def key_present(method: str, value: Tensor | None) -> Tensor:
     """Return the key that the random `method` cannot do without."""
     if value is None:
         rule = f"be given to `{method}`, which draws random numbers"
-        remedy = "Call init(..., key=jd.random.key(0)) and pass the state on."
+        remedy = "Pass key=jd.random.key(0) to jd.init_state, or to init, and pass the state on."
         fail(ValueError, "`key`", rule, "None", remedy)
     key(value)
     return value
@@ -174,7 +174,7 @@ def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
     """Check that a tensor of the state has the size of this problem."""
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
         name, rule = f"`state.{field}` of `{method}`", f"have shape {tuple(shape)}"
-        remedy = "A state belongs to one size of problem: call init again."
+        remedy = "A state belongs to one size of problem: call jd.init_state again."
         fail(ValueError, name, rule, describe(value), remedy)
 
 
@@ -188,14 +188,17 @@ def state_type(method: str, value: Any, kind: type) -> None:
 def state_structure(method: str, field: str, same: bool) -> None:
     """Check that a pytree of the state has the structure of the Jacobian."""
     if not same:
-        name, remedy = f"`state.{field}` of `{method}`", "Call init again for these parameters."
+        name, remedy = (
+            f"`state.{field}` of `{method}`",
+            "Call jd.init_state again for these parameters.",
+        )
         fail(ValueError, name, "have the structure of the Jacobian", "another", remedy)
 
 
 def state_groups(method: str, got: int, want: int) -> None:
     """Check that a state has a part for each method, or for each group."""
     if got != want:
-        remedy = "A state belongs to one grouping of parameters: call init again."
+        remedy = "A state belongs to one grouping of parameters: call jd.init_state again."
         fail(ValueError, f"`state.inner` of `{method}`", f"have {want} parts", got, remedy)
 
 
@@ -210,8 +213,11 @@ def rule(value: Any, types: tuple[type, ...]) -> None:
     """Check that a rule is of one of the core types."""
     if not isinstance(value, types):
         names = " or ".join(f"jd.{kind.__name__}" for kind in types)
-        lift = "lift a jd.Weighting with jd.weighted, or hand it to jd.double_sampling"
-        remedy = f"Call the factory, e.g. jd.upgrad(); {lift}."
+        lift = "lift a jd.Weighting by jd.weighted, or hand it to jd.double_sampling"
+        remedy = (
+            "Call the factory, e.g. jd.upgrad(). jd.grad takes the objective before it, "
+            f"jd.init_state after it. Or {lift}."
+        )
         fail(TypeError, "`rule`", f"be a {names}", type(value).__name__, remedy)
 
 
@@ -223,78 +229,3 @@ def two_batch_weighting(value: Any, kind: type) -> None:
     if value.needs in ("gramian", "norms"):
         rule = "take a cross-Gramian, which is not symmetric"
         fail(ValueError, "`weighting`", rule, repr(value), "Pass jd.modo() or jd.sdmgrad().")
-
-
-def combinable(combinator: str, value: Any, types: tuple[type, ...]) -> None:
-    """Check that a combinator is given a rule of a type that it can wrap."""
-    if not isinstance(value, types):
-        kinds = " or ".join(f"jd.{kind.__name__}" for kind in types)
-        remedy = "Call the factory first, e.g. jd.upgrad()."
-        fail(TypeError, f"`{combinator}`", f"be given a {kinds}", repr(value), remedy)
-    if getattr(value, "processes", None) is not None:
-        remedy = "What jd.distributed makes of a rule is not combined further: wrap it last."
-        fail(ValueError, f"`{combinator}`", "be given a rule of one process", repr(value), remedy)
-
-
-def weighting_present(combinator: str, name: str, weighting: Any) -> Any:
-    """Return the weighting that a combinator works through."""
-    if weighting is None:
-        rule, got = "be given a rule with a weighting", f"`{name}`, which has none"
-        remedy = "Wrap a method whose `.weighting` is not None; inside jd.grouped, not around it."
-        fail(ValueError, f"`{combinator}`", rule, got, remedy)
-    return weighting
-
-
-def grouping(labels: Sequence[Any], methods: Mapping[Any, Any]) -> None:
-    """Check that the labels of the parameters are those that have an aggregator."""
-    if set(labels) != set(methods):
-        rule = "have one aggregator for each label of the parameters"
-        unknown = [label for label in dict.fromkeys(labels) if label not in methods]
-        unused = [label for label in methods if label not in labels]
-        got = f"none for {unknown}, and unused ones for {unused}"
-        fail(ValueError, "`aggregator`", rule, got, "Use the labels that `labels` gives.")
-
-
-def labelled(missing: Sequence[str], unused: Sequence[str]) -> None:
-    """Check that a pytree of labels fits the parameters."""
-    if missing or unused:
-        got = f"none for {list(missing)}, and no parameters under {list(unused)}"
-        rule = "give one label to each parameter, by name or by the start of the name"
-        fail(ValueError, "`labels`", rule, got, "Pass a function of the name to label all.")
-
-
-def label(path: str, value: Any) -> Any:
-    """Return a label that can be looked up."""
-    if not isinstance(value, Hashable):
-        rule, got = "give hashable labels", f"{describe(value)} for {path!r}"
-        fail(TypeError, "`labels`", rule, got, "Return a string or a tuple.")
-    return value
-
-
-def distinct(name: str, values: Sequence[str]) -> None:
-    """Check that no two of `values`, which are names, are equal."""
-    if len(set(values)) < len(values):
-        twice = sorted({value for value in values if values.count(value) > 1})
-        fail(ValueError, f"`{name}`", "have distinct names", f"two of {twice}", "Rename one.")
-
-
-def functions(name: str, value: Any) -> None:
-    """Check that `value` is a dict of functions."""
-    if not isinstance(value, Mapping) or not all(callable(fn) for fn in value.values()):
-        remedy = "Pass functions of a jd.Observation, such as jd.measures.weights."
-        fail(TypeError, f"`{name}`", "be a dict of functions", repr(value), remedy)
-
-
-def observed(field: str, value: Tensor | None) -> Tensor:
-    """Return the part of an observation that a measure cannot do without."""
-    if value is None:
-        rule = "be there for this measure"
-        remedy = "See jd.monitored for what is seen of each rule; in jd.grouped, watch each group."
-        fail(ValueError, f"`observation.{field}`", rule, "None", remedy)
-    return value
-
-
-def measured(names: Sequence[str]) -> None:
-    """Check that a state holds measures."""
-    if not names:
-        fail(ValueError, "`state`", "hold measures", "none", "Wrap the rule in jd.monitored.")

@@ -77,6 +77,12 @@ _KNOWN = (
         "Leave the step out where a batch is empty.",
     ),
     (
+        ("randomness error mode",),
+        "draw no random numbers where it is mapped, unless it is said how",
+        "Pass randomness='different' to jd.per_example or jd.ensemble.each, or draw from keys of "
+        "jd.random; models are stacked by jd.ensemble.stack.",
+    ),
+    (
         ("vmap(", "vmap:"),
         "be mapped over an axis of examples that all batched arguments have, of one length",
         "Name it for each argument in `in_dims`; None stands for an argument that is shared.",

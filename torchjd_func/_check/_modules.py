@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from torchjd_func._check._messages import describe, fail
+from torchjd_func._check._messages import describe, fail, place
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel"}
 SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
@@ -103,6 +104,22 @@ def recurrent(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, str
         for name, module in named_modules
         if isinstance(module, nn.RNNBase)
     ]
+
+
+def lent(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Warn if parameters that are held somewhere are no longer those of the module."""
+    for name, parameter in parameters.items():
+        owner, _, attribute = name.rpartition(".")
+        own = model.get_submodule(owner)._parameters.get(attribute)
+        if isinstance(own, nn.Parameter) and place(own) != place(parameter):
+            warnings.warn(
+                f"{name!r} of the module no longer shares memory with the parameters that "
+                "jd.functionalize returned: model.to(...), .double(), load_state_dict(assign=True) "
+                "or `.data` replaced it. What steps the one does not train the other: call "
+                "jd.functionalize again after that.",
+                stacklevel=4,
+            )
+            return
 
 
 def capturable(modules: list[tuple[str, str]]) -> None:

@@ -5,19 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchjd_func import _tree
-from torchjd_func._check._messages import describe, differentiable, fail, one_device
+from torchjd_func._check._messages import at, describe, differentiable, fail, one_device
+
+
+def objective(value: Any) -> None:
+    """Check that an objective can be called."""
+    if not callable(value):
+        remedy = "Pass the objective, then its arguments."
+        fail(TypeError, "`fn`", "be a function of parameters and a batch", describe(value), remedy)
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Check that `leaves` can be differentiated."""
     if not leaves:
-        remedy = "Check `argnums`, or pass the parameters of jd.functionalize."
+        remedy = (
+            "Check `argnums`, or pass the parameters of jd.functionalize, which are those that "
+            "require a gradient."
+        )
         fail(ValueError, name, "hold at least one floating-point tensor", "an empty pytree", remedy)
-    differentiable(name, paths, leaves, "Pass what is not differentiated as another argument.")
+    modules = any(isinstance(leaf, nn.Module) for leaf in leaves)
+    differentiable(name, paths, leaves, _FUNCTIONALIZE if modules else _ARGUMENTS)
+
+
+_FUNCTIONALIZE = (
+    "Write apply, params, buffers = jd.functionalize(model); differentiate by params, and call "
+    "apply(params, buffers, x) in the objective."
+)
+_ARGUMENTS = (
+    "Pass what is not differentiated as another argument; a function made with a rule takes the "
+    "state first: step(state, params, x)."
+)
 
 
 def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
@@ -27,11 +47,13 @@ def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> No
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            remedy = "With an auxiliary output, return (losses, aux) and pass has_aux=True."
-            got = f"{describe(leaf)} at {path!r}"
-            fail(TypeError, "`losses`", "be tensors", got, remedy)
+            remedy = (
+                "Return a tensor, or leave the loss out, also by `present`; with an auxiliary "
+                "output, return (losses, aux) and pass has_aux=True."
+            )
+            fail(TypeError, at("losses", path), "be a tensor", describe(leaf), remedy)
         if not leaf.is_floating_point():
-            name, got = f"`losses` at {path!r}", str(leaf.dtype)
+            name, got = at("losses", path), str(leaf.dtype)
             remedy = (
                 "Pass has_aux=True if the objective returns (losses, aux), such as buffers; else "
                 "convert it with .float()."
@@ -47,6 +69,13 @@ def aux_pair(out: Any) -> tuple[Any, Any]:
         rule, remedy = "return (losses, aux) when has_aux=True", "Return a pair, or drop has_aux."
         fail(TypeError, "`fn`", rule, describe(out), remedy)
     return out
+
+
+def same_aux(maker: str, asked: bool, made: bool) -> None:
+    """Check that a transform and the objective agree on the auxiliary output."""
+    if asked != made:
+        remedy = f"Pass has_aux=True both to {maker} and to what differentiates, or to neither."
+        fail(ValueError, "`has_aux`", f"be {made}, as in {maker}", asked, remedy)
 
 
 def two_batches(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
@@ -135,10 +164,11 @@ def one_loss(loss: Any) -> None:
         fail(ValueError, "the loss of `jd.per_example`", "have shape ()", describe(loss), remedy)
 
 
-def like_losses(present: Any, fits: bool) -> None:
+def like_losses(present: Any, losses: Any, fits: bool) -> None:
     """Check that flags are a tensor, or have the structure of the losses."""
     if not fits:
-        rule, got = "be a bool tensor, or a tree of bools like the losses", describe(present)
+        rule = f"be a bool tensor, or a tree of bools like the losses, {_tree.paths(losses)}"
+        got = _tree.paths(present) if isinstance(present, Mapping) else describe(present)
         remedy = "Give a bool for each loss, with the names that the objective returns."
         fail(ValueError, "`present`", rule, got, remedy)
 
@@ -196,67 +226,14 @@ def divisible(leaf: Any, dim: int, n: int) -> None:
         fail(ValueError, name, f"be divisible by n={n}", describe(leaf), "Choose another n.")
 
 
-def disjoint(shared: Sequence[Tensor], paths: Sequence[str], heads: Sequence[Tensor]) -> None:
-    """Check that no parameter is both shared and of a head."""
-    places = {_place(leaf) for leaf in shared} - {None}
-    for path, leaf in zip(paths, heads, strict=True):
-        if any(leaf is other for other in shared) or _place(leaf) in places:
-            name, rule = "the parameters of the heads", "not be shared parameters as well"
-            remedy = "Let the trunk return what the head needs of it as another feature."
-            fail(ValueError, name, rule, f"the same tensor at {path!r}", remedy)
-
-
-def _place(leaf: Tensor) -> tuple[int, int] | None:
-    """Return where a tensor lies in memory, or `None` where that is not known or is nowhere."""
-    if torch.compiler.is_compiling() or not leaf.numel():
-        return None
-    try:
-        return leaf.data_ptr(), leaf.numel()
-    except RuntimeError:  # a tensor under torch.func.vmap has no memory of its own
-        return None
-
-
-def features(paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    """Check that the shared features can be differentiated."""
-    if not leaves:
-        remedy = "Return a tensor, or a pytree of tensors, from the trunk."
-        fail(ValueError, "the features", "hold at least one tensor", "an empty pytree", remedy)
-    remedy = "Return other tensors as the auxiliary output, or take them from the batch."
-    differentiable("the features", paths, leaves, remedy)
-
-
-def head_weights(weights: Tensor | None) -> Tensor:
-    """Return the weights that are to scale the gradients of the heads."""
-    if weights is None:
-        rule, got = "be False for a method without a weighting", "True"
-        fail(ValueError, "`scale_heads`", rule, got, "Use a method that weighs the gradients.")
-    return weights
-
-
-def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
-    """Return shared and head parameters of a multi-task objective."""
-    if not isinstance(value, tuple) or len(value) != 2:
-        name, rule = "`params` of a multi-task objective", "be (shared, {name: head_params})"
-        fail(ValueError, name, rule, describe(value), "Pass a pair.")
-    names("head_params", value[1], heads)
-    paths, leaves = _tree.paths(value[1]), _tree.leaves(value[1])
-    remedy = "Pass what is not differentiated as a part of the batch."
-    differentiable("the parameters of the heads", paths, leaves, remedy)
-    return value
-
-
-def heads(value: Any) -> None:
-    """Check that there are heads by name."""
-    if not isinstance(value, Mapping):
-        fail(TypeError, "`heads`", "be a dict", type(value).__name__, "Pass {name: head}.")
-    if not value:
-        fail(ValueError, "`heads`", "have at least one task", "none", "Pass {name: head}.")
-
-
 def names(kind: str, given: Any, expected: Iterable[str], *, partly: bool = False) -> None:
     """Check that there is a mapping, by these names, or by some of them."""
     if not isinstance(given, Mapping):
-        remedy = "Pass it by name, and all arguments, as in apply(params, buffers, x)."
+        remedy = (
+            "Unpack what the step returned: grads, losses, state = step(...)."
+            if kind == "grads"
+            else "Pass it by name, and all arguments, as in apply(params, buffers, x)."
+        )
         fail(TypeError, f"`{kind}`", "be a dict by name", describe(given), remedy)
     missing = [] if partly else sorted(set(expected) - set(given), key=str)
     unknown = sorted(set(given) - set(expected), key=str)

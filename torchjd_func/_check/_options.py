@@ -223,7 +223,10 @@ def length(name: str, value: Tensor, m: int) -> None:
     if value.ndim == 0 or value.shape[-1] != m:
         rule = f"have one entry for each of the {m} objectives"
         got = value.shape[-1] if value.ndim else "one number"
-        remedy = "Objectives are counted in leaf order of the losses."
+        remedy = (
+            "Objectives are counted in leaf order of the losses; a loss that is not reduced to one "
+            "number counts once for each of its entries."
+        )
         fail(ValueError, f"`{name}`", rule, got, remedy)
 
 

@@ -52,7 +52,7 @@ class Accumulated:
 
     def linearize(self, request: Request) -> Linearized:
         """Differentiate one microbatch after the other, and keep the sum of the Jacobians."""
-        _check.choice("has_aux", request.has_aux, (self.has_aux,))
+        _check.same_aux("jd.accumulate", request.has_aux, self.has_aux)
         # A scalarizer weighs losses when all are known: by one graph of all, or by known rows.
         if not request.rows and not self.fn.spans_processes:
             return linearize_whole(self, request)

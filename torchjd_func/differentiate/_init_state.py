@@ -59,6 +59,7 @@ def init_state(
         ()
     """
     _check.rule(rule, (Aggregator, Scalarizer, Weighting))
+    _check.objective(fn)
     validate(route, None)
     _check.flag("has_aux", has_aux)
     objective, args = as_objective(fn), detached(args)

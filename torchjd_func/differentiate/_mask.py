@@ -39,7 +39,7 @@ def _flags(losses: PyTree, present: Any, sizes: list[int]) -> Flags:
     in_order = isinstance(present, list | tuple) and len(given) == len(sizes)
     if (alike or in_order) and all(map(_fits, given, sizes)):
         return given
-    _check.like_losses(present, alike or isinstance(present, Tensor | list | tuple))
+    _check.like_losses(present, losses, alike or isinstance(present, Tensor | list | tuple))
     device = _tree.leaves(losses)[0].device
     mask = _present.as_mask("a transformed function", present, sum(sizes), device)
     assert mask is not None

@@ -135,7 +135,7 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
         rule = "be 0, of the two arguments (params, batch) of a multi-task objective"
         got, remedy = f"{request.argnums} of {1 + len(batch)}", "Close over what is a constant."
         _check.fail(ValueError, "`argnums`", rule, got, remedy)
-    _check.choice("has_aux", request.has_aux, (fn.has_aux,))
+    _check.same_aux("jd.multitask", request.has_aux, fn.has_aux)
     shared, head_params = _check.multitask_params(request.args[0], fn.heads)
     _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
     return shared, head_params, batch[0], kwargs
