@@ -278,6 +278,12 @@ KINDS: dict[str, Kind] = {
     "an inner jvp": Kind(
         lambda p, x: total(jvp(lambda z: F.linear(z, p[0]).sin(), (x,), (x.cos(),))[1]), ((2, 2),)
     ),
+    "prelu of what an inner map returns": Kind(
+        lambda p, x: total(F.prelu(vmap(torch.cos)(x * p[1]), p[0])), ((1,), (2,))
+    ),
+    "a shape, then a transpose": Kind(
+        lambda p, x: total(F.linear(x, p[0].T if p[0].shape[0] else p[0])), ((2, 3),)
+    ),
     "tied by transposition": Kind(
         lambda p, x: total(F.linear(F.linear(x, p[0]).tanh(), p[0].T)), ((3, 2),)
     ),
@@ -396,6 +402,20 @@ def test_layers_dropped_at_random_are_planned_again() -> None:
     objective = jd.instancewise(losses, in_dims=(None, 0, None))
     for seed in (1, 2, 3, 1, 5):
         check(objective, losses, params, rand(B, 2), seed)
+
+
+def test_operations_of_the_same_names_within_a_transform_are_another_plan() -> None:
+    inner, constant = [False], rand(2, 2, seed=3)
+
+    def losses(p: Any, x: Tensor) -> Tensor:
+        if inner[0]:
+            return total(grad(lambda z: (z @ p[0]).sin().sum())(x))
+        return total(F.linear(x, constant @ p[0]))
+
+    objective = jd.instancewise(losses)
+    for flag in (False, True, False):
+        inner[0] = flag
+        check(objective, losses, [rand(2, 2, seed=2)], rand(B, 2))
 
 
 def test_objectives_that_never_run_the_same_way_are_right() -> None:

@@ -33,6 +33,16 @@ def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> No
     raise error
 
 
+def explain_rows(error: Exception) -> NoReturn:
+    """Raise an error that says how to pull back without vmap, if that is what fails."""
+    text = str(error)
+    if "atching rule" in text or "vmap" in text:
+        rule = "be made of operations whose backward passes torch can map over losses"
+        remedy = "Pass chunk_size=1, which takes one backward pass after the other."
+        _say(error, "the objective", rule, f"{text.strip().splitlines()[0]!r}", remedy)
+    raise error
+
+
 def _differ(
     error: Exception, tensors: Sequence[tuple[str, Any]], rule: str, attribute: str, remedy: str
 ) -> None:
@@ -75,6 +85,21 @@ _KNOWN = (
         ("of size [0]",),
         "be given at least one example",
         "Leave the step out where a batch is empty.",
+    ),
+    (
+        ("atching rule", "not yet support"),
+        "be made of operations that torch can map over examples",
+        "Write it over a whole batch and declare it with jd.instancewise, or replace the operation.",
+    ),
+    (
+        ("random operation",),
+        "draw random numbers as is said to jd.per_example",
+        'Pass randomness="different" or "same" to it.',
+    ),
+    (
+        ("data-dependent", "vmap over calling .item()"),
+        "not decide by the values of examples where it is mapped over them",
+        "Choose with torch.where, or write it over a whole batch and use jd.instancewise.",
     ),
     (
         ("vmap(", "vmap:"),

@@ -42,7 +42,17 @@ def pull_rows(
     if chunk_size == 1:
         return _tree.stack([own(pullback(row)) for row in cotangents.unbind()])
     chunks = cotangents.split(chunk_size or len(cotangents))
-    return _tree.cat([own(vmap(pullback)(chunk)) for chunk in chunks])
+    return _tree.cat([own(_mapped(pullback, chunk)) for chunk in chunks])
+
+
+def _mapped(pullback: Callable[[Tensor], Any], cotangents: Tensor) -> PyTree:
+    """Map a pullback over cotangents; of operations that torch cannot map say what to do."""
+    if torch.compiler.is_compiling():
+        return vmap(pullback)(cotangents)
+    try:
+        return vmap(pullback)(cotangents)
+    except RuntimeError as error:
+        _check.explain_rows(error)
 
 
 def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:

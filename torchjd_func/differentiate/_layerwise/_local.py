@@ -61,7 +61,7 @@ def is_local(
         random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
         inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
         return inputs and not random and all(_repeated(x, axis, out) for x, _ in sources)
-    return isinstance(args[0], Place)
+    return isinstance(args[0], Place) and arrays[args[0].number][1] == axis
 
 
 def rows(

@@ -51,6 +51,12 @@ def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = N
     return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
 
 
+def written(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """Spell `torch.select_scatter` out, whose gradient is wrong where it is mapped (torch 2.13)."""
+    place = index % x.shape[dim]
+    return torch.slice_scatter(x, src.unsqueeze(dim % x.ndim), dim, place, place + 1)
+
+
 def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Normalise in the widest precision of the arguments."""
     # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
@@ -75,6 +81,8 @@ _MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": biline
 _ALWAYS: dict[Any, Callable[..., Any]] = {
     **{func: functools.partial(_norm, func) for func in _NORMS},
     torch.cdist: distances,
+    torch.select_scatter: written,
+    Tensor.select_scatter: written,
     Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
 }
 _BY_NAME = {name_of(func): other for func, other in _ALWAYS.items()}
