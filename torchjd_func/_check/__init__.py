@@ -63,7 +63,7 @@ from torchjd_func._check._methods import (
     two_batch_weighting,
     weighting_present,
 )
-from torchjd_func._check._mistakes import explain, explain_rows
+from torchjd_func._check._mistakes import explain, unmapped
 from torchjd_func._check._modules import (
     capturable,
     kept_once,

@@ -33,14 +33,11 @@ def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> No
     raise error
 
 
-def explain_rows(error: Exception) -> NoReturn:
-    """Raise an error that says how to pull back without vmap, if that is what fails."""
-    text = str(error)
-    if "atching rule" in text or "vmap" in text:
-        rule = "be made of operations whose backward passes torch can map over losses"
-        remedy = "Pass chunk_size=1, which takes one backward pass after the other."
-        _say(error, "the objective", rule, f"{text.strip().splitlines()[0]!r}", remedy)
-    raise error
+def unmapped(error: Exception) -> NoReturn:
+    """Raise an error that says how to pull back without vmap, which fails."""
+    rule = "be made of operations whose backward passes torch can map over losses"
+    remedy = "Pass chunk_size=1, which takes one backward pass after the other."
+    _say(error, "the objective", rule, f"{str(error).strip().splitlines()[0]!r}", remedy)
 
 
 def _differ(
@@ -76,6 +73,22 @@ _KNOWN = (
         "leave checkpoints out and use jd.accumulate or chunk_size.",
     ),
     (
+        ("have storage",),
+        "not read the memory of tensors, as x.numpy() and packed sequences do",
+        "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
+    ),
+    (
+        ("setup_context",),
+        "apply functions of one's own that torch.func can differentiate",
+        "Write forward(*inputs) and setup_context(ctx, inputs, output), and a vmap or "
+        "generate_vmap_rule = True.",
+    ),
+    (
+        ("requires_grad_()", "retain_grad()"),
+        "take inner gradients by torch.func",
+        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad.",
+    ),
+    (
         ("more than 1 value per channel", "batch_norm", "running_mean", "num_batches_tracked"),
         "normalise without the rest of the batch, and without overwriting statistics",
         "Use model.eval() or GroupNorm; for BatchNorm in training, an objective of the whole batch "
@@ -87,9 +100,9 @@ _KNOWN = (
         "Leave the step out where a batch is empty.",
     ),
     (
-        ("atching rule", "not yet support"),
+        ("atching rule", "not yet support", "X.is_contiguous"),
         "be made of operations that torch can map over examples",
-        "Write it over a whole batch and declare it with jd.instancewise, or replace the operation.",
+        "Write it over a whole batch and use jd.instancewise, or replace the operation.",
     ),
     (
         ("random operation",),

@@ -46,13 +46,14 @@ def pull_rows(
 
 
 def _mapped(pullback: Callable[[Tensor], Any], cotangents: Tensor) -> PyTree:
-    """Map a pullback over cotangents; of operations that torch cannot map say what to do."""
+    """Map a pullback over cotangents; where torch can pull back one alone, say what to do."""
     if torch.compiler.is_compiling():
         return vmap(pullback)(cotangents)
     try:
         return vmap(pullback)(cotangents)
     except RuntimeError as error:
-        _check.explain_rows(error)
+        pullback(cotangents[0])
+        _check.unmapped(error)
 
 
 def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:

@@ -7,6 +7,7 @@ returns the gradient rows of one parameter, as a form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,7 @@ def _bilinear(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Fo
 
 def _positions(x: Tensor, groups: int) -> Tensor:
     """Return `(e, ..., g q)` as `(e, t, g, q)`."""
-    return x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
 
 
 # Tables

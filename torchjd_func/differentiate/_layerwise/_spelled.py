@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._functions import name_of, named
 
 
 def scores_and_values(
@@ -40,21 +40,45 @@ def scores_and_values(
     return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
 
 
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Spell `F.bilinear` out, which does not vmap (2.13)."""
-    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
+    out = torch.einsum("...i,kij,...j->...k", input1, weight, input2)
     return out if bias is None else out + bias
 
 
-def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
     """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
-    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
 
 
-def written(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+def written(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Spell `torch.select_scatter` out, whose gradient is wrong where it is mapped (torch 2.13)."""
-    place = index % x.shape[dim]
-    return torch.slice_scatter(x, src.unsqueeze(dim % x.ndim), dim, place, place + 1)
+    place = index % input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim % input.ndim), dim, place, place + 1)
+
+
+def _at_index(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Index by a list of one number; a number alone is wrong where it is mapped (torch 2.13)."""
+    if _first(args, kwargs).ndim == 0:
+        return func(*args, **kwargs)
+    listed = [*args[:1], *map(_listed, args[1:])]
+    return func(*listed, **{k: x if k == "input" else _listed(x) for k, x in kwargs.items()})
+
+
+def _listed(x: Any) -> Any:
+    """Return a list of a number, and anything else as it is."""
+    return x.reshape(1) if isinstance(x, Tensor) and x.ndim == 0 else x
+
+
+def _moved(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Leave a number where it is; torch moves it to other examples where it is mapped (2.13)."""
+    x = _first(args, kwargs)
+    return func(*args, **kwargs) if x.ndim else x.clone()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what an operation is applied to."""
+    return args[0] if args else kwargs["input"]
 
 
 def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -62,12 +86,13 @@ def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     dtypes = {x.dtype for x in given}
-    if len(dtypes) == 1 or (given[0].is_cuda and func in _CAST_ON_GPU):
+    x = _first(args, kwargs)
+    if len(dtypes) == 1 or (x.is_cuda and func in _CAST_ON_GPU):
         return func(*args, **kwargs)
     wide = functools.reduce(torch.promote_types, dtypes)
     args = tuple(_cast(x, wide) for x in args)
     out = func(*args, **{name: _cast(x, wide) for name, x in kwargs.items()})
-    return out.to(given[0].dtype)
+    return out.to(x.dtype)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -78,7 +103,11 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
 _MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
+_AT_INDEX = ("index_select", "index_copy", "index_copy_", "index_add", "index_add_")
+_AT_INDEX += ("index_reduce", "index_reduce_")
 _ALWAYS: dict[Any, Callable[..., Any]] = {
+    **{func: functools.partial(_at_index, func) for func in named(" ".join(_AT_INDEX)).functions},
+    **{func: functools.partial(_moved, func) for func in named("flip roll").functions},
     **{func: functools.partial(_norm, func) for func in _NORMS},
     torch.cdist: distances,
     torch.select_scatter: written,
