@@ -95,3 +95,34 @@ def test_operations_that_are_mapped_over_examples_equal_loops(name: str) -> None
         return
     rows = by_loops(lambda p, x: torch.stack([one(p, row) for row in x]), PARAMS, X)
     assert_rows(objective, rows, 1 if name in NOT_OVER_LOSSES else None)
+
+
+def test_prelu_that_is_mapped_twice_equals_loops() -> None:
+    """Over seeds and over losses; with as many of both, torch's own rule is wrong in silence."""
+    weights = torch.stack([0.3 * PARAMS[0], PARAMS[0].cos()])
+    x = torch.randn(2, 4, 3, dtype=torch.float64, generator=GENERATOR)
+
+    def losses(w: Tensor, x: Tensor) -> Tensor:
+        return (F.prelu(F.linear(x, w), w[:, 0]).sin() * w.sum(1)).flatten(1).sum(1)
+
+    for fn, route in (
+        (losses, "jacobian"),
+        (losses, "layerwise"),
+        (jd.instancewise(losses), "auto"),
+    ):
+        found = torch.vmap(jd.gramian(fn, route=route), in_dims=(0, None))(weights, x)
+        for matrix, w in zip(found, weights, strict=True):
+            rows = by_loops(lambda p, x: losses(p[0], x), [w], x)
+            torch.testing.assert_close(matrix, rows @ rows.mT, rtol=1e-8, atol=1e-10)
+
+
+def test_frequencies_of_indices_are_those_of_an_example() -> None:
+    index, table = torch.tensor([[0, 1, 1], [2, 2, 2], [0, 0, 2]]), X[0]
+
+    def one(p: Any, i: Tensor) -> Tensor:
+        return F.embedding(i, p[0], scale_grad_by_freq=True).sin().sum()
+
+    rows = by_loops(lambda p, i: torch.stack([one(p, row) for row in i]), [table], index)
+    for route in ("jacobian", "layerwise"):
+        found = jd.gramian(jd.per_example(one), route=route)([table], index)
+        torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-8, atol=1e-10)

@@ -78,7 +78,7 @@ _KNOWN = (
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
     ),
     (
-        ("setup_context",),
+        ("setup_context", "does not have vmap support"),
         "apply functions of one's own that torch.func can differentiate",
         "Write forward(*inputs) and setup_context(ctx, inputs, output), and a vmap or "
         "generate_vmap_rule = True.",
@@ -100,7 +100,7 @@ _KNOWN = (
         "Leave the step out where a batch is empty.",
     ),
     (
-        ("atching rule", "not yet support", "X.is_contiguous"),
+        ("atching rule", "not yet support", "X.is_contiguous", "for Sparse tensors"),
         "be made of operations that torch can map over examples",
         "Write it over a whole batch and use jd.instancewise, or replace the operation.",
     ),
@@ -120,7 +120,7 @@ _KNOWN = (
         "Name it for each argument in `in_dims`; None stands for an argument that is shared.",
     ),
     (
-        ("in-place", "inplace", "mutate a captured"),
+        ("in-place", "inplace", "mutate a captured", "match the broadcast shape"),
         "not overwrite parameters, arguments or what it closes over",
         "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",
     ),

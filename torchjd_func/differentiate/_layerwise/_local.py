@@ -199,7 +199,7 @@ ELEMENTWISE = named(
 )
 _SUMS, _PRODUCTS = named("add __radd__"), named("mul multiply __rmul__")
 _JOINS = named("cat concat concatenate")
-_EXAMPLEWISE = named("prelu instance_norm scaled_dot_product_attention")
+_EXAMPLEWISE = named("instance_norm scaled_dot_product_attention")
 _DETERMINISTIC = (
     ELEMENTWISE
     | _JOINS

@@ -109,6 +109,14 @@ def _positions(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
 
 
+def _prelu(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """The slope of all entries, or of each channel, is multiplied with the negative ones."""
+    field = cotangent * given["input"].clamp(max=0)
+    if math.prod(shape) == 1:
+        return Dense(field.flatten(1).sum(1).reshape(-1, *shape))
+    return _summed(field, shape, trailing=False)
+
+
 # Tables
 
 
@@ -285,6 +293,10 @@ RULES: dict[Callable[..., Any], Rule] = {
         )
     },
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _ADDMM),
+    **dict.fromkeys(
+        (F.prelu, torch.prelu, torch.Tensor.prelu),
+        Rule("prelu", ("input", "weight"), ("input",), {"weight": _prelu}, first),
+    ),
     **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
 }
 _BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

@@ -51,6 +51,29 @@ def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None =
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
 
 
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Spell `F.prelu` out, whose gradient is wrong where it is mapped twice (torch 2.13)."""
+    shape = [1] * input.ndim
+    if weight.numel() > 1:
+        shape[1] = weight.numel()
+    return torch.where(input > 0, input, weight.reshape(shape) * input)
+
+
+def _embedding(*args: Any, **kwargs: Any) -> Tensor:
+    """Divide gradients by counts of indices; torch counts those of all examples (torch 2.13)."""
+    if args and args[0].is_floating_point():  # `torch.embedding`, of the same name in graphs
+        return torch.embedding(*args, **kwargs)
+    given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
+    if not given.get("scale_grad_by_freq"):
+        return F.embedding(*args, **kwargs)
+    index, weight = given["input"], given["weight"]
+    out = F.embedding(**given | {"scale_grad_by_freq": False})
+    ones = torch.ones_like(index, dtype=weight.dtype).flatten()
+    counts = weight.new_zeros(len(weight)).index_add(0, index.flatten(), ones)
+    fixed = out.detach()
+    return fixed + (out - fixed) / counts[index].unsqueeze(-1)
+
+
 def written(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Spell `torch.select_scatter` out, whose gradient is wrong where it is mapped (torch 2.13)."""
     place = index % input.shape[dim]
@@ -103,12 +126,15 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
 _MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
 _AT_INDEX = ("index_select", "index_copy", "index_copy_", "index_add", "index_add_")
 _AT_INDEX += ("index_reduce", "index_reduce_")
 _ALWAYS: dict[Any, Callable[..., Any]] = {
     **{func: functools.partial(_at_index, func) for func in named(" ".join(_AT_INDEX)).functions},
     **{func: functools.partial(_moved, func) for func in named("flip roll").functions},
     **{func: functools.partial(_norm, func) for func in _NORMS},
+    **dict.fromkeys(named("prelu").functions, prelu),
+    F.embedding: _embedding,
     torch.cdist: distances,
     torch.select_scatter: written,
     Tensor.select_scatter: written,
