@@ -126,3 +126,20 @@ def test_frequencies_of_indices_are_those_of_an_example() -> None:
     for route in ("jacobian", "layerwise"):
         found = jd.gramian(jd.per_example(one), route=route)([table], index)
         torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-8, atol=1e-10)
+
+
+def test_operations_that_are_spelled_out_compile() -> None:
+    """Methods and functions of one name take their arguments in different forms."""
+    index, one = torch.tensor([[0, 1], [2, 2], [1, 0]]), torch.tensor(1)
+
+    def losses(p: Any, i: Tensor) -> Tensor:
+        h = F.embedding(i, p[0], scale_grad_by_freq=True) * p[0].index_select(0, one)
+        h = torch.flip(h, (1,)) + h.flip(1).roll(1, -1) + torch.roll(h, (1,), (2,))
+        h = F.prelu(h, p[1][:1]).select_scatter(h[:, 0].cos(), 1, -1)
+        h = torch.index_add(h, 1, one, h[:, :1].sin())
+        return (torch.cdist(h, p[0]).sum(2) + h.unflatten(2, (3, 1)).sum((2, 3))).sum(1)
+
+    objective = jd.instancewise(losses)
+    want = jd.gramian(objective)(PARAMS, index)
+    compiled = torch.compile(jd.gramian(objective), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(PARAMS, index), want, rtol=1e-9, atol=1e-11)

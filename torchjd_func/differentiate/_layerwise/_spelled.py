@@ -59,13 +59,11 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, weight.reshape(shape) * input)
 
 
-def _embedding(*args: Any, **kwargs: Any) -> Tensor:
+def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Divide gradients by counts of indices; torch counts those of all examples (torch 2.13)."""
-    if args and args[0].is_floating_point():  # `torch.embedding`, of the same name in graphs
-        return torch.embedding(*args, **kwargs)
     given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
-    if not given.get("scale_grad_by_freq"):
-        return F.embedding(*args, **kwargs)
+    if not given.get("scale_grad_by_freq") or given["input"].is_floating_point():
+        return func(*args, **kwargs)
     index, weight = given["input"], given["weight"]
     out = F.embedding(**given | {"scale_grad_by_freq": False})
     ones = torch.ones_like(index, dtype=weight.dtype).flatten()
@@ -99,6 +97,11 @@ def _moved(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     return func(*args, **kwargs) if x.ndim else x.clone()
 
 
+def _instead(other: Callable[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return another function."""
+    return other
+
+
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return what an operation is applied to."""
     return args[0] if args else kwargs["input"]
@@ -125,30 +128,33 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
-_MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-_AT_INDEX = ("index_select", "index_copy", "index_copy_", "index_add", "index_add_")
-_AT_INDEX += ("index_reduce", "index_reduce_")
-_ALWAYS: dict[Any, Callable[..., Any]] = {
-    **{func: functools.partial(_at_index, func) for func in named(" ".join(_AT_INDEX)).functions},
-    **{func: functools.partial(_moved, func) for func in named("flip roll").functions},
-    **{func: functools.partial(_norm, func) for func in _NORMS},
+_AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ index_reduce")
+_MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
+_INSTEAD: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(named("prelu").functions, prelu),
-    F.embedding: _embedding,
+    **dict.fromkeys(named("select_scatter").functions, written),
     torch.cdist: distances,
-    torch.select_scatter: written,
-    Tensor.select_scatter: written,
     Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
 }
-_BY_NAME = {name_of(func): other for func, other in _ALWAYS.items()}
+_AROUND: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
+    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_AT_INDEX.functions, _at_index),
+    **dict.fromkeys(named("flip roll").functions, _moved),
+    F.embedding: _embedding,
+}
+_BY_FUNCTION = {func: functools.partial(_instead, other) for func, other in _INSTEAD.items()} | {
+    func: functools.partial(functools.partial, other) for func, other in _AROUND.items()
+}
+_SPELLED: dict[Any, Callable[..., Any]] = _BY_FUNCTION | {
+    name_of(func): spell for func, spell in _BY_FUNCTION.items()
+}
 
 
 def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """Return a function that torch differentiates right, also if it is mapped over."""
-    if torch.compiler.is_compiling():
-        func = _BY_NAME.get(name_of(func), func)
-    else:
-        func = _ALWAYS.get(func, func)
+    spell = _SPELLED.get(name_of(func) if torch.compiler.is_compiling() else func)
+    func = func if spell is None else spell(func)
     return _MAPPED.get(name_of(func), func) if mapped else func
 
 
