@@ -94,8 +94,8 @@ _KNOWN = (
     (
         ("requires_grad_()", "retain_grad()"),
         "take inner gradients by torch.func",
-        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or compute "
-        "losses by plain autograd and call jd.interop.backward_(losses, model, rule).",
+        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or call "
+        "jd.interop.backward_(losses, model, rule) on losses of plain autograd.",
     ),
     (
         ("more than 1 value per channel", "batch_norm", "running_mean", "num_batches_tracked"),
