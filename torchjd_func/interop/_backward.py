@@ -55,9 +55,10 @@ def backward_(
     of single examples at about the price of one pass and without their gradients
     (`jd.instancewise`), and can be vmapped and differentiated.
 
-    Like `loss.backward()` it accumulates, and leaves alone what no loss depends on. Unlike it, it
-    runs hooks of tensors and modules once for each pass, and those after accumulation, such as
-    DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
+    Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
+    that of the batch: add their losses, and call it once. It leaves alone what no loss depends
+    on. It runs hooks of tensors and modules once for each pass, and those after accumulation, such
+    as DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
     compiled by itself needs `torch._functorch.config.donated_buffer = False`.
 
     Args:
