@@ -23,14 +23,12 @@ from tests.distributed.test_data_parallel import (
 )
 from tests.distributed.test_gathered import said
 from tests.helpers import assert_trees_close
-from tests.short import COLUMNS, ROWS, SHORT, SIZE
+from tests.short import COLUMNS, ROWS, SHORT
 from torchjd_func import _tree
 
 # By their Gramian, without it, by Gramians of groups, by columns, and by rows.
 SOME = ("upgrad", "gradvac", "mean", "rlw", "groups", "trimmed_mean", "graddrop", "moco", "db_mtl")
-FEW = {  # one of each kind, quick to trace
-    "short": SHORT,
-    "short size": SIZE,
+FEW = {  # quick to trace: by Gramians, by columns, and by rows
     "short groups": jd.grouped(SHORT, jd.by_tensor),
     "short columns": COLUMNS,
     "short rows": ROWS,
