@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _host
-from torchjd_func._precision import accumulation_dtype, product, sums
+from torchjd_func._precision import accumulation_dtype, product, squares, sums
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
@@ -219,6 +219,11 @@ def gramian(jac: PyTree) -> Tensor:
     """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
     own = [matrix(leaf) for leaf in leaves(jac)]
     return functools.reduce(torch.add, [product(rows, rows) for rows in own])
+
+
+def squared_norms(jac: PyTree) -> Tensor:
+    """Return the squared norm of each row, `(m,)` in float64."""
+    return functools.reduce(torch.add, [squares(matrix(leaf)) for leaf in leaves(jac)])
 
 
 def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:
