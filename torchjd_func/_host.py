@@ -124,6 +124,11 @@ def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
     return result.numpy() if xp is np else result
 
 
+def to(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype and on the device of another one."""
+    return value.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
+
+
 def constant(x: Array) -> Array:
     """Return `x` as a constant of derivatives."""
     return x.detach() if isinstance(x, Tensor) else x
