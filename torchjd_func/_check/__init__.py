@@ -14,6 +14,7 @@ from torchjd_func._check._combinators import (
 from torchjd_func._check._distributed import (
     at_most,
     collective,
+    group,
     member,
     not_a_weighting,
     not_sharded,

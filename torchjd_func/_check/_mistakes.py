@@ -60,6 +60,14 @@ _KNOWN = (
         "copy of the module that fully_shard has not touched: functional_call(copy, params, (x,)).",
     ),
     (
+        ("must override the setup_context",),
+        "use no torch.autograd.Function without setup_context, as modules do that fully_shard or "
+        "parallelize_module has touched",
+        "Of such a module call a copy that neither has touched, in an objective of "
+        "jd.distributed.sharded; for a Function of your own write setup_context, or compute losses "
+        "by plain autograd and call jd.interop.backward_(losses, model, rule).",
+    ),
+    (
         ("saved tensor hooks",),
         "not save tensors by hooks, as torch.utils.checkpoint does",
         "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "

@@ -117,13 +117,16 @@ def _total(
     wide = gramian.double()
     pushed = wide @ shares  # improvements under the mean gradient
     radius = c * safe_sqrt(pushed @ shares)
-    reach = torch.where(lengths > 0, radius / torch.where(lengths > 0, lengths, 1.0), 0.0).detach()
-    steep, close = reach[0], reach[1].clamp(max=1)
+    reach = (radius / lengths.masked_fill(lengths <= 0, torch.inf)).detach()
+    steps = torch.stack([reach[0], reach[1].clamp(max=1)]).unsqueeze(-1)
+    steepest, closest = additions * steps
     norms = safe_sqrt(wide.diagonal()).detach()
-    equal = TIED * norms * (norms @ shares)
-    steepest, closest = additions[0] * steep, additions[1] * close
-    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close + equal]
-    gain, other = (torch.where(shares > 0, x.detach(), torch.inf).amin() for x in gains)
+    equal = TIED * (norms @ shares) * norms
+    gains = torch.addcmul(pushed, products, steps).detach()
+    absent = shares <= 0
+    gain, other = (
+        x.masked_fill(absent, torch.inf).amin() for x in (gains[0] - equal, gains[1] + equal)
+    )
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
     if not _host.plain(wide, c):
