@@ -25,7 +25,7 @@ MORE = {
     "imtl_g": (50, "two pseudo-inverses, of the rows and of the unit rows"),
     "config": (51, "lengths, and what is rounding"),
     "config_momentum": (116, "moments of each leaf"),
-    "pcd": (84, "an average, a quadratic program and a length"),
+    "pcd": (85, "an average, a quadratic program and a length"),
     "sdmgrad": (68, "eigenvalues, a shift and a min-norm point"),
     "sdmgrad[pgd]": (420, "twenty projections on the simplex"),
     "sdmgrad[reference]": (460, "twenty projections on the simplex"),
