@@ -86,7 +86,7 @@ _KNOWN = (
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
     ),
     (
-        ("setup_context", "does not have vmap support"),
+        ("does not have vmap support",),
         "apply functions of one's own that torch.func can differentiate",
         "Write forward(*inputs) and setup_context(ctx, inputs, output), and a vmap or "
         "generate_vmap_rule = True.",
@@ -94,7 +94,8 @@ _KNOWN = (
     (
         ("requires_grad_()", "retain_grad()"),
         "take inner gradients by torch.func",
-        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad.",
+        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or call "
+        "jd.interop.backward_(losses, model, rule) on losses of plain autograd.",
     ),
     (
         ("more than 1 value per channel", "batch_norm", "running_mean", "num_batches_tracked"),
