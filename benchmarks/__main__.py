@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--only NAME ...] [--full] [--out FOLDER]`."""
+"""Run the benchmarks: `python -m benchmarks [--only NAME ...] [--device cuda] [--full]`."""
 
 from importlib import import_module
 

@@ -74,11 +74,13 @@ def main(
     quick, out, only = (options.pop(key) for key in ("quick", "out", "only"))
     for key, value in options.items():
         _check(parser, key, value, benchmarks[0].full[key])
+    if options.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no CUDA device")
     complete = not (quick or set(options) - {"device"})
     plan = {
         benchmark: benchmark.full | (benchmark.quick if quick else {}) | options
         for benchmark in benchmarks
-        if benchmark.name in only
+        if benchmark.name in only and options.keys() <= benchmark.full.keys()
     }
     torch.set_num_threads(1)
     run(plan, out or (RESULTS if complete else QUICK))
@@ -219,6 +221,8 @@ def _parser(benchmarks: Sequence[Benchmark], quick: bool) -> argparse.ArgumentPa
     parser.set_defaults(quick=quick, only=names)
     if alone is None:
         parser.add_argument("--only", nargs="+", choices=names)
+        about = "where; only what can be measured there"
+        parser.add_argument("--device", choices=DEVICES, default=argparse.SUPPRESS, help=about)
         return parser
     for key, value in alone.full.items():
         option, missing = f"--{key}", argparse.SUPPRESS

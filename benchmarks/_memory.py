@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
 class Storages(TorchDispatchMode):
     """Follows the bytes of tensors that are alive; `peak` is the most there were."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, known: Sequence[Tensor]):
         super().__init__()
-        self.live, self.peak = 0, 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.peak = 0
+        self.alive: dict[int, weakref.ref[Any]] = {}
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operation, and note the storages that it made."""
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._note(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live())
         return out
+
+    def live(self) -> int:
+        """Return the bytes of now; storages that FSDP frees are still there, with no bytes."""
+        storages = [ref() for ref in list(self.alive.values())]
+        return sum([storage.nbytes() for storage in storages if storage is not None])
 
     def _note(self, storage: Any) -> None:
         """Count a storage from now until it is freed."""
-        address, size = storage._cdata, storage.nbytes()
-        if address in self.seen:
-            return
-        self.seen.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, address, size)
-
-    def _free(self, address: int, size: int) -> None:
-        """Stop counting a storage."""
-        self.seen.discard(address)
-        self.live -= size
+        address = storage._cdata
+        if address not in self.known and address not in self.alive:
+            self.alive[address] = weakref.ref(storage)
+            weakref.finalize(storage, self.alive.pop, address, None)
 
 
 def peak(fn: Callable[..., Any], *given: Tensor) -> int:

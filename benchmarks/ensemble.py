@@ -5,7 +5,7 @@
 The two tasks of `benchmarks.digits`, UPGrad, a preference for each model, one batch for all: a
 step of all models is one call of `jd.ensemble.each(step)`, or a call of `step` for each model. Both
 eager and compiled; what a first call takes is told apart. One thread; minima of interleaved
-repeats in one process.
+repeats in one process. On a device (`--device cuda`) what is compiled is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 import torchjd_func as jd
 from benchmarks import digits
-from benchmarks._form import Benchmark, Cell, Row, clock, compiled, main, minima, table
+from benchmarks._form import DEVICES, Benchmark, Cell, Row, clock, compiled, main, minima, table
 
 Step = Callable[..., Any]
 ROUTES = ("runs", "together", "runs_compiled", "together_compiled")
 
 
-def cells(members: Sequence[int], eager: bool, seconds: float) -> list[Cell]:
+def cells(members: Sequence[int], eager: bool, seconds: float, device: str) -> list[Cell]:
     """Return the numbers of models."""
-    return [(f"{k} models", partial(measure, k, eager, seconds)) for k in members]
+    return [(f"{k} models", partial(measure, k, eager, seconds, device)) for k in members]
 
 
 def make_step(problem: digits.Problem) -> Step:
@@ -59,15 +60,17 @@ def each_by_itself(step: Step, wanted: Tensor, params: list[Any], batch: digits.
     return [step(own, model, batch) for own, model in zip(wanted, params, strict=True)]
 
 
-def measure(k: int, eager: bool, seconds: float) -> Iterator[Row]:
+def measure(k: int, eager: bool, seconds: float, device: str) -> Iterator[Row]:
     """Time a step of `k` models on each route, in ms, and first calls that compile, in s."""
     problem = digits.two_digits(0)
-    wanted, stacked = preferences(k), start(k)
-    models, batch = jd.ensemble.unstack(stacked), digits.pick(problem.train, jd.random.key(0))
+    data = digits.pick(problem.train, jd.random.key(0))
+    placed = preferences(k), start(k), data
+    wanted, stacked, batch = optree.tree_map(lambda x: x.to(device), placed)
+    models = jd.ensemble.unstack(stacked)
     step = make_step(problem)
     many = jd.ensemble.each(step, shared=2)
     torch.compiler.reset()  # otherwise the shapes of the second k become symbols
-    fast, fast_many = compiled(step), compiled(many)
+    fast, fast_many = compiled(step, device), compiled(many, device)
     routes = {
         "runs": lambda: each_by_itself(step, wanted, models, batch),
         "together": lambda: many(wanted, stacked, batch),
@@ -101,8 +104,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"members": (8, 32, 128), "eager": False, "seconds": 3.0},
+    full={"members": (8, 32, 128), "eager": False, "seconds": 3.0, "device": "cpu"},
     quick={"members": (8,), "eager": True, "seconds": 0.5},
+    choices={"device": DEVICES},
 )
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ A view launches nothing, an operation of torch one kernel, an operation of ours 
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,17 +54,20 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in WAITING or _copies(name, args, result):
+        if name in WAITING or _copies(name, args, kwargs or {}, result):
             self.waits.append(name)
         if not (func.is_view or "empty" in name or name in NOTHING):
             self.names.append(name)
         return result
 
 
-def _copies(name: str, args: Any, result: Any) -> bool:
-    """Say whether an operation copies between devices."""
-    copied = name in ("_to_copy", "copy_")
-    return copied and {x.device.type for x in (*args, result) if isinstance(x, Tensor)} != {"cuda"}
+def _copies(name: str, args: Any, kwargs: Any, result: Any) -> bool:
+    """Say whether an operation copies between devices, and waits for that."""
+    if name not in ("_to_copy", "copy_"):
+        return False
+    places = [x.device.type for x in (*args, result) if isinstance(x, Tensor)]
+    onto = places[-1] == "cuda" and (kwargs.get("non_blocking") or True in args[2:])
+    return len(set(places)) > 1 and not onto
 
 
 class _Methods(TorchFunctionMode):
@@ -101,6 +106,13 @@ def _item(x: Tensor, index: Any) -> Tensor:
                 dim + 1,
             )
     return found
+
+
+@contextmanager
+def counted() -> Generator[Counter]:
+    """Count launches on fake tensors."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Methods(), Counter() as counter:
+        yield counter
 
 
 def count(method: Any, m: int, *, weights: bool, dtype: torch.dtype = torch.float64) -> Counter:

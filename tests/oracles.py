@@ -115,10 +115,10 @@ def surgery(
     return total, targets
 
 
-def cagrad(jac: Tensor, c: float) -> Tensor:
+def cagrad(jac: Tensor, c: float, preference: Tensor | None = None) -> Tensor:
     """Try every support of the addition to the mean, and keep the best feasible direction."""
     m = len(jac)
-    mean = jac.mean(0)
+    mean = jac.mean(0) if preference is None else jac.T @ preference
     pushed, radius = jac @ mean, c * mean.norm()
     best, value = mean, pushed.min()
     for bits in itertools.product([False, True], repeat=m):

@@ -95,6 +95,9 @@ METHODS: dict[str, Method] = {
     ),
     "cagrad": Method(lambda m: jd.cagrad(), cost="m^3"),
     "cagrad[1+c^2]": Method(lambda m: jd.cagrad(0.4, rescale="1+c^2"), cost="m^3"),
+    "cagrad[preference]": Method(
+        lambda m: jd.cagrad(preference=_preference(m)), equivariant=False, cost="m^3"
+    ),
     "cagrad[2]": Method(lambda m: jd.cagrad(2.0), non_conflicting=True, cost="m^3"),
     "pcgrad": Method(
         lambda m: jd.pcgrad(),

@@ -56,7 +56,7 @@ def _equal(statistic, *, present=None):
 
 
 SHORT = jd.weighted(jd.Weighting("short", _init, _update))
-ROWS = jd.Aggregator("rows", lambda jac, key: _init(_tree.leaves(jac)[0].flatten(1), key), _rows)
+ROWS = jd.Aggregator("rows", lambda jac, key: _init(_tree.matrix(_tree.leaves(jac)[0]), key), _rows)
 COLUMNS = replace(
     jd.Aggregator("columns", lambda jac, key: (), _columns), columnwise=True
 )  # counts each column alone

@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from benchmarks import _form, digits, solvers
 from benchmarks.__main__ import ALL
@@ -73,6 +74,23 @@ def test_only_full_runs_go_to_the_results(monkeypatch):
         assert _form.main(*everything[0], arguments=arguments, quick=True) == 0
     results, quick = _form.RESULTS, _form.QUICK
     assert folders == [results, quick, quick, quick, results, results]
+
+
+def test_on_a_device_all_run_that_can(monkeypatch):
+    plans = []
+    monkeypatch.setattr(_form, "run", lambda plan, folder: plans.append(plan))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _form.main(*ALL, arguments=["--device", "cuda"], quick=True) == 0
+    (plan,) = plans
+    assert {benchmark.name for benchmark in plan} >= {"methods", "gramian", "grouping", "ensemble"}
+    assert {settings["device"] for settings in plan.values()} == {"cuda"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_is_said(capsys):
+    with pytest.raises(SystemExit):
+        _form.main(*ALL, arguments=["--device", "cuda"])
+    assert "--device: there is no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """What only a GPU shows: nothing waits for it, graphs capture, numbers are those of the CPU.
 
+The most telling come first, what Inductor compiles last, so that `python -m pytest
+tests/test_cuda.py tests/kernels` may be stopped at any time.
+
 Last run: 2026-11-26, NVIDIA H100 80GB HBM3, torch 2.11: all passed but CAGrad compiled, whose
 kernel gave not-a-number at m = 4. It has been rewritten since, and not been run on a device.
 """
@@ -84,6 +87,20 @@ def test_numbers_are_those_of_the_host(name):
     assert_same(two_calls(*setting(name, "cuda")), two_calls(*setting(name, "cpu")))
 
 
+@pytest.mark.parametrize("m", [1, 2, 17, 40, 64])
+@pytest.mark.parametrize(
+    "name", ["upgrad", "dualproj", "mgda", "cagrad", "imtl_g", "aligned_mtl", "nash_mtl", "gradvac"]
+)
+def test_sizes(name, m):
+    rows = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    weights = []
+    for device in ("cuda", "cpu"):
+        rule = METHODS[name].make(m)
+        state = rule.init(rows.to(device), key=jd.random.key(0))
+        weights.append(weighting(rule)((rows @ rows.mT).to(device), state)[0])
+    assert_same(*weights)
+
+
 @EVERY
 def test_state_lies_on_the_device(name):
     _, _, state, _ = setting(name, "cuda")
@@ -124,26 +141,19 @@ def test_absent_rows(name):
     assert_same(got, want, 1e-7)
 
 
-@pytest.mark.parametrize("m", [1, 2, 17, 40, 64])
-@pytest.mark.parametrize(
-    "name", ["upgrad", "dualproj", "mgda", "cagrad", "imtl_g", "aligned_mtl", "nash_mtl", "gradvac"]
-)
-def test_sizes(name, m):
-    rows = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
-    weights = []
-    for device in ("cuda", "cpu"):
-        rule = METHODS[name].make(m)
-        state = rule.init(rows.to(device), key=jd.random.key(0))
-        weights.append(weighting(rule)((rows @ rows.mT).to(device), state)[0])
-    assert_same(*weights)
-
-
 @pytest.mark.parametrize("m", [100, 130, 300])
 def test_large_quadratic_programs(m):
     rows = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
     gramian = rows @ rows.mT
     want = weights_of(jd.upgrad(), gramian)
     assert_same(weights_of(jd.upgrad(), gramian.cuda()), want)
+
+
+def test_large_quadratic_programs_are_captured():
+    rows = torch.randn(150, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gramian = (rows @ rows.mT).cuda()
+    want = weights_of(jd.upgrad(), gramian)
+    assert_same(replayed(lambda: weights_of(jd.upgrad(), gramian)), want)
 
 
 @pytest.mark.parametrize("name", scalarizer_registry.METHODS)
@@ -211,7 +221,6 @@ def test_bits_are_those_of_the_host(seed):
         lambda key: jd.random.fold_in(key, 4),
         lambda key: jd.random.permutation(key, 30),
         lambda key: torch.func.vmap(jd.random.bits)(jd.random.split(key, 4)),
-        torch.compile(lambda key: jd.random.bits(key, (7, 3)), fullgraph=True),
     ):
         assert torch.equal(fn(device).cpu(), fn(host))
 
@@ -223,41 +232,6 @@ def network(device="cuda"):
     apply, params, buffers = jd.functionalize(net)
     x, y = torch.randn(8, 16, device=device), torch.randn(8, 4, device=device)
     return lambda p, x, y: (apply(p, buffers, x)[0] - y).square().mean(0), params, x, y
-
-
-COMPILED = {
-    "upgrad": jd.upgrad,
-    "mgda": jd.mgda,
-    "cagrad": jd.cagrad,
-    "pcgrad": jd.pcgrad,
-    "imtl_g": jd.imtl_g,
-    "aligned_mtl": jd.aligned_mtl,
-    "nash_mtl": jd.nash_mtl,
-    "grouped": lambda: jd.grouped(jd.upgrad(), jd.by_tensor),
-    "monitored": lambda: jd.monitored(jd.upgrad(), {"w": jd.measures.weights}),
-}
-
-
-def third(fast, *args):
-    """Call a compiled step until it replays a graph; return the last result."""
-    for _ in range(2):
-        torch.compiler.cudagraph_mark_step_begin()
-        fast(*args)
-    torch.compiler.cudagraph_mark_step_begin()
-    return fast(*args)
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_into_a_graph(name):
-    objective, params, x, y = network()
-    rule = COMPILED[name]()
-    state = jd.init_state(rule, objective, params, x, y, key=jd.random.key(0))
-    step = jd.grad(objective, rule)
-    fast = torch.compile(
-        lambda s, p, x, y: step(s, p, x, y), fullgraph=True, mode="reduce-overhead"
-    )
-    want = step(state, params, x, y)
-    assert_same(third(fast, state, params, x, y), want, 1e-4)
 
 
 def instance_wise():
@@ -278,10 +252,6 @@ def test_instance_wise_steps():
     step = jd.grad(objective, jd.upgrad())
     want = jd.grad(objective, jd.upgrad(), route="jacobian")(None, params, x, y)
     assert_same(without_waiting(lambda: step(None, params, x, y)), want, 1e-4)
-    fast = torch.compile(
-        lambda p, x, y: step(None, p, x, y), fullgraph=True, mode="reduce-overhead"
-    )
-    assert_same(third(fast, params, x, y), want, 1e-4)
     assert_same(replayed(lambda: step(None, params, x, y)), want, 1e-4)
 
 
@@ -336,3 +306,54 @@ def test_sets_are_those_of_the_host(name):
         SETS[name](device)(jacs.to(device), losses=losses.to(device)) for device in ("cuda", "cpu")
     )
     assert_same(got, want, 1e-6)
+
+
+COMPILED = {
+    "upgrad": jd.upgrad,
+    "mgda": jd.mgda,
+    "cagrad": jd.cagrad,
+    "pcgrad": jd.pcgrad,
+    "imtl_g": jd.imtl_g,
+    "aligned_mtl": jd.aligned_mtl,
+    "nash_mtl": jd.nash_mtl,
+    "grouped": lambda: jd.grouped(jd.upgrad(), jd.by_tensor),
+    "monitored": lambda: jd.monitored(jd.upgrad(), {"w": jd.measures.weights}),
+}
+
+
+def third(fast, *args):
+    """Call a compiled step until it replays a graph; return the last result."""
+    for _ in range(2):
+        torch.compiler.cudagraph_mark_step_begin()
+        fast(*args)
+    torch.compiler.cudagraph_mark_step_begin()
+    return fast(*args)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_into_a_graph(name):
+    objective, params, x, y = network()
+    rule = COMPILED[name]()
+    state = jd.init_state(rule, objective, params, x, y, key=jd.random.key(0))
+    step = jd.grad(objective, rule)
+    fast = torch.compile(
+        lambda s, p, x, y: step(s, p, x, y), fullgraph=True, mode="reduce-overhead"
+    )
+    want = step(state, params, x, y)
+    assert_same(third(fast, state, params, x, y), want, 1e-4)
+
+
+def test_instance_wise_steps_compiled_into_a_graph():
+    objective, params, x, y = instance_wise()
+    step = jd.grad(objective, jd.upgrad())
+    want = step(None, params, x, y)
+    fast = torch.compile(
+        lambda p, x, y: step(None, p, x, y), fullgraph=True, mode="reduce-overhead"
+    )
+    assert_same(third(fast, params, x, y), want, 1e-4)
+
+
+def test_compiled_bits_are_those_of_the_host():
+    host = jd.random.key(3)
+    fast = torch.compile(lambda key: jd.random.bits(key, (7, 3)), fullgraph=True)
+    assert torch.equal(fast(host.cuda()).cpu(), jd.random.bits(host, (7, 3)))

@@ -140,6 +140,22 @@ def test_so_many_models_are_computed_at_a_time(chunk_size, calls):
     assert seen == calls * [(3,)]
 
 
+def test_dropout_is_drawn_as_it_is_said():
+    def step(params, x):
+        def fit(params, x):
+            return torch.nn.functional.dropout(x @ params["w"], 0.5).square().mean(0)
+
+        return jd.grad(fit, jd.upgrad())(None, params, x)[0]
+
+    params, x = {"w": torch.ones(4, 16, 2)}, torch.ones(8, 16)
+    with pytest.raises(ValueError, match="randomness='different'"):
+        jd.ensemble.each(step, shared=1)(params, x)
+    for randomness, alike in (("same", True), ("different", False)):
+        torch.manual_seed(0)
+        grads = jd.ensemble.each(step, shared=1, randomness=randomness)(params, x)["w"]
+        assert torch.equal(grads[0], grads[1]) == alike
+
+
 def test_ensembles_of_ensembles():
     x = torch.arange(6.0).reshape(2, 3)
     twice = jd.ensemble.each(jd.ensemble.each(torch.sin, chunk_size=2))

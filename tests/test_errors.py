@@ -18,6 +18,20 @@ from torchjd_func import _tree
 
 PARAMS = {"w": torch.ones(3)}
 X = torch.ones(4, 3)
+
+
+class OldForm(torch.autograd.Function):
+    """An identity that `torch.func` does not take."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0]
+
+
 BATCH_NORM = nn.BatchNorm1d(3)
 BUFFERS = jd.functionalize(BATCH_NORM)[2]
 G = A @ A.mT
@@ -401,6 +415,35 @@ CASES = {
         )(None, PARAMS, X),
         ValueError,
         r"torch\.utils\.checkpoint.*jd\.interop\.backward_",
+    ),
+    "arrays of NumPy inside": (
+        lambda: jd.jac(lambda p, x: losses(p, x) * float((x * 2).numpy().sum()))(PARAMS, X),
+        ValueError,
+        r"not read the memory.*x\.tolist\(\)",
+    ),
+    "a function of an old form": (
+        lambda: jd.jac(lambda p, x: OldForm.apply(losses(p, x)))(PARAMS, X),
+        ValueError,
+        "no torch.autograd.Function without setup_context.*jd.interop.backward_",
+    ),
+    "gradients of plain autograd inside": (
+        lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),
+        ValueError,
+        r"inner gradients by torch\.func.*torch\.func\.grad",
+    ),
+    "random numbers for each example": (
+        lambda: jd.gramian(jd.per_example(lambda p, x: torch.rand_like(x).sum() * p["w"].sum()))(
+            PARAMS, X
+        ),
+        ValueError,
+        "Pass randomness='different'",
+    ),
+    "decisions by examples": (
+        lambda: jd.gramian(
+            jd.per_example(lambda p, x: p["w"].sum() if x.sum() > 0 else p["w"].exp().sum())
+        )(PARAMS, X),
+        ValueError,
+        "not decide by the values.*torch.where",
     ),
     "state left out": (
         lambda: jd.grad(losses, jd.upgrad())(PARAMS, X),

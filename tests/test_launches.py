@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from tests.launches import count
+from tests.launches import count, counted
 from tests.registry import METHODS, exported
+from torchjd_func.differentiate._layerwise._convolutions import conv_weight
+from torchjd_func.differentiate._layerwise._forms import cross
+from torchjd_func.linalg import _interior
 
 MOST = 40
 # From a Gramian, or from the rows of one leaf, for six objectives.
@@ -18,12 +21,12 @@ FEW = {
 }
 MORE = {
     # Closed forms: each operation on `(m,)` is a launch, and compiled they are one kernel.
-    "cagrad": (75, "two candidates, measured on the rows"),
+    "cagrad": (60, "two candidates, measured on the rows"),
     "imtl_g": (50, "two pseudo-inverses, of the rows and of the unit rows"),
-    "config": (50, "lengths, and what is rounding"),
-    "config_momentum": (115, "moments of each leaf"),
-    "pcd": (95, "an average, a quadratic program and a length"),
-    "sdmgrad": (75, "eigenvalues, a shift and a min-norm point"),
+    "config": (51, "lengths, and what is rounding"),
+    "config_momentum": (116, "moments of each leaf"),
+    "pcd": (85, "an average, a quadratic program and a length"),
+    "sdmgrad": (68, "eigenvalues, a shift and a min-norm point"),
     "sdmgrad[pgd]": (420, "twenty projections on the simplex"),
     "sdmgrad[reference]": (460, "twenty projections on the simplex"),
     "gradnorm": (70, "rates, targets and weights of each objective"),
@@ -79,3 +82,25 @@ def test_the_number_of_objectives_does_not_count():
     for name in ("upgrad", "pcgrad", "gradvac", "cagrad", "nash_mtl", "imtl_g"):
         few, many = (count(METHODS[name], m, weights=True).launches for m in (3, 60))
         assert few == many
+
+
+def test_the_batch_does_not_count_in_the_gramian_of_a_convolution():
+    counts = []
+    for e in (4, 256):
+        with counted() as counter:
+            images = torch.empty(e, 32, 16, 16, device="cuda")
+            form = conv_weight({"input": images, "padding": 1}, images, (32, 32, 3, 3))
+            assert cross(form, form).shape == (e, e)
+        counts.append(counter.launches)
+    assert counts[0] == counts[1] <= 12
+
+
+def test_problems_too_large_for_a_kernel_do_not_wait():
+    counts = []
+    for m in (130, 300):
+        with counted() as counter:
+            matrix = torch.empty(1, m, m, device="cuda", dtype=torch.float64)
+            _interior.minimise(matrix, matrix[0], 1e-11)
+        assert not counter.waits
+        counts.append(counter.launches)
+    assert counts[0] == counts[1] <= 50 * _interior.STEPS + 300

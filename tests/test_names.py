@@ -21,6 +21,7 @@ KEY = jd.random.key(0)
 RULES = {
     "upgrad": jd.upgrad,
     "dualproj": jd.dualproj,
+    "cagrad": lambda p: jd.cagrad(preference=p),
     "aligned_mtl": jd.aligned_mtl,
     "config": jd.config,
     "config_momentum": lambda p: jd.config_momentum(visit="all", preference=p),

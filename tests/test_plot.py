@@ -163,6 +163,15 @@ def test_training_has_a_panel_for_each_quantity():
     )
 
 
+def test_training_names_vectors_by_the_losses_in_the_order_in_which_they_count():
+    losses = {"policy": torch.tensor(1.0), "entropy": torch.tensor(2.0)}
+    records = [{"losses": losses, "weights": torch.tensor([0.25, 0.75])}] * 2
+    first, second = plot.training(records)
+    assert labels(first) == labels(second) == ["entropy", "policy"]
+    assert [line.get_ydata()[0] for line in first.lines] == [2.0, 1.0]
+    assert [line.get_ydata()[0] for line in second.lines] == [0.25, 0.75]
+
+
 def test_training_of_several_runs():
     axes = plot.training(RECORDS, label="mean")
     again = plot.training(RECORDS, label="upgrad", ax=axes)

@@ -6,7 +6,7 @@ from torch.func import vmap
 
 import torchjd_func as jd
 from tests.helpers import compiled
-from torchjd_func import _threefry
+from torchjd_func import _host, _threefry
 
 # Random123, kat_vectors: threefry2x32, 20 rounds: (counter, key, result).
 KNOWN = [
@@ -113,3 +113,14 @@ def test_shapes():
     for shape in ((), (0,), (1,), (2, 0, 3), (5, 7)):
         assert jd.random.bits(jd.random.key(0), shape).shape == shape
         assert jd.random.normal(jd.random.key(0), shape, dtype=torch.bfloat16).shape == shape
+
+
+@pytest.mark.parametrize("n", [1, 5, _threefry.FEW - 1, _threefry.FEW, _threefry.FEW + 1])
+def test_a_step_is_a_key_and_a_draw_of_other_counters(n):
+    key = jd.random.key(3)
+    next_key, words = _threefry.step(key, n, 52)
+    assert torch.equal(next_key, jd.random.split(key, 1)[0])
+    assert torch.equal(_host.tensor(words), _host.tensor(_threefry.wide_bits(key, (n,), 52)))
+    mapped = torch.func.vmap(lambda key: _threefry.step(key, n, 52))(key.expand(2, 2))
+    assert torch.equal(mapped[0][1], next_key)
+    assert torch.equal(mapped[1][1], _host.tensor(words))

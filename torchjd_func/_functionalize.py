@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -64,7 +64,8 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
 
     Args:
         model: Any module. Whether it trains or evaluates is read at each call of `apply`. Or a tree
-            of modules, such as `(trunk, {"a": head})` for `jd.multitask`.
+            of modules, such as `(trunk, {"a": head})` for `jd.multitask`; an `nn.ModuleDict` or an
+            `nn.ModuleList` counts as a dict, or as a list.
 
     Returns:
         `(apply, params, buffers)`. `apply(params, buffers, *inputs, **kwargs)` returns
@@ -90,12 +91,22 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         >>> sorted(params), tuple(outputs.shape)
         (['bias', 'weight'], (3, 1))
     """
+    model = opened(model)
     models, rebuild = _tree.flatten(model)
     _check.modules(models)
     owners = [dict(part.named_parameters()) for part in models]
     _check.owned_once(_tree.paths(model), owners)
     applies, params, buffers = zip(*map(_functionalize, models), strict=True)
     return rebuild(applies), rebuild(params), rebuild(buffers)
+
+
+def opened(tree: PyTree) -> PyTree:
+    """Return dicts and lists in the place of modules that hold others, and cannot be called."""
+    if isinstance(tree, Mapping | nn.ModuleDict):
+        return {name: opened(part) for name, part in tree.items()}
+    if isinstance(tree, list | nn.ModuleList):
+        return [opened(part) for part in tree]
+    return tuple(opened(part) for part in tree) if type(tree) is tuple else tree
 
 
 def _functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:

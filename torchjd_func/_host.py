@@ -43,7 +43,7 @@ def call_there_and_back(fn: Callable[..., Any], *values: Array) -> Any:
     # There and back takes 0.1 to 0.3 ms, which a hundred launches exceed (seen on an H100). A graph
     # that is captured may not wait for the host, and takes the launches.
     first = next((x for x in values if isinstance(x, Tensor) and x.is_cuda), None)
-    if first is None or not all(map(resident, values)) or torch.cuda.is_current_stream_capturing():
+    if first is None or not all(map(may_wait, values)):
         return call(fn, *values)
     found = call(fn, *(x.cpu() if isinstance(x, Tensor) else x for x in values))
     parts = found if isinstance(found, tuple) else (found,)
@@ -74,6 +74,12 @@ def resident(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return True
     return type(value) is Tensor and not value.is_meta and plain(value)
+
+
+def may_wait(value: Any) -> bool:
+    """Say whether the host may wait for a value: it has one, and no CUDA graph is captured."""
+    on_device = isinstance(value, Tensor) and value.is_cuda
+    return resident(value) and not (on_device and torch.cuda.is_current_stream_capturing())
 
 
 def opaque(operation: Callable[..., Any], body: Callable[..., Any], *values: Any) -> Any:
@@ -110,6 +116,11 @@ def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
 def constant(x: Array) -> Array:
     """Return `x` as a constant of derivatives."""
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def filled(x: Array, mask: Array, value: float) -> Array:
+    """Return `x` with a number where a mask is true, in one launch."""
+    return x.masked_fill(mask, value) if isinstance(x, Tensor) else np.where(mask, value, x)
 
 
 def argsort(x: Array) -> Array:

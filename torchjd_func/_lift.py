@@ -108,13 +108,8 @@ def _statistic(needs: Needs, jac: PyTree) -> Tensor:
     if needs == "size":
         return statistic_like(jac)
     if needs == "norms":
-        return torch.diag(reduce(torch.add, [_squares(leaf) for leaf in _tree.leaves(jac)]))
+        return torch.diag(_tree.squared_norms(jac))
     return _tree.gramian(jac)
-
-
-def _squares(leaf: Tensor) -> Tensor:
-    """Return the squared norms of the rows of a leaf."""
-    return _tree.rows(leaf).square().sum(1)
 
 
 def statistic_like(jac: PyTree) -> Tensor:

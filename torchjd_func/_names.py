@@ -21,7 +21,7 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     _check.length(name, values, like.shape[0])
     if isinstance(value, Named):
         return value.at(like)
-    return values.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
+    return _tree.to(values, like)
 
 
 def of_each(tree: Any) -> list[str]:

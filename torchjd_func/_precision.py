@@ -30,6 +30,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return functools.reduce(torch.add, [_wide_product(*pair) for pair in terms])
 
 
+def squares(a: Tensor) -> Tensor:
+    """Return the squared norms of the rows of real matrices, `(..., m)`, in float64."""
+    return functools.reduce(torch.add, [x.double().square().sum(-1) for x in _parts(a)])
+
+
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a b^T` in float64; each is cast once."""
     wide = a.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +15,32 @@ PyTree = Any
 Size = int | Tensor | None  # how many examples a process has; `None` if parts count alike
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Rows:
+    """The length of a tensor, which is a number of the step that runs."""
+
+    of: Tensor
+
+    def __str__(self) -> str:
+        """Return the length, for messages."""
+        return f"{len(self.of)} rows"
+
+
 class Part(NamedTuple):
     """What one process has of a batch."""
 
     size: Size = None
-    lengths: Any = None  # of the tensors of the batch, to be the same on all processes
+    lengths: dict[str, Rows] | None = None  # of the tensors of the batch
 
 
-def given(present: Any, size: Any) -> dict[str, str]:
-    """Say which of the options that all processes give, or none, there are."""
-    options = {"present": present, "size": size}
-    return {name: "nothing" if x is None else "a value" for name, x in options.items()}
+def step_of(part: Part, present: Any, **tensors: Any) -> dict[str, Any]:
+    """Return what is to be the same on all processes in a step: shapes, and which options.
+
+    Batches are of one length, unless all processes say how many examples they have.
+    """
+    options = {"present": present, "size": part.size}
+    given = {name: "nothing" if x is None else "a value" for name, x in options.items()}
+    return {**tensors, "batch": part.lengths if part.size is None else None, **given}
 
 
 class Shares(NamedTuple):

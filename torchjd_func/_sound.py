@@ -17,6 +17,7 @@ from torchjd_func import _check, _host, _present, _tree
 
 PyTree = Any
 State = Any
+TINY = torch.finfo(torch.float64).tiny
 
 
 def weigh(
@@ -30,6 +31,7 @@ def weigh(
         identity = torch.eye(len(statistic), dtype=statistic.dtype, device=statistic.device)
         statistic = torch.where(sound, statistic, identity)
         losses = None if losses is None else torch.where(sound, losses, 1)
+    statistic = statistic if rule.needs == "size" else without_subnormal(statistic)
     weights, after = _present.update(rule, statistic, state, losses, present=present)
     _check.weights(rule.name, weights, len(statistic))
     if sound is not None:
@@ -37,6 +39,14 @@ def weigh(
     elif statistic.is_cuda and not trusted:
         weights = weights + nothing(statistic, losses)
     return weights, keep(weights, after, state)
+
+
+def without_subnormal(gramian: Tensor) -> Tensor:
+    """Return a Gramian with 0 for what is so short that its reciprocal is infinite."""
+    known = _host.numbers(gramian)
+    if gramian.dtype != torch.float64 or (known is not None and known.diagonal().min() >= TINY):
+        return gramian
+    return torch.nn.functional.hardshrink(gramian, TINY)
 
 
 def keep(result: PyTree, after: State, before: State) -> State:

@@ -40,6 +40,17 @@ def wide_bits(key: Tensor, shape: Sequence[int], n_bits: int) -> Array:
     return ((pair[0] << 32) | pair[1]) >> (64 - n_bits) & ((1 << n_bits) - 1)
 
 
+def step(key: Tensor, n: int, n_bits: int) -> tuple[Tensor, Array]:
+    """Return the key of the next step, `split(key, 1)`, and `wide_bits` `(n,)` of this one."""
+    plain = None if _on_device(key) else _host.numbers(key)
+    if plain is None or n >= FEW:
+        next_key = _host.tensor(encrypt(key, SPLIT, 1)).squeeze(-1)
+        return next_key, wide_bits(key, (n,), n_bits)
+    first, second = _encrypt_few(plain.tolist(), SPLIT << 64 * n, n, n + 1)
+    pairs = _lanes(first << 32 | second, n + 1)
+    return torch.tensor(divmod(int(pairs[n]), 1 << 32)), (pairs[:n] >> (64 - n_bits)).view("i8")
+
+
 def encrypt(key: Tensor, stream: int, n: int) -> Array:
     """Encrypt the counters `0 ... n-1` of a stream; returns `(2, n)` int64, an array if plain."""
     if _on_device(key):
@@ -49,7 +60,8 @@ def encrypt(key: Tensor, stream: int, n: int) -> Array:
         counter = torch.arange(n, dtype=torch.int64, device=key.device)
         return torch.stack(rounds(key.unbind(), torch.full_like(counter, stream), counter))
     if n <= FEW:
-        return _encrypt_few(plain.tolist(), stream, n)
+        few = _encrypt_few(plain.tolist(), stream * _ones(n), n, n)
+        return np.array([_lanes(word, n).view("i8") for word in few])
     found = np.empty((2, n), dtype=np.int64)
     for start in range(0, n, BLOCK):
         counter = np.arange(start, min(start + BLOCK, n), dtype=np.uint32)
@@ -98,12 +110,21 @@ def _vmap(info: Any, in_dims: Any, key: Tensor, *options: Any) -> tuple[Tensor, 
     return words(key.movedim(in_dims[0], 0), *options), 0
 
 
-def _encrypt_few(key: list[int], stream: int, n: int) -> Array:
-    """Encrypt counters that lie side by side, 64 bits apart, in one long integer."""
-    ones = ((1 << 64 * n) - 1) // ((1 << 64) - 1)
-    counter = int.from_bytes(np.arange(n, dtype="<i8").tobytes(), "little")
-    words = rounds([word * ones for word in key], stream * ones, counter, ones)
-    return np.array([np.frombuffer(word.to_bytes(8 * n, "little"), "<i8") for word in words])
+def _ones(n: int) -> int:
+    """Return a long integer that is 1 in each of `n` places, 64 bits apart."""
+    return ((1 << 64 * n) - 1) // ((1 << 64) - 1)
+
+
+def _lanes(word: int, n: int) -> Array:
+    """Return a long integer as `n` numbers."""
+    return np.frombuffer(word.to_bytes(8 * n, "little"), "u8")
+
+
+def _encrypt_few(key: list[int], high: int, n_counters: int, n: int) -> tuple[int, int]:
+    """Encrypt counters that lie side by side in one long integer: `0, 1, ...`, then zeros."""
+    ones = _ones(n)
+    counter = int.from_bytes(np.arange(n_counters, dtype="u8").tobytes(), "little")
+    return rounds([word * ones for word in key], high, counter, ones)
 
 
 def _rounds_in_place(key: list[int], stream: int, low: Array) -> tuple[Array, Array]:
@@ -133,11 +154,12 @@ def rounds(key: Sequence[Any], high: Any, low: Any, one: int = 1) -> tuple[Any, 
     """
     mask = MASK * one
     schedule = (key[0], key[1], key[0] ^ key[1] ^ (PARITY * one))
-    x, y = (high + schedule[0]) & mask, (low + schedule[1]) & mask
+    # The 32 bits above those of a word hold what 26 sums carry, so that `x` is masked once.
+    x, y = high + schedule[0], (low + schedule[1]) & mask
     for injection in range(1, 6):
         for rotation in ROTATIONS[(injection - 1) % 2]:
-            x = (x + y) & mask
-            y = (((y << rotation) | (y >> (32 - rotation))) & mask) ^ x
-        x = (x + schedule[injection % 3]) & mask
+            x = x + y
+            y = ((y << rotation | y >> (32 - rotation)) ^ x) & mask
+        x = x + schedule[injection % 3]
         y = (y + schedule[(injection + 1) % 3] + injection * one) & mask
-    return x, y
+    return x & mask, y

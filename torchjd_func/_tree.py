@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _host
-from torchjd_func._precision import accumulation_dtype, product, sums
+from torchjd_func._precision import accumulation_dtype, product, squares, sums
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
@@ -43,9 +43,9 @@ class Named(NamedTuple):
     def at(self, like: Tensor) -> Tensor:
         """Return the numbers as `like`; those of another device are copied once, and kept."""
         if like.device == self.values.device or torch.compiler.is_compiling():
-            return self.values.to(like)
+            return to(self.values, like)
         place = like.device, like.dtype
-        moved = self.kept[place] if place in self.kept else self.values.to(like)
+        moved = self.kept[place] if place in self.kept else to(self.values, like)
         if _host.resident(moved):  # not of a shape alone, nor of a transform
             self.kept[place] = moved
         return moved
@@ -60,9 +60,14 @@ class Named(NamedTuple):
         return f"{{{', '.join(shown)}}}"
 
 
+def to(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype and on the device of another one."""
+    return value.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
+
+
 def number(value: float | Tensor, like: Tensor) -> Tensor:
     """Return `value` as a 0-d tensor in the dtype and on the device of another one."""
-    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+    return to(value, like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def hollow(node: PyTree) -> bool:
@@ -214,6 +219,11 @@ def gramian(jac: PyTree) -> Tensor:
     """Return `J J^T`, `(m, m)`, as the sum of the leaves' Gramians; nothing is concatenated."""
     own = [matrix(leaf) for leaf in leaves(jac)]
     return functools.reduce(torch.add, [product(rows, rows) for rows in own])
+
+
+def squared_norms(jac: PyTree) -> Tensor:
+    """Return the squared norm of each row, `(m,)` in float64."""
+    return functools.reduce(torch.add, [squares(matrix(leaf)) for leaf in leaves(jac)])
 
 
 def blocks(flat: list[Tensor], groups: Groups) -> list[Block]:

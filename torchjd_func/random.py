@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host, _threefry
+from torchjd_func._host import Array
 
 __all__ = ["bits", "fold_in", "key", "normal", "permutation", "required", "split", "uniform"]
 
@@ -176,9 +177,13 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
     _check.key(key)
     _check.shape(shape)
     _check.floating_dtype("dtype", dtype)
-    words = _host.tensor(_threefry.wide_bits(key, shape, 52))
-    centred = (words.to(torch.float64) + 0.5) * 2.0**-51 - 1.0
-    return (math.sqrt(2.0) * torch.erfinv(centred)).to(dtype)
+    return inverted(_threefry.wide_bits(key, shape, 52)).to(dtype)
+
+
+def inverted(words: Array) -> Tensor:
+    """Return standard normal numbers, in float64, of words of 52 bits."""
+    wide = words.to(torch.float64) if isinstance(words, Tensor) else words
+    return math.sqrt(2.0) * torch.erfinv(_host.tensor((wide + 0.5) * 2.0**-51 - 1.0))
 
 
 def permutation(key: Tensor, n: int) -> Tensor:

@@ -66,6 +66,10 @@ def test_cagrad_equals_enumeration(shape, c):
     for seed in range(8):
         jac = matrix("gaussian", *shape, seed=seed)
         assert_numbers(vector_of(jd.cagrad(c), jac), oracles.cagrad(jac, c), tol=1e-8)
+        preference = jd.random.uniform(jd.random.key(seed), shape[:1], dtype=torch.float64)
+        preference[seed % len(jac)] = 0  # still counts for the worst improvement
+        want = oracles.cagrad(jac, c, preference)
+        assert_numbers(vector_of(jd.cagrad(c, preference=preference), jac), want, tol=1e-8)
 
 
 @pytest.mark.parametrize("c", [0.5, 1.0])

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 import torchjd_func as jd
-from tests.matrices import matrix
+from tests.matrices import conflict, matrix
 from tests.registry import METHODS, run
 
 BOUNDS = {torch.float64: 1e-5, torch.float32: 2e-3}
 both_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
-A = torch.tensor([[1.0, 0.0], [-4.0, 1.0]], dtype=torch.float64)
 BALANCED = torch.tensor(
     [
         [1.9999998, 3.0000001, -2.9999999],
@@ -95,12 +94,39 @@ def test_cagrad_where_a_cone_program_was_solved():
     assert (OUTSIDE[0] @ jd.cagrad(0.5)(OUTSIDE[0])[0]).min() > -1e-5
 
 
-@pytest.mark.parametrize("power", [-30, -23, 0, 20, 30])
-@pytest.mark.parametrize("make", [jd.upgrad, jd.dualproj, jd.mgda, jd.cagrad, jd.imtl_g, jd.config])
-def test_every_scale_of_float32_rows(make, power):
-    scale = 10.0**power
-    got = make()((A * scale).float())[0].double() / scale
-    torch.testing.assert_close(got, make()(A)[0], rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("power", [-37, -30, -23, 20, 30])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].degree is not None])
+def test_every_scale_of_float32_rows(name, power):
+    method = METHODS[name]
+    m = max(3, method.min_m)
+    jac = matrix("gaussian", m, 5, seed=11)
+    got = run(method, (jac * 10.0**power).float(), m).double()
+    want = run(method, jac, m)
+    torch.testing.assert_close(got * 10.0 ** (-power * method.degree), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_whose_squares_underflow_are_numbers(name):
+    method = METHODS[name]
+    m = max(4, method.min_m)
+    for power in (-155, -160, -162, -170):
+        for count in (1, 2, m):
+            jac = matrix("gaussian", m, 5, seed=11)
+            jac[:count] *= 10.0**power
+            assert run(method, jac, m).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_of_many_scales_in_one_matrix_are_numbers(name):
+    method = METHODS[name]
+    m = max(4, method.min_m)
+    scales = 10.0 ** torch.tensor([12.0 * (i % 3 - 1) for i in range(m)])[:, None]
+    for dtype in (torch.float64, torch.float32):
+        jac = (matrix("gaussian", m, 5, seed=11) * scales).to(dtype)
+        got = run(method, jac, m)
+        assert got.isfinite().all()
+        if method.non_conflicting:
+            assert conflict(jac.double(), got.double()) >= -1e-6
 
 
 def test_autocast_changes_nothing():

@@ -1,5 +1,7 @@
 """Modules as pure functions, and gradients back to optimisers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -203,3 +205,42 @@ def test_a_tree_of_modules_gives_trees():
     assert_trees_close(grads[0], {name: p.grad for name, p in trunk.named_parameters()})
     assert_trees_close(grads[1]["a"], {name: p.grad for name, p in head.named_parameters()})
     assert after["1.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.double().float(),
+        lambda model: model.load_state_dict(clone(model.state_dict()), assign=True),
+        lambda model: nn.utils.vector_to_parameters(torch.zeros(8), model.parameters()),
+    ],
+    ids=["converted", "assigned", "written over"],
+)
+def test_parameters_that_left_their_module_are_warned_of(replace):
+    model = nn.Linear(3, 2)
+    apply, params, _ = jd.functionalize(model)
+    step = jd.grad(lambda params, x: apply(params, {}, x)[0].square().mean(0), jd.mean())
+    x = torch.randn(4, 3)
+    step(None, params, x)
+    replace(model)
+    with pytest.warns(UserWarning, match="jd.functionalize again"):
+        step(None, params, x)
+    copy.deepcopy(apply)(params, {}, x)  # a copy lent nothing
+    own = {name: param + 0 for name, param in params.items()}
+    del params
+    step(None, own, x)  # a pure loop has parameters of its own
+
+
+def test_containers_of_modules_are_trees():
+    heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.ModuleList([nn.Linear(2, 3)])})
+    apply, params, _ = jd.functionalize((nn.Linear(4, 2), heads))
+    assert [tuple(sorted(part)) for part in (params[1]["a"], params[1]["b"][0])] == [
+        ("bias", "weight")
+    ] * 2
+    torch.testing.assert_close(
+        apply[1]["a"](params[1]["a"], {}, torch.ones(2))[0], heads["a"](torch.ones(2)).detach()
+    )
+    jd.interop.assign_grads_((nn.Linear(4, 2), heads), (None, params[1]))
+    torch.testing.assert_close(heads["b"][0].weight.grad, params[1]["b"][0]["weight"])
+    jd.interop.assign_grads_(heads, {"a.weight": None})
+    assert heads["a"].weight.grad is None

@@ -233,7 +233,52 @@ def padded(p: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 SEQUENCE = rand(B, B, 2)
 MASK = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+BATCHES: dict[str, Kind] = {  # of matrices, with one that `expand` repeats, or one for each head
+    "bmm": Kind(lambda p, x: total(torch.bmm(x, p[0].expand(len(x), 2, 2))), ((2, 2),)),
+    "bmm of 1": Kind(lambda p, x: total(torch.bmm(x, p[0].expand(len(x), -1, -1))), ((1, 2, 3),)),
+    "bmm of rows": Kind(lambda p, x: total(torch.bmm(x, p[0].expand(len(x), 2, 3))), ((3,),)),
+    "bmm from the left": Kind(
+        lambda p, x: total(torch.bmm(p[0].expand(size=(len(x), 2, B)), x)), ((2, B),)
+    ),
+    "bmm by name": Kind(
+        lambda p, x: total(torch.bmm(mat2=p[0].expand(len(x), 2, 2), input=x)), ((2, 2),)
+    ),
+    "bmm of parts": Kind(
+        lambda p, x: total(
+            torch.bmm(x.reshape(-1, 1, 2), p[0].expand(B * len(x), 2, 2)).view(len(x), -1)
+        ),
+        ((2, 2),),
+    ),
+    "bmm of heads": Kind(
+        lambda p, x: total(torch.bmm(x.transpose(0, 1), p[0]).transpose(0, 1)), ((B, 2, 3),)
+    ),
+    "matmul": Kind(lambda p, x: total(x @ p[0].expand(len(x), 2, 2)), ((2, 2),)),
+    "matmul of 1": Kind(lambda p, x: total(x @ p[0]), ((1, 2, 2),)),
+    "matmul from the left": Kind(lambda p, x: total(p[0] @ x), ((1, 2, B),)),
+    "matmul of heads": Kind(
+        lambda p, x: total((x.transpose(0, 1) @ p[0]).transpose(0, 1)), ((B, 2, 2),)
+    ),
+    "matmul of experts": Kind(
+        lambda p, x: total((x.reshape(-1, 2).expand(4, -1, 2) @ p[0]).sum(0).view_as(x)),
+        ((4, 2, 2),),
+    ),
+    "baddbmm": Kind(
+        lambda p, x: total(torch.baddbmm(p[0], x, p[1].expand(len(x), 2, 2))), ((1, B, 1), (2, 2))
+    ),
+    "baddbmm of all": Kind(
+        lambda p, x: total(torch.baddbmm(p[0].expand(len(x), B, 2), x, p[1].expand(len(x), 2, 2))),
+        ((2,), (2, 2)),
+    ),
+    "baddbmm of heads": Kind(
+        lambda p, x: total(
+            torch.baddbmm(torch.ones(2, dtype=x.dtype), x.transpose(0, 1), p[0]).transpose(0, 1)
+        ),
+        ((B, 2, 2),),
+    ),
+}
+BATCHES = {f"batches: {name}": kind._replace(batch=(SEQUENCE,)) for name, kind in BATCHES.items()}
 KINDS: dict[str, Kind] = {
+    **BATCHES,
     "a token written by index": Kind(written_token, ((), (2, 2))),
     "a slice written by index": Kind(written_slice, ((1,),)),
     "a weight written by index": Kind(written_weight, ((2, 2),)),
@@ -277,6 +322,12 @@ KINDS: dict[str, Kind] = {
     ),
     "an inner jvp": Kind(
         lambda p, x: total(jvp(lambda z: F.linear(z, p[0]).sin(), (x,), (x.cos(),))[1]), ((2, 2),)
+    ),
+    "prelu of what an inner map returns": Kind(
+        lambda p, x: total(F.prelu(vmap(torch.cos)(x * p[1]), p[0])), ((1,), (2,))
+    ),
+    "a shape, then a transpose": Kind(
+        lambda p, x: total(F.linear(x, p[0].T if p[0].shape[0] else p[0])), ((2, 3),)
     ),
     "tied by transposition": Kind(
         lambda p, x: total(F.linear(F.linear(x, p[0]).tanh(), p[0].T)), ((3, 2),)
@@ -326,6 +377,23 @@ def test_each_kind_is_right_and_warns_once_where_examples_are_mixed(name: str) -
             check(objective, kind.fn, params, *kind.batch)
     proofs = [w for w in caught if "is not the sum over uses" in str(w.message)]
     assert len(proofs) == kind.warns
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_of_matrices_have_forms_with_and_without_examples(name: str) -> None:
+    kind = BATCHES[name]
+    params = [rand(*shape, seed=1) for shape in kind.shapes]
+    explained = str(jd.explain_gramian(jd.instancewise(kind.fn), params, *kind.batch))
+    assert "no rule" not in explained
+    assert "backward" not in explained
+
+    def one(p: Any, x: Tensor) -> Tensor:
+        return kind.fn(p, x.unsqueeze(0)).squeeze(0)
+
+    rows = by_loops(kind.fn, params, *kind.batch)
+    for fn, route in ((kind.fn, "layerwise"), (jd.per_example(one), "auto")):
+        found = jd.gramian(fn, route=route)(params, *kind.batch)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["frozen by no_grad", "a padding mask", "tied by transposition"])
@@ -396,6 +464,20 @@ def test_layers_dropped_at_random_are_planned_again() -> None:
     objective = jd.instancewise(losses, in_dims=(None, 0, None))
     for seed in (1, 2, 3, 1, 5):
         check(objective, losses, params, rand(B, 2), seed)
+
+
+def test_operations_of_the_same_names_within_a_transform_are_another_plan() -> None:
+    inner, constant = [False], rand(2, 2, seed=3)
+
+    def losses(p: Any, x: Tensor) -> Tensor:
+        if inner[0]:
+            return total(grad(lambda z: (z @ p[0]).sin().sum())(x))
+        return total(F.linear(x, constant @ p[0]))
+
+    objective = jd.instancewise(losses)
+    for flag in (False, True, False):
+        inner[0] = flag
+        check(objective, losses, [rand(2, 2, seed=2)], rand(B, 2))
 
 
 def test_objectives_that_never_run_the_same_way_are_right() -> None:
@@ -552,8 +634,9 @@ def test_modules_keep_nothing_of_planning() -> None:
     assert not rotary.cache.requires_grad
 
 
+@pytest.mark.parametrize("terms", [2, 6])
 @pytest.mark.parametrize("size", [64, 256])
-def test_differences_of_near_values_in_single_precision(size: int) -> None:
+def test_differences_of_near_values_in_single_precision(size: int, terms: int) -> None:
     torch.manual_seed(0)
     params = [torch.randn(size, 4) / 2, torch.randn(size), torch.randn(1, size) / size**0.5]
 
@@ -561,7 +644,7 @@ def test_differences_of_near_values_in_single_precision(size: int) -> None:
         def value(x):
             return F.linear(torch.tanh(F.linear(x, p[0], p[1])), p[2]).squeeze(-1)
 
-        return value(t) - value(s)
+        return sum(((-1) ** k * value(s + k * (t - s)) for k in range(terms)), torch.zeros(()))
 
     s = torch.randn(8, 4)
     t = s + 1e-3 * torch.randn(8, 4)

@@ -19,14 +19,22 @@ from tests.distributed.test_data_parallel import (
     objective,
     parameters,
     part,
+    short,
 )
 from tests.distributed.test_gathered import said
 from tests.helpers import assert_trees_close
+from tests.short import COLUMNS, ROWS, SHORT, SIZE
 from torchjd_func import _tree
 
 # By their Gramian, without it, by Gramians of groups, by columns, and by rows.
 SOME = ("upgrad", "gradvac", "mean", "rlw", "groups", "trimmed_mean", "graddrop", "moco", "db_mtl")
-FEW = ("upgrad", "mean", "groups", "trimmed_mean", "graddrop")  # one of each kind
+FEW = {  # one of each kind, quick to trace
+    "short": SHORT,
+    "short size": SIZE,
+    "short groups": jd.grouped(SHORT, jd.by_tensor),
+    "short columns": COLUMNS,
+    "short rows": ROWS,
+}
 
 
 @functools.cache
@@ -64,12 +72,12 @@ def with_backend(fn, backend):
     return fn if backend is None else torch.compile(fn, backend=backend, fullgraph=True)
 
 
-def train(fn, rule, key, params, batch, backend=None):
-    """Return gradients of a first step, parameters after three of Adam, losses and state."""
+def train(fn, rule, key, params, batch, backend=None, steps=3):
+    """Return gradients of a first step, parameters after some of Adam, losses and state."""
     state = jd.init_state(rule, fn, params, batch, key=key)
     step, first, losses = with_backend(jd.grad_and_value(fn, rule), backend), None, None
     moments = [_tree.map(torch.zeros_like, params)] * 2
-    for count in range(1, 4):
+    for count in range(1, steps + 1):
         grads, losses, state = step(state, params, batch)
         first = grads if first is None else first
         moments = [
@@ -86,14 +94,19 @@ def adam(param, mean, square, *, count):
     return param - 0.01 * mean / (1 - 0.9**count) / ((square / (1 - 0.99**count)).sqrt() + 1e-8)
 
 
-def by_methods(layout, names, backend):
+def every():
+    """Return the objective, the rule and the key of each method."""
+    return methods() | {name: (short, rule, None) for name, rule in FEW.items()}
+
+
+def by_methods(layout, names, backend, steps):
     """Train by some methods on the part of this rank, with sharded parameters."""
-    found, cases = {}, methods()
+    found, cases = {}, every()
     for name in names:
         fn, rule, key = cases[name]
         params = placed(parameters(), layout)
         grads, after, losses, state = train(
-            jd.distributed.sharded(fn), rule, key, params, part(data()), backend
+            jd.distributed.sharded(fn), rule, key, params, part(data()), backend, steps
         )
         for got, want in zip(_tree.leaves(grads), _tree.leaves(params), strict=True):
             assert type(got) is type(want), name
@@ -103,37 +116,43 @@ def by_methods(layout, names, backend):
 
 
 @functools.cache
-def alone():
-    """Train by each route in this process."""
-    cases = methods().items()
-    return {name: train(fn, rule, key, parameters(), data()) for name, (fn, rule, key) in cases}
+def alone(name, steps):
+    """Train by a method in this process."""
+    fn, rule, key = every()[name]
+    return train(fn, rule, key, parameters(), data(), steps=steps)
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "names", "backend"),
+    ("world", "layout", "names", "backend", "steps"),
     [
-        (2, "columns", tuple(methods()), None),
-        (2, "rows", SOME, None),
-        (4, "replicas", tuple(methods()), None),
-        (2, "columns", FEW[:1], "aot_eager"),
-        (2, "rows", FEW, "aot_eager"),
+        (2, "columns", tuple(methods()), None, 3),
+        (2, "rows", SOME, None, 3),
+        (4, "replicas", SOME, None, 10),
+        (2, "rows", tuple(FEW), "aot_eager", 3),
     ],
 )
-def test_every_method_equals_one_process(world, layout, names, backend):
-    first, *others = workers.run(world, by_methods, layout, names, backend)
-    assert_ranks_agree(first, others, {name: alone()[name] for name in names})
+def test_every_method_equals_one_process(world, layout, names, backend, steps):
+    first, *others = workers.run(world, by_methods, layout, names, backend, steps)
+    assert_ranks_agree(first, others, {name: alone(name, steps) for name in names})
 
 
-def transforms(fn, params, batch):
-    """Return what other transforms make of an objective."""
+def few_transforms(fn, params, batch):
+    """Return what some transforms make of an objective."""
     losses, gramian, vjp_fn = jd.gramian_vjp(fn, params, batch)
-    double = jd.double_sampling(fn, jd.sdmgrad())
     return {
         "losses": losses,
         "gramian": gramian,
         "pulled": vjp_fn(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)),
-        "one by one": jd.gramian(fn, route="jacobian", chunk_size=1)(params, batch),
         "jac": jd.jac(fn)(params, batch),
+    }
+
+
+def transforms(fn, params, batch):
+    """Return what all transforms make of an objective."""
+    double = jd.double_sampling(fn, jd.sdmgrad())
+    return {
+        **few_transforms(fn, params, batch),
+        "one by one": jd.gramian(fn, route="jacobian", chunk_size=1)(params, batch),
         "cross": jd.cross_gramian(fn)(params, (batch,), (batch.flip(1),)),
         "two": double(None, params, (batch,), (batch.flip(1),))[:2],
         "state": jd.init_state(jd.moco(), fn, params, batch),
@@ -142,7 +161,8 @@ def transforms(fn, params, batch):
 
 def transforms_here(layout, backend):
     """Run on this rank."""
-    fn, run = jd.distributed.sharded(objective(3)), with_backend(transforms, backend)
+    fn, some = jd.distributed.sharded(objective(3)), few_transforms if backend else transforms
+    run = with_backend(some, backend)
     return whole(run(fn, placed(parameters(), layout), part(data())))
 
 
@@ -151,7 +171,7 @@ def transforms_here(layout, backend):
     [(2, "rows", None), (4, "replicas", None), (2, "rows", "aot_eager")],
 )
 def test_every_transform_equals_one_process(world, layout, backend):
-    want = transforms(objective(3), parameters(), data())
+    want = (few_transforms if backend else transforms)(objective(3), parameters(), data())
     for found in workers.run(world, transforms_here, layout, backend):
         assert_trees_close(found, want, rtol=1e-10, atol=1e-10)
 
@@ -230,7 +250,7 @@ def fully_sharded(names, backend):
             fully_shard(layer, mesh=mesh_of((dist.get_world_size(),)))
         params = dict(model.named_parameters())
         fn = jd.distributed.sharded(losses)
-        step = with_backend(jd.grad_and_value(fn, jd.upgrad(), chunk_size=1), backend)
+        step = with_backend(jd.grad_and_value(fn, SHORT, chunk_size=1), backend)
         grads, values, _ = step(None, params, part(x))
         jd.interop.assign_grads_(model, grads)
         torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -246,7 +266,7 @@ def test_modules_of_fsdp_equal_plain_ones(names, backend):
     for name in names:
         net, losses, x = network(name)
         params = {key: value.detach() for key, value in net.named_parameters()}
-        grads, values, _ = jd.grad_and_value(losses, jd.upgrad(), chunk_size=1)(None, params, x)
+        grads, values, _ = jd.grad_and_value(losses, SHORT, chunk_size=1)(None, params, x)
         after = {key: params[key] - 0.1 * grads[key] for key in params}
         assert_trees_close(first[name], (grads, values, after), rtol=1e-10, atol=1e-10)
 

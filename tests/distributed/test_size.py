@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import torchjd_func as jd
 from tests import workers
-from tests.distributed.test_data_parallel import data, objective, parameters, short
+from tests.distributed.test_data_parallel import data, objective, parameters
 from tests.distributed.test_gathered import squares
 from tests.distributed.test_sharded import placed, whole
 from tests.helpers import assert_trees_close
@@ -152,21 +152,6 @@ def test_losses_that_some_processes_have_are_weighed_by_size():
                 assert_equal(got, {(kind, name): (grads, state), (kind, name, "none"): nothing})
 
 
-def weighed():
-    """Take a compiled step and an eager one, with a size that is a tensor."""
-    x, rule = own(data()), jd.distributed.data_parallel(jd.mgda())
-    size, step = torch.tensor(len(x)), jd.grad(short, rule)
-    eager = step(None, parameters(), x, size=size)[0]
-    fast = torch.compile(step, backend="aot_eager", fullgraph=True)
-    assert_trees_close(fast(None, parameters(), x, size=size)[0], eager, rtol=1e-11)
-    return eager
-
-
-def test_a_size_is_an_argument_of_a_compiled_step():
-    first, second = workers.run(2, weighed)
-    assert_trees_close(first, second, rtol=0, atol=0)
-
-
 def examples():
     """Return parameters and a batch of an objective of examples."""
     draws = jd.random.normal(jd.random.key(0), (80,), dtype=torch.float64)
@@ -226,3 +211,48 @@ def test_examples_of_uneven_batches(world, layout):
     for found in workers.run(world, examples_here, kinds, layout):
         for kind in kinds:
             assert_equal(found[kind], want)
+
+
+def plain(rule, split, x, losses_of, **options):
+    """Take two steps by losses of plain autograd; return parameters and state."""
+    params = parameters()
+    leaves = [leaf.requires_grad_() for leaf in _tree.leaves(params)]
+    optimizer, state = torch.optim.SGD(leaves, 0.01), None
+    for _ in range(2):
+        optimizer.zero_grad()
+        features, losses = losses_of(params, x)
+        wanted = {"features": features} if split else {}
+        state = jd.interop.backward_(losses, params, rule, state, **wanted, **options)
+        optimizer.step()
+        if getattr(rule, "observe", None) is not None:
+            state = rule.observe(losses_of(params, x)[1].detach(), state, **options)
+    return _tree.map(torch.Tensor.detach, params), state
+
+
+def of_features(params, x):
+    """Return features, and losses of which the last parameter is in the heads alone."""
+    features = torch.tanh(x @ params["trunk"]["w"] + params["trunk"]["b"])
+    targets = torch.linspace(-1, 1, 3, dtype=torch.float64).unsqueeze(1)
+    return features, (params["gain"] * features.unsqueeze(1) - targets).square().sum(-1).mean(0)
+
+
+def plain_here(rules):
+    """Step with uneven batches in the loop of `backward_`."""
+    x = own(data())
+    return {
+        (split, name): plain(jd.distributed.data_parallel(rule), split, x, of_features, size=len(x))
+        for name, rule in rules.items()
+        for split in (False, True)
+    }
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_loops_of_plain_autograd_weigh_parts_by_size(world):
+    rules = {**RULES, **SCALARIZERS, "dwa": jd.scalarizers.dwa()}
+    want = {
+        (split, name): plain(rule, split, data(), of_features)
+        for name, rule in rules.items()
+        for split in (False, True)
+    }
+    for got in workers.run(world, plain_here, rules):
+        assert_equal(got, want)

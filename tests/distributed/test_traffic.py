@@ -75,3 +75,35 @@ def scalarized():
 def test_bytes_of_a_scalarizer():
     want = [("all_reduce", CHECK), ("all_reduce", 2 * 4), ("all_reduce", N * 4)]
     assert workers.run(2, scalarized) == [want] * 2
+
+
+def sharded(chunk_size):
+    """Return the transfers of a step with sharded parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = {
+        name: distribute_tensor(torch.ones(size, 2), mesh, [Shard(0)])
+        for name, size in SIZES.items()
+    }
+    scales = torch.arange(1.0, M + 1)
+    objective = jd.distributed.sharded(lambda p: scales * (p["a"].sum() + p["b"].square().sum()))
+    with traffic() as transfers:
+        jd.grad(objective, jd.upgrad(), chunk_size=chunk_size)(None, params)
+    return transfers
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_rows_are_scattered_leaf_by_leaf_after_each_backward_pass(chunk_size, world):
+    leaves = [2 * 4 * padded(world, size) for size in SIZES.values()]
+    chunks = {None: [M], 1: [1] * M, 2: [2, 1]}[chunk_size]
+    want = [
+        *(("all_gather", size) for size in leaves),  # whole parameters
+        ("all_reduce", CHECK),
+        ("all_reduce", M * 4),  # losses
+        *(("reduce_scatter", rows * size) for rows in chunks for size in leaves),
+        ("all_reduce", M * M * 8),
+    ]
+    assert workers.run(world, sharded, chunk_size) == [want] * world

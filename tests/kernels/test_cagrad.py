@@ -14,7 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RIDGE = 1e-11
 # Of these the mean gradient is short, or rows nearly balance.
 HARD = [
-    [[2.0, -2.001, -3.001, 0.0], [-4.0, 4.0, 5.998, 0.0], [1.998, 0.0, -2.999, 0.0]],
     [[2.0, 0.0, 0.002, 0.003], [-1.0, -0.001, -0.002, 0.0], [-1.0, 0.001, -0.002, -0.001]],
     [[2.998, 0.001, 0.001, 0.0], [-2.999, -0.001, -0.001, 0.0], [-1.002, 0.0, -3.002, 0.0]],
 ]
@@ -37,15 +36,40 @@ def search(gramians, shares, c):
     return got.cpu(), torch.from_numpy(want)
 
 
+def uniform(n, m):
+    """Return the weights of mean gradients."""
+    return torch.full((n, m), 1 / m, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_every_size_is_padded_without_a_trace(m):
+    jac = matrix("gaussian", m, 12, seed=m)
+    jac[0] = -2 * jac[1:].mean(0) if m > 2 else jac[0]
+    got, want = search((jac @ jac.mT).unsqueeze(0), uniform(1, m), 0.5)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, equal_nan=True)
+    assert got[0, 0].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_what_is_not_finite_stays_its_own():
+    jacs = torch.stack([matrix("gaussian", 3, 4)] * 2)
+    jacs[1, 0, 0] = torch.nan
+    got, want = search(jacs @ jacs.mT, uniform(2, 3), 0.5)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-7, atol=1e-9)
+    assert got[1].isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # interpreted
 @pytest.mark.parametrize("c", [0.5, 1.5])
 def test_equals_the_search_of_the_host(c):
     jacs = torch.stack([*torch.tensor(HARD, dtype=torch.float64), matrix("gaussian", 3, 4)])
     gramians = jacs @ jacs.mT
-    got, want = search(gramians, torch.full((4, 3), 1 / 3, dtype=torch.float64), c)
+    got, want = search(gramians, uniform(3, 3), c)
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-6, atol=1e-6)
-    # Of the third the first two rows are opposite up to rounding: no length is determined.
-    regular = [0, 1, 3]
+    # Of the second the first two rows are opposite up to rounding: no length is determined.
+    regular = [0, 2]
     torch.testing.assert_close(got[regular, 1], want[regular, 1], rtol=1e-6, atol=1e-6)
 
 

@@ -17,6 +17,7 @@ warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from torchjd_func._kernels.pivoting import options
 from torchjd_func._kernels import cagrad, eigh, orthant, quadratic, surgery, systems, threefry
 
 M, RIDGE = 8, 1e-11
@@ -38,7 +39,7 @@ def programs():
     yield eigh._eigh, dict(A_POINTER=X, VALUES=X, VECTORS=X, m=I), SIZES | dict(SWEEPS=16)
     yield surgery._project, dict(G=X, ORDERS=L, OUT=X, m=I), SIZES
     yield surgery._raise, dict(G=X, TARGETS=X, ORDERS=L, OUT=X, SEEN=X, m=I, tol=F), SIZES
-    out = dict(KEYS=L, WORDS=L, n=I, stream=I, n_bits=I)
+    out = dict(KEYS=L, WORDS=L, n=I, per=I, stream=I, n_bits=I)
     yield threefry._encrypt, out, dict(WIDE=True, BLOCK=256)
     yield systems._column, dict(A=X, X=X, m=I), SIZES
 
@@ -46,7 +47,7 @@ def programs():
 for fn, arguments, known in programs():
     kinds = arguments | dict.fromkeys(known, "constexpr")
     source = ASTSource(fn=fn, signature={key: kinds[key] for key in fn.arg_names}, constexprs=known)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(1))
     print(fn.__name__)
 """
 

@@ -22,7 +22,7 @@ def roots(gramians, alpha, max_iter=30):
     return [part.cpu() for part in root_kernel(*given, TOL, max_iter)]
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.5, 3.0])
 def test_equals_the_search_of_the_host(alpha):
     jacs = torch.stack([matrix(kind, 5, 8, seed=1) for kind in ("gaussian", "scaled")])
     gramians = jacs @ jacs.mT

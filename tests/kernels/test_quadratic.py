@@ -34,12 +34,12 @@ def balanced(m, n, noise, seed):
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (3, 5), (5, 3), (8, 4)])
 def test_projections_equal_enumeration(kind, m, n):
     jac = matrix(kind, m, n, seed=m)
-    gramian = jac @ jac.mT
-    z, free, sound = solve(gramian, gramian)
+    gramian, starts = jac @ jac.mT, torch.eye(m, dtype=torch.float64)[-2:]
+    z, free, sound = solve(gramian, starts @ gramian)
     assert sound.all()
     assert (z >= 0).all()
     assert ((z > 0) <= free).all()
-    for start, dual in zip(torch.eye(m, dtype=torch.float64), z, strict=True):
+    for start, dual in zip(starts, z, strict=True):
         want = oracles.enumerate_nnqp(gramian, gramian @ start)
         length = jac.norm(dim=1).max()
         # Of dependent rows the combination is determined, not the coordinates: to a root of the
@@ -52,19 +52,19 @@ def test_conditions_of_optimality_hold(kind):
     m = 16
     jac = balanced(m, 12, 1e-7, 1) if kind == "balanced" else matrix(kind, m, 12, seed=7)
     gramian = jac @ jac.mT
-    z, _, sound = solve(gramian, gramian[:4])
+    z, _, sound = solve(gramian, gramian[:1])
     assert sound.all()
-    projected = jac[:4] + z @ jac
+    projected = jac[:1] + z @ jac
     squares = jac.square().sum(1)
     assert ((projected @ jac.mT) >= -1e-5 * squares.max()).all()
-    assert (projected.norm(dim=1) <= (1 + 1e-5) * jac[:4].norm(dim=1)).all()
+    assert (projected.norm(dim=1) <= (1 + 1e-5) * jac[:1].norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_variable_at_a_time_where_exchanging_stalls(seed):
     jac = matrix("gaussian", 8, 5, seed)
     gramian = jac @ jac.mT
-    matrices, linear = gramian.unsqueeze(0).to(DEVICE), gramian[:4].to(DEVICE)
+    matrices, linear = gramian.unsqueeze(0).to(DEVICE), gramian[:2].to(DEVICE)
     at_once = quadratic.solve_kernel(matrices, linear, RIDGE, TOL)
     results = quadratic.Solved(*(torch.full_like(value, -1) for value in at_once))
     quadratic.launch(matrices, linear, RIDGE, TOL, results, drive=True)
@@ -94,29 +94,30 @@ def test_unbounded_is_not_a_number():
 def test_agrees_with_the_solver_of_the_host():
     jac = matrix("gaussian", 12, 20, seed=3)
     gramian = jac @ jac.mT
-    z, _, _ = solve(gramian, gramian)
-    torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian).value, rtol=1e-9, atol=1e-11)
+    z, _, _ = solve(gramian, gramian[:2])
+    torch.testing.assert_close(z, jd.linalg.nnqp(gramian, gramian[:2]).value, rtol=1e-9, atol=1e-11)
 
 
 def test_batches_broadcast_as_on_the_host():
-    jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(3)])
+    jacs = torch.stack([matrix("gaussian", 4, 6, seed) for seed in range(2)])
     gramians = jacs @ jacs.mT
-    problems = gramians.unsqueeze(1), gramians
-    matrices, vectors = problems
+    matrices, vectors = gramians.unsqueeze(1), gramians[:, :2]
     value, support, converged, pivots, dependent = _device.on_device(
-        matrices.to(DEVICE), vectors.to(DEVICE), RIDGE
+        _device.in_kernel, matrices.to(DEVICE), vectors.to(DEVICE), RIDGE
     )
     want = on_host(matrices.numpy(), vectors.numpy(), RIDGE, "auto")
     torch.testing.assert_close(value.cpu(), torch.from_numpy(want.value), rtol=1e-9, atol=1e-11)
     assert support.cpu().tolist() == want.support.tolist()
     assert converged.all() and not dependent.any()
-    assert pivots.shape == (3, 4)
+    assert pivots.shape == (2, 2)
 
 
 def test_one_problem_has_no_leading_dimension():
     gramian = matrix("gaussian", 3, 4) @ matrix("gaussian", 3, 4).mT
     linear = -torch.ones(3, dtype=torch.float64)
-    value, _, converged, *_ = _device.on_device(gramian.to(DEVICE), linear.to(DEVICE), RIDGE)
+    value, _, converged, *_ = _device.on_device(
+        _device.in_kernel, gramian.to(DEVICE), linear.to(DEVICE), RIDGE
+    )
     assert value.shape == (3,) and converged.shape == ()
     torch.testing.assert_close(value.cpu(), jd.linalg.nnqp(gramian, linear).value)
 
@@ -124,5 +125,5 @@ def test_one_problem_has_no_leading_dimension():
 def test_dependent_rows_are_said_to_be():
     rows = matrix("low_rank", 6, 8)
     gramian = (rows @ rows.mT).to(DEVICE)
-    parts = _device.on_device(gramian.unsqueeze(0), gramian, RIDGE)
+    parts = _device.on_device(_device.in_kernel, gramian.unsqueeze(0), gramian, RIDGE)
     assert parts[2].all() and parts[4].any()

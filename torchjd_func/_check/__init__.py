@@ -14,6 +14,7 @@ from torchjd_func._check._combinators import (
 from torchjd_func._check._distributed import (
     at_most,
     collective,
+    group,
     member,
     not_a_weighting,
     not_sharded,
@@ -66,7 +67,7 @@ from torchjd_func._check._methods import (
     takes_present,
     two_batch_weighting,
 )
-from torchjd_func._check._mistakes import explain
+from torchjd_func._check._mistakes import explain, unmapped
 from torchjd_func._check._modules import (
     capturable,
     kept_once,

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from torchjd_func._check._messages import fail
+from torchjd_func._check._messages import describe, fail
 
 
 def process_group(joined: bool) -> None:
@@ -15,6 +15,16 @@ def process_group(joined: bool) -> None:
     if not joined:
         remedy = "Start with torchrun, and call torch.distributed.init_process_group()."
         fail(RuntimeError, "this process", "be in a process group", "none", remedy)
+
+
+def group(value: Any, known: bool) -> None:
+    """Check that a value is a group of processes."""
+    if not known:
+        rule, remedy = (
+            "be a process group, or None",
+            "Pass what torch.distributed.new_group returns.",
+        )
+        fail(TypeError, "`group`", rule, describe(value), remedy)
 
 
 def member(joined: bool) -> None:
@@ -104,7 +114,10 @@ def one_mesh(meshes: Sequence[Any]) -> None:
     """Check that there are sharded parameters, all of them on one mesh."""
     if not meshes or any(mesh != meshes[0] for mesh in meshes):
         rule, got = "be DTensors on one mesh", f"{len(set(map(str, meshes)))} meshes"
-        remedy = "Pass the parameters of a model after fully_shard(model, mesh=mesh)."
+        remedy = (
+            "Pass the parameters of a model after fully_shard(model, mesh=mesh); where "
+            "parallelize_module took some of its layers, let it take all."
+        )
         fail(ValueError, "the parameters of a sharded objective", rule, got, remedy)
 
 

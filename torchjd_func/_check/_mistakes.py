@@ -33,6 +33,13 @@ def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> No
     raise error
 
 
+def unmapped(error: Exception) -> NoReturn:
+    """Raise an error that says how to pull back without vmap, which fails."""
+    rule = "be made of operations whose backward passes torch can map over losses"
+    remedy = "Pass chunk_size=1, which takes one backward pass after the other."
+    _say(error, "the objective", rule, f"{str(error).strip().splitlines()[0]!r}", remedy)
+
+
 def _differ(
     error: Exception, tensors: Sequence[tuple[str, Any]], rule: str, attribute: str, remedy: str
 ) -> None:
@@ -60,10 +67,35 @@ _KNOWN = (
         "copy of the module that fully_shard has not touched: functional_call(copy, params, (x,)).",
     ),
     (
+        ("must override the setup_context",),
+        "use no torch.autograd.Function without setup_context, as modules do that fully_shard or "
+        "parallelize_module has touched",
+        "Of such a module call a copy that neither has touched, in an objective of "
+        "jd.distributed.sharded; for a Function of your own write setup_context, or compute losses "
+        "by plain autograd and call jd.interop.backward_(losses, model, rule).",
+    ),
+    (
         ("saved tensor hooks",),
         "not save tensors by hooks, as torch.utils.checkpoint does",
         "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "
         "leave checkpoints out and use jd.accumulate or chunk_size.",
+    ),
+    (
+        ("have storage",),
+        "not read the memory of tensors, as x.numpy() and packed sequences do",
+        "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
+    ),
+    (
+        ("does not have vmap support",),
+        "apply functions of one's own that torch.func can differentiate",
+        "Write forward(*inputs) and setup_context(ctx, inputs, output), and a vmap or "
+        "generate_vmap_rule = True.",
+    ),
+    (
+        ("requires_grad_()", "retain_grad()"),
+        "take inner gradients by torch.func",
+        "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or call "
+        "jd.interop.backward_(losses, model, rule) on losses of plain autograd.",
     ),
     (
         ("more than 1 value per channel", "batch_norm", "running_mean", "num_batches_tracked"),
@@ -77,10 +109,20 @@ _KNOWN = (
         "Leave the step out where a batch is empty.",
     ),
     (
-        ("randomness error mode",),
+        ("atching rule", "not yet support", "X.is_contiguous", "for Sparse tensors"),
+        "be made of operations that torch can map over examples",
+        "Write it over a whole batch and use jd.instancewise, or replace the operation.",
+    ),
+    (
+        ("random operation",),
         "draw no random numbers where it is mapped, unless it is said how",
         "Pass randomness='different' to jd.per_example or jd.ensemble.each, or draw from keys of "
         "jd.random; models are stacked by jd.ensemble.stack.",
+    ),
+    (
+        ("data-dependent", "vmap over calling .item()"),
+        "not decide by the values of examples where it is mapped over them",
+        "Choose with torch.where, or write it over a whole batch and use jd.instancewise.",
     ),
     (
         ("vmap(", "vmap:"),
@@ -88,7 +130,7 @@ _KNOWN = (
         "Name it for each argument in `in_dims`; None stands for an argument that is shared.",
     ),
     (
-        ("in-place", "inplace", "mutate a captured"),
+        ("in-place", "inplace", "mutate a captured", "match the broadcast shape"),
         "not overwrite parameters, arguments or what it closes over",
         "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",
     ),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchjd_func import _present
-from torchjd_func._kernels.pivoting import _along_rows, _minimise, padded, warps
+from torchjd_func._kernels.pivoting import _along_rows, _minimise, options, padded, warps
 from torchjd_func.linalg._pivoting import PIVOTS
 
 TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
@@ -26,7 +26,7 @@ def _shift(d, on, factor, pushed, square, far, shift, near):
 
     That is `add` of `factor G_ij + add_i + add_j`, more of the diagonal, and the linear term.
     """
-    add = shift * pushed + 0.5 * shift * shift * square
+    add = shift * (pushed + 0.5 * shift * square)
     extra = tl.where(near, far, 0.0)
     diagonal = factor * d + (add + add) + extra
     kappa = tl.min(tl.where(on & (diagonal > 0), diagonal, float("inf")), axis=0)
@@ -36,11 +36,13 @@ def _shift(d, on, factor, pushed, square, far, shift, near):
 
 @triton.jit
 def _log_length(G, base, m, i, same, inverse, w, shortest, M: tl.constexpr):
-    """Return the logarithm of the length of `J'w`, or of the shortest."""
+    """Return the logarithm of the length of `J'w`, or of the shortest; not-a-number with `w`."""
     both = (i < m)[:, None] & (i < m)[None, :]
     U = tl.load(G + base + i[:, None] * m + i[None, :], mask=both, other=0.0) * inverse
     square = tl.sum(tl.sum(U * _along_rows(w, same)[:, None], axis=0) * w, axis=0)
-    return 0.5 * tl.log(tl.maximum(square, tl.maximum(shortest * shortest, TINY)))
+    # `maximum` passes over what is not a number.
+    length = 0.5 * tl.log(tl.maximum(square, tl.maximum(shortest * shortest, TINY)))
+    return length + 0.0 * square
 
 
 @triton.jit(do_not_specialize=["m", "LIMIT", "STEPS"])
@@ -82,7 +84,7 @@ def _search(
     # Round 0 finds the shortest addition after which nothing conflicts, round 1 the lowest length
     # that there may be; then a secant method, kept inside of what is known of the root.
     x, f, step, low, high = 0.0 * square, 0.0 * square, 0.0 * square, 0.0 * square, 0.0 * square
-    best = 0.0 * pushed
+    best = 0.0 * pushed + float("nan")
     round = 0
     state = 1
     running = True
@@ -99,7 +101,7 @@ def _search(
             tl.store(OUT + (2 * pid + 1) * m + i, w, mask=on)
         # Rows that the shift balances but for rounding may have no min-norm point.
         finite = tl.abs(tl.sum(0.0 * w, axis=0)) <= 0.0
-        best = tl.where(finite, w, best)
+        best = tl.where(near & finite, w, best)
         least = tl.where(round == 1, shortest * tl.sum(norms * w, axis=0), 0.0)
         length = _log_length(G, base, m, i, same, inverse, w, least, M)
         if round == 1:
@@ -158,5 +160,5 @@ def search_kernel(
     size, kernel = max(8, padded(m)), cast(Any, _search)
     for drive in (False, True) if k else ():
         sizes = m, PIVOTS * (m + 1), steps, shortest, length_tol, tol, ridge, size, drive
-        kernel[k,](*arrays, state, *sizes, num_warps=warps(size))
+        kernel[k,](*arrays, state, *sizes, **options(warps(size)))
     return found

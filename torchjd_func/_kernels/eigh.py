@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import padded, warps
+from torchjd_func._kernels.pivoting import options, padded, warps
 
 SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again
 
@@ -57,7 +57,6 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
     same = i[:, None] == i[None, :]
     V = tl.where(same, 1.0, 0.0).to(tl.float64)
     size = tl.max(tl.max(tl.abs(A), axis=1), axis=0)
-    nothing = 0.0 * tl.sum(tl.sum(A, axis=1), axis=0)  # or not-a-number, which `max` passes over
     threshold = 5e-17 * size
     left = size
     sweep = 0
@@ -70,6 +69,7 @@ def _eigh(A_POINTER, VALUES, VECTORS, m, SWEEPS: tl.constexpr, M: tl.constexpr):
             A = _rotate(A, cosine, sine, partner, M)
         left = tl.max(tl.max(tl.where(same, 0.0, tl.abs(A)), axis=1), axis=0)
         sweep += 1
+    nothing = 0.0 * tl.sum(tl.sum(A, axis=1), axis=0)  # or not-a-number, which `max` passes over
     values = tl.sum(tl.where(same, A, 0.0), axis=0)
     others = tl.sum(tl.where(same, values[None, :], 0.0), axis=1)
     before = (others[:, None] < values[None, :]) | (
@@ -96,5 +96,5 @@ def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = matrices.new_empty((k, m)), matrices.new_empty((k, m, m))
     size, kernel = padded(m), cast(Any, _eigh)
     if k:
-        kernel[k,](matrices.contiguous(), values, vectors, m, SWEEPS, size, num_warps=warps(size))
+        kernel[k,](matrices.contiguous(), values, vectors, m, SWEEPS, size, **options(warps(size)))
     return values, vectors

@@ -20,6 +20,7 @@ from torchjd_func._kernels.pivoting import (
     _exchange,
     _pivot,
     _unit,
+    options,
     padded,
     warps,
 )
@@ -191,8 +192,8 @@ def root_kernel(
     if k:
         for drive in (False, True):
             sizes = m, PIVOTS * (m + 1), size, drive
-            hull[k,](rows, distances, state, *sizes, num_warps=warps(size))
+            hull[k,](rows, distances, state, *sizes, **options(warps(size)))
         given = power.contiguous(), shares.contiguous()
         arrays = rows, *given, distances, values, sound, steps
-        root[k,](*arrays, m, max_iter, tol, size, num_warps=warps(size))
+        root[k,](*arrays, m, max_iter, tol, size, **options(warps(size)))
     return values, sound, steps

@@ -1,9 +1,7 @@
 """Principal pivoting on a GPU, for kernels: a quadratic program in the registers of a program.
 
-The method is that of `linalg._pivoting`: on a matrix of unit diagonal plus a ridge of the size of
-its rounding. All wrong indices are exchanged at once (Judice and Pires); where that stalls, the
-driving-variable method (Cottle and Dantzig; Keller) starts again from the empty support, and is
-finite. Then the solution is refined towards no ridge, as long as that improves it.
+The method is that of `linalg._pivoting`, with a ridge from the start, and driving from the empty
+support.
 
 The tableau lives in registers. Its entries (i, j) and (j, i) differ in sign at most, negative
 between a free and a pinned index, so that one reduction reads a row and a column.
@@ -11,8 +9,15 @@ between a free and a pinned index, so that one reduction reads a row and a colum
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from torchjd_func.linalg import _pivoting
+
+SIGN_TOL, PATIENCE = tl.constexpr(_pivoting.SIGN_TOL), tl.constexpr(_pivoting.PATIENCE)
+REFINEMENTS, CHANGED = tl.constexpr(_pivoting.REFINEMENTS), tl.constexpr(_pivoting.CHANGED)
 
 
 @triton.jit
@@ -108,10 +113,10 @@ def _refine(
     w = tl.sum(U * _along_rows(x, same)[:, None], axis=0) + linear
     gap = tl.max(tl.where(on, tl.abs(tl.minimum(x, w)), 0.0), axis=0)
     refining = 1
-    for _ in range(3):
+    for _ in range(REFINEMENTS):
         descent = _along_rows(tl.where(free, -w, 0.0), same)
         y = x + tl.where(free, tl.sum(T * descent[:, None], axis=0), 0.0)
-        lowest = tl.min(y, axis=0) + 1e-13 * (1.0 + tl.max(y, axis=0))
+        lowest = tl.min(y, axis=0) + CHANGED * (1.0 + tl.max(y, axis=0))
         y = tl.where(y > 0, y, 0.0)
         U = _shifted(G, base, m, i, s_rows, s, factor, add_rows, add, extra, M, SHIFT)
         v = tl.sum(U * _along_rows(y, same)[:, None], axis=0) + linear
@@ -131,19 +136,19 @@ def _exchange(T, q, free, i, same, M: tl.constexpr, RIDGE: tl.constexpr):
     """Exchange all wrong indices, until none is wrong or their number stalls."""
     pending = i < 0
     best = M + 1
-    chances = 3
+    chances = PATIENCE
     pivots = 0
     least = 1.0 + 0.0 * tl.max(q, axis=0)
     state = 0  # 0 running, 1 solved, 2 stalled
     while state == 0:
         if tl.sum(pending.to(tl.int32), axis=0) == 0:
-            pending = q < -1e-12 * (1.0 + tl.max(tl.where(free, q, 0.0), axis=0))
+            pending = q < -SIGN_TOL * (1.0 + tl.max(tl.where(free, q, 0.0), axis=0))
             count = tl.sum(pending.to(tl.int32), axis=0)
             if count == 0:
                 state = 1
             elif count < best:
                 best = count
-                chances = 3
+                chances = PATIENCE
             elif chances > 0:
                 chances -= 1
             else:
@@ -172,7 +177,7 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
         if drive < 0:
             w = tl.where(free, 0.0, q)
             lowest = tl.min(w, axis=0)
-            if lowest >= -1e-12 * (1.0 + tl.max(tl.where(free, q, 0.0), axis=0)):
+            if lowest >= -SIGN_TOL * (1.0 + tl.max(tl.where(free, q, 0.0), axis=0)):
                 state = 1
             else:
                 drive = tl.min(tl.where(w == lowest, i, M), axis=0)
@@ -185,7 +190,7 @@ def _drive(T, q, free, i, same, LIMIT, M: tl.constexpr, RIDGE: tl.constexpr):
             usable = slope > 1e-3 * RIDGE
             whole = -_at(q, i == drive) / tl.where(usable, slope, 1.0)
             whole = tl.where(usable, whole, float("inf"))
-            falling = free & (column < -1e-12)
+            falling = free & (column < -SIGN_TOL)
             ratio = tl.where(falling, q / tl.where(falling, -column, 1.0), float("inf"))
             step = tl.min(ratio, axis=0)
             if step < whole:
@@ -256,3 +261,8 @@ def padded(m: int) -> int:
 def warps(size: int) -> int:
     """Return how many warps share a problem (measured on an H100)."""
     return 1 if size <= 16 else 4 if size <= 32 else 8
+
+
+def options(n_warps: int) -> dict[str, Any]:
+    """Return how to compile a kernel, the same with every version of Triton."""
+    return {"num_warps": n_warps, "enable_fp_fusion": True}  # the default changes in 3.10

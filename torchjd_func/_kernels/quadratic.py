@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _minimise, padded, warps
+from torchjd_func._kernels.pivoting import _minimise, options, padded, warps
 from torchjd_func.linalg._pivoting import PIVOTS
 
 # Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
@@ -108,4 +108,4 @@ def launch(
     problems = matrices.contiguous(), vectors.contiguous()
     kernel: Any = _solve
     sizes = m, per, PIVOTS * (m + 1), tol, ridge, size, drive
-    kernel[p,](*problems, *results, *sizes, num_warps=warps(size))
+    kernel[p,](*problems, *results, *sizes, **options(warps(size)))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _at, padded
+from torchjd_func._kernels.pivoting import _at, options, padded
 
 EPS = tl.constexpr(torch.finfo(torch.float64).eps)
 
@@ -73,7 +73,8 @@ def project_kernel(gramian: Tensor, orders: Tensor) -> Tensor:
     """Return the coordinates `(m, m)` of the projected gradients, by the orders `(m, m - 1)`."""
     m, kernel = len(gramian), cast(Any, _project)
     out = gramian.new_empty((m, m))
-    kernel[m,](gramian.contiguous(), orders.contiguous(), out, m, padded(m), num_warps=1)
+    if m:
+        kernel[m,](gramian.contiguous(), orders.contiguous(), out, m, padded(m), **options(1))
     return out
 
 
@@ -84,5 +85,6 @@ def raise_kernel(
     m, kernel = len(gramian), cast(Any, _raise)
     out, seen = gramian.new_empty((m, m)), gramian.new_empty((m, m))
     arrays = gramian.contiguous(), targets.contiguous(), orders.contiguous(), out, seen
-    kernel[m,](*arrays, m, tol, padded(m), num_warps=1)
+    if m:
+        kernel[m,](*arrays, m, tol, padded(m), **options(1))
     return out, seen

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _along_rows, _at, padded, warps
+from torchjd_func._kernels.pivoting import _along_rows, _at, options, padded, warps
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -54,6 +54,6 @@ def inverse_kernel(matrices: Tensor) -> Tensor:
     """Invert matrices `(k, m, m)`, float64; not-a-number where they are singular."""
     k, m, _ = matrices.shape
     columns, size, kernel = matrices.new_empty((k, m, m)), padded(m), cast(Any, _column)
-    if k:
-        kernel[k * m,](matrices.contiguous(), columns, m, size, num_warps=warps(size))
+    if columns.numel():
+        kernel[k * m,](matrices.contiguous(), columns, m, size, **options(warps(size)))
     return columns.mT

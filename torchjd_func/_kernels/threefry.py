@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchjd_func._kernels.pivoting import options
+
 BLOCK = 256  # counters of a program
 
 
@@ -29,11 +31,12 @@ def _rounds(x, y, a, b, step: tl.constexpr):
     return (x + a) & 0xFFFFFFFF, (y + b + step) & 0xFFFFFFFF
 
 
-@triton.jit(do_not_specialize=["n", "stream", "n_bits"])
-def _encrypt(KEYS, WORDS, n, stream, n_bits, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Encrypt a block of the counters of one key, in 64-bit arithmetic; wide, to one number."""
-    pid = tl.program_id(0).to(tl.int64)
-    low = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["n", "per", "stream", "n_bits"])
+def _encrypt(KEYS, WORDS, n, per, stream, n_bits, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Encrypt one of `per` blocks of a key, in 64-bit arithmetic; wide, to one number."""
+    block = tl.program_id(0).to(tl.int64)  # other axes of a grid end at 65,535
+    pid = block // per
+    low = (block - pid * per) * BLOCK + tl.arange(0, BLOCK)
     first, second = tl.load(KEYS + 2 * pid), tl.load(KEYS + 2 * pid + 1)
     third = first ^ second ^ 0x1BD11BDA
     x, y = (stream + first) & 0xFFFFFFFF, (low + second) & 0xFFFFFFFF
@@ -68,6 +71,7 @@ def encrypt_kernel(keys: Tensor, stream: int, n: int, n_bits: int = 0) -> Tensor
     shape = (len(keys), n) if n_bits else (len(keys), 2, n)
     words, kernel = keys.new_empty(shape), cast(Any, _encrypt)
     if words.numel():
-        grid = len(keys), triton.cdiv(n, BLOCK)
-        kernel[grid](keys.contiguous(), words, n, stream, n_bits, n_bits > 0, BLOCK, num_warps=4)
+        per = triton.cdiv(n, BLOCK)
+        sizes = n, per, stream, n_bits, n_bits > 0, BLOCK
+        kernel[len(keys) * per,](keys.contiguous(), words, *sizes, **options(4))
     return words

@@ -11,10 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host, _present, _tree
+from torchjd_func import _check, _host, _present, _sound, _tree
 from torchjd_func._lift import no_state, stateless
+from torchjd_func._names import Vector
+from torchjd_func._tree import Numbers
 from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._cagrad_search import find
+from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg._gramian import pseudo_inverse, rank_tol, rows_of
 from torchjd_func.linalg._nnqp import products_with, ridge_of
@@ -30,13 +33,14 @@ def _update(
     losses: Tensor | None,
     *,
     c: float | Tensor,
+    preference: Vector | None,
     rescale: str | None,
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Measure what may be added on the rows: squares of short vectors are rounding."""
     _check.stateless("cagrad", state)
-    gramian = _tree.gramian(jac)
-    shares = _present.uniform(present, gramian)
+    gramian = _sound.without_subnormal(_tree.gramian(jac))
+    shares = _shares(preference, gramian, present)
     additions = _additions(gramian, shares, c)
     vectors = _tree.row_sums(jac, additions)
     products = _tree.cross_gramian(vectors, jac)
@@ -49,12 +53,13 @@ def _weights(
     gramian: Tensor,
     *,
     c: float | Tensor,
+    preference: Vector | None,
     rescale: str | None,
     present: Tensor | None = None,
 ) -> Tensor:
     """Find what may be added to the mean gradient, and add the better."""
     wide = gramian.double()
-    shares = _present.uniform(present, wide)
+    shares = _shares(preference, wide, present)
     additions = _additions(gramian, shares, c)
     products = additions @ wide.detach()
     # Rounding may only make an addition seem longer, so that it stays in the ball.
@@ -62,6 +67,15 @@ def _weights(
     squares = torch.maximum((products * additions).sum(-1), rank_tol(gramian) * longest)
     weights = _total(gramian, shares, c, additions, products, safe_sqrt(squares))
     return _rescaled(weights, c, rescale)
+
+
+def _shares(preference: Vector | None, like: Tensor, present: Tensor | None) -> Tensor:
+    """Return the weights of the mean gradient `(m,)`: 0 where absent, and nowhere else."""
+    shares = resolve(preference, like, present)
+    if preference is None:
+        return shares
+    least = shares.clamp(min=torch.finfo(shares.dtype).tiny)
+    return _present.only(present, least)
 
 
 def _rescaled(weights: Tensor, c: float | Tensor, rescale: str | None) -> Tensor:
@@ -103,13 +117,16 @@ def _total(
     wide = gramian.double()
     pushed = wide @ shares  # improvements under the mean gradient
     radius = c * safe_sqrt(pushed @ shares)
-    reach = torch.where(lengths > 0, radius / torch.where(lengths > 0, lengths, 1.0), 0.0).detach()
-    steep, close = reach[0], reach[1].clamp(max=1)
+    reach = (radius / lengths.masked_fill(lengths <= 0, torch.inf)).detach()
+    steps = torch.stack([reach[0], reach[1].clamp(max=1)]).unsqueeze(-1)
+    steepest, closest = additions * steps
     norms = safe_sqrt(wide.diagonal()).detach()
-    equal = TIED * norms * (norms @ shares)
-    steepest, closest = additions[0] * steep, additions[1] * close
-    gains = [pushed + products[0] * steep - equal, pushed + products[1] * close + equal]
-    gain, other = (torch.where(shares > 0, x.detach(), torch.inf).amin() for x in gains)
+    equal = TIED * (norms @ shares) * norms
+    gains = torch.addcmul(pushed, products, steps).detach()
+    absent = shares <= 0
+    gain, other = (
+        x.masked_fill(absent, torch.inf).amin() for x in (gains[0] - equal, gains[1] + equal)
+    )
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
     if not _host.plain(wide, c):
@@ -141,10 +158,12 @@ def _derivative(
     return torch.nan_to_num(value - value.detach(), 0.0, 0.0, 0.0)
 
 
-def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator:
+def cagrad(
+    c: float | Tensor = 0.5, *, preference: Numbers | None = None, rescale: str | None = None
+) -> Aggregator:
     r"""Maximise the worst improvement in a ball around the mean gradient.
 
-    With $g_0$ the mean gradient,
+    With $g_0 = \sum_i b_i g_i$ the mean gradient,
     $$\max_d \min_i g_i^\top d \quad \text{subject to} \quad
     \lVert d - g_0 \rVert \le c \lVert g_0 \rVert.$$
 
@@ -157,6 +176,8 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
     Args:
         c: Radius of the ball, relative to $\lVert g_0 \rVert$, at least 0. A tensor may be vmapped
             or changed without recompiling.
+        preference: `b`, `(m,)`, or a dict by the names of the losses; uniform weights `1/m` by
+            default. All objectives count for the worst improvement, also those with a 0.
         rescale: Divide the result by `"1+c^2"`, as the authors' experiments do, or by `"1+c"`, as
             their toy example; `None`, nothing, as in the paper.
 
@@ -164,7 +185,8 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
         The Aggregator, without state.
 
     Raises:
-        ValueError: If `c` is negative or `rescale` is unknown.
+        ValueError: If `c` is negative, `rescale` is unknown, or `preference` is not 1-D, not of
+            the number of objectives, or negative.
 
     Differs from other implementations:
         TorchJD returns zero where gradients balance, one is zero, or all are small.
@@ -180,6 +202,10 @@ def cagrad(c: float | Tensor = 0.5, *, rescale: str | None = None) -> Aggregator
         tensor([0.1835, 1.2041, 1.2041])
     """
     _check.choice("rescale", rescale, RESCALES)
-    options = {"c": _check.interval("c", c, 0), "rescale": rescale}
+    options = {
+        "c": _check.interval("c", c, 0),
+        "preference": _check.preference(preference),
+        "rescale": rescale,
+    }
     weighting = stateless("cagrad", partial(_weights, **options), widen=False)
     return Aggregator("cagrad", no_state, partial(_update, **options), weighting)

@@ -115,10 +115,10 @@ def _unbias(moment: Tensor, *, count: Tensor, beta: float | Tensor) -> Tensor:
 def _scaled(leaf: Tensor, d: Tensor, spread: Tensor, *, ready: Tensor, eps: float) -> Tensor:
     """Divide the direction by the root of its second moment; where that is 0, so is `d`."""
     usable = ready & (spread != 0)
-    root = torch.where(usable, spread, 1.0).sqrt()
-    return torch.where(usable, d / (root + eps), 0 * d).to(
-        leaf.dtype
-    )  # what is not finite stays so
+    safe = torch.where(usable, spread, 1.0)
+    root = safe / safe.sqrt()  # not-a-number if it overflowed
+    divisor = torch.where(usable, root + eps, eps or 1.0)
+    return torch.where(ready, d / divisor, 0 * d).to(leaf.dtype)  # what is not finite stays so
 
 
 def _check_state(state: ConfigMomentumState, jac: PyTree) -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
+from torchjd_func._lift import statistic_like
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
+from torchjd_func.linalg._gramian import ratio
 
 NAME = "excess_mtl"
 
@@ -61,15 +63,16 @@ def _update(
     squares = _tree.map(_accumulate, state.squares, jac)
     excess = _excess(jac, squares, eps)
     # The first call always is a warm-up: nothing precedes it that it could be compared with.
-    warm_up = (state.visits < n_warmup_steps) | (state.visits == 0)
+    warm_up = state.visits < at_least(n_warmup_steps, 1)
     average = state.baseline + (excess - state.baseline) / (state.visits + 1)
     late = torch.where(state.baseline > 0, state.baseline, excess)
     baseline = torch.where(warm_up, average, late)
 
-    relative = torch.where(baseline > 0, excess / torch.where(baseline > 0, baseline, 1.0), 0.0)
+    relative = ratio(excess, baseline)
     moved = state.log_weights + torch.where(warm_up, 0.0, robust_step_size * relative)
     log_weights = torch.log_softmax(_present.only(present, moved, -torch.inf), dim=0)
-    grads = _tree.weighted_sum(jac, log_weights.exp())
+    weights = log_weights.exp().to(statistic_like(jac).dtype)
+    grads = _tree.weighted_sum(jac, weights)
     if present is not None:
         before = _present.only(present, state.log_weights, -torch.inf)
         log_weights = log_weights + torch.logsumexp(before, dim=0)
@@ -92,11 +95,14 @@ def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
 
 def _excess_of_block(rows: Tensor, squares: Tensor, *, eps: float | Tensor) -> Tensor:
     """Return the share of some columns in `E`."""
-    if isinstance(eps, Tensor) or eps > 0:
-        squares = squares + eps
     # Where nothing was seen the numerator is 0 as well.
-    scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
+    scale = (squares + at_least(eps, torch.finfo(squares.dtype).tiny)).rsqrt()
     return (rows.square() * scale).sum(dim=1).to(torch.float64)
+
+
+def at_least(x: float | Tensor, low: float) -> float | Tensor:
+    """Return a number, or `low` if that is more."""
+    return x.clamp(min=low) if isinstance(x, Tensor) else max(x, low)
 
 
 def excess_mtl(

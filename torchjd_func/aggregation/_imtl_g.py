@@ -47,7 +47,7 @@ def _balanced(xp: Any, gramian: Array, tol: float) -> tuple[Array, Array]:
     present = xp.sign(rows.norms)
     inverse = sure_inverse(rows.cosines, tol) if xp is np else None
     if inverse is not None:
-        regular = rows.inverse * (inverse @ present)
+        regular = rows.inverse * inverse.dot(present)
         return regular, tol * abs(regular).sum()
     # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
     inverses, full_rank = inverse_and_rank(xp.stack([rows.cosines, gramian]), tol)

@@ -77,15 +77,15 @@ def _descend(
     squares, visits = gramian.diagonal(), n_visits + 1
     ema = beta * old + (1 - beta) * squares
     mean_square = ema / (1 - beta ** (visits + 0 * old)) + eps
-    positive = mean_square > 0
-    scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, mean_square, 1.0)), 0.0)
+    nothing = mean_square <= 0
+    scale = _host.filled(1 / xp.sqrt(_host.filled(mean_square, nothing, 1.0)), nothing, 0.0)
     normalized = gramian * scale[:, None] * scale
     coordinates = _solve(xp, normalized, tau)
     square = coordinates @ normalized @ coordinates
     longest = (coordinates * xp.sqrt(xp.clip(normalized.diagonal(), 0.0, None))).sum()
-    real = (square > CANCELLED * longest * longest) & (squares[0] > 0)
-    ratio = xp.where(real, squares[0], 1.0) / xp.where(real, square, 1.0)
-    weights = xp.where(real, xp.sqrt(ratio) * scale * coordinates, 0.0)
+    none = ~((square > CANCELLED * longest * longest) & (squares[0] > 0))
+    ratio = _host.filled(squares[0], none, 1.0) / _host.filled(square, none, 1.0)
+    weights = _host.filled(xp.sqrt(ratio) * scale * coordinates, none, 0.0)
     finite = xp.isfinite(gramian).all()
     kept = xp.where(finite, ema, old), xp.where(finite, visits, n_visits)
     return xp.where(finite, weights, xp.nan), *kept
@@ -107,12 +107,12 @@ def _solve(xp: Any, gramian: Array, tau: float | Array) -> Array:
     secondary = gramian[1:, 1:]
     short = tau * secondary.diagonal() - gramian[1:, 0]
     largest = xp.amax(xp.abs(_host.constant(short)), -1)
-    unit = short / xp.where(largest > 0, largest, 1.0)
+    unit = short / _host.filled(largest, largest <= 0, 1.0)
     multipliers = _host.lift(xp, _multipliers, secondary + unit[:, None] * unit, -unit)
     residual = 1 - unit @ multipliers
-    feasible = residual > INFEASIBLE
-    shift = multipliers * largest / xp.where(feasible, residual, 1.0)
-    return xp.concatenate([primary, xp.where(feasible, shift, 0.0)])
+    infeasible = ~(residual > INFEASIBLE)
+    shift = multipliers * largest / _host.filled(residual, infeasible, 1.0)
+    return xp.concatenate([primary, _host.filled(shift, infeasible, 0.0)])
 
 
 def _multipliers(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, random
+from torchjd_func import _check, _present, _threefry, random
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 
@@ -36,8 +36,8 @@ def _update(
 ) -> tuple[Tensor, RLWState]:
     """Draw weights on the simplex: the softmax of standard normals."""
     _check.state_type("rlw", state, RLWState)
-    next_key, draw = random.split(state.key)
-    normals = random.normal(draw, statistic.shape[:1], dtype=statistic.dtype)
+    next_key, words = _threefry.step(state.key, len(statistic), 52)
+    normals = random.inverted(words).to(statistic.dtype)
     weights = torch.softmax(_present.only(present, normals, -torch.inf), dim=0)
     return weights, RLWState(next_key)
 
@@ -69,6 +69,6 @@ def rlw() -> Aggregator:
         >>> gramian = torch.eye(2)
         >>> rule = jd.rlw().weighting
         >>> rule(gramian, rule.init(gramian, key=jd.random.key(0)))[0]
-        tensor([0.4555, 0.5445])
+        tensor([0.6408, 0.3592])
     """
     return weighted(Weighting("rlw", _init, _update, "size"))

@@ -31,8 +31,7 @@ def check(method: str, field: str, tree: PyTree, jac: PyTree) -> None:
 
 def norms(jac: PyTree) -> Tensor:
     """Return the norm of each row, `(m,)` in float64."""
-    squares = [_tree.rows(leaf).square().sum(dim=1).double() for leaf in _tree.leaves(jac)]
-    return safe_sqrt(torch.stack(squares).sum(dim=0))
+    return safe_sqrt(_tree.squared_norms(jac))
 
 
 def by_columns(fn: Callable[..., Tensor], rows: Tensor, *vectors: Tensor) -> Tensor:

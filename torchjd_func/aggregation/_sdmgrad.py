@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host, _present
-from torchjd_func._host import Array
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
 from torchjd_func._types import Weighting
@@ -63,7 +62,7 @@ def _update(
 
 def _exact(matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
     """Find the min-norm point of the rows shifted by the pull."""
-    gramian = _host.call(_positive_part, matrix)
+    gramian = _positive_part(matrix)
     along = products_with(gramian, pull, EPS)
     shifted = gramian + along.unsqueeze(-1) + along + pull @ along
     # A row that the pull balances is 0 but for rounding, which has no direction.
@@ -76,17 +75,18 @@ def _exact(matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None
     return nearest(shifted, RIDGES[torch.float64]).value
 
 
-def _positive_part(xp: Any, matrix: Array) -> Array:
+def _positive_part(matrix: Tensor) -> Tensor:
     """Return the nearest symmetric positive semi-definite matrix; a Gramian stays as it is."""
-    symmetric = 0.5 * (matrix + matrix.T)
-    if isinstance(matrix, np.ndarray) and _has_factor(symmetric):
+    symmetric = 0.5 * (matrix + matrix.mT)
+    known = _host.numbers(symmetric)
+    if known is not None and _has_factor(known):
         return symmetric
     values, vectors = eigh(symmetric)
-    negative = xp.where(values < -NEGATIVE * xp.amax(xp.abs(values), -1), -values, 0.0)
-    return symmetric + (vectors * negative) @ vectors.T
+    negative = torch.where(values < -NEGATIVE * values.abs().amax(-1), -values, 0.0)
+    return symmetric + (vectors * negative) @ vectors.mT
 
 
-def _has_factor(matrix: Array) -> bool:
+def _has_factor(matrix: np.ndarray) -> bool:
     """Say whether a Cholesky factor, which is quickly found, shows that nothing is negative."""
     slack = NEGATIVE * np.abs(matrix.diagonal()).max(initial=0.0)
     try:
@@ -100,9 +100,11 @@ def _pgd(
     matrix: Tensor, pull: Tensor, weights: Tensor, present: Tensor | None, *, n_iter: int
 ) -> Tensor:
     """Iterate projected gradient steps of length one over the norm of the matrix."""
-    square = eigenvalues((matrix.mT @ matrix).detach())[-1]
-    size = square.clamp(min=0).sqrt()  # the norm of the matrix
-    step = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
+    largest = matrix.detach().abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    unit = matrix.detach() / largest  # whose squares are in range
+    norm = eigenvalues(unit.mT @ unit)[-1].clamp(min=0).sqrt()
+    step = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0) / largest
     for _ in range(n_iter):
         moved = weights - step * (matrix @ (weights + pull))
         weights = project_simplex(_present.only(present, moved, -torch.inf))

@@ -42,17 +42,20 @@ class Explanation:
     """A table with one line for each parameter; `str` prints it."""
 
     leaves: tuple[LeafPlan, ...]
+    m: int  # how many losses there are
+    auto: str  # the route that `route="auto"` takes
 
     def __str__(self) -> str:
-        """Return the table."""
-        head = ("parameter", "shape", "rule", "contraction", "MB")
+        """Return what is asked of the routes, and the table."""
+        title = f'{self.m} losses; route="auto" is "{self.auto}", and "layerwise" goes so:'
+        head = ("parameter", "shape", "rule", "contraction", "kB")
         lines = [
             (
                 x.path,
                 "x".join(map(str, x.shape)) or "-",
                 x.rule,
                 x.contraction,
-                f"{x.size / 1e6:.2f}",
+                f"{x.size / 1e3:.1f}",
             )
             for x in self.leaves
         ]
@@ -61,7 +64,7 @@ class Explanation:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (head, *lines)
         ]
-        return "\n".join(rows)
+        return "\n".join([title, *rows])
 
 
 def explain_gramian(
@@ -84,23 +87,27 @@ def explain_gramian(
     Returns:
         The explanation: `leaves` has the lines, `str` gives a table. `rule` names the operations
         that a parameter goes through; `contraction` says whether factors of the rows are multiplied
-        or the rows themselves, whichever costs less; MB is what is held for this parameter alone.
+        or the rows themselves, whichever costs less; kB is what is held for this parameter alone.
+        `auto` is what `route="auto"` takes.
 
     Example:
         >>> import torch, torchjd_func as jd
         >>> objective = jd.instancewise(lambda w, x: torch.nn.functional.linear(x, w).sum(1))
         >>> print(jd.explain_gramian(objective, torch.ones(3, 2), torch.ones(4, 2)))
-        parameter  shape  rule    contraction  MB
-                   3x2    linear  rows         0.00
+        4 losses; route="auto" is "layerwise", and "layerwise" goes so:
+        parameter  shape  rule    contraction  kB
+                   3x2    linear  rows         0.1
     """
-    seen = observe(as_objective(fn), Request(args, argnums, has_aux))
+    objective = as_objective(fn)
+    seen = observe(objective, Request(args, argnums, has_aux))
     found = _layers(seen)
     paths, leaves = seen.bound.paths, seen.bound.leaves
     lines = [
         LeafPlan(path, tuple(leaf.shape), *_line(seen.recorded, found, place))
         for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
     ]
-    return Explanation(tuple(lines))
+    auto = "layerwise" if isinstance(objective, InstanceWise) else "jacobian"
+    return Explanation(tuple(lines), len(seen.vector), auto)
 
 
 def check_instancewise(

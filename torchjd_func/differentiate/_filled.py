@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func._shares import given
+from torchjd_func._shares import step_of
 from torchjd_func.differentiate._layerwise import Ranks
 from torchjd_func.differentiate._request import Request
 
@@ -25,11 +25,13 @@ def filled(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWi
     """
     size, dims = request.part.size, _dims(fn, request)
     length = _length(request, dims)
+    step = step_of(request.part, request.present, rule="jd.distributed.gathered")
+    if torch.compiler.is_compiling():  # one length, with a size too
+        fn = replace(fn, ranks=_agreed(ranks, {**step, "batch": request.part.lengths}))
     if torch.compiler.is_compiling() or ranks.lengths is None:
         return fn, request if size is None else _first(request, size, length)
-    options = {"batch": request.part.lengths, **given(request.present, size)}
     known = length if size is None else -1 if isinstance(size, Tensor) else size
-    every = ranks.lengths([length, known], {"rule": "jd.distributed.gathered", **options})
+    every = ranks.lengths([length, known], step)
     _check.at_most(every)
     lengths = [count for count, _ in every]
     if any(pair[0] != pair[1] for pair in every):
@@ -44,6 +46,14 @@ def filled(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWi
         request = _first(request, length, length)
     ranks = ranks._replace(kept=kept, padded=longest, whole=whole)
     return replace(fn, ranks=ranks), _grown(request, dims, length, longest)
+
+
+def _agreed(ranks: Ranks, step: Any) -> Ranks:
+    """Return who exchanges numbers once a step is the same on all processes."""
+    if ranks.agree is None:
+        return ranks
+    gather, after = ranks.gather, ranks.agree(step)
+    return ranks._replace(gather=lambda x: gather(after(x)))
 
 
 def _dims(fn: InstanceWise, request: Request) -> dict[int, int]:

@@ -50,7 +50,8 @@ def pull_heads(
             if all_absent(flags)
             else _pull_head(head, params[name], z, request)
         )
-    _check.dependent(any(head.dependent for head in found.values()))
+    dependent = any(head.dependent for head in found.values())
+    _check.dependent(dependent or all_absent(request.present))
     losses = {name: head.losses for name, head in found.items()}
     vector = torch.cat([head.vector for head in found.values()])
     cotangents = _tree.cat([head.cotangents for head in found.values()])

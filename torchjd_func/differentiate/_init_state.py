@@ -66,7 +66,7 @@ def init_state(
     positions = _check.argnums(argnums, len(args))
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
-    objective.rows_like(primals, 1)  # checks the parameters, before anything runs
+    _check_params(objective, primals)
     losses = _losses_like(objective, args, has_aux)
     check_names(_names.named_options(rule), losses)
     count = sum(leaf.numel() for leaf in _tree.leaves(losses))
@@ -80,6 +80,15 @@ def init_state(
     if isinstance(rule, Weighting):
         return rule.init(_tree.placeholder(_tree.leaves(losses)[0], (m, m)), key=key)
     return rule.init(jac, key=key)
+
+
+def _check_params(objective: Any, primals: PyTree) -> None:
+    """Check the parameters, before anything runs."""
+    if objective.spans_processes:  # placeholders of their rows are a question to all processes
+        paths, leaves = _tree.paths(primals), _tree.leaves(primals)
+        _check.params("the differentiated argument", paths, leaves)
+    else:
+        objective.rows_like(primals, 1)
 
 
 def _losses_like(fn: Any, args: tuple[Any, ...], has_aux: bool) -> PyTree:

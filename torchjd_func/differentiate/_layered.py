@@ -29,7 +29,7 @@ from torchjd_func.differentiate._layerwise import (
 )
 from torchjd_func.differentiate._layerwise import plan as plan_run
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
-from torchjd_func.differentiate._mask import masked
+from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Objective
 from torchjd_func.differentiate._pullback import basis, times, unscaled
 from torchjd_func.differentiate._pullback import call as invoke
@@ -54,7 +54,8 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     """Run the objective once and keep what each use of parameters was applied to."""
     recorded, vector, losses, aux, bound = observe(fn, request)
     # Dynamo traces no truth of a list (torch 2.11).
-    _check.dependent(len(recorded.uses) > 0 or len(recorded.plan.opaque) > 0)
+    used = len(recorded.uses) > 0 or len(recorded.plan.opaque) > 0
+    _check.dependent(used or all_absent(request.present))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
     vector, present = masked(vector, _flat_flags(losses, request.present))
     shared = recorded.plan.layout.kind == "shared"

@@ -133,7 +133,10 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
     batch = [*request.args[1:], *([kwargs.pop("batch")] if "batch" in kwargs else [])]
     if request.argnums != 0 or len(batch) != 1:
         rule = "be 0, of the two arguments (params, batch) of a multi-task objective"
-        got, remedy = f"{request.argnums} of {1 + len(batch)}", "Close over what is a constant."
+        got = f"{request.argnums} of {1 + len(batch)}"
+        remedy = (
+            "Pass the batch as one tuple or dict, after the params; a step takes the state before."
+        )
         _check.fail(ValueError, "`argnums`", rule, got, remedy)
     _check.same_aux("jd.multitask", request.has_aux, fn.has_aux)
     shared, head_params = _check.multitask_params(request.args[0], fn.heads)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
-from torchjd_func.differentiate._mask import masked
+from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._pullback import basis, call, pull_rows, scaled, vjp_aux
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
@@ -179,7 +179,7 @@ def _evaluate(
         check(losses)
     vector, present = masked(losses, request.present)
     # Inside torch.func.vjp, also where the losses depend on tensors of plain autograd.
-    _check.dependent(vector.requires_grad)
+    _check.dependent(vector.requires_grad or all_absent(request.present))
     return vector, (losses, aux, present)
 
 

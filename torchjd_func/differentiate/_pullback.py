@@ -42,7 +42,18 @@ def pull_rows(
     if chunk_size == 1:
         return _tree.stack([own(pullback(row)) for row in cotangents.unbind()])
     chunks = cotangents.split(chunk_size or len(cotangents))
-    return _tree.cat([own(vmap(pullback)(chunk)) for chunk in chunks])
+    return _tree.cat([own(_mapped(pullback, chunk)) for chunk in chunks])
+
+
+def _mapped(pullback: Callable[[Tensor], Any], cotangents: Tensor) -> PyTree:
+    """Map a pullback over cotangents; where torch can pull back one alone, say what to do."""
+    if torch.compiler.is_compiling():
+        return vmap(pullback)(cotangents)
+    try:
+        return vmap(pullback)(cotangents)
+    except RuntimeError as error:
+        pullback(cotangents[0])
+        _check.unmapped(error)
 
 
 def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:

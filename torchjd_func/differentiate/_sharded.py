@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._shares import given, scaled
+from torchjd_func._shares import scaled, step_of
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import Ranks
@@ -38,7 +38,7 @@ class Parts(NamedTuple):
     wrap: Leafwise  # parts, or their rows, placed as the leaves are
     mean: Callable[[Tensor], Tensor]  # of the losses, over processes
     shares: Callable[..., Any]  # (losses, present, size) -> what this process has of each loss
-    agree: Callable[[PyTree], None]  # check that something is the same on all processes
+    agree: Callable[[PyTree], Callable[[PyTree], PyTree]]  # as `_handshake.agreed`
     ranks: Ranks  # who has the other examples of an instance-wise objective
     contract: Callable[[Contraction, Groups], tuple[Tensor, Callable[[Tensor], PyTree]]]
     by_rows: Callable[[Aggregator], Callable[..., tuple[PyTree, Any]]]  # the rule, on placed rows
@@ -111,10 +111,11 @@ def _placed(leaves: Leaves, parts: Parts) -> Leaves:
 
 def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearized:
     """Return means over processes, of which this process has its parts."""
-    vector, present, part = linear.vector, linear.present, request.part
-    parts.agree({"losses": vector, "batch": part.lengths, **given(present, part.size)})
-    pull, seen = linear.jacobian.pullback, linear.seen
+    present, part, seen = linear.present, request.part, linear.seen
+    after = parts.agree(step_of(part, present, losses=linear.vector))
+    pull = partial(_pull_after, after, linear.jacobian.pullback)
     known = [] if seen is None or seen.rows is None else seen.rows
+    vector, known = after((linear.vector, known))
     if present is not None or part.size is not None:
         shares = parts.shares(vector, present, part.size)
         vector, known = scaled((vector, known), shares)
@@ -138,6 +139,15 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
         seen=seen,
         shards=Shards(parts.contract, partial(_contract_seen, seen_parts.contract), parts.by_rows),
     )
+
+
+def _pull_after(
+    after: Callable[[Tensor], Tensor],
+    pull: Callable[[Tensor], list[Tensor]],
+    cotangent: Tensor,
+) -> list[Tensor]:
+    """Pull back once all processes agree."""
+    return pull(after(cotangent))
 
 
 def _pull_share(

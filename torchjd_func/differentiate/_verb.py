@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
-from torchjd_func._shares import Part
+from torchjd_func._shares import Part, Rows
 from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, counting
@@ -48,7 +48,6 @@ def linearize(
     if any(x.is_meta for x in _tree.tensors((args, named))):  # a model without numbers yet
         given = (args, named)
         _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
-    counted = spans and size is None and not torch.compiler.is_compiling()
     request = Request(
         args=detached(args),
         argnums=options.argnums,
@@ -59,7 +58,7 @@ def linearize(
         where=options.where,
         alone=options.alone,
         present=present,
-        part=Part(size, _lengths(args, named, options.argnums) if counted else None),
+        part=Part(size, _lengths(args, named, options.argnums) if spans else None),
         spans=options.spans,
         autocast=around(),
         rows=options.rows,
@@ -81,9 +80,9 @@ def _check_whole(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
 
 def _lengths(
     args: tuple[Any, ...], named: dict[str, Any], argnums: int | tuple[int, ...]
-) -> dict[str, str]:
+) -> dict[str, Rows]:
     """Return the length of each tensor that is not differentiated."""
     places = _check.argnums(argnums, len(args))
     rest = {str(i): arg for i, arg in enumerate(args) if i not in places} | named
     pairs = zip(_tree.paths(rest), _tree.leaves(rest), strict=True)
-    return {path: f"{len(x)} rows" for path, x in pairs if isinstance(x, Tensor) and x.ndim}
+    return {path: Rows(x) for path, x in pairs if isinstance(x, Tensor) and x.ndim}

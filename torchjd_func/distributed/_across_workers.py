@@ -61,6 +61,8 @@ def across_workers(
         >>> dist.destroy_process_group()
     """
     _check.combinable("across_workers", aggregator, (Aggregator,))
+    _collectives.valid(group)
+    _check.flag("check", check)
     return spread(aggregator, f"across_workers({aggregator.name})", STACK, group, check)
 
 

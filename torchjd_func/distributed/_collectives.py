@@ -1,9 +1,9 @@
 """Collectives as pure functions: a process owns a part of the columns, in the processes' order.
 
 Those of `torch.distributed` write into what they are given. On tensors that nobody else holds that
-is pure, and a compiler rewrites each to a functional one within its graph (torch 2.10 to 2.13): the
-private `torch.distributed._functional_collectives`, which may change, is not needed. Results are
-constants of derivatives, of which these collectives have none.
+is pure. In a compiled function each is an opaque operation, so that errors say what they say eager;
+torch's functional collectives, which a compiler puts in the place of these, know neither process
+nor name (torch 2.13). Results are constants of derivatives, of which these collectives have none.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ def size(group: Group) -> int:
     return world
 
 
+def valid(group: Group) -> None:
+    """Check that a value may be a group."""
+    outside = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+    known = group is None or group is outside or isinstance(group, dist.ProcessGroup)
+    _check.group(group, known)
+
+
 def rank(group: Group) -> int:
     """Return the number of this process in the group."""
     size(group)
@@ -46,8 +53,7 @@ def rank(group: Group) -> int:
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum over processes, on each."""
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    return _run("all_reduce", dist.all_reduce, group, total)
+    return _collect("all_reduce", x, list(x.shape), group)
 
 
 def largest(numbers: list[int], groups: Sequence[Group]) -> list[int]:
@@ -64,20 +70,23 @@ def largest(numbers: list[int], groups: Sequence[Group]) -> list[int]:
 def reduce_scatter(rows: Tensor, group: Group) -> Tensor:
     """Return this process's columns of the sum: `(m, n)` to `(m, ceil(n / world))`."""
     sent = _by_process(rows, size(group))
-    own = sent.new_empty(rows.shape[0], sent.shape[1])
-    return _run("reduce_scatter", _reduce_scatter, group, own, sent)
+    return _collect("reduce_scatter", sent, [rows.shape[0], sent.shape[1]], group)
+
+
+def reduce_scatter_parts(x: Tensor, group: Group) -> Tensor:
+    """Return this process's part of the sum: `(world * k, ...)` to `(k, ...)`."""
+    return _collect("reduce_scatter", x, [len(x) // size(group), *x.shape[1:]], group)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """Return what all processes hold, one after the other: `(k, ...)` to `(world * k, ...)`."""
-    found = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
-    return _run("all_gather", _all_gather, group, found, x.detach().contiguous())
+    return _collect("all_gather", x, [size(group) * x.shape[0], *x.shape[1:]], group)
 
 
 def all_to_all(rows: Tensor, group: Group) -> Tensor:
     """Return this process's columns of all rows: `(k, n)` to `(world * k, ceil(n / world))`."""
     sent = _by_process(rows, size(group))
-    return _run("all_to_all", dist.all_to_all_single, group, torch.empty_like(sent), sent)
+    return _collect("all_to_all", sent, list(sent.shape), group)
 
 
 def gather_texts(text: str, group: Group) -> list[str]:
@@ -106,17 +115,53 @@ def _by_process(rows: Tensor, world: int) -> Tensor:
     return padded.reshape(m, world, width).movedim(1, 0).reshape(world * m, width).contiguous()
 
 
-def _run(name: str, fn: Callable[..., Any], group: Group, found: Any, *sent: Any) -> Any:
-    """Return what a collective fills, once it has."""
-    named(name, partial(fn, found, *sent, group=group), group)
-    return found
+def _collect(name: str, x: Tensor, shape: list[int], group: Group) -> Tensor:
+    """Return what a collective makes of a tensor, a tensor of some shape."""
+    if torch.compiler.is_compiling():
+        return _collected(name, x.detach(), shape, named(group))
+    return _communicate(name, x, shape, group)
 
 
-def named(name: str, fn: Callable[[], Any], group: Group) -> Any:
-    """Return what `fn`, which communicates, returns; say what failed, and where."""
-    if torch.compiler.is_compiling():  # errors come when the graph runs, in torch's words
-        return fn()
+@torch.library.custom_op("torchjd_func::collect", mutates_args=())
+def _collected(name: str, x: Tensor, shape: Sequence[int], group: str) -> Tensor:
+    """Return what a collective makes of a tensor."""
+    return _communicate(name, x, shape, group_of(group))
+
+
+@_collected.register_fake
+def _(name: str, x: Tensor, shape: Sequence[int], group: str) -> Tensor:
+    return x.new_empty(shape)
+
+
+def _communicate(name: str, x: Tensor, shape: Sequence[int], group: Group) -> Tensor:
+    """Fill a tensor of some shape with what a collective makes of another one."""
+    if x.is_meta:  # there are no numbers to exchange
+        return x.new_empty(shape)
+    if name == "all_reduce":
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        return _run(name, dist.all_reduce, group, total)
+    fill = {
+        "reduce_scatter": _reduce_scatter,
+        "all_gather": _all_gather,
+        "all_to_all": dist.all_to_all_single,
+    }[name]
+    return _run(name, fill, group, x.new_empty(shape), x.detach().contiguous())
+
+
+def named(group: Group) -> str:
+    """Return the name of a group, by which an opaque operation knows it."""
+    return "" if group is None else group.group_name
+
+
+def group_of(name: str) -> Group:
+    """Return the group of a name; torch has no public function that does (torch 2.13)."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # pyright: ignore
+
+
+def _run(name: str, fn: Callable[..., Any], group: Group, out: Tensor, *sent: Tensor) -> Tensor:
+    """Return what a collective fills, once it has; say what failed, and where."""
     try:
-        return fn()
+        fn(out, *sent, group=group)
     except RuntimeError as error:
         _check.collective(name, rank(group), size(group), error)
+    return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present
-from torchjd_func._shares import Part, given, scaled
+from torchjd_func._shares import Part, Size, scaled, step_of
 from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
@@ -53,8 +53,9 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
     processes that have it, and `m` numbers more are added up, as they are with `size`. Pass a
     finished rule: combinators go inside. In `jd.grad`, gradients of heads (`jd.multitask`) are
     averaged as well, zeros where no process has the loss; losses that it returns stay those of the
-    process: see `jd.distributed.mean`, for what `observe` of a Scalarizer takes, too. Differentiate
-    a Scalarizer by `jd.grad`, or average its gradient yourself.
+    process: see `jd.distributed.mean`. `observe` of a Scalarizer takes these, and averages them:
+    `rule.observe(losses, state, size=len(x))`. Differentiate a Scalarizer by `jd.grad`, or average
+    its gradient yourself. For losses of plain autograd, `jd.interop.backward_` takes `size` too.
 
     Args:
         rule: An Aggregator or a Scalarizer.
@@ -62,7 +63,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         check: Whether each step compares, by one small all-reduce, that all processes call the same
             rule on the same shapes, with or without `present` and `size`: those that differ are
             named at once, where collectives would hang until their time-out, or mix up numbers. It
-            waits for the result, and does nothing in a compiled function.
+            waits for the result, in a compiled function when its graph runs.
 
     Returns:
         A rule of the type of `rule`, and with its state: a state may go on with `rule` in one
@@ -73,8 +74,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         ValueError: If `rule` is a Weighting; on all processes, at `init` or a step, if shapes,
             dtypes, keys, rules or options differ (`jd.distributed.check_same`).
         RuntimeError: If another process has ended, or does not come within the time-out of the
-            group, naming this process and the collective. In a compiled function torch's own error,
-            which names neither.
+            group, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -87,6 +87,8 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
     if isinstance(rule, Weighting):
         _check.not_a_weighting("data_parallel", rule)
     _check.combinable("data_parallel", rule, (Aggregator, Scalarizer))
+    _collectives.valid(group)
+    _check.flag("check", check)
     name = f"data_parallel({rule.name})"
     if isinstance(rule, Aggregator):
         return spread(rule, name, MEAN, group, check)
@@ -103,7 +105,7 @@ def _scalarizer(
         name,
         partial(_init, name=name, **bound),
         partial(_update, name=name, part=part, check=check, **bound),
-        None if rule.observe is None else partial(_observe, **bound),
+        None if rule.observe is None else partial(_observe, name=name, check=check, **bound),
         Processes(
             partial(average, group=group),
             partial(factors, size=part.size, group=group),
@@ -155,10 +157,8 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Scalarize the mean losses, of which those of this process are differentiated."""
-    if check:
-        options = given(present, part.size)
-        same = {"rule": name, "losses": losses.detach(), "batch": part.lengths, **options}
-        _handshake.check_step(same, (group,))
+    step = step_of(part, present, rule=name, losses=losses.detach())
+    losses = _handshake.agreed(step, (group,), check)(losses)
     own = None
     if present is not None or part.size is not None:
         own = shares(losses.detach(), present, part.size, group)
@@ -172,16 +172,31 @@ def _update(
 
 
 def _observe(
-    losses: PyTree, state: State, *, rule: Scalarizer, group: Group, present: Present = None
+    losses: PyTree,
+    state: State,
+    *,
+    name: str,
+    rule: Scalarizer,
+    group: Group,
+    check: bool,
+    present: Present = None,
+    size: Size = None,
 ) -> State:
     """Let the scalarizer observe the mean losses, if any."""
     assert rule.observe is not None
+    _check.size(size, True)
     constant = _tree.map(Tensor.detach, losses)
-    if present is None:
+    if _tree.leaves(constant):
+        step = step_of(Part(size), present, rule=f"{name}.observe", losses=constant)
+        constant = _handshake.agreed(step, (group,), check)(constant)
+    if present is None and (size is None or losses is None):
         return rule.observe(average(constant, group), state)
     device = _tree.leaves((losses, state))[0].device
-    here = _tree.ravel([torch.as_tensor(flag, device=device) for flag in _tree.leaves(present)])
-    own = shares(here.to(torch.float64), here, None, group)
+    flags = _tree.leaves(present) or [torch.ones_like(_tree.ravel(constant), dtype=torch.bool)]
+    here = _tree.ravel([torch.as_tensor(flag, device=device) for flag in flags])
+    own = shares(here.to(torch.float64), here, size, group)
     if losses is not None:
         constant = average(scaled(_tree.ravel(constant), own), group)
+    if present is None:
+        return _present.kept(own.anywhere, rule.observe(constant, state), state)
     return rule.observe(constant, state, present=own.anywhere)

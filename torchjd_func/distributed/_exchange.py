@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _present, _tree
 from torchjd_func._lift import statistic_like
-from torchjd_func._shares import Part, Shares, Size, given, scaled
+from torchjd_func._shares import Part, Shares, Size, scaled, step_of
 from torchjd_func._types import Aggregator, Partition, Processes, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
@@ -94,10 +94,8 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Weigh what this process has, and bring it together with that of others."""
-    if check:
-        options = given(present, part.size)
-        same = {"rule": name, "jac": jac, "losses": losses, "batch": part.lengths, **options}
-        _handshake.check_step(same, (group,))
+    step = step_of(part, present, rule=name, jac=jac, losses=losses)
+    jac, losses = _handshake.agreed(step, (group,), check)((jac, losses))
     if present is None and part.size is None:
         return _together(jac, state, losses, None, rule, exchange, group)
     like = _tree.leaves(jac)[0].new_ones(_tree.leading_size(jac), dtype=torch.float64)

@@ -28,7 +28,7 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
     `size` may be left out where batches have one length. Of longer ones the first `size` examples
     count, and the others are absent: so batches that are filled up to one length compile. Batches
     of several lengths, 0 among them, are filled up before they run, and what was added is left out
-    of all results; not in a compiled function, which knows one length.
+    of all results; not in a compiled function, for which another length is an error.
 
     The Jacobian does not travel. Each process multiplies its `b` rows with all `m`, layer by layer:
     it is sent the other processes' inputs of a layer and the gradients by its outputs, or the rows
@@ -45,8 +45,7 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
             parameters.
         group: The processes; by default all.
         check: Whether each call compares, by a small all-gather, the lengths of the batches and
-            whether there is `present` or `size`; not in a compiled function. Without it all batches
-            must have one length.
+            whether there is `present` or `size`. Without it all batches must have one length.
 
     Returns:
         The objective for `jd.gramian`, `jd.gramian_vjp`, `jd.cross_gramian`, `jd.grad`,
@@ -59,7 +58,7 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
         ValueError: From transforms, on all processes, if these have batches of different lengths
             and no `size`. Or if rows are asked for.
         RuntimeError: If another process has ended, or does not come within the time-out of the
-            group, naming this process and the collective; not in a compiled function.
+            group, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -74,12 +73,14 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
         remedy = "Declare it with jd.instancewise or jd.per_example, or use across_workers."
         name, got = "the objective of `gathered`", _check.describe(objective)
         _check.fail(TypeError, name, "be instance-wise", got, remedy)
-    lengths = partial(_handshake.numbers_of_all, groups=(group,)) if check else None
+    _collectives.valid(group)
+    _check.flag("check", check)
     ranks = Ranks(
         partial(_collectives.size, group),
         partial(_collectives.rank, group),
         partial(_collectives.all_gather, group=group),
         partial(total, group=group),
-        lengths,
+        partial(_handshake.numbers_of_all, groups=(group,)) if check else None,
+        agree=partial(_handshake.agreed, groups=(group,), check=check),
     )
     return replace(objective, ranks=ranks)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._shares import Rows
 from torchjd_func._types import PyTree
 from torchjd_func.distributed import _collectives
 from torchjd_func.distributed._collectives import Group
+
+Agreed: TypeAlias = Callable[[Any], Any]  # returns what it is given, once all processes agree
+TENSOR, LENGTH = "\x02tensor", "\x02length"  # in the place of what is known when a graph runs
 
 
 def check_same(tree: PyTree, group: Group = None) -> None:
@@ -21,9 +26,9 @@ def check_same(tree: PyTree, group: Group = None) -> None:
 
     Collectives do not check this: processes that disagree hang, or mix up their numbers. The `init`
     of a rule of `jd.distributed`, and so `jd.init_state`, calls it on the Jacobian, the name of the
-    rule and the key; steps compare a digest of the like by one small all-reduce. It exchanges
-    names, not numbers, and waits for all processes. In a compiled function it does nothing: take
-    the state from an eager `init`.
+    rule and the key; steps, compiled ones too, compare a digest of the like by one small
+    all-reduce. It exchanges names, not numbers, and waits for all processes. In a compiled function
+    it does nothing: take the state from an eager `init`.
 
     Args:
         tree: Pytree of tensors, of which shapes and dtypes count, and of anything else, which has
@@ -40,6 +45,7 @@ def check_same(tree: PyTree, group: Group = None) -> None:
         >>> jd.distributed.check_same({"weight": torch.zeros(2, 3), "batch": 32})
         >>> dist.destroy_process_group()
     """
+    _collectives.valid(group)
     if not torch.compiler.is_compiling():
         _compare(_briefs(tree), (group,))
 
@@ -47,21 +53,87 @@ def check_same(tree: PyTree, group: Group = None) -> None:
 def check_start(name: str, tree: PyTree, key: Tensor | None, group: Group) -> None:
     """Check that all processes start the same rule, on the same shapes, with the same key."""
     if not torch.compiler.is_compiling():
-        check_same({"rule": name, "key": None if key is None else str(key.tolist()), **tree}, group)
+        numbers = key if key is None or key.is_meta else str(key.tolist())
+        check_same({"rule": name, "key": numbers, **tree}, group)
 
 
-def check_step(tree: PyTree, groups: Sequence[Group]) -> None:
+def agreed(tree: PyTree, groups: Sequence[Group], check: bool = True) -> Agreed:
     """Check by one all-reduce of two numbers that a pytree is the same on all processes of a mesh.
 
-    The groups are those of the dimensions of the mesh. In a compiled function it does nothing.
+    Args:
+        tree: As for `check_same`.
+        groups: Those of the dimensions of the mesh.
+        check: Whether to.
+
+    Returns:
+        A function that what is exchanged afterwards goes through, unchanged: a graph knows no order
+        but that of its data, and drops what nothing depends on.
     """
+    if not check:
+        return _unchanged
     if torch.compiler.is_compiling():
-        return
-    briefs = _briefs(tree)
+        return partial(_after, _checked(*_for_graphs(tree), _names(groups)))
+    _check_digest(_briefs(tree), groups)
+    return _unchanged
+
+
+def _unchanged(numbers: PyTree) -> PyTree:
+    """Return what is given."""
+    return numbers
+
+
+def _after(zero: Tensor, numbers: PyTree) -> PyTree:
+    """Return numbers that are there once a zero is."""
+    return _tree.map(lambda leaf: leaf + zero.to(leaf.dtype), numbers)
+
+
+def _check_digest(briefs: dict[str, str], groups: Sequence[Group]) -> None:
+    """Compare what has to be the same by a number; in full where that differs."""
     number = digest(briefs)
     high, low = _collectives.largest([number, -number], groups)
     if high != -low:
         _compare(briefs, groups)
+
+
+@torch.library.custom_op("torchjd_func::check_step", mutates_args=())
+def _checked(
+    tensors: Sequence[Tensor], lengths: Sequence[Tensor], text: str, groups: str
+) -> Tensor:
+    """Check a step when a graph runs; return 0."""
+    parts = iter(tensors), iter(lengths)
+    briefs = {}
+    for line in text.split("\n"):
+        path, _, brief = line.partition("\x01")
+        if brief == TENSOR:
+            brief = _brief(next(parts[0]))
+        elif brief == LENGTH:
+            brief = str(Rows(next(parts[1])))
+        briefs[path] = brief
+    _check_digest(briefs, [_collectives.group_of(name) for name in groups.split("\n")])
+    return [*tensors, *lengths][0].new_zeros((), dtype=torch.float32)
+
+
+@_checked.register_fake
+def _(tensors: Sequence[Tensor], lengths: Sequence[Tensor], text: str, groups: str) -> Tensor:
+    return [*tensors, *lengths][0].new_zeros((), dtype=torch.float32)
+
+
+def _for_graphs(tree: PyTree) -> tuple[list[Tensor], list[Tensor], str]:
+    """Return the tensors of a pytree, those whose lengths count, and the rest as a text."""
+    tensors, lengths, lines = [], [], []
+    for path, leaf in zip(_tree.paths(tree), _tree.leaves(tree), strict=True):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf.detach())
+        if isinstance(leaf, Rows):
+            lengths.append(leaf.of.detach())
+        kind = TENSOR if isinstance(leaf, Tensor) else LENGTH if isinstance(leaf, Rows) else leaf
+        lines.append(f"{path}\x01{kind}")
+    return tensors, lengths, "\n".join(lines)
+
+
+def _names(groups: Sequence[Group]) -> str:
+    """Return the names of groups."""
+    return "\n".join([_collectives.named(group) for group in groups])
 
 
 def numbers_of_all(numbers: list[int], tree: PyTree, groups: Sequence[Group]) -> list[list[int]]:

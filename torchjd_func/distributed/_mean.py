@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._shares import Shares, Size, given, scaled, shares_of
+from torchjd_func._shares import Part, Shares, Size, scaled, shares_of, step_of
 from torchjd_func._types import PyTree
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
@@ -28,8 +28,7 @@ def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = 
         group: The processes; by default all.
         size: How many examples this process has: an int or a 0-d tensor, on all processes or on
             none. Of a process without examples `tree` may hold anything, NaN too.
-        check: Whether to compare names, shapes and dtypes before, by one small all-reduce; not in a
-            compiled function.
+        check: Whether to compare names, shapes and dtypes before, by one small all-reduce.
 
     Returns:
         The mean in the structure and the dtypes of `tree`, the same on each process; a constant of
@@ -47,13 +46,14 @@ def mean(tree: PyTree, group: Group = None, *, size: Size = None, check: bool = 
         {'loss': tensor(2.)}
         >>> dist.destroy_process_group()
     """
+    _collectives.valid(group)
+    _check.flag("check", check)
     _collectives.size(group)  # checks that there is one
     remedy = "Convert counters, or leave them out."
     leaves = _tree.leaves(tree)
     _check.differentiable("`tree`", _tree.paths(tree), leaves, remedy)
     _check.size(size, True)
-    if check:
-        _handshake.check_step({"tree": tree, **given(None, size)}, (group,))
+    tree = _handshake.agreed(step_of(Part(size), None, tree=tree), (group,), check)(tree)
     if size is None or not leaves:
         return average(tree, group)
     one = leaves[0].new_ones(1, dtype=torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -40,7 +39,8 @@ def places_of(leaves: Sequence[Any]) -> list[Place]:
     found = []
     for leaf in leaves:
         placements = tuple(leaf.placements) if is_sharded(leaf) else everywhere
-        _check.placements(placements, all(p.is_shard() or p.is_replicate() for p in placements))
+        known = [_dim(p) is not None or p.is_replicate() for p in placements]
+        _check.placements(placements, all(known))
         found.append(Place(meshes[0], placements, tuple(leaf.shape)))
     return found
 
@@ -83,14 +83,68 @@ def _placed(part: Tensor, place: Place) -> Any:
 
 def _shifted(place: Place, lead: int) -> list[Any]:
     """Return the placements, with the leading dimensions counted."""
+    return [_shift(p, lead) for p in place.placements]
+
+
+def _shift(placement: Any, lead: int) -> Any:
+    """Return a placement, with the leading dimensions counted."""
     from torch.distributed.tensor import Shard
 
-    return [Shard(p.dim + lead) if p.is_shard() else p for p in place.placements]
+    dim = _dim(placement)
+    if dim is None or lead == 0:
+        return placement
+    if placement.is_shard():
+        return Shard(dim + lead)
+    return type(placement)(dim + lead, split_factor=placement.split_factor)
+
+
+def _dim(placement: Any) -> int | None:
+    """Return the dimension along which a tensor is cut, if it is."""
+    # Tensor-parallel parameters are cut again by FSDP2, along what torch has no public name for:
+    # `_StridedShard`, which does not say that it is a shard (torch 2.13).
+    strided = hasattr(placement, "split_factor")
+    return placement.dim if strided or placement.is_shard() else None
+
+
+class Cut(NamedTuple):
+    """How the processes of one dimension of a mesh share a tensor: in pieces of one length."""
+
+    group: Any
+    dim: int  # of the tensor
+    length: int  # before the cut
+    piece: int  # the longest
+    own: slice  # of this process
+
+
+def _cuts(place: Place, lead: int) -> list[Cut]:
+    """Return the cuts from the whole leaf to the part of this process, first to last."""
+    mesh, sizes, cuts = place.mesh, list(place.shape), []
+    coordinate = mesh.get_coordinate()
+    strided = [hasattr(p, "split_factor") for p in place.placements]  # FSDP cuts what others cut
+    for i in sorted(range(mesh.ndim), key=strided.__getitem__):
+        dim = _dim(place.placements[i])
+        if dim is not None:
+            length = sizes[dim]
+            piece = -(-length // mesh.size(i))
+            start = min(length, piece * coordinate[i])
+            own = slice(start, min(length, start + piece))
+            sizes[dim] = own.stop - own.start
+            cuts.append(Cut(mesh.get_group(i), dim + lead, length, piece, own))
+    return cuts
 
 
 def gather(part: Tensor, place: Place) -> Tensor:
     """Return the whole leaf."""
-    return _named("full_tensor", _placed(part, place).full_tensor, place.mesh)
+    for cut in reversed(_cuts(place, part.ndim - len(place.shape))):
+        own = _filled(part.movedim(cut.dim, 0), cut.piece)
+        part = _collectives.all_gather(own, cut.group)[: cut.length].movedim(0, cut.dim)
+    return part.contiguous()
+
+
+def _filled(x: Tensor, length: int) -> Tensor:
+    """Return a tensor of some length, filled up with zeros."""
+    more = length - len(x)
+    return torch.cat([x, x.new_zeros(more, *x.shape[1:])]) if more else x
 
 
 def scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
@@ -100,37 +154,32 @@ def scatter(grads: list[Tensor], places: list[Place]) -> list[Tensor]:
 
 def scatter_sums(grads: list[Tensor], places: list[Place], count: int = 1) -> list[Tensor]:
     """Return this process's parts of sums over processes, divided by a count."""
-    from torch.distributed.tensor import Partial
-
-    return [_part(grads.pop(0) / count, place, Partial()) for place in places]
+    return [_part_of_sum(grads.pop(0) / count, place) for place in places]
 
 
-def cut(whole: Tensor, place: Place) -> Tensor:
+def _part_of_sum(whole: Tensor, place: Place) -> Tensor:
+    """Return the part of this process of the sum over processes: cut first, then added up."""
+    for cut in _cuts(place, whole.ndim - len(place.shape)):
+        sent = _filled(whole.movedim(cut.dim, 0), cut.piece * _collectives.size(cut.group))
+        own = _collectives.reduce_scatter_parts(sent, cut.group)
+        whole = own[: cut.own.stop - cut.own.start].movedim(0, cut.dim)
+    for i, placement in enumerate(place.placements):
+        if placement.is_replicate():
+            whole = _collectives.all_reduce(whole, place.mesh.get_group(i))
+    return whole.contiguous()
+
+
+def own_part(whole: Tensor, place: Place) -> Tensor:
     """Return the part of this process of what all processes have."""
-    from torch.distributed.tensor import Replicate
-
-    return _part(whole, place, Replicate())
-
-
-def _part(whole: Tensor, place: Place, held: Any) -> Tensor:
-    """Return the part of this process of a whole leaf, or of shares that add up to it."""
-    from torch.distributed.tensor import DTensor
-
-    mesh, lead = place.mesh, whole.ndim - len(place.shape)
-    known = DTensor.from_local(whole, mesh, [held] * mesh.ndim, run_check=False)
-    move = partial(known.redistribute, placements=_shifted(place, lead))
-    return _named("redistribute", move, mesh).to_local()
+    for cut in _cuts(place, whole.ndim - len(place.shape)):
+        whole = whole.narrow(cut.dim, cut.own.start, cut.own.stop - cut.own.start)
+    return whole.contiguous()
 
 
 def copies(place: Place) -> int:
     """Return on how many processes each number of a leaf is."""
     # A list: torch.compile takes no product of a generator (torch 2.13).
     return prod([place.mesh.size(i) for i, p in enumerate(place.placements) if p.is_replicate()])
-
-
-def _named(name: str, fn: Callable[[], Any], mesh: Any) -> Any:
-    """Return what `fn`, which communicates, returns; say what failed, and where."""
-    return _collectives.named(name, fn, mesh.get_group() if mesh.ndim == 1 else None)
 
 
 def total(x: Tensor, mesh: Any) -> Tensor:

@@ -24,8 +24,9 @@ from torchjd_func.distributed._mesh import Place
 def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
     r"""Differentiate an objective by parameters that are sharded, such as those of FSDP2.
 
-    Parameters are `DTensor`s, as after `torch.distributed.fsdp.fully_shard`, of any placements
-    `Shard` and `Replicate` on one mesh, of one or more dimensions. Losses are means over the part
+    Parameters are `DTensor`s, as after `torch.distributed.fsdp.fully_shard`, after
+    `parallelize_module` for tensor parallelism, or both, of any placements `Shard` and `Replicate`
+    on one mesh, of one or more dimensions. Losses are means over the part
     of the batch that a process has, and the rule is a plain one:
 
         objective = jd.distributed.sharded(losses)  # losses(params, *part_of_batch), whole params
@@ -38,7 +39,9 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
     during the forward and the backward pass of a process, and at the end of the latter `chunk_size`
     whole rows (by default `m`), which are scattered leaf by leaf: of the Jacobian a process keeps
     `m n / W` numbers. It contracts them, and `(m, m)` is added up over processes, replicas counted
-    once. The step compiles with `fullgraph=True`.
+    once: `(m + 1) n' + m^2 + m` numbers that a process hands to collectives, with `n'` the sum over
+    leaves of their numbers, rounded up to parts of one length; with replicas, all-reduces of the
+    parts more. The step compiles with `fullgraph=True`.
 
     For an objective of `jd.instancewise` the losses are those of the examples of all processes, as
     for `jd.distributed.gathered`: activations travel, and rows are nowhere.
@@ -64,8 +67,7 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
             none is a `DTensor`; if another route is asked for; or, on all processes, if these
             differ in the number of losses, the lengths of their batches without `size`, or options.
         RuntimeError: If this process is outside the mesh; or another has ended, or does not come
-            within the time-out of the group, naming this process and the collective; not in a
-            compiled function.
+            within the time-out of the group, naming this process and the collective.
 
     Example:
         >>> import torch, torchjd_func as jd, torch.distributed as dist
@@ -77,6 +79,7 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
         tensor([ 1.3500, -0.4500])
         >>> dist.destroy_process_group()
     """
+    _check.flag("check", check)
     inner = as_objective(objective)
     alone = isinstance(inner, InstanceWise) and inner.ranks is None
     if not (alone or isinstance(inner, Plain)):
@@ -133,20 +136,21 @@ def _shares(losses: Tensor, present: Tensor | None, size: Size, *, mesh: Any) ->
 def _ranks(places: list[Place], check: bool) -> Ranks:
     """Return who has the other examples, counted in the order of the mesh."""
     mesh = places[0].mesh
-    lengths = partial(_handshake.numbers_of_all, groups=_mesh.groups(mesh)) if check else None
+    groups = _mesh.groups(mesh)
     return Ranks(
         mesh.size,
         partial(_mesh.number, mesh),
         partial(_mesh.all_of, mesh=mesh),
         partial(_mesh.scatter_sums, places=places),
-        lengths,
+        partial(_handshake.numbers_of_all, groups=groups) if check else None,
+        agree=partial(_handshake.agreed, groups=groups, check=check),
     )
 
 
-def _agree(tree: PyTree, *, mesh: Any, check: bool) -> None:
-    """Check that a pytree is the same on all processes of a mesh."""
-    if check:
-        _handshake.check_step({"rule": "jd.distributed.sharded", **tree}, _mesh.groups(mesh))
+def _agree(step: PyTree, *, mesh: Any, check: bool) -> _handshake.Agreed:
+    """Check that a step is the same on all processes of a mesh."""
+    named = {"rule": "jd.distributed.sharded", **step}
+    return _handshake.agreed(named, _mesh.groups(mesh), check)
 
 
 def _contract(
@@ -188,5 +192,5 @@ def _aggregate(
     else:
         whole = _mesh.each(_mesh.gather, rows, places)
         grads, state = rule(rebuild(whole), state, losses=losses, present=present)
-        grads = _mesh.each(_mesh.cut, _tree.leaves(grads), places)
+        grads = _mesh.each(_mesh.own_part, _tree.leaves(grads), places)
     return rebuild(_mesh.wrap(grads, places, [_mesh.is_sharded(leaf) for leaf in flat])), state

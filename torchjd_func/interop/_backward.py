@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._lift import statistic_like
+from torchjd_func._shares import Part, Size
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.interop import _heads, _targets
 from torchjd_func.interop._autograd import combined, rows
@@ -31,6 +32,7 @@ def backward_(
     features: PyTree = None,
     key: Tensor | None = None,
     present: Any = None,
+    size: Size = None,
     retain_graph: bool = False,
     chunk_size: int | None = 1,
     where: Callable[[str], bool] | None = None,
@@ -53,9 +55,10 @@ def backward_(
     of single examples at about the price of one pass and without their gradients
     (`jd.instancewise`), and can be vmapped and differentiated.
 
-    Like `loss.backward()` it accumulates, and leaves alone what no loss depends on. Unlike it, it
-    runs hooks of tensors and modules once for each pass, and those after accumulation, such as
-    DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
+    Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
+    that of the batch: add their losses, and call it once. It leaves alone what no loss depends
+    on. It runs hooks of tensors and modules once for each pass, and those after accumulation, such
+    as DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
     compiled by itself needs `torch._functorch.config.donated_buffer = False`.
 
     Args:
@@ -72,6 +75,8 @@ def backward_(
         present: Which losses this batch has, a tree of bools like the losses, or `(m,)`; others are
             not differentiated. Parameters of these alone keep their `.grad`, `None` mostly, for
             optimizers to skip; they get zeros if it is a tensor, which is read, and so waited for.
+        size: How many examples this process has, for a rule of `jd.distributed`: losses are means
+            over them, and parts of a batch are weighed by it. With 0 they may hold anything.
         retain_graph: Whether the graph of the losses is kept for another pass.
         chunk_size: How many rows to compute in a pass, `None` for all. More than 1 fails with
             checkpointing, custom functions and hooks on saved tensors, and is no faster on CPUs.
@@ -97,13 +102,16 @@ def backward_(
         tensor([ 1.3500, -0.4500])
     """
     _check_options(rule, chunk_size, where, scaler)
-    target = _targets.listed(target)
-    tree, batch = _targets.trainable(target), batch_of(losses, rule.name, present, scaler)
+    _check.size(size, rule.processes is not None)
+    part, target = Part(size), _targets.listed(target)
+    rule = rule if rule.processes is None else rule.processes.of_part(part)
+    tree = _targets.trainable(target)
+    batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
         if features is None or isinstance(rule, Scalarizer):
             parts = _heads.no_heads(batch, tree)
         else:
-            parts = _heads.split(features, batch, target, tree, _factors(rule, batch))
+            parts = _heads.split(features, batch, target, tree, _factors(rule, batch, part))
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -113,9 +121,9 @@ def backward_(
     return after
 
 
-def _factors(rule: Aggregator, batch: Batch) -> Tensor | None:
+def _factors(rule: Aggregator, batch: Batch, part: Part) -> Tensor | None:
     """Return factors of losses that make means over the processes that have them, if needed."""
-    if rule.processes is None or batch.present is None:
+    if rule.processes is None or (batch.present is None and part.size is None):
         return None
     return rule.processes.factors(batch.vector, batch.present)
 

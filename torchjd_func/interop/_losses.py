@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     scale: Tensor | None  # () by which cotangents are scaled
 
 
-def batch_of(losses: PyTree, name: str, present: Any, scaler: Any) -> Batch:
-    """Read the losses of a batch, and which of them are present."""
+def batch_of(losses: PyTree, name: str, present: Any, scaler: Any, *, empty: bool = False) -> Batch:
+    """Read the losses of a batch, and which of them are present; none of one without examples."""
     paths, leaves = _tree.paths(losses), _tree.leaves(losses)
     _check.losses(paths, leaves)
     vector = _tree.ravel([leaf.detach() for leaf in leaves])
@@ -35,7 +35,7 @@ def batch_of(losses: PyTree, name: str, present: Any, scaler: Any) -> Batch:
     names, pulls = [], []
     for path, leaf in zip(paths, leaves, strict=True):
         for index in range(leaf.numel()):
-            if here[len(names)]:
+            if here[len(names)] and not empty:
                 _check.reaches("losses", path, leaf.requires_grad)
                 pulls.append(Pull(len(names), [leaf], [_basis(leaf, index, scale)]))
             names.append(path)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchjd_func import _check, _tree
+from torchjd_func._functionalize import opened
 
 PyTree = Any
 
@@ -60,6 +61,8 @@ def shared_part(target: PyTree, tree: PyTree) -> PyTree:
 def pairs(target: PyTree, grads: PyTree, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield path, parameter and gradient; `None` for all of a part that has none."""
     start = f"{path}." if path else ""
+    if isinstance(target, nn.ModuleDict | nn.ModuleList) and not _by_name(target, grads):
+        target = opened(target)
     below = _children(target)
     if isinstance(target, nn.Module):
         params = dict(target.named_parameters(remove_duplicate=False))
@@ -73,6 +76,12 @@ def pairs(target: PyTree, grads: PyTree, path: str = "") -> Iterator[tuple[str, 
             yield from pairs(part, (parts or {})[name], f"{start}{name}")
     elif target is not None:
         yield path, target, grads
+
+
+def _by_name(target: nn.Module, grads: PyTree) -> bool:
+    """Say whether gradients have the names of the parameters of a module."""
+    names = {name for name, _ in target.named_parameters(remove_duplicate=False)}
+    return isinstance(grads, Mapping) and names.issuperset(grads)
 
 
 def _children(node: PyTree) -> dict[Any, PyTree] | None:

@@ -20,13 +20,31 @@ def solve(matrix: Array, vector: Array) -> Array:
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
         return torch.linalg.solve_ex(matrix, vector)[0]
     inverse = _host.opaque(invert, _invert, matrix.detach())
-    x = _times(inverse, vector.detach())
-    return x + _times(inverse, vector - _times(matrix, x))
+    x = times(inverse, vector.detach())
+    return x + times(inverse, vector - times(matrix, x))
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
+def times(matrix: Tensor, x: Tensor) -> Tensor:
     """Return `A x`."""
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def factor_on(matrix: Tensor, support: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix on a support, with the identity elsewhere."""
+    both = support.unsqueeze(-1) & support.unsqueeze(-2)
+    return torch.linalg.cholesky_ex(torch.where(both, matrix, _host.identity(matrix)))[0]
+
+
+def solve_on(factor: Tensor, support: Tensor, right: Tensor) -> Tensor:
+    """Solve on a support; 0 elsewhere."""
+    return solve_factored(factor, torch.where(support, right, 0.0))
+
+
+def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve with a Cholesky factor."""
+    # `cholesky_solve` cannot be captured in a CUDA graph (torch 2.13).
+    half = torch.linalg.solve_triangular(factor, right.unsqueeze(-1), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
 
 
 def _invert(matrix: Tensor) -> Tensor:

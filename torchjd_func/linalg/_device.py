@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,19 +18,25 @@ def takes(vector: Tensor, solver: str) -> bool:
     return vector.is_cuda and solver == "auto" and 0 < vector.shape[-1] <= LARGEST
 
 
-def on_device(matrix: Tensor, vector: Tensor, ridge: float) -> tuple[Tensor, ...]:
-    """Number matrices and problems, and solve them; see `search` for shapes."""
+def in_kernel(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, ...]:
+    """Solve `(n, m)` problems of which each `n / k` in turn share a matrix."""
     from torchjd_func._kernels.quadratic import solve_kernel  # needs Triton
 
+    return tuple(solve_kernel(matrices, vectors, ridge, max(KKT_TOL, 2 * ridge)))
+
+
+def on_device(
+    solve: Callable[..., tuple[Tensor, ...]], matrix: Tensor, vector: Tensor, ridge: float
+) -> tuple[Tensor, ...]:
+    """Number matrices and problems, and solve them; see `search` for shapes."""
     m = vector.shape[-1]
     if matrix.ndim == 3 and vector.ndim == 2 and len(matrix) == 1:  # problems share a matrix
-        return tuple(solve_kernel(matrix, vector, ridge, max(KKT_TOL, 2 * ridge)))
+        return solve(matrix, vector, ridge)
     shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
-    matrices = _prefix(matrix, shape)
     vectors = vector.expand((*shape, m)).reshape(math.prod(shape), m)
-    solved = solve_kernel(matrices, vectors, ridge, max(KKT_TOL, 2 * ridge))
+    solved = solve(_prefix(matrix, shape), vectors, ridge)
     if len(shape) == 1:
-        return tuple(solved)
+        return solved
     return tuple(part.reshape((*shape, *part.shape[1:])) for part in solved)
 
 

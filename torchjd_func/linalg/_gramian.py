@@ -26,6 +26,10 @@ def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     squares = gramian.diagonal(0, -2, -1)
     if xp is torch and gramian.is_cuda and _host.plain(gramian):
         return _rows_in_few_launches(gramian, squares)
+    if xp is np and squares.min() > 0:  # no row of zeros, the usual case
+        norms = np.sqrt(squares)
+        inverse = 1 / norms
+        return Rows(gramian * inverse[..., :, None] * inverse[..., None, :], norms, inverse)
     positive = squares > 0
     roots = xp.sqrt(xp.where(positive, squares, 1.0))
     inverse = xp.where(positive, 1 / roots, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.linalg._nnqp import Solution
+from torchjd_func.linalg._search import align
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Up to this many bases all are tried; beyond, the simplex method walks.
@@ -163,17 +165,10 @@ def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]
 
 
 @lp_basis.register_vmap
-def _vmap(info, in_dims, c: Tensor, a: Tensor, b: Tensor, n_free: int):
+def _vmap(info: Any, in_dims: Any, c: Tensor, a: Tensor, b: Tensor, n_free: int) -> Any:
     """Solve one larger batch."""
-
-    def batched(x: Tensor, dim: int | None) -> Tensor:
-        """Bring the mapped dimension to the front, or add one."""
-        if dim is None:
-            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
-        return x.movedim(dim, 0)
-
-    mapped = [batched(x, dim) for x, dim in zip((c, a, b), in_dims[:3], strict=True)]
-    return lp_basis(*mapped, n_free), (0, 0)
+    parts = align(in_dims, c, a, b)
+    return lp_basis(*(x.expand(info.batch_size, *x.shape[1:]) for x in parts), n_free), (0, 0)
 
 
 def _simplex(c: np.ndarray, a: np.ndarray, b: np.ndarray, n_free: int) -> tuple[np.ndarray, int]:

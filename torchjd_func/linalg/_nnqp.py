@@ -1,7 +1,6 @@
 """The non-negative quadratic program, and the problems that reduce to it."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import factor_on, solve_on, times
 from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
 
 # What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
@@ -127,7 +127,7 @@ def products_with(gramian: Array, coordinates: Array, eps: float, xp: Any = torc
     sizes = xp.sqrt(_host.constant(gramian).diagonal(0, -2, -1).clip(min=0))
     terms = (abs(_host.constant(coordinates)) * sizes).sum(-1)[..., None]
     rounding = gramian.shape[-1] * eps * sizes * terms
-    return xp.where(abs(_host.constant(vector)) <= rounding, 0.0, vector)
+    return _host.filled(vector, abs(_host.constant(vector)) <= rounding, 0.0)
 
 
 def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
@@ -161,8 +161,8 @@ def nearest(gramian: Tensor, ridge: float, solver: str = "auto") -> Solution:
         return _solved(nearest_on_host(numbers, ridge, solver))
     diagonal = gramian.detach().diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
-    shortest = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
-    kappa = torch.where(shortest < torch.inf, shortest, 1.0)
+    shortest = diagonal.masked_fill(diagonal <= 0, torch.inf).amin(-1, keepdim=True)
+    kappa = shortest.masked_fill(shortest == torch.inf, 1.0)
     vector = 0 * diagonal - kappa
     solution = solve(gramian + kappa.unsqueeze(-1), vector, ridge, solver)
     return solution._replace(value=solution.value / solution.value.sum(-1, keepdim=True))
@@ -214,34 +214,13 @@ def masked_solve(matrix: Tensor, support: Tensor, right: Tensor, dependent: Tens
     unit = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     ridge = torch.where(dependent, SLOPE_RIDGE, 0.0)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    solve = _on_support(unit + ridge * identity, support)
+    factor = factor_on(unit + ridge * identity, support)
     right = torch.where(support, right * scale, 0.0)
     x = torch.zeros_like(right)
     for _ in range(REFINEMENTS):
-        left = right - _times(unit, x)
-        x = x + solve(_times(unit, solve(left)))
+        left = solve_on(factor, support, right - times(unit, x))
+        x = x + solve_on(factor, support, times(unit, left))
     return x * scale
-
-
-def _times(matrix: Tensor, z: Tensor) -> Tensor:
-    """Return `Q z`."""
-    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
-
-
-def _on_support(matrix: Tensor, support: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what solves systems on the support."""
-    both = support.unsqueeze(-1) & support.unsqueeze(-2)
-    identity = torch.eye(support.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, _ = torch.linalg.cholesky_ex(torch.where(both, matrix, identity))
-
-    def solve(right: Tensor) -> Tensor:
-        """Solve one system."""
-        masked = torch.where(support, right, 0.0).unsqueeze(-1)
-        # `cholesky_solve` cannot be captured in a CUDA graph (torch 2.13).
-        half = torch.linalg.solve_triangular(factor, masked, upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
-
-    return solve
 
 
 class _Differentiable(torch.autograd.Function):

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host
+from torchjd_func import _check, _host, _tree
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import solve_factored
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
@@ -80,10 +81,10 @@ def orthant_root(
         _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
-        power = 1 / alpha.to(wide).unsqueeze(-1)
+        power = 1 / _tree.to(alpha, wide).unsqueeze(-1)
     else:
         power = wide.new_full((1,), 1 / alpha)
-    shares = wide.new_ones(gramian.shape[-1]) if preference is None else preference.to(wide)
+    shares = wide.new_ones(gramian.shape[-1]) if preference is None else _tree.to(preference, wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
     find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
     return cast(_host.call(find, wide, power, shares), gramian.dtype)
@@ -250,12 +251,11 @@ def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed:
     scale = x / root
     hessian = _host.constant(unit) * scale[..., None] * scale[..., None, :]
     hessian = hessian + _host.constant(power)[..., None] * _host.identity(hessian)
-    residual = (target / root - scale * pushed)[..., None]
+    residual = target / root - scale * pushed
     if xp is np:
-        return np.linalg.solve(hessian, residual)[..., 0] / root
+        return np.linalg.solve(hessian, residual[..., None])[..., 0] / root
     factor, _ = torch.linalg.cholesky_ex(hessian)
-    half = torch.linalg.solve_triangular(factor, residual, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1) / root
+    return solve_factored(factor, residual) / root
 
 
 def _step_length(

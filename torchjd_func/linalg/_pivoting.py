@@ -2,7 +2,8 @@
 
     argmin_{z >= 0} z'Qz/2 + q'z   <=>   z >= 0,  y = Qz + q >= 0,  z'y = 0
 
-The method, in words; a kernel for a device does the same for each problem:
+The method, in words. On a device a kernel does the same for each problem, but with the ridge of
+step 3 from the start; where problems are too large for one, `_interior` finds the supports.
 
 1. Scale the unknowns so that the diagonal of Q is one, and q so that its largest entry is one.
 2. Block exchange: free the indices where q is negative, solve `Q_FF z_F = -q_F`, exchange all
@@ -27,6 +28,7 @@ pivot theory of mathematical programming, Linear Algebra and its Applications 1,
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from torchjd_func._host import Array
 from torchjd_func.linalg._products import guess, pays, polish
@@ -238,7 +240,8 @@ def _tableau(matrix: Array, vector: Array, free: Array) -> tuple[Array, Array]:
 def _pivot(tableau: Array, value: Array, free: Array, k: int) -> None:
     """Exchange one index of a tableau, in place."""
     p, row, column, at = tableau[k, k], tableau[k].copy(), tableau[:, k].copy(), value[k]
-    tableau -= np.outer(column, row / p)
+    # In one pass through memory; numpy takes four.
+    torch.from_numpy(tableau).addr_(torch.from_numpy(column), torch.from_numpy(row / p), alpha=-1)
     value -= column * (at / p)
     tableau[k], tableau[:, k], tableau[k, k], value[k] = -row / p, column / p, 1 / p, -at / p
     free[k] ^= True

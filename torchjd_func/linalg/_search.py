@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func._host import Array
-from torchjd_func.linalg._device import on_device, takes
+from torchjd_func.linalg._device import in_kernel, on_device, takes
+from torchjd_func.linalg._interior import minimise
 from torchjd_func.linalg._pivoting import regular, ridged
 from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual
 from torchjd_func.linalg._two import solve_two
@@ -51,9 +52,10 @@ def search(
 
 
 def dispatch(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
-    """Solve in a kernel what fits one, else on the host, in numpy, which may be there and back."""
-    if takes(vector, solver):
-        return on_device(matrix.detach(), vector.detach(), ridge)
+    """Solve on a CUDA device, in a kernel what fits one, or else on the host, in numpy."""
+    if vector.is_cuda and solver == "auto" and vector.shape[-1] > 0:
+        solve = in_kernel if takes(vector, solver) else minimise
+        return on_device(solve, matrix.detach(), vector.detach(), ridge)
     matrices, vectors = (x.detach().cpu().numpy() for x in (matrix, vector))
     answer = on_host(matrices, vectors, ridge, solver)
     return tuple(torch.from_numpy(np.asarray(part)).to(matrix.device) for part in answer)

@@ -26,7 +26,7 @@ def training(
     """Draw what was recorded at each step of training, one panel for each quantity.
 
     A vector is drawn as one line for each entry, and one with more than 8 entries as its median in
-    the range of all entries.
+    the range of all entries. One that has as many entries as the dict `"losses"` is named by it.
 
     Args:
         records: One `{quantity: value}` for each step, such as
@@ -56,12 +56,12 @@ def training(
     _check.integer("window", window)
     if len(records) < window:
         _check.fail(ValueError, "`records`", "fill the window", len(records), "Record more steps.")
-    quantities = list(records[0])
+    quantities, losses = list(records[0]), _sorted_keys(records[0].get("losses"))
     with canvas(ax, (4.2 * len(quantities), 3.2), len(quantities)) as axes:
         axes = tuple(axes) if hasattr(axes, "__len__") else (axes,)
         _check.same_size("ax", len(axes), len(quantities))
         for axis, quantity in zip(axes, quantities, strict=True):
-            _panel(axis, [record[quantity] for record in records], window, label)
+            _panel(axis, [record[quantity] for record in records], losses, window, label)
             unit = f" ({units[quantity]})" if units and quantity in units else ""
             scale = "log" if quantity in log else "linear"
             axis.set(xlabel="step", ylabel=quantity.replace("_", " ") + unit, yscale=scale)
@@ -69,10 +69,17 @@ def training(
     return axes
 
 
-def _panel(axis: Axes, values: list[Any], window: int, label: str | None) -> None:
-    """Draw one quantity over the steps."""
-    names = list(values[0]) if isinstance(values[0], Mapping) else None
-    rows = [list(value.values()) if isinstance(value, Mapping) else value for value in values]
+def _sorted_keys(value: Any) -> list[Any] | None:
+    """Return the names in a dict, in the order in which objectives are counted."""
+    return sorted(value, key=str) if isinstance(value, Mapping) else None
+
+
+def _panel(
+    axis: Axes, values: list[Any], losses: list[Any] | None, window: int, label: str | None
+) -> None:
+    """Draw one quantity over the steps, named by its own keys or by those of the losses."""
+    names = _sorted_keys(values[0])
+    rows = [[value[name] for name in names] if names else value for value in values]
     table = torch.stack([torch.as_tensor(row).detach().cpu().double() for row in rows])
     lines = table.reshape(len(rows), -1).unfold(0, window, 1).mean(-1).mT
     steps = range(window - 1, len(rows))
@@ -81,6 +88,7 @@ def _panel(axis: Axes, values: list[Any], window: int, label: str | None) -> Non
         low, high = numbers(lines.amin(0)), numbers(lines.amax(0))
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         return
-    single = [None] if table.ndim == 1 else [str(i) for i in range(len(lines))]
-    for name, line in zip(names or single, lines, strict=True):
+    if names is None and table.ndim > 1:
+        names = losses if losses and len(losses) == len(lines) else range(len(lines))
+    for name, line in zip([None] if names is None else map(str, names), lines, strict=True):
         axis.plot(steps, numbers(line), label=" ".join(filter(None, (label, name))) or None)

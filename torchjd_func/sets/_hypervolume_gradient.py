@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _tree
 from torchjd_func._lift import no_state
 from torchjd_func._types import State
 from torchjd_func.linalg._gramian import ratio
@@ -31,7 +31,7 @@ def _update(
     """Weigh each loss by the facet that it moves."""
     _check.stateless("hypervolume_gradient", state)
     _check.length("reference", reference, losses.shape[1])
-    corner = reference.to(losses)
+    corner = _tree.to(reference, losses)
     if slack is not None:
         worst = losses.amax(0)
         corner = torch.maximum(corner, worst + (slack - 1) * worst.abs())
@@ -57,14 +57,18 @@ def _facet(losses: Tensor, corner: Tensor, rivals: Tensor, axis: int) -> Tensor:
 
     A tie hides too: there the two one-sided derivatives differ, and the smaller one is taken.
     """
-    rest = [other for other in range(losses.shape[1]) if other != axis]
-    seen, room = losses[:, rest], (corner - losses)[:, rest]
+    seen, room = _without(losses, axis), _without(corner - losses, axis)
     hides = rivals & (losses[:, axis] <= losses[:, axis, None])
-    if not rest:
+    if losses.shape[1] == 1:
         return (~hides.any(-1)).to(losses)
-    shadows = corner[rest] - torch.maximum(seen, seen.unsqueeze(1))
+    shadows = _without(corner, axis) - torch.maximum(seen, seen.unsqueeze(1))
     hidden = volume(torch.where(hides.unsqueeze(-1), shadows, 0.0))
     return (room.prod(-1) - hidden).clamp(min=0)
+
+
+def _without(x: Tensor, axis: int) -> Tensor:
+    """Leave out a number of the last dimension; a list of places would be copied to a device."""
+    return torch.cat([x[..., :axis], x[..., axis + 1 :]], -1)
 
 
 def front_ranks(losses: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ The way of a call:
    that goes another way than planned (`_plan`) is planned again.
 3. `_proof` holds a new plan against one plain backward pass. What fails is left to autograd.
 4. `_layers` pulls ones back through activations alone: rows of a use are a form (`_forms`) of
-   what it was applied to (`_rules`, `_convolutions`, `_local`), and contracts forms to Gramians,
+   what it was applied to (`_rules`, `_products`, `_local`), and contracts forms to Gramians,
    rows and weighted gradients, over processes too (`_ranks`).
 """
 

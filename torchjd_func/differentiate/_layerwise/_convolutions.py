@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
 from torchjd_func import _tree
-from torchjd_func.differentiate._layerwise._forms import Arguments, Dense, Form, FormOf, Lazy, Outer
+from torchjd_func.differentiate._layerwise._forms import (
+    Arguments,
+    Dense,
+    Form,
+    FormOf,
+    Lazy,
+    Outer,
+    at_once,
+)
 
 
 def conv_weight(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
@@ -64,7 +72,7 @@ def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Argumen
     # Torch's kernels for few channels on CPU, and for many groups on GPU, are slower than patches.
     fast = image.device.type == "cpu" and (groups > 1 or shape[1] >= _FEW_CHANNELS)
     by_groups = rows if fast and len(image) == len(maps) else None
-    return Lazy(make, total, (e, t, groups, shape[0] // groups, p), by_groups)
+    return Lazy(make, total, (e, t, groups, shape[0] // groups, p), at_once(image), by_groups)
 
 
 _FEW_CHANNELS = 8

@@ -7,6 +7,7 @@ autograd, which is right about everything, one backward pass for each loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,10 @@ def decide(
     if not nested and derives(trace, func, given, sources):
         out = trace.run(func, *args, **kwargs)
         axis = trace.operations.axis_next(out)
-        if axis is None or (axis == 0 and func is Tensor.expand):
+        alone = len(sources) == len(given) or not any(
+            map(partial(too_deep, trace), tensors_in(out))
+        )
+        if alone and (axis is None or (axis == 0 and func is Tensor.expand)):
             step = step._replace(derives=True, axis=axis)
             trace.derived(step, args, kwargs, out)
     elif not nested and may_be_use(trace, func):

@@ -38,6 +38,7 @@ class Lazy(NamedTuple):
     make: Callable[[slice], Outer]  # of some of the examples
     total: Callable[[], Tensor]  # () -> (*shape)
     elements: tuple[int, int, int, int, int]  # (e, t, g, q, p) of the factors to come
+    at_once: int  # numbers of them that are best made at a time, see `at_once`
     rows: Callable[[], Tensor] | None = None  # () -> (e, *shape), if there is a shorter way
 
 
@@ -255,13 +256,19 @@ def _wide_values(form: Lookup) -> Lookup:
 
 
 def _parts(form: Lazy) -> list[Outer]:
-    """Make the factors of a few examples at a time, so that these stay in the cache."""
+    """Make the factors of a few examples at a time."""
     e, t, g, _, p = form.elements
-    size = max(1, _CACHED // (t * g * p), -(-e // _MOST_PARTS))
+    size = max(1, form.at_once // (t * g * p), -(-e // _MOST_PARTS))
     return [form.make(slice(start, start + size)) for start in range(0, e, size)]
 
 
-_CACHED = 2**19  # numbers of the factors that are made at a time
+def at_once(like: Tensor) -> int:
+    """Return how many numbers of factors are best made at a time where a tensor is."""
+    return _CACHED_ON_DEVICE if like.is_cuda else _CACHED
+
+
+# What fits in the cache of a CPU, or is 1 GB on a device, where more parts are more launches.
+_CACHED, _CACHED_ON_DEVICE = 2**19, 2**28
 _MOST_PARTS = 16  # so that graphs of compiled functions stay small
 
 

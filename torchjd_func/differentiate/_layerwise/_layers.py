@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
@@ -75,7 +74,8 @@ def layers(
     plan, pull = recorded.plan, recorded.pull
     each = plan.layout.losses_of_one(m)
     if plan.layout.kind == "shared":
-        by_uses, by_leaves = vmap(lambda row: pull(row, True, plan.opaque))(cotangents)
+        pulled = pull_rows(lambda row: pull(row, True, plan.opaque), cotangents, chunk_size)
+        by_uses, by_leaves = pulled
     else:
         by_uses = _pull_uses(recorded, cotangents, each)
         by_leaves = []
@@ -104,16 +104,6 @@ def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor
 def _by_loss(grads: Sequence[Tensor]) -> Tensor:
     """Order gradients by example, then by loss."""
     return grads[0] if len(grads) == 1 else torch.stack(list(grads), 1).flatten(0, 1)
-
-
-def layers_of(recorded: Recorded) -> Layers:
-    """Pull back what is not left to autograd."""
-    vector = _tree.ravel(recorded.outputs)
-    m = vector.shape[0]
-    if recorded.plan.layout.kind != "shared":
-        return layers(recorded, torch.ones_like(vector), None, m)
-    eye = torch.eye(m, dtype=vector.dtype, device=vector.device)
-    return layers(recorded, vmap(lambda row: _tree.unravel(recorded.outputs, row))(eye), None, m)
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:

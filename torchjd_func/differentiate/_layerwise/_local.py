@@ -61,7 +61,7 @@ def is_local(
         random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
         inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
         return inputs and not random and all(_repeated(x, axis, out) for x, _ in sources)
-    return isinstance(args[0], Place)
+    return isinstance(args[0], Place) and arrays[args[0].number][1] == axis
 
 
 def rows(
@@ -199,7 +199,7 @@ ELEMENTWISE = named(
 )
 _SUMS, _PRODUCTS = named("add __radd__"), named("mul multiply __rmul__")
 _JOINS = named("cat concat concatenate")
-_EXAMPLEWISE = named("prelu instance_norm scaled_dot_product_attention")
+_EXAMPLEWISE = named("instance_norm scaled_dot_product_attention")
 _DETERMINISTIC = (
     ELEMENTWISE
     | _JOINS

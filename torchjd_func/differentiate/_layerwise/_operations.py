@@ -34,6 +34,7 @@ class Operations:
         self.other = other
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes: list[Any] = [x.shape for x in inputs]
+        self.strangers: dict[Tensor, int] = {}  # what no operation made that was seen, in order
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
         self.token: list[Any] = []  # marks the tensors of this run
@@ -84,25 +85,34 @@ class Operations:
     def axis(self, x: Tensor) -> Axis:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
-        if number is None:
+        if number is not None:
+            return self._compare(x.shape, self._there(number))
+        if x not in self.strangers:
             return None
-        return self._compare(number, x.shape)
+        there = [] if self.other is None else list(self.other.strangers)
+        place = self.strangers[x]
+        return self._compare(x.shape, there[place].shape if place < len(there) else None)
 
     def axis_next(self, out: Any) -> Axis:
         """Return where the examples lie in what the operation that runs now returns."""
         parts = tensors_in(out)
-        axes = {self._compare(len(self.shapes) + i, x.shape) for i, x in enumerate(parts)}
+        numbers = range(len(self.shapes), len(self.shapes) + len(parts))
+        pairs = zip(parts, numbers, strict=True)
+        axes = {self._compare(x.shape, self._there(number)) for x, number in pairs}
         return axes.pop() if len(axes) == 1 else LOST
 
-    def _compare(self, number: int, shape: tuple[int, ...]) -> Axis:
+    def _there(self, number: int) -> tuple[int, ...] | None:
+        """Return the shape of the same tensor with another batch."""
+        shapes = [] if self.other is None else self.other.shapes
+        return shapes[number] if number < len(shapes) else None
+
+    def _compare(self, shape: tuple[int, ...], there: tuple[int, ...] | None) -> Axis:
         """Find the axis whose length is another one with another batch."""
         if self.size == 0:
             return None
-        if self.other is None or self.lost or number >= len(self.other.shapes):
+        if self.other is None or self.lost or there is None or len(there) != len(shape):
             return LOST
-        there, more = self.other.shapes[number], self.other.size
-        if len(there) != len(shape):
-            return LOST
+        more = self.other.size
         axes = [
             axis for axis, pair in enumerate(zip(shape, there, strict=True)) if pair[0] != pair[1]
         ]
@@ -120,7 +130,10 @@ class Operations:
         if isinstance(x, Tensor):
             given.append(x)
             number = self.number(x)
-            return unknown(x) if number is None else number + HALF
+            if number is not None:
+                return number + HALF
+            self.strangers.setdefault(x, len(self.strangers))
+            return unknown(x)
         kind = type(x)
         if kind is int:
             return kind if loose or index else x

@@ -19,7 +19,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     Layers,
     combine,
     gramians,
-    layers_of,
+    layers,
     rule_names,
 )
 from torchjd_func.differentiate._layerwise._record import Recorded
@@ -42,12 +42,15 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
     """
     vector = _tree.ravel(recorded.outputs)
     places = sorted(set(range(recorded.mode.count)) - set(recorded.plan.opaque))
-    found = layers_of(recorded)
+    found = layers(recorded, torch.ones_like(vector), None, len(vector))
     groups = tuple((leaf,) for leaf in places)
     weights = _scattered(vector) + 0.1
-    matrices = gramians(found, groups)
-    wide = weights.to(matrices.dtype)
-    pulled = combine(found, wide.expand(len(groups), -1), groups)
+    wide = weights.to(_tree.accumulation_dtype(weights.dtype))
+    try:
+        matrices = gramians(found, groups)
+        pulled = combine(found, wide.expand(len(groups), -1), groups)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return dict.fromkeys(places, f"an operation whose form fails: {str(error).splitlines()[0]}")
     cotangent = _tree.unravel(recorded.outputs, weights)
     plain = recorded.pull(cotangent, False, places)[1]
     gaps, scales = zip(*map(partial(_gap, wide), matrices, pulled, plain), strict=True)

@@ -26,6 +26,7 @@ class Ranks(NamedTuple):
     kept: Tensor | None = None  # the places of what counts, where batches were filled up
     padded: int = 0  # how many losses each process has then
     whole: bool = False  # whether all that counts is present
+    agree: Callable[[PyTree], Callable[[PyTree], PyTree]] | None = None  # as `_handshake.agreed`
 
 
 def joined(values: Tensor, ranks: Ranks) -> Tensor:

@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     batched: tuple[str, ...]  # those that carry examples
     forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
     accepts: Accepts
+    expanded: tuple[str, ...] = ()  # those that `expand` may have repeated for each example
 
 
 def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -53,7 +54,9 @@ def fits(
         Whether the forms of the rule are the gradients of its parameters.
     """
     sources = [name for name, part in given.items() if isinstance(part, Source)]
-    if any(name not in rule.forms or given[name].expanded for name in sources):
+    if any(name not in rule.forms for name in sources):
+        return False
+    if any(given[name].expanded and name not in rule.expanded for name in sources):
         return False
     if any(name not in rule.arguments for name in given) or not _options(given):
         return False
@@ -111,6 +114,15 @@ def matrix_plus_row(shapes: Shapes, axis: int | None, sources: list[str]) -> boo
     return row and axis in (0, None)
 
 
+def batches(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    """Examples are batches, or the rows of those that have matrices of their own."""
+    return len(sources) == 1 and axis != 2
+
+
+def batches_plus(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return axis == 0 or (axis != 2 and "input" not in sources)
+
+
 def bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
     return len(shapes["input"]) == 2 and axis in (0, None)
 
@@ -120,6 +132,8 @@ def vector_or_matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bo
     weight = sources[0]
     other = shapes["other" if weight == "input" else "input"]
     summed = len(other) - (2 if weight == "input" and len(other) > 1 else 1)
+    if len(sources) == 1 and len(shapes[weight]) == len(other) == 3:
+        return axis != 2 and shapes[weight][0] in (1, other[0])
     if len(sources) > 1 or len(shapes[weight]) not in (1, 2):
         return False
     return axis is None or (axis != summed and (axis < summed or len(shapes[weight]) == 2))

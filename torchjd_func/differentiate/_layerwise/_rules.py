@@ -7,6 +7,7 @@ returns the gradient rows of one parameter, as a form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,25 @@ from torchjd_func.differentiate._layerwise._forms import (
     Form,
     FormOf,
     Lookup,
-    Outer,
 )
 from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._products import (
+    added,
+    bilinear,
+    first_batch,
+    last,
+    left_factor,
+    linear_weight,
+    right_factor,
+    second_batch,
+    second_matrix,
+)
 from torchjd_func.differentiate._layerwise._rule import (
     Rule,
     anywhere,
     bags,
+    batches,
+    batches_plus,
     before_last,
     before_weight,
     bind,
@@ -61,51 +74,12 @@ def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
         _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
 
 
-# Outer products: linear layers and matrix products
-
-
-def _linear_weight(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    return Outer(_positions(cotangent, 1), _positions(given["input"], 1), shape)
-
-
-def _last(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    return Dense(cotangent.flatten(1, -2).sum(1) if cotangent.ndim > 2 else cotangent)
-
-
-def _right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """`x @ W`: the row of W is the sum of `x_t s_t^T`."""
-    x = given["input"]
-    if len(shape) == 1:
-        rows = cotangent.unsqueeze(-1) * x
-        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
-    return Outer(_positions(x, 1), _positions(cotangent, 1), shape)
-
-
-def _second_matrix(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    return Outer(_positions(given["mat1"], 1), _positions(cotangent, 1), shape)
-
-
-def _left_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """`W @ x`: the row of W is the sum of `s_t x_t^T`, over the columns t."""
-    x = given["other"]
-    if len(shape) == 1:  # a vector for W
-        rows = x * (cotangent.unsqueeze(-1) if x.ndim == 2 else cotangent.unsqueeze(-2))
-        rows = rows if x.ndim == 2 else rows.sum(-1)
-        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
-    if x.ndim == 2:  # one vector for each example
-        return Outer(_positions(cotangent, 1), _positions(x, 1), shape)
-    return Outer(_positions(cotangent.mT, 1), _positions(x.mT, 1), shape)
-
-
-def _bilinear(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """A bilinear layer is a linear layer on the products of its inputs' entries."""
-    products = given["input1"].unsqueeze(-1) * given["input2"].unsqueeze(-2)
-    return Outer(_positions(cotangent, 1), _positions(products.flatten(-2), 1), shape)
-
-
-def _positions(x: Tensor, groups: int) -> Tensor:
-    """Return `(e, ..., g q)` as `(e, t, g, q)`."""
-    return x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+def _prelu(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """The slope of all entries, or of each channel, is multiplied with the negative ones."""
+    field = cotangent * given["input"].clamp(max=0)
+    if math.prod(shape) == 1:
+        return Dense(field.flatten(1).sum(1).reshape(-1, *shape))
+    return _summed(field, shape, trailing=False)
 
 
 # Tables
@@ -193,15 +167,16 @@ _LINEAR = Rule(
     "linear",
     ("input", "weight", "bias"),
     ("input",),
-    {"weight": _linear_weight, "bias": _last},
+    {"weight": linear_weight, "bias": last},
     matrix,
 )
 _MATMUL = Rule(
     "matmul",
     ("input", "other"),
     ("input", "other"),
-    {"other": _right_factor, "input": _left_factor},
+    {"other": right_factor, "input": left_factor},
     vector_or_matrix,
+    expanded=("input", "other"),
 )
 _EMBEDDING = (
     "input",
@@ -230,8 +205,24 @@ _ADDMM = Rule(
     "addmm",
     ("input", "mat1", "mat2", "beta", "alpha"),
     ("mat1",),
-    {"input": _last, "mat2": _second_matrix},
+    {"input": last, "mat2": second_matrix},
     matrix_plus_row,
+)
+_BMM = Rule(
+    "bmm",
+    ("input", "mat2"),
+    ("input", "mat2"),
+    {"mat2": second_batch("input"), "input": first_batch},
+    batches,
+    expanded=("input", "mat2"),
+)
+_BADDBMM = Rule(
+    "baddbmm",
+    ("input", "batch1", "batch2", "beta", "alpha"),
+    ("batch1",),
+    {"input": added, "batch2": second_batch("batch1")},
+    batches_plus,
+    expanded=("input", "batch2"),
 )
 _METHODS = (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__)
 RULES: dict[Callable[..., Any], Rule] = {
@@ -240,7 +231,7 @@ RULES: dict[Callable[..., Any], Rule] = {
         "bilinear",
         ("input1", "input2", "weight", "bias"),
         ("input1", "input2"),
-        {"weight": _bilinear, "bias": _last},
+        {"weight": bilinear, "bias": last},
         before_last,
     ),
     F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere),
@@ -284,6 +275,12 @@ RULES: dict[Callable[..., Any], Rule] = {
         )
     },
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _ADDMM),
+    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _BMM),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _BADDBMM),
+    **dict.fromkeys(
+        (F.prelu, torch.prelu, torch.Tensor.prelu),
+        Rule("prelu", ("input", "weight"), ("input",), {"weight": _prelu}, first),
+    ),
     **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
 }
 _BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._functions import name_of, named
 
 
 def scores_and_values(
@@ -40,15 +40,71 @@ def scores_and_values(
     return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
 
 
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Spell `F.bilinear` out, which does not vmap (2.13)."""
-    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
+    out = torch.einsum("...i,kij,...j->...k", input1, weight, input2)
     return out if bias is None else out + bias
 
 
-def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
     """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
-    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), ord=p, dim=-1)
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Spell `F.prelu` out, whose gradient is wrong where it is mapped twice (torch 2.13)."""
+    shape = [1] * input.ndim
+    if weight.numel() > 1:
+        shape[1] = weight.numel()
+    return torch.where(input > 0, input, weight.reshape(shape) * input)
+
+
+def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Divide gradients by counts of indices; torch counts those of all examples (torch 2.13)."""
+    given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
+    if not given.get("scale_grad_by_freq") or given["input"].is_floating_point():
+        return func(*args, **kwargs)
+    index, weight = given["input"], given["weight"]
+    out = F.embedding(**given | {"scale_grad_by_freq": False})
+    ones = torch.ones_like(index, dtype=weight.dtype).flatten()
+    counts = weight.new_zeros(len(weight)).index_add(0, index.flatten(), ones)
+    fixed = out.detach()
+    return fixed + (out - fixed) / counts[index].unsqueeze(-1)
+
+
+def written(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """Spell `torch.select_scatter` out, whose gradient is wrong where it is mapped (torch 2.13)."""
+    place = index % input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim % input.ndim), dim, place, place + 1)
+
+
+def _at_index(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Index by a list of one number; a number alone is wrong where it is mapped (torch 2.13)."""
+    if _first(args, kwargs).ndim == 0:
+        return func(*args, **kwargs)
+    listed = [*args[:1], *map(_listed, args[1:])]
+    return func(*listed, **{k: x if k == "input" else _listed(x) for k, x in kwargs.items()})
+
+
+def _listed(x: Any) -> Any:
+    """Return a list of a number, and anything else as it is."""
+    return x.reshape(1) if isinstance(x, Tensor) and x.ndim == 0 else x
+
+
+def _moved(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Leave a number where it is; torch moves it to other examples where it is mapped (2.13)."""
+    x = _first(args, kwargs)
+    return func(*args, **kwargs) if x.ndim else x.clone()
+
+
+def _instead(other: Callable[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return another function."""
+    return other
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what an operation is applied to."""
+    return args[0] if args else kwargs["input"]
 
 
 def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -56,12 +112,13 @@ def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     dtypes = {x.dtype for x in given}
-    if len(dtypes) == 1 or (given[0].is_cuda and func in _CAST_ON_GPU):
+    x = _first(args, kwargs)
+    if len(dtypes) == 1 or (x.is_cuda and func in _CAST_ON_GPU):
         return func(*args, **kwargs)
     wide = functools.reduce(torch.promote_types, dtypes)
     args = tuple(_cast(x, wide) for x in args)
     out = func(*args, **{name: _cast(x, wide) for name, x in kwargs.items()})
-    return out.to(given[0].dtype)
+    return out.to(x.dtype)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -71,21 +128,33 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+_AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ index_reduce")
 _MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
-_ALWAYS: dict[Any, Callable[..., Any]] = {
-    **{func: functools.partial(_norm, func) for func in _NORMS},
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(named("prelu").functions, prelu),
+    **dict.fromkeys(named("select_scatter").functions, written),
     torch.cdist: distances,
     Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
 }
-_BY_NAME = {name_of(func): other for func, other in _ALWAYS.items()}
+_AROUND: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
+    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_AT_INDEX.functions, _at_index),
+    **dict.fromkeys(named("flip roll").functions, _moved),
+    F.embedding: _embedding,
+}
+_BY_FUNCTION = {func: functools.partial(_instead, other) for func, other in _INSTEAD.items()} | {
+    func: functools.partial(functools.partial, other) for func, other in _AROUND.items()
+}
+_SPELLED: dict[Any, Callable[..., Any]] = _BY_FUNCTION | {
+    name_of(func): spell for func, spell in _BY_FUNCTION.items()
+}
 
 
 def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """Return a function that torch differentiates right, also if it is mapped over."""
-    if torch.compiler.is_compiling():
-        func = _BY_NAME.get(name_of(func), func)
-    else:
-        func = _ALWAYS.get(func, func)
+    spell = _SPELLED.get(name_of(func) if torch.compiler.is_compiling() else func)
+    func = func if spell is None else spell(func)
     return _MAPPED.get(name_of(func), func) if mapped else func
 
 

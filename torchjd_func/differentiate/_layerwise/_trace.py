@@ -82,6 +82,7 @@ class Trace(TorchFunctionMode):
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
         self.changed = ""  # the first operation that is not as planned
+        self.checked = 0  # how many operations were held against the plan
 
     def __torch_function__(
         self,
@@ -169,11 +170,15 @@ class Trace(TorchFunctionMode):
         return out
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
-        """Return what the plan makes of the operation here, if it is the same one."""
+        """Return what the plan makes of the operation here, if the run is the same up to it."""
         assert self.plan is not None
-        place = len(self.steps)
+        place, since, done = len(self.steps), self.checked, self.operations.steps
         step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
-        return None if self.changed or name_of(step.func) != name_of(func) else step
+        if step.place != len(self.operations.names) - 1:  # it returns no tensors, or is another one
+            return None
+        self.checked = len(done)
+        same = self.plan.operations[since : len(done)] == tuple(done[since:])
+        return step if same and not self.changed else None
 
     def alias(self, tree: Any) -> Any:
         """Return arguments with aliases for parameters, where autograd need not go on."""
