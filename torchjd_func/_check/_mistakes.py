@@ -120,7 +120,7 @@ _KNOWN = (
         "jd.random; models are stacked by jd.ensemble.stack.",
     ),
     (
-        ("data-dependent", "vmap over calling .item()"),
+        ("data-dependent", "vmap over calling"),
         "not decide by the values of examples where it is mapped over them",
         "Choose with torch.where, or write it over a whole batch and use jd.instancewise.",
     ),
