@@ -104,8 +104,9 @@ def derivative(case: Case) -> None:
 
 
 _CONSTANT = (
-    "Some part is held constant: by detach, torch.no_grad, rounding or a Python number. Leave it out; or, "
-    "if it is meant, as where weights are detached and losses are not, claim differentiable=False."
+    "Some part is held constant: by detach, torch.no_grad, rounding or a Python number. Leave it "
+    "out; or, if it is meant, as where weights are detached and losses are not, claim "
+    "differentiable=False."
 )
 
 
