@@ -63,9 +63,9 @@ def each_by_itself(step: Step, wanted: Tensor, params: list[Any], batch: digits.
 def measure(k: int, eager: bool, seconds: float, device: str) -> Iterator[Row]:
     """Time a step of `k` models on each route, in ms, and first calls that compile, in s."""
     problem = digits.two_digits(0)
-    data = digits.pick(problem.train, jd.random.key(0))
-    placed = preferences(k), start(k), data
-    wanted, stacked, batch = optree.tree_map(lambda x: x.to(device), placed)
+    images, labels = digits.pick(problem.train, jd.random.key(0))
+    wanted, batch = preferences(k).to(device), (images.to(device), labels.to(device))
+    stacked: Any = optree.tree_map(lambda x: x.to(device), start(k))
     models = jd.ensemble.unstack(stacked)
     step = make_step(problem)
     many = jd.ensemble.each(step, shared=2)

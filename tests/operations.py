@@ -425,7 +425,7 @@ LAYERS: dict[str, Operation] = {
     "adaptive_max_pool2d": pooled(F.adaptive_max_pool2d, (4, 4), (3, 2)),
     "adaptive_max_pool3d": pooled(F.adaptive_max_pool3d, (2, 2, 4), (1, 2, 3)),
     "max_unpool2d": pooled(
-        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (4, 4)
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), (2, 2)), (4, 4)
     ),
     "fractional_max_pool2d": pooled(
         lambda x: F.fractional_max_pool2d(

@@ -201,7 +201,9 @@ def test_derivatives_are_those_of_the_host(name):
     assert_same(*found, tol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["upgrad", "cagrad", "imtl_g", "nash_mtl", "pcgrad", "rlw"])
+@pytest.mark.parametrize(
+    "name", ["upgrad", "cagrad", "imtl_g", "nash_mtl", "pcgrad", "gradvac", "rlw"]
+)
 def test_mapped(name):
     batch = torch.stack([ROWS, 2 * ROWS.flip(0), ROWS.roll(1, 0)]).cuda()
     rule, _, _, _ = setting(name, "cuda")

@@ -6,12 +6,13 @@ so transforms run on the meta device, which has no numbers to wait for.
 
 import pytest
 import torch
+from torch.func import grad, jvp, vmap
 
 import torchjd_func as jd
 from tests import scalarizer_registry
 from tests.launches import counted
 from tests.registry import METHODS, exported
-from torchjd_func import _tree
+from torchjd_func import _host, _tree
 
 M = 6
 ON_HOST = {"epo", "pmgda"}  # the linear programs
@@ -55,6 +56,38 @@ def test_scalarizers_with_a_key_and_options_of_the_host(name):
         counter.waits.clear()
         assert_on("cuda", (state, rule(losses, state, present=present)))
     assert not counter.waits
+
+
+def watched(transform, x):
+    """Call a function under a transform; say whether a kernel without derivatives may be used."""
+    seen = []
+
+    def fn(x):
+        seen.append(_host._constant(x))
+        return x.square().sum()
+
+    transform(fn)(x)
+    return not all(seen)
+
+
+WATCHING = {
+    "nothing": (lambda fn: fn, False),
+    "vmap": (vmap, False),
+    "vmap of vmap": (lambda fn: vmap(vmap(fn)), False),
+    "grad": (grad, True),
+    "vmap of grad": (lambda fn: vmap(grad(fn)), True),
+    "grad of vmap": (lambda fn: grad(lambda x: vmap(fn)(x).sum()), True),
+    "jvp": (lambda fn: lambda x: jvp(fn, (x,), (x,)), True),
+    "vmap of jvp": (lambda fn: vmap(lambda x: jvp(fn, (x,), (x,))), True),
+}
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_kernels_without_derivatives_may_be_mapped_but_not_differentiated(name):
+    transform, want = WATCHING[name]
+    x = torch.ones(2, 3, 4)
+    assert watched(transform, x) == want
+    assert watched(transform, x.requires_grad_())
 
 
 MEASURES = [name for name in jd.measures.__all__ if callable(getattr(jd.measures, name))]

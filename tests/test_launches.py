@@ -43,8 +43,6 @@ MORE = {
     "monitored": (95, "its measures"),
     # Eager these two take there and back to the host; in a graph that is captured:
     "geometric_median": (1600, "twenty steps of Newton"),
-    # Mapped, the gradients are corrected step by step.
-    "grouped[gradvac]": (400, "mapped: a step for each objective"),
 }
 WAITS = {"epo", "pmgda"}  # for the linear program
 

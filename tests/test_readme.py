@@ -15,6 +15,7 @@ import torchjd.scalarization
 
 import torchjd_func as jd
 from tests import (
+    claims_table,
     cost_table,
     headline,
     method_entries,
@@ -113,7 +114,16 @@ def test_inline_rules_can_be_made():
 
 
 @pytest.mark.parametrize(
-    "table", [cost_table, headline, method_entries, paper_table, property_table, support_table]
+    "table",
+    [
+        claims_table,
+        cost_table,
+        headline,
+        method_entries,
+        paper_table,
+        property_table,
+        support_table,
+    ],
 )
 def test_tables_are_up_to_date(table):
     text = table.PAGE.read_text()
@@ -149,10 +159,10 @@ def test_measured_properties_are_the_claimed_ones(name):
     assert measured == {claim: getattr(METHODS[name], claim) for claim in measured}
 
 
-def test_a_method_of_ones_own_passes_the_contract():
-    (block,) = [block for block in readme.blocks("python", OWN) if "def shortened" in block]
-    assert block.count("\n") <= 15
-    namespace: dict = {}
-    exec(compile(block, OWN.name, "exec"), namespace)
-    claims = {"equivariant": True, "degree": 0.0, "weighted": True, "present": False}
-    jd.testing.check(namespace["shortened"](), **claims)
+def test_every_method_of_ones_own_is_checked_and_used():
+    text = "\n".join(readme.blocks("python", OWN))
+    factories = re.findall(r"^def ([a-z]\w*)\(\w+=|^def ([a-z]\w*)\(\)", text, re.MULTILINE)
+    names = {first or second for first, second in factories}
+    assert len(names) == 4
+    assert set(re.findall(r"jd\.testing\.check\((\w+)\(\)", text)) == names
+    assert set(re.findall(r"jd\.grad\(objective, (\w+)\(\)", text)) == names

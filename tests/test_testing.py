@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -235,7 +236,7 @@ def mean_of_rows(jac, state, losses):
 
 
 FAULTS = {
-    "call": (aggregator(narrow), {}, "structure"),
+    "call": (aggregator(narrow), {}, "pytree like the Jacobian"),
     "purity": (aggregator(halved), {}, "numbers in the first argument"),
     "purity (Gramian)": (stateless(scaled_in_place, widen=False), {}, "numbers in the Gramian"),
     "repeatable": (stateless(counted), {}, "same call"),
@@ -284,6 +285,14 @@ FAULTS = {
 }
 
 
+# Where the remedy depends on the case.
+REMEDIES = {
+    "call": "by optree.tree_map(fn, jac).",
+    "derivative": "claim differentiable=False.",
+    "non-finite rows": "or claim drops_non_finite=True.",
+}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named(name):
     rule, claims, message = FAULTS[name]
@@ -294,7 +303,7 @@ def test_a_fault_is_named(name):
         check(case)
     text = str(caught.value)
     assert text.startswith(f"`{rule.name}` must {check.must}, got ")
-    assert text.endswith(f". {check.remedy}")
+    assert text.endswith(REMEDIES.get(name, f". {check.remedy}"))
 
 
 def test_every_check_has_a_faulty_rule():
@@ -311,6 +320,207 @@ def test_all_failures_are_listed():
 def test_what_is_no_rule_is_refused():
     with pytest.raises(TypeError, match="rule"):
         jd.testing.check(lambda m: 3)
+
+
+def swapped(gramian, state, losses):
+    return state, gramian[0]
+
+
+def whole(gramian, state, losses):
+    return gramian, state
+
+
+def weights_alone(gramian, state, losses):
+    return gramian[0]
+
+
+def rows_kept(jac, state, losses):
+    return jac, state
+
+
+def swapped_grads(jac, state, losses):
+    return state, _tree.map(lambda leaf: leaf.mean(0), jac)
+
+
+def columns_summed(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.flatten(1).sum(1), jac), state
+
+
+def grads_alone(jac, state, losses):
+    return _tree.map(lambda leaf: leaf.mean(0), jac)
+
+
+def vector_loss(losses, state):
+    return losses, state
+
+
+def loss_alone(losses, state):
+    return losses.sum()
+
+
+def constant_loss(losses, state):
+    return losses.detach().sum(), state
+
+
+def scalarizer(update, observe=None):
+    return jd.Scalarizer("mine", no_state, update, observe)
+
+
+RETURNED = {
+    "weights alone": (weighting(weights_alone), "return (weights, state), got a tensor"),
+    "swapped": (weighting(swapped), "be a tensor of shape (3,), one for each gradient, got ()"),
+    "a matrix": (weighting(whole), "one for each gradient, got a tensor of shape (3, 3)"),
+    "a pair": (stateless(lambda g: (g[0], ())), "got (a tensor of shape (3,)"),
+    "grads alone": (aggregator(grads_alone), "return (grads, state), got"),
+    "swapped grads": (aggregator(swapped_grads), "be a pytree like the Jacobian"),
+    "rows": (aggregator(rows_kept), "be a pytree like the Jacobian"),
+    "columns": (aggregator(columns_summed), "be a pytree like the Jacobian"),
+    "loss alone": (scalarizer(loss_alone), "return (loss, state), got a tensor"),
+    "a vector": (scalarizer(vector_loss), "be a 0-d tensor, got a tensor of shape (3,)"),
+}
+
+
+def call(rule):
+    x = torch.eye(3)[:, :2]
+    return rule(x.sum(1) if isinstance(rule, jd.Scalarizer) else x)
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_is_checked_eager_and_traced(name):
+    rule, message = RETURNED[name]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        call(rule)
+    traced = torch.compile(call, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=re.escape(message.partition(", got")[0])):
+        traced(rule)
+    with pytest.raises(AssertionError) as failed:
+        jd.testing.check(rule, present=False)
+    assert message.partition(", got")[0] in str(failed.value)
+    assert "others need it" in str(failed.value)
+
+
+@pytest.mark.parametrize("claims", [{}, {"differentiable": False}])
+def test_a_detached_loss_is_named(claims):
+    rule = scalarizer(constant_loss)
+    with pytest.raises(AssertionError, match="Do not detach the losses"):
+        jd.testing.check(rule, present=False, **claims)
+    with pytest.raises(ValueError, match="must depend on the losses, got a constant"):
+        jd.grad(torch.square, rule)((), torch.ones(3))
+
+
+def test_detached_weights_are_claimed():
+    rule = scalarizer(lambda losses, state: (losses.softmax(0).detach() @ losses, state))
+    jd.testing.check(rule, present=False, differentiable=False)
+    with pytest.raises(AssertionError, match=r"weights are detached.* claim differentiable=False"):
+        CHECKS["derivative"](Case(lambda m: rule, present=False))
+
+
+def inverse(power=1.0):
+    return stateless(lambda gramian: gramian.diagonal() ** -power)
+
+
+def needy(power):
+    return inverse(power)
+
+
+MISUSED = {
+    "unknown": (jd.mean(), {"equivarant": True}, TypeError, "min_m, .* Did you mean equivariant?"),
+    "value": (jd.mean(), {"present": "no"}, TypeError, "`present` must be True or False"),
+    "degree": (jd.mean(), {"degree": True}, TypeError, "`degree` must be a number"),
+    "observes": (jd.scalarizers.famo(), {"observes": "loss"}, ValueError, "one of"),
+    "kind": (jd.scalarizers.mean(), {"weighted": True}, ValueError, "claimed of a jd.Aggregator"),
+    "factory": (inverse, {}, TypeError, r"Call the factory, jd.testing.check\(inverse\(\)\)"),
+    "needy": (needy, {}, TypeError, r"a function of power. Call the factory, .*needy\(...\)"),
+    "a name": ("upgrad", {}, TypeError, "Call the factory"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_misuse_is_refused(name):
+    rule, claims, kind, message = MISUSED[name]
+    with pytest.raises(kind, match=message):
+        jd.testing.check(rule, **claims)
+
+
+def rows_of_a_matrix(jac, state, losses):
+    return jac.mean(0), state
+
+
+def without_losses(gramian, state):
+    return gramian[0], state
+
+
+NEEDS = {
+    "random": (jd.rlw(), {}, "Claim random=True."),
+    "losses": (jd.gradnorm(lr=0.1), {}, "Claim needs_losses=True."),
+    "more": (jd.krum(1), {}, "Claim min_m=4."),
+    "some": (jd.constant([1.0] * 4), {}, "Claim m=4."),
+    "other": (jd.constant([1.0] * 4), {"m": 2}, "Claim m=4."),
+    "pytree": (aggregator(rows_of_a_matrix), {}, "by optree.tree_map(fn, jac)."),
+    "signature": (weighting(without_losses), {}, "an `observe` with (losses, state)."),
+    "observe": (scalarizer(power, lambda losses: ()), {}, "an `observe` with (losses, state)."),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_a_call_needs_is_named(name):
+    rule, claims, remedy = NEEDS[name]
+    with pytest.raises(AssertionError) as caught:
+        CHECKS["call"](Case(lambda m: rule, **claims))
+    assert str(caught.value).endswith(remedy)
+
+
+def outvoted(leaf):
+    return leaf.median(0).values
+
+
+def dropped(leaf):
+    return leaf.nanmedian(0).values + 0 * leaf.nan_to_num(nan=0.0, posinf=torch.inf).sum(0)
+
+
+NON_FINITE = {
+    "outvoted": (outvoted, False, "inf is outvoted, and NaN is not: add 0 * rows.sum(0)"),
+    "dropped": (dropped, False, "NaN is left out, and inf is not: add 0 * rows.sum(0)"),
+    "claimed": (outvoted, True, "It claims drops_non_finite=True: take out rows"),
+}
+
+
+@pytest.mark.parametrize("name", NON_FINITE)
+def test_what_is_not_finite_is_told_apart(name):
+    fn, claimed, message = NON_FINITE[name]
+    rule = aggregator(lambda jac, state, losses: (_tree.map(fn, jac), state))
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        CHECKS["non-finite rows"](Case(lambda m: rule, drops_non_finite=claimed))
+
+
+def test_the_degree_that_fits_is_named():
+    for rule, degree in ((jd.mean(), 1), (inverse(1.0), -1), (inverse(0.75), -0.5)):
+        with pytest.raises(AssertionError, match=rf"claim degree={degree}\.$"):
+            CHECKS["scale"](Case(lambda m, rule=rule: rule, degree=3))
+
+
+def test_one_cause_is_shown_once():
+    with pytest.raises(AssertionError) as caught:
+        jd.testing.check(stateless(global_draw), present=False)
+    first, second, third = str(caught.value).splitlines()
+    assert first.endswith("checks failed:")
+    assert second.startswith("- repeatable: ")
+    assert third.startswith("  Likely to follow from it: ")
+    assert "vmap" in third
+
+
+def test_the_same_error_is_shown_once():
+    with pytest.raises(AssertionError, match=r"\n  The same in: non-finite rows\.") as caught:
+        jd.testing.check(stateless(branching), present=False)
+    assert str(caught.value).count("data-dependent control flow") == 1
+    assert "(line " in str(caught.value)
+
+
+def test_a_key_is_asked_for():
+    key = jd.random.key(0)
+    assert jd.random.required(key, "mine") is key
+    with pytest.raises(ValueError, match="`key` must be given to `mine`"):
+        jd.random.required(None, "mine")
 
 
 ELSEWHERE = """

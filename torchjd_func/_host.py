@@ -23,10 +23,11 @@ def call(fn: Callable[..., Any], *values: Array, device: Callable[..., Any] | No
     Args:
         fn: Returns one array, or a tuple of arrays.
         *values: Tensors or arrays of float64 or integers; Python numbers stay what they are.
-        device: What a CUDA device does instead with plain numbers, `device(*tensors)`.
+        device: What a CUDA device does instead, `device(*tensors)`, mapped or not, but without a
+            derivative.
     """
     if device is not None and any(isinstance(x, Tensor) and x.is_cuda for x in values):
-        return device(*values) if plain(*values) else fn(torch, *values)
+        return device(*values) if all(map(_constant, values)) else fn(torch, *values)
     arrays = [numbers(x) for x in values]
     if any(x is None for x in arrays):
         return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
@@ -56,6 +57,16 @@ def plain(*values: Any) -> bool:
     return not torch.compiler.is_compiling() and not any(
         _watched(x) for x in values if isinstance(x, Tensor)
     )
+
+
+def _constant(value: Any) -> bool:
+    """Say whether nothing but `torch.func.vmap` is watching a value."""
+    while isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        inner = torch.func.debug_unwrap(value, recurse=False)
+        if inner is value or inner.ndim == value.ndim:  # mapped, it has a dimension more inside
+            break
+        value = inner
+    return plain(value)
 
 
 def _watched(x: Tensor) -> bool:
@@ -111,6 +122,11 @@ def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
     """Apply a function of tensors to what `xp` holds."""
     result = fn(*map(tensor, values))
     return result.numpy() if xp is np else result
+
+
+def to(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype and on the device of another one."""
+    return value.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
 
 
 def constant(x: Array) -> Array:

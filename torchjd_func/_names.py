@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _host, _tree
 from torchjd_func._tree import Named
 
 Vector = Tensor | Named  # what is left of an option once it is checked
@@ -21,7 +21,7 @@ def entries(name: str, value: Vector, like: Tensor) -> Tensor:
     _check.length(name, values, like.shape[0])
     if isinstance(value, Named):
         return value.at(like)
-    return _tree.to(values, like)
+    return _host.to(values, like)
 
 
 def of_each(tree: Any) -> list[str]:

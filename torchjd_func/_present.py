@@ -59,9 +59,9 @@ def kept(present: Tensor, after: State, before: State) -> State:
 def update(rule: Any, *args: Any, present: Tensor | None) -> Any:
     """Call the `update_fn` of a rule, with `present` only where there is one."""
     if present is None:
-        return rule.update_fn(*args)
+        return _check.pair(rule, rule.update_fn(*args))
     _check.takes_present(rule.name, rule.update_fn)
-    return rule.update_fn(*args, present=present)
+    return _check.pair(rule, rule.update_fn(*args, present=present))
 
 
 def uniform(present: Tensor | None, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _host, _present, _tree
+from torchjd_func import _check, _host, _present, _tree
 
 PyTree = Any
 State = Any
@@ -33,6 +33,7 @@ def weigh(
         losses = None if losses is None else torch.where(sound, losses, 1)
     statistic = statistic if rule.needs == "size" else without_subnormal(statistic)
     weights, after = _present.update(rule, statistic, state, losses, present=present)
+    _check.weights(rule.name, weights, len(statistic))
     if sound is not None:
         weights = torch.where(sound, weights, torch.nan)
     elif statistic.is_cuda and not trusted:
@@ -84,13 +85,23 @@ def masked_weights(
     return torch.where(present, weights, 0), _present.kept(present, after, state)
 
 
+def aggregated(
+    aggregator: Any, jac: PyTree, state: State, losses: Tensor | None, present: Tensor | None
+) -> tuple[PyTree, State]:
+    """Call the `update_fn` of an Aggregator; where there is a weighting, weights are checked."""
+    grads, after = _present.update(aggregator, jac, state, losses, present=present)
+    if aggregator.weighting is None:
+        _check.grads(aggregator.name, grads, _tree.leaves(grads), _tree.leaves(jac))
+    return grads, after
+
+
 def masked_grads(
     aggregator: Any, jac: PyTree, state: State, losses: Tensor | None, present: Tensor
 ) -> tuple[PyTree, State]:
     """Aggregate what is there: all else is taken out before."""
     seen, known = _present.rows(jac, present), _present.losses(losses, present)
     counted = _present.usable(present)
-    grads, after = _present.update(aggregator, seen, state, known, present=counted)
+    grads, after = aggregated(aggregator, seen, state, known, counted)
     after = keep(grads, after, state)
     grads = _tree.map(lambda leaf: torch.where(present.any(), leaf, 0), grads)
     return grads, _present.kept(present, after, state)

@@ -43,9 +43,9 @@ class Named(NamedTuple):
     def at(self, like: Tensor) -> Tensor:
         """Return the numbers as `like`; those of another device are copied once, and kept."""
         if like.device == self.values.device or torch.compiler.is_compiling():
-            return to(self.values, like)
+            return _host.to(self.values, like)
         place = like.device, like.dtype
-        moved = self.kept[place] if place in self.kept else to(self.values, like)
+        moved = self.kept[place] if place in self.kept else _host.to(self.values, like)
         if _host.resident(moved):  # not of a shape alone, nor of a transform
             self.kept[place] = moved
         return moved
@@ -60,14 +60,9 @@ class Named(NamedTuple):
         return f"{{{', '.join(shown)}}}"
 
 
-def to(value: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in the dtype and on the device of another one."""
-    return value.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
-
-
 def number(value: float | Tensor, like: Tensor) -> Tensor:
     """Return `value` as a 0-d tensor in the dtype and on the device of another one."""
-    return to(value, like) if isinstance(value, Tensor) else like.new_full((), value)
+    return _host.to(value, like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def hollow(node: PyTree) -> bool:

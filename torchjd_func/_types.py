@@ -41,8 +41,10 @@ class Weighting:
     Attributes:
         name: The method, for messages.
         init_fn: `(statistic, key) -> state`; reads shape, dtype and device of the statistic only.
+            A random method takes its key by `jd.random.required`.
         update_fn: `(statistic, state, losses, present=None) -> (weights, state)`; see `widen`.
-            Absent objectives have zeros in the statistic, and 1 as their loss.
+            Weights are `(m,)`, the state is as it came, with `()` for none. Absent objectives have
+            zeros in the statistic, and 1 as their loss.
         needs: What the statistic has to be: `"gramian"`, `J J^T` of one batch; `"cross_gramian"`,
             `J_1 J_2^T` of two independent batches, not symmetric; `"norms"`, of the diagonal of
             `J J^T` alone, beside which there may be zeros; `"size"`, of its shape alone.
@@ -141,8 +143,10 @@ class Aggregator:
     Attributes:
         name: The method, for messages.
         init_fn: `(jac, key) -> state`; reads shapes, dtypes and devices only.
-        update_fn: `(jac, state, losses, present=None) -> (grads, state)`; rows of absent
-            objectives are 0.
+        update_fn: `(jac, state, losses, present=None) -> (grads, state)`. `jac` is a pytree of
+            `(m, ...)` tensors, which may hold `None` (`optree.tree_map` passes it by), `grads` the
+            same without the first dimension. Rows of absent objectives are 0; `losses` is `(m,)`,
+            or `None` where the caller has none.
         weighting: The same on the Gramian, sharing the state; `None` if that is not enough.
         partition: `paths -> Partition`: the same on Gramians of groups of leaves (`jd.grouped`).
         columnwise: Whether columns count one by one, so that any part of them may be aggregated.
@@ -202,7 +206,7 @@ class Aggregator:
                 return _present.update(self, jac, state, losses, present=mask)
             if mask is not None:
                 return _sound.masked_grads(self, jac, state, losses, mask)
-            grads, after = self.update_fn(jac, state, losses)
+            grads, after = _sound.aggregated(self, jac, state, losses, None)
             return grads, _sound.keep(grads, after, state)
 
     __repr__ = in_one_line
@@ -218,7 +222,8 @@ class Scalarizer:
         name: The method, for messages.
         init_fn: `(losses, key) -> state`, given a vector; reads shape, dtype and device only.
         update_fn: `(losses, state, present=None) -> (loss, state)`, given a vector in float32 or
-            better, with 1 in the place of absent losses.
+            better, with 1 in the place of absent losses. `loss` is 0-d and depends on the losses;
+            what weighs them may be detached.
         observe: `(losses, state, present=None) -> state`, to be called when the method's paper says
             (FAMO: after the step, with losses of the same batch; DWA: after an epoch, with `None`),
             or `None`.
@@ -265,9 +270,11 @@ class Scalarizer:
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
         if mask is None or self.processes is not None:  # what any process has counts: masked there
             loss, state = _present.update(self, wide, state, present=mask)
+            _check.loss(self.name, loss)
             return loss.to(vector.dtype), state
         known = _present.losses(wide, mask)
         loss, after = _present.update(self, known, state, present=_present.usable(mask))
+        _check.loss(self.name, loss)
         loss = torch.where(mask.any(), loss, 0).to(vector.dtype)
         return loss, _present.kept(mask, after, state)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _observed, _tree, metrics
+from torchjd_func import _check, _host, _observed, metrics
 from torchjd_func._present import only
 from torchjd_func._types import Observation
 from torchjd_func.linalg._eigh import eigenvalues
@@ -258,7 +258,7 @@ def dual_cone_residual(
     gramian, norms = _observed.gramian(observation), _observed.row_norms(observation)
     weights = _observed.weights(observation)
     start = (1 / _observed.count(observation)).expand(weights.shape)
-    start = start if preference is None else _tree.to(preference, start)
+    start = start if preference is None else _host.to(preference, start)
     slack, product = (weights - start) * norms, ratio(gramian @ weights, norms)
     least = torch.minimum(slack, product)
     residual = least.abs() if complementary else (-least).clamp(min=0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchjd_func import _check, _host, _threefry
 from torchjd_func._host import Array
 
-__all__ = ["bits", "fold_in", "key", "normal", "permutation", "split", "uniform"]
+__all__ = ["bits", "fold_in", "key", "normal", "permutation", "required", "split", "uniform"]
 
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
@@ -44,6 +44,27 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
         return torch.tensor(words, dtype=torch.int64, device=device)
     wide = seed.to(torch.int64) if device is None else seed.to(device, torch.int64)
     return torch.stack([(wide >> 32) & _threefry.MASK, wide & _threefry.MASK])
+
+
+def required(key: Tensor | None, name: str) -> Tensor:
+    """Return the key that `init` was given, for the `init_fn` of a random method of your own.
+
+    Args:
+        key: `(2,)`, or `None` where the user passed none.
+        name: The method, for the message.
+
+    Returns:
+        The key.
+
+    Raises:
+        ValueError: If there is none; the message says how to pass one.
+
+    Example:
+        >>> import torchjd_func as jd
+        >>> jd.random.required(jd.random.key(7), "mine")
+        tensor([0, 7])
+    """
+    return _check.key_present(name, key)
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:

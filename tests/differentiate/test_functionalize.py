@@ -232,7 +232,8 @@ def test_parameters_that_left_their_module_are_warned_of(replace):
 
 
 def test_containers_of_modules_are_trees():
-    heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.ModuleList([nn.Linear(2, 3)])})
+    inner = nn.Linear(2, 3)
+    heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.ModuleList([inner])})
     apply, params, _ = jd.functionalize((nn.Linear(4, 2), heads))
     assert [tuple(sorted(part)) for part in (params[1]["a"], params[1]["b"][0])] == [
         ("bias", "weight")
@@ -241,6 +242,6 @@ def test_containers_of_modules_are_trees():
         apply[1]["a"](params[1]["a"], {}, torch.ones(2))[0], heads["a"](torch.ones(2)).detach()
     )
     jd.interop.assign_grads_((nn.Linear(4, 2), heads), (None, params[1]))
-    torch.testing.assert_close(heads["b"][0].weight.grad, params[1]["b"][0]["weight"])
+    torch.testing.assert_close(inner.weight.grad, params[1]["b"][0]["weight"])
     jd.interop.assign_grads_(heads, {"a.weight": None})
     assert heads["a"].weight.grad is None

@@ -47,7 +47,7 @@ def test_projections_equal_enumeration(kind, m, n):
         assert (jac.mT @ (dual - want)).norm() <= 1e-5 * length
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "balanced"])
+@pytest.mark.parametrize("kind", ["scaled", "duplicate", "opposite", "low_rank", "balanced"])
 def test_conditions_of_optimality_hold(kind):
     m = 16
     jac = balanced(m, 12, 1e-7, 1) if kind == "balanced" else matrix(kind, m, 12, seed=7)

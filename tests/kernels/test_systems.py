@@ -12,7 +12,7 @@ from torchjd_func._kernels.systems import inverse_kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 9])
+@pytest.mark.parametrize("m", [1, 2, 9])
 def test_inverts(m):
     matrices = torch.stack([matrix("gaussian", m, m, seed) for seed in range(2)])
     matrices[0, 0, 0] = 0.0 if m > 1 else 3.0  # a pivot that has to be exchanged

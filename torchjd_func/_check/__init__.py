@@ -42,6 +42,7 @@ from torchjd_func._check._messages import (
     describe,
     differentiable,
     fail,
+    in_style,
     message,
     one_device,
 )
@@ -146,6 +147,13 @@ from torchjd_func._check._options import (
     solver,
     vector,
 )
+from torchjd_func._check._returned import (
+    dependent_loss,
+    grads,
+    loss,
+    pair,
+    weights,
+)
 from torchjd_func._check._sets import (
     preference_for_each,
     preferences,
@@ -166,4 +174,10 @@ from torchjd_func._check._states import (
     state_class,
     state_of,
     storable,
+)
+from torchjd_func._check._testing import (
+    claim_of,
+    claim_value,
+    claims,
+    factory,
 )

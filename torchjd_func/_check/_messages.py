@@ -14,6 +14,11 @@ def message(name: str, rule: str, got: Any, remedy: str) -> str:
     return f"{name} must {rule}, got {got}. {remedy}"
 
 
+def in_style(text: str) -> bool:
+    """Say whether the text of an error is of this kind, and says what to do."""
+    return " must " in text and ", got " in text
+
+
 def fail(kind: type[Exception], name: str, rule: str, got: Any, remedy: str) -> NoReturn:
     """Raise an error with the one kind of message."""
     raise kind(message(name, rule, got, remedy))

@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from torchjd_func._check._messages import describe, fail
+from torchjd_func._check._messages import describe, fail, in_style
 
 
 def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> NoReturn:
     """Raise an error that says what to do, if the mistake is a known one; else the error itself."""
     text = str(error)
-    if " must " in text and ", got " in text:  # it says what to do
+    if in_style(text):
         raise error
     named = list(zip(paths, leaves, strict=True))
     for path, leaf in named:
@@ -120,7 +120,7 @@ _KNOWN = (
         "jd.random; models are stacked by jd.ensemble.stack.",
     ),
     (
-        ("data-dependent", "vmap over calling .item()"),
+        ("data-dependent", "vmap over calling"),
         "not decide by the values of examples where it is mapped over them",
         "Choose with torch.where, or write it over a whole batch and use jd.instancewise.",
     ),

@@ -1,4 +1,7 @@
-"""PCGrad and GradVac on a GPU: one launch, one program for each gradient that is corrected."""
+"""PCGrad and GradVac on a GPU: one launch, one program for each gradient that is corrected.
+
+Program `p` corrects row `p % m` of problem `p // m`.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,21 @@ EPS = tl.constexpr(torch.finfo(torch.float64).eps)
 
 @triton.jit(do_not_specialize=["m"])
 def _project(G, ORDERS, OUT, m, M: tl.constexpr):
-    """Remove from row `program_id` what conflicts with the others, in its order."""
-    own = tl.program_id(0).to(tl.int64)
+    """Remove from a row what conflicts with the others, in its order."""
+    pid = tl.program_id(0).to(tl.int64)
+    own = pid % m
+    base = (pid - own) * m
     i = tl.arange(0, M)
     on = i < m
     x = tl.where(i == own, 1.0, 0.0).to(tl.float64)
     for t in range(m - 1):
-        j = tl.load(ORDERS + own * (m - 1) + t)
-        row = tl.load(G + j * m + i, mask=on, other=0.0)
+        j = tl.load(ORDERS + pid * (m - 1) + t)
+        row = tl.load(G + base + j * m + i, mask=on, other=0.0)
         square = _at(row, i == j)
         inner = tl.sum(x * row, axis=0)
         removed = tl.where(inner < 0, inner, 0.0) / tl.where(square > 0, square, 1.0)
         x = tl.where(i == j, x - removed, x)
-    tl.store(OUT + own * m + i, x, mask=on)
+    tl.store(OUT + pid * m + i, x, mask=on)
 
 
 @triton.jit
@@ -39,18 +44,20 @@ def _root(square):
 
 @triton.jit(do_not_specialize=["m"])
 def _raise(G, TARGETS, ORDERS, OUT, SEEN, m, tol, M: tl.constexpr):
-    """Raise the cosines of row `program_id` with the others, in its order."""
-    own = tl.program_id(0).to(tl.int64)
+    """Raise the cosines of a row with the others, in its order."""
+    pid = tl.program_id(0).to(tl.int64)
+    own = pid % m
+    base = (pid - own) * m
     i = tl.arange(0, M)
     on = i < m
     x = tl.where(i == own, 1.0, 0.0).to(tl.float64)
-    pushed = tl.load(G + own * m + i, mask=on, other=0.0)
-    targets = tl.load(TARGETS + own * m + i, mask=on, other=0.0)
-    norms = _root(tl.load(G + i * m + i, mask=on, other=0.0))
+    pushed = tl.load(G + pid * m + i, mask=on, other=0.0)
+    targets = tl.load(TARGETS + pid * m + i, mask=on, other=0.0)
+    norms = _root(tl.load(G + base + i * m + i, mask=on, other=0.0))
     seen = targets
     for t in range(m - 1):
-        j = tl.load(ORDERS + own * (m - 1) + t)
-        row = tl.load(G + j * m + i, mask=on, other=0.0)
+        j = tl.load(ORDERS + pid * (m - 1) + t)
+        row = tl.load(G + base + j * m + i, mask=on, other=0.0)
         norm = _at(norms, i == j)
         inverse = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
         square = tl.sum(x * pushed, axis=0)
@@ -65,26 +72,27 @@ def _raise(G, TARGETS, ORDERS, OUT, SEEN, m, tol, M: tl.constexpr):
         x = tl.where(i == j, x + added, x)
         pushed += added * row
         seen = tl.where(i == j, phi, seen)
-    tl.store(OUT + own * m + i, x, mask=on)
-    tl.store(SEEN + own * m + i, seen, mask=on)
+    tl.store(OUT + pid * m + i, x, mask=on)
+    tl.store(SEEN + pid * m + i, seen, mask=on)
 
 
-def project_kernel(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Return the coordinates `(m, m)` of the projected gradients, by the orders `(m, m - 1)`."""
-    m, kernel = len(gramian), cast(Any, _project)
-    out = gramian.new_empty((m, m))
-    if m:
-        kernel[m,](gramian.contiguous(), orders.contiguous(), out, m, padded(m), **options(1))
+def project_kernel(gramians: Tensor, orders: Tensor) -> Tensor:
+    """Return coordinates `(k, m, m)` of projected gradients, by orders `(k, m, m - 1)`."""
+    (k, m, _), kernel = gramians.shape, cast(Any, _project)
+    out = gramians.new_empty((k, m, m))
+    if out.numel():
+        arrays = gramians.contiguous(), orders.contiguous(), out
+        kernel[k * m,](*arrays, m, padded(m), **options(1))
     return out
 
 
 def raise_kernel(
-    gramian: Tensor, targets: Tensor, orders: Tensor, tol: float
+    gramians: Tensor, targets: Tensor, orders: Tensor, tol: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the coordinates `(m, m)` of the corrected gradients, and the cosines they saw."""
-    m, kernel = len(gramian), cast(Any, _raise)
-    out, seen = gramian.new_empty((m, m)), gramian.new_empty((m, m))
-    arrays = gramian.contiguous(), targets.contiguous(), orders.contiguous(), out, seen
-    if m:
-        kernel[m,](*arrays, m, tol, padded(m), **options(1))
+    """Return coordinates `(k, m, m)` of corrected gradients, and the cosines they saw."""
+    (k, m, _), kernel = gramians.shape, cast(Any, _raise)
+    out, seen = gramians.new_empty((k, m, m)), gramians.new_empty((k, m, m))
+    arrays = gramians.contiguous(), targets.contiguous(), orders.contiguous(), out, seen
+    if out.numel():
+        kernel[k * m,](*arrays, m, tol, padded(m), **options(1))
     return out, seen

@@ -120,8 +120,9 @@ def aligned_mtl(
     dependent. One eigen-decomposition of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`, or a dict by the names of the losses; uniform weights `1/m` by
-            default. A tensor may be vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; uniform weights `1/m` by default. A tensor may
+            be vmapped or changed without recompiling.
         scale: $\sigma^2$ is the `"min"`, the lower `"median"`, or (`"rmse"`) the mean of the
             eigenvalues that are not zero.
         rtol: Share of the largest eigenvalue below which an eigenvalue is taken as 0; by default

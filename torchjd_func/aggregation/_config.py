@@ -80,8 +80,9 @@ def config(
     One pseudo-inverse of an `(m, m)` matrix.
 
     Args:
-        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, of any sum; equal
-            angles by default. A tensor may be vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive, of any sum; equal angles by default.
+            A tensor may be vmapped or changed without recompiling.
         length: `"projection"` as above, or a mean (`"arithmetic"`, `"geometric"`, `"harmonic"`) or
             an extreme (`"min"`, `"max"`) that replaces the norm of every $g_i$ in the sum.
         rtol: Share of the largest eigenvalue below which an eigenvalue of $U U^\top$ is taken as

@@ -35,8 +35,9 @@ def dualproj(preference: Numbers | None = None, *, solver: str = "auto") -> Aggr
     mean. Solves one quadratic program in `m` unknowns, exactly.
 
     Args:
-        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, uniform weights
-            `1/m` by default. A tensor may be vmapped or changed without recompiling.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive, uniform weights `1/m` by default. A
+            tensor may be vmapped or changed without recompiling.
         solver: As for `jd.linalg.nnqp`.
 
     Returns:

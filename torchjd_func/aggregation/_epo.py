@@ -120,8 +120,9 @@ def epo(
     host, so that a CUDA graph cannot capture it.
 
     Args:
-        preference: `r`, `(m,)`, or a dict by the names of the losses; positive: the larger an
-            entry, the smaller that loss. A tensor may be vmapped or changed without recompiling.
+        preference: `r`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive: the larger an entry, the smaller that
+            loss. A tensor may be vmapped or changed without recompiling.
         epsilon: Imbalance below which to descend.
         restricted: Keep the imbalance from growing, to first order, when descending.
 

@@ -17,7 +17,6 @@ from torchjd_func import _check, _present, _tree
 from torchjd_func._lift import statistic_like
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
-from torchjd_func.linalg._gramian import ratio
 
 NAME = "excess_mtl"
 
@@ -68,7 +67,7 @@ def _update(
     late = torch.where(state.baseline > 0, state.baseline, excess)
     baseline = torch.where(warm_up, average, late)
 
-    relative = ratio(excess, baseline)
+    relative = excess / baseline.clamp(min=torch.finfo(baseline.dtype).tiny)  # 0 where both are
     moved = state.log_weights + torch.where(warm_up, 0.0, robust_step_size * relative)
     log_weights = torch.log_softmax(_present.only(present, moved, -torch.inf), dim=0)
     weights = log_weights.exp().to(statistic_like(jac).dtype)

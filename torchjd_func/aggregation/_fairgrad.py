@@ -50,8 +50,9 @@ def fairgrad(
 
     Args:
         alpha: Positive; a 0-d tensor may be vmapped or changed without recompiling.
-        preference: `p`, `(m,)`, or a dict by the names of the losses; positive, 1 for each by
-            default. The larger, the more an objective gains. A tensor may be vmapped.
+        preference: `p`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive, 1 for each by default. The larger,
+            the more an objective gains. A tensor may be vmapped.
         max_iter: Largest number of Newton steps.
 
     Returns:

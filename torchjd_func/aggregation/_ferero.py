@@ -82,8 +82,9 @@ def ferero(
     way to the ray, and weights may be negative. The state holds $\lambda$ and `u`.
 
     Args:
-        preference: `p`, `(m,)`, or a dict by the names of the losses; not negative, not all 0. The
-            larger, the larger the loss may be. A tensor may be vmapped.
+        preference: `p`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; not negative, not all 0. The larger, the larger
+            the loss may be. A tensor may be vmapped.
         gamma: Step of the multipliers, in units of one over a squared gradient. A 0-d tensor may be
             vmapped or changed.
         drift: `c`, how fast the losses return to the ray.

@@ -149,9 +149,10 @@ def geometric_median(preference: Numbers | None = None) -> Aggregator:
     line, between the two rows in the middle), their mean over rows.
 
     Args:
-        preference: `b`, `(m,)`, or a dict by the names of the losses; positive, such as each
-            worker's share of the data; uniform weights `1/m` by default. A tensor may be vmapped or
-            changed without recompiling.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive, such as each worker's share of the
+            data; uniform weights `1/m` by default. A tensor may be vmapped or changed without
+            recompiling.
 
     Returns:
         The Aggregator, without state. A row whose square is not finite gets the weight 0, and

@@ -87,8 +87,9 @@ def graddrop(
     coordinate among all, in leaf order.
 
     Args:
-        leak: `(m,)`, or a dict by the names of the losses, in `[0, 1]`: the share of each gradient
-            that always passes. 0 (the default) is full dropout, 1 is the sum.
+        leak: `(m,)`, a tensor or list in the order of the losses (of a dict: of their sorted
+            names), or a dict by these names, in `[0, 1]`: the share of each gradient that always
+            passes. 0 (the default) is full dropout, 1 is the sum.
         f: Increasing function on `[0, 1]`, symmetric about 1/2; the identity by default.
 
     Returns:

@@ -18,6 +18,7 @@ from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
 from torchjd_func.linalg._gramian import rank_tol
+from torchjd_func.linalg._search import align_all
 
 
 class GradVacState(NamedTuple):
@@ -100,7 +101,10 @@ def _launch(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tup
     """Return the coordinates of the corrected gradients, and the cosines that were seen."""
     from torchjd_func._kernels.surgery import raise_kernel  # needs Triton
 
-    return raise_kernel(gramian, targets, orders, tol)
+    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
+    flat = gramian.reshape(k, m, m), targets.reshape(k, m, m), orders.reshape(k, m, m - 1)
+    coordinates, seen = raise_kernel(*flat, tol)
+    return coordinates.reshape(gramian.shape), seen.reshape(gramian.shape)
 
 
 @torch.library.custom_op("torchjd_func::gradvac", mutates_args=())
@@ -110,14 +114,14 @@ def raise_cosines(
     """Correct all rows on a CUDA device; opaque, without derivatives.
 
     Args:
-        gramian: `(m, m)` float64.
-        targets: `(m, m)` float64, the cosines that are aimed at.
-        orders: `(m, m - 1)` int64.
+        gramian: `(..., m, m)` float64.
+        targets: `(..., m, m)` float64, the cosines that are aimed at.
+        orders: `(..., m, m - 1)` int64.
         tol: Of the squared length of the parts, up to which a gradient cancels.
 
     Returns:
-        The coordinates `(m, m)` of the corrected gradients, and the cosines `(m, m)` that were
-        seen.
+        The coordinates `(..., m, m)` of the corrected gradients, and the cosines `(..., m, m)`
+        that were seen.
     """
     return _launch(gramian, targets, orders, tol)
 
@@ -126,6 +130,12 @@ def raise_cosines(
 def _fake(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """Tell the shapes."""
     return torch.empty_like(gramian), torch.empty_like(gramian)
+
+
+@raise_cosines.register_vmap
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Correct those of all problems."""
+    return raise_cosines(*align_all(info.batch_size, in_dims, *args[:3]), args[3]), (0, 0)
 
 
 def _root(xp: Any, square: Array) -> Array:

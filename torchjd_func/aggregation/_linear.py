@@ -81,8 +81,9 @@ def constant(weights: Numbers) -> Aggregator:
     on a single objective. Costs one backward pass.
 
     Args:
-        weights: `(m,)`, or a dict by the names of the losses; a tensor may be vmapped or changed
-            without recompiling.
+        weights: `(m,)`, a tensor or list in the order of the losses (of a dict: of their sorted
+            names), or a dict by these names; a tensor may be vmapped or changed without
+            recompiling.
 
     Returns:
         The Aggregator, without state.

@@ -85,8 +85,9 @@ def nash_mtl(
         update_every: Solve at calls 0, k, 2k ... and keep those weights in between, as in the
             paper's experiments. Both are computed at each call, so it saves no time. A call that
             has an objective without a weight solves as well.
-        preference: `p`, the bargaining powers, `(m,)`, or a dict by the names of the losses;
-            positive, 1 for each by default. A tensor may be vmapped.
+        preference: `p`, the bargaining powers, `(m,)`, a tensor or list in the order of the losses
+            (of a dict: of their sorted names), or a dict by these names; positive, 1 for each by
+            default. A tensor may be vmapped.
 
     Returns:
         The Aggregator, with state.

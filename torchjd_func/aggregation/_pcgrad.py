@@ -16,6 +16,7 @@ from torchjd_func._host import Array
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
+from torchjd_func.linalg._search import align_all
 
 
 class PCGradState(NamedTuple):
@@ -68,7 +69,9 @@ def _launch(gramian: Tensor, orders: Tensor) -> Tensor:
     """Return the coordinates of the projected gradients."""
     from torchjd_func._kernels.surgery import project_kernel  # needs Triton
 
-    return project_kernel(gramian, orders)
+    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
+    found = project_kernel(gramian.reshape(k, m, m), orders.reshape(k, m, m - 1))
+    return found.reshape(gramian.shape)
 
 
 @torch.library.custom_op("torchjd_func::pcgrad", mutates_args=())
@@ -76,11 +79,11 @@ def project(gramian: Tensor, orders: Tensor) -> Tensor:
     """Project all rows on a CUDA device; opaque, without derivatives.
 
     Args:
-        gramian: `(m, m)` float64.
-        orders: `(m, m - 1)` int64.
+        gramian: `(..., m, m)` float64.
+        orders: `(..., m, m - 1)` int64.
 
     Returns:
-        The coordinates `(m, m)` of the projected gradients.
+        The coordinates `(..., m, m)` of the projected gradients.
     """
     return _launch(gramian, orders)
 
@@ -89,6 +92,12 @@ def project(gramian: Tensor, orders: Tensor) -> Tensor:
 def _fake(gramian: Tensor, orders: Tensor) -> Tensor:
     """Tell the shape."""
     return torch.empty_like(gramian)
+
+
+@project.register_vmap
+def _vmap(info: Any, in_dims: Any, *args: Tensor) -> tuple[Tensor, int]:
+    """Project those of all problems."""
+    return project(*align_all(info.batch_size, in_dims, *args)), 0
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

@@ -66,10 +66,10 @@ def pivrg(
     the gradients are Pareto stationary `d` is zero.
 
     Args:
-        scores: `s`, `(m,)`, or a dict by the names of the losses: how far each task is behind its
-            baseline, the larger the worse; the authors take percent, `100 * jd.metrics.delta_m` of
-            the task's metrics, after each epoch. A tensor may be vmapped or changed without
-            recompiling.
+        scores: `s`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their sorted
+            names), or a dict by these names: how far each task is behind its baseline, the larger
+            the worse; the authors take percent, `100 * jd.metrics.delta_m` of the task's metrics,
+            after each epoch. A tensor may be vmapped or changed without recompiling.
         bound: `beta`, above 1.
         min_temperature: `tau_0`, positive, in the unit of the scores; scores that differ by less
             than `tau_0 log(beta)` make less of a difference than `bound`.

@@ -140,8 +140,9 @@ def pmgda(
     graph cannot capture it.
 
     Args:
-        preference: `p`, `(m,)`, or a dict by the names of the losses; positive: losses are to be
-            proportional to it. A tensor may be vmapped or changed without recompiling.
+        preference: `p`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; positive: losses are to be proportional to it.
+            A tensor may be vmapped or changed without recompiling.
         sigma: Rate of correction, in `(0, 1]`.
         h_tol: Distance that is close enough, in units of the losses.
 

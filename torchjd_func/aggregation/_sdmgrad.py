@@ -151,8 +151,9 @@ def sdmgrad(
 
     Args:
         lambda_: $\lambda \ge 0$; a 0-d tensor may be vmapped or changed without recompiling.
-        preference: $\tilde w$, `(m,)`, or a dict by the names of the losses; uniform weights `1/m`
-            by default. It may be vmapped too.
+        preference: $\tilde w$, `(m,)`, a tensor or list in the order of the losses (of a dict: of
+            their sorted names), or a dict by these names; uniform weights `1/m` by default. It may
+            be vmapped too.
         solver: `"exact"`, the minimum, for a Gramian; of a cross-Gramian the nearest symmetric
             positive semi-definite matrix is taken. `"pgd"`, `n_iter` projected gradient steps of
             length $1 / \lVert M \rVert_2$, for a cross-Gramian as it is. `"reference"`, the

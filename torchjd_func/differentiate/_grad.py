@@ -199,7 +199,9 @@ def _scalarized(linear: Linearized, rule: Scalarizer, state: Any) -> tuple[PyTre
 
     def loss_fn(vector: Tensor) -> tuple[Tensor, Any]:
         """Return the loss, and the next state."""
-        return rule(vector, state, present=linear.present)
+        loss, after = rule(vector, state, present=linear.present)
+        _check.dependent_loss(rule.name, loss.requires_grad)
+        return loss, after
 
     loss, pull, state = vjp_aux(loss_fn, linear.vector)
     weights = pull(loss.new_ones(()))[0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _host, _tree
+from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._dense import solve_factored
 from torchjd_func.linalg._device import takes
@@ -81,10 +81,10 @@ def orthant_root(
         _check.one_device("`gramian, alpha`", [gramian, alpha])
     wide = gramian.double()
     if isinstance(alpha, Tensor):
-        power = 1 / _tree.to(alpha, wide).unsqueeze(-1)
+        power = 1 / _host.to(alpha, wide).unsqueeze(-1)
     else:
         power = wide.new_full((1,), 1 / alpha)
-    shares = wide.new_ones(gramian.shape[-1]) if preference is None else _tree.to(preference, wide)
+    shares = wide.new_ones(gramian.shape[-1]) if preference is None else _host.to(preference, wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
     find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
     return cast(_host.call(find, wide, power, shares), gramian.dtype)

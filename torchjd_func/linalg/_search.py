@@ -82,6 +82,11 @@ def align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
     return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
 
 
+def align_all(size: int, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+    """Do likewise, and repeat those that are not mapped."""
+    return [x.expand(size, *x.shape[1:]) for x in align(in_dims, *tensors)]
+
+
 @np.errstate(all="ignore")  # what is not finite is said in the answer
 def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answer:
     """Number matrices and problems, and solve them; parts of the answer have their shape."""

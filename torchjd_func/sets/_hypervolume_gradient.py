@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _host
 from torchjd_func._lift import no_state
 from torchjd_func._types import State
 from torchjd_func.linalg._gramian import ratio
@@ -31,7 +31,7 @@ def _update(
     """Weigh each loss by the facet that it moves."""
     _check.stateless("hypervolume_gradient", state)
     _check.length("reference", reference, losses.shape[1])
-    corner = _tree.to(reference, losses)
+    corner = _host.to(reference, losses)
     if slack is not None:
         worst = losses.amax(0)
         corner = torch.maximum(corner, worst + (slack - 1) * worst.abs())

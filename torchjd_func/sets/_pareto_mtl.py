@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _host
 from torchjd_func.linalg import nnqp
 from torchjd_func.linalg._gramian import ratio
 from torchjd_func.sets._types import SetRule
@@ -46,7 +46,7 @@ def _update(
     _check.state_type("pareto_mtl", state, ParetoMTLState)
     _check.state("pareto_mtl", "descending", state.descending, (k,))
     _check.preference_for_each(preferences, k, m)
-    rows, active = _constraints(_tree.to(preferences, losses), losses, margin)
+    rows, active = _constraints(_host.to(preferences, losses), losses, margin)
     begun = state.descending | ~active.any(-1) | (state.step >= n_feasibility_steps)
     every = torch.eye(m, dtype=losses.dtype, device=losses.device).expand(k, m, m)
     rows = torch.cat([every, rows], 1)  # (k, m + k, m), times J_i

@@ -66,8 +66,9 @@ def stch_set(
 
     Args:
         mu: Smoothness of the maximum, positive, in the unit of the losses. A tensor may be vmapped.
-        preference: `b`, `(m,)`, or a dict whose values are in leaf order; uniform weights `1/m` by
-            default. A tensor may be vmapped.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses, or a dict, of which
+            the values count in the order of its sorted names; uniform weights `1/m` by default. A
+            tensor may be vmapped.
         reference: `z`, `(m,)`, losses that are ideal; 0 by default. A tensor may be vmapped.
         mu_set: Smoothness of the minimum; that of the maximum by default.
 

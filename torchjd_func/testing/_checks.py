@@ -1,4 +1,4 @@
-"""The parts of the contract, by name, and the function that tests them all."""
+"""The parts of the contract, by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchjd_func import _check
-from torchjd_func._types import Aggregator, Scalarizer, Weighting
+from torchjd_func._types import Aggregator
 from torchjd_func.testing import _claims, _contract, _transforms
 from torchjd_func.testing._case import Case
+from torchjd_func.testing._errors import Failure, explained
 
 
 def _claimed(value: Any) -> bool:
@@ -23,6 +24,7 @@ class Check(NamedTuple):
     remedy: str
     kind: type = object  # of the rules that it is about
     claim: str = ""  # the field of a case without which it is not tested
+    root: bool = False  # where it fails, others fail for the same reason
 
     def applies(self, case: Case) -> bool:
         """Say whether the check is about a rule."""
@@ -34,41 +36,42 @@ class Check(NamedTuple):
         try:
             self.test(case)
         except Exception as error:
-            text = (str(error) if isinstance(error, AssertionError) else _short(error)).rstrip(".")
-            message = _check.message(f"`{case.name}`", self.must, text, self.remedy)
-            raise AssertionError(message) from error
-
-
-def _short(error: Exception) -> str:
-    """Return the first sentence of an error."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0].partition('. ')[0]}"
+            got, remedy = explained(error), getattr(error, "remedy", None)
+            remedy = self.remedy if remedy is None else remedy
+            text = _check.message(f"`{case.name}`", self.must, got, remedy).strip()
+            raise Failure(text, got) from error
 
 
 CHECKS: dict[str, Check] = {
     "call": Check(
         _contract.called,
         "return a direction like one row of the Jacobian, or a 0-d loss, and the next state",
-        "Claim what it needs: random=True, needs_losses=True, min_m=, or m=.",
+        "Return what a jd.Weighting, jd.Aggregator or jd.Scalarizer is to return.",
+        root=True,
     ),
     "purity": Check(
         _contract.purity,
         "leave its arguments as they are",
         "Compute with new tensors, not in place.",
+        root=True,
     ),
     "repeatable": Check(
         _contract.repeatable,
         "depend on its arguments alone",
         "Keep memory in the state, and draw with jd.random from a key in the state.",
+        root=True,
     ),
     "state": Check(
         _contract.state_layout,
         "return a state of tensors, laid out like the one it is given",
         "Use a NamedTuple of tensors on the device of the argument, counters too.",
+        root=True,
     ),
     "fresh state": Check(
         _contract.fresh_state,
         "start from what init returns, which depends on shapes alone",
-        "Read shapes, dtype and device in init; claim random=True if it takes a key.",
+        "Read shapes, dtype and device in init. If it takes a key, claim random=True, and take the "
+        "key by jd.random.required(key, name), which says what to do where there is none.",
     ),
     "state size": Check(
         _contract.state_size,
@@ -125,12 +128,12 @@ CHECKS: dict[str, Check] = {
     "derivative": Check(
         _transforms.derivative,
         "have finite derivatives that agree with differences",
-        "Guard roots and divisions by torch.where on both sides; or claim differentiable=False.",
+        "Guard roots and divisions by torch.where on both sides.",
     ),
     "non-finite rows": Check(
         _transforms.non_finite,
         "show a row that is not finite in its result, and nowhere else",
-        "Let NaN through, without branches on it; or claim drops_non_finite=True.",
+        "Let NaN through, without branches on it.",
     ),
     "absent rows": Check(
         _claims.absent_rows,
@@ -172,54 +175,3 @@ CHECKS: dict[str, Check] = {
         "weighted",
     ),
 }
-
-
-def check(
-    rule: Weighting | Aggregator | Scalarizer | Callable[[int], Any],
-    **claims: Any,
-) -> None:
-    """Test that a rule keeps the contract of rules, on small seeded problems.
-
-    The rule has to be pure; to keep structure, shapes and dtypes of its state; to give the same on
-    a pytree as on a matrix, under `torch.func.vmap` as in a loop, compiled as one graph as eager,
-    and on every route of `jd.grad`; to have finite derivatives; and to leave out absent objectives.
-    Takes a few seconds. `CHECKS` holds the parts, by name: `CHECKS["vmap"](Case(make))` is one.
-
-    Args:
-        rule: The rule, or a factory `m -> rule` for one that is made for `m` objectives.
-        **claims: What the rule claims, or does not: the fields of `Case`, by name.
-
-    Raises:
-        AssertionError: If the rule fails a check, or a claim is not true; names all of them.
-
-    Example:
-        >>> import torch, torchjd_func as jd
-        >>> def agreement(gramian):
-        ...     share = (gramian >= 0).double().mean(1)
-        ...     return share / share.sum()
-        >>> rule = jd.weighted(jd.stateless("agreement", agreement))
-        >>> jd.testing.check(rule, present=False, equivariant=True, degree=1, weighted=True)
-    """
-    made = isinstance(rule, Weighting | Aggregator | Scalarizer)
-    case = Case(_always(rule) if made else rule, **claims)
-    _check.rule(case.rule(), (Aggregator, Scalarizer))
-    names = [name for name, part in CHECKS.items() if part.applies(case)]
-    first = _failure("call", case)  # without it, all others fail for the same reason
-    others = [] if first else [_failure(name, case) for name in names if name != "call"]
-    failures = [text for text in (first, *others) if text]
-    if failures:
-        listed = "\n".join(f"- {text}" for text in failures)
-        raise AssertionError(f"{len(failures)} of {len(names)} checks failed:\n{listed}")
-
-
-def _always(rule: Any) -> Callable[[int], Any]:
-    return lambda m: rule
-
-
-def _failure(name: str, case: Case) -> str | None:
-    """Return how a check fails."""
-    try:
-        CHECKS[name](case)
-    except AssertionError as error:
-        return f"{name}: {error}"
-    return None

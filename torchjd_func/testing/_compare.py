@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
+from torchjd_func.testing._errors import Fault
 
 
 class GraphCounter:
@@ -31,14 +32,19 @@ def compiled(fn: Callable[..., Any]) -> tuple[Callable[..., Any], GraphCounter]:
     return torch.compile(fn, fullgraph=True, backend=counter), counter
 
 
-def require(condition: bool, got: str) -> None:
-    """Raise unless the condition holds, saying what came instead."""
+def require(condition: bool, got: str, remedy: str | None = None) -> None:
+    """Raise unless the condition holds, saying what came instead, and what to do about it."""
     if not condition:
-        raise AssertionError(got)
+        raise Fault(got, remedy)
 
 
 def assert_trees_close(
-    got: Any, want: Any, rtol: float = 1e-9, atol: float = 1e-12, what: str = "results"
+    got: Any,
+    want: Any,
+    rtol: float = 1e-9,
+    atol: float = 1e-12,
+    what: str = "results",
+    remedy: str | None = None,
 ) -> None:
     """Compare two pytrees leaf by leaf; not-a-numbers are equal."""
     require(_tree.same_structure(got, want), f"{what} of another structure")
@@ -46,7 +52,8 @@ def assert_trees_close(
         try:
             torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
         except AssertionError as error:
-            raise AssertionError(f"{what} that differ: {_numbers(a)} and {_numbers(b)}") from error
+            text = f"{what} that differ: {_numbers(a)} and {_numbers(b)}"
+            raise Fault(text, remedy) from error
 
 
 def assert_same_layout(got: Any, want: Any, what: str = "results") -> None:

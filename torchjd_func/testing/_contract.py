@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random as python_random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,72 @@ from torchjd_func.testing._compare import (
     clone,
     require,
 )
+from torchjd_func.testing._errors import Fault, explained
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def called(case: Case) -> None:
     """The rule can be called, and returns a direction, or a loss, and a state."""
-    x = case.tree(case.sample())
+    try:
+        _called(case, case.tree(case.sample()))
+    except Fault:
+        raise
+    except Exception as error:
+        raise Fault(explained(error), _call_remedy(case, explained(error))) from error
+
+
+def _called(case: Case, x: Any) -> None:
     rule, state = case.start(x)
     got, _ = case.step(rule, x, state)
-    want = (case.sample()[0], x) if case.scalar else _tree.map(lambda leaf: leaf[0], x)
+    want = (_tree.leaves(x)[0].sum(), x) if case.scalar else _tree.map(lambda leaf: leaf[0], x)
     assert_same_layout(got, want)
+    case.observe(rule, x, state)
+    if case.scalar:
+        moved = any(bool((leaf != 0).any()) for leaf in _tree.leaves(got[1]))
+        require(moved, "a loss whose derivative by the losses is 0", _DETACHED)
+
+
+_DETACHED = (
+    "Do not detach the losses, nor round them: jd.grad differentiates the loss. Weights may be "
+    "detached, as in (weights.detach() * losses).sum()."
+)
+_SIGNATURES = (
+    "An `update_fn` is called with (gramian, state, losses) in a jd.Weighting, with (jac, state, "
+    "losses) in a jd.Aggregator, with (losses, state) in a jd.Scalarizer; an `init_fn` with the "
+    "first of these and a key or None; an `observe` with (losses, state)."
+)
+
+
+def _call_remedy(case: Case, text: str) -> str:
+    """Find by trial what a rule that cannot be called needs."""
+    for claims in ({}, {"random": True}, _LOSSES, {"random": True} | _LOSSES):
+        part = replace(case, **claims)
+        said = ", ".join(f"{name}=True" for name in claims)
+        if claims and _works(part):
+            return f"Claim {said}."
+        sizes = [m for m in range(1, 9) if m != case.m and _works(replace(part, m=m))]
+        if sizes:
+            size = f"m={sizes[0]}" if len(sizes) == 1 else f"min_m={sizes[0]}"
+            return f"Claim {', '.join([said, size] if said else [size])}."
+    if _works(case, case.sample()):
+        return (
+            "It takes a matrix, but not a pytree of (m, ...) tensors: apply it to each leaf by "
+            "optree.tree_map(fn, jac)."
+        )
+    return _SIGNATURES if "positional" in text or "keyword" in text else ""
+
+
+_LOSSES = {"needs_losses": True}
+
+
+def _works(case: Case, x: Any = None) -> bool:
+    """Say whether a rule can be called with these claims."""
+    try:
+        _called(case, case.tree(case.sample()) if x is None else x)
+    except Exception:
+        return False
+    return True
 
 
 def purity(case: Case) -> None:
@@ -75,6 +131,7 @@ def state_layout(case: Case) -> None:
     """The state holds tensors, of the same shapes and dtypes from call to call."""
     x = case.tree(case.sample())
     rule, state = case.start(x)
+    require(state is not None, "None as its state", "Return () where nothing is remembered.")
     others = [leaf for leaf in _tree.leaves(state) if not isinstance(leaf, Tensor)]
     require(not others, f"a state that holds {others}")
     assert_same_layout(case.after(rule, x, state), state, what="a later state")
@@ -196,7 +253,7 @@ def single(case: Case) -> None:
         return
     got, _ = case.step(*_with_state(case, x))
     finite = all(bool(leaf.isfinite().all()) for leaf in _tree.leaves(got))
-    require(finite, f"{got} for one objective")
+    require(finite, f"{got} for one objective", _ONE)
     if case.scalar:
         return
     if not case.keeps_direction:
@@ -204,6 +261,12 @@ def single(case: Case) -> None:
         return
     cosine = torch.nn.functional.cosine_similarity(got, x[0], dim=0)
     require(abs(float(cosine) - 1) < 1e-9, f"the cosine {float(cosine)} with the only gradient")
+
+
+_ONE = (
+    "Make it finite for one objective, or raise a ValueError that names the objectives and claim "
+    "the smallest number, min_m=2."
+)
 
 
 def shown(case: Case) -> None:

@@ -100,13 +100,20 @@ def derivative(case: Case) -> None:
         h = 1e-6
         difference = (value(x + h * along) - value(x - h * along)) / (2 * h)
         what = "derivatives and differences"
-        assert_trees_close(slope, difference, 1e-4, 1e-6 + 1e-5 * size, what)
+        assert_trees_close(slope, difference, 1e-4, 1e-6 + 1e-5 * size, what, _CONSTANT)
+
+
+_CONSTANT = (
+    "Some part is held constant: by detach, .item(), torch.no_grad or rounding. Leave it out; or, "
+    "if it is meant, as where weights are detached and losses are not, claim differentiable=False."
+)
 
 
 def non_finite(case: Case) -> None:
     """A gradient that is not finite raises nothing, is seen, and harms no other problem."""
     x = case.sample()
     rule, state = case.start(x)
+    finite = {}
     # Some means of losses have a limit where one is infinite.
     for bad in (torch.nan,) if case.scalar else (torch.nan, torch.inf):
         batch = torch.stack([x, torch.cat([x[:1] * bad, x[1:]])])
@@ -115,6 +122,27 @@ def non_finite(case: Case) -> None:
         want, _ = case.step(rule, x, state)
         fine = _tree.map(lambda leaf: leaf[0], got)
         assert_trees_close(fine, want, 1e-7, 1e-9, "results beside one that is not finite")
-        finite = all(bool(leaf.isfinite().all()) for leaf in _tree.leaves(alone))
-        kind = "the finite result" if finite else "the result"
-        require(finite == case.drops_non_finite, f"{kind} {alone} for a first row of {bad}")
+        finite[bad] = all(bool(leaf.isfinite().all()) for leaf in _tree.leaves(alone))
+    shown = {True: "a finite result", False: "not-a-numbers"}
+    listed = " and ".join(f"{shown[seen]} for a row of {bad}" for bad, seen in finite.items())
+    good = set(finite.values()) == {case.drops_non_finite}
+    require(good, listed, _non_finite_remedy(case.drops_non_finite, list(finite.values())))
+
+
+def _non_finite_remedy(claimed: bool, finite: list[bool]) -> str:
+    """Say what to do about rows that are not finite."""
+    drop = (
+        "take out rows that are not finite before they are used, "
+        "torch.where(rows.isfinite().all(1, keepdim=True), rows, 0), and count the others alone"
+    )
+    if claimed:
+        return f"It claims drops_non_finite=True: {drop}; or leave the claim out, and show them."
+    if any(finite) and not all(finite):
+        cause = (
+            "NaN is left out, and inf is not" if finite[0] else "inf is outvoted, and NaN is not"
+        )
+        return (
+            f"As by a median, {cause}: add 0 * rows.sum(0), which is NaN for both. Or {drop}, and "
+            "claim drops_non_finite=True."
+        )
+    return "Let NaN through, without nan_to_num or branches on it; or claim drops_non_finite=True."

@@ -129,11 +129,10 @@ def bags(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
 
 def vector_or_matrix(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
     """Examples are not on the axis that is summed over."""
-    weight = sources[0]
-    other = shapes["other" if weight == "input" else "input"]
-    summed = len(other) - (2 if weight == "input" and len(other) > 1 else 1)
-    if len(sources) == 1 and len(shapes[weight]) == len(other) == 3:
-        return axis != 2 and shapes[weight][0] in (1, other[0])
-    if len(sources) > 1 or len(shapes[weight]) not in (1, 2):
+    weight, other = shapes[sources[0]], shapes["other" if sources[0] == "input" else "input"]
+    summed = len(other) - (2 if sources[0] == "input" and len(other) > 1 else 1)
+    if len(sources) == 1 and len(weight) == len(other) == 3:
+        return axis != 2 and weight[:1] in ((1,), other[:1])
+    if len(sources) > 1 or len(weight) not in (1, 2):
         return False
-    return axis is None or (axis != summed and (axis < summed or len(shapes[weight]) == 2))
+    return axis is None or (axis != summed and (axis < summed or len(weight) == 2))

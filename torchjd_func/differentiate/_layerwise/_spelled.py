@@ -61,11 +61,12 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Divide gradients by counts of indices; torch counts those of all examples (torch 2.13)."""
-    given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
+    given: dict[str, Any] = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
     if not given.get("scale_grad_by_freq") or given["input"].is_floating_point():
         return func(*args, **kwargs)
     index, weight = given["input"], given["weight"]
-    out = F.embedding(**given | {"scale_grad_by_freq": False})
+    given["scale_grad_by_freq"] = False
+    out = F.embedding(**given)
     ones = torch.ones_like(index, dtype=weight.dtype).flatten()
     counts = weight.new_zeros(len(weight)).index_add(0, index.flatten(), ones)
     fixed = out.detach()
