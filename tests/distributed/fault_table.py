@@ -27,7 +27,7 @@ from tests.short import SHORT
 from torchjd_func import _tree
 
 TIMEOUT = 1.0  # seconds, of the collectives of a group
-SLOW = 60.0  # seconds, that a process may take to compile
+SLOW = 240.0  # seconds, that a process may take to compile
 KINDS = ("data_parallel", "across_workers", "scalarizer", "sharded", "gathered", "mean")
 ANSWERED = ("nan", "m", "shapes", "uneven", "present", "size", "skip")  # by all processes
 ENDED = ("kill", "stop")
