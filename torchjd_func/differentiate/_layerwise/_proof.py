@@ -79,6 +79,7 @@ def _tolerance(found: Layers, leaf: int) -> tuple[float, float]:
 def _gap(weights: Tensor, matrix: Tensor, own: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
     """Return how far a leaf is from its plain gradient, and the size of the terms."""
     own, plain = (_tree.real(x).flatten().to(matrix.dtype) for x in (own, plain))
+    weights = weights.to(matrix.dtype)
     length = plain.norm()
     scale = length + weights.abs() @ matrix.diagonal().clamp(min=0).sqrt()
     squares = (weights @ matrix @ weights - length**2).abs() / torch.where(scale > 0, scale, 1)
