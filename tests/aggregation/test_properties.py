@@ -102,7 +102,8 @@ def test_permutation_equivariant(name, data):
     want = run(method, jac, len(jac), losses=losses)
     shuffled = None if losses is None else losses[order]
     got = run(method, jac[order], len(jac), losses=shuffled)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7 * float(jac.norm()))
+    # Rounding, which config_momentum divides by 1e-8 where the direction is zero.
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(jac.norm()))
 
 
 @pytest.mark.parametrize("name", [n for n in others("equivariant") if not METHODS[n].random])

@@ -67,7 +67,7 @@ def _update(
     late = torch.where(state.baseline > 0, state.baseline, excess)
     baseline = torch.where(warm_up, average, late)
 
-    relative = excess / baseline.clamp(min=torch.finfo(baseline.dtype).tiny)  # 0 where both are
+    relative = torch.where(baseline > 0, excess / torch.where(baseline > 0, baseline, 1.0), 0.0)
     moved = state.log_weights + torch.where(warm_up, 0.0, robust_step_size * relative)
     log_weights = torch.log_softmax(_present.only(present, moved, -torch.inf), dim=0)
     weights = log_weights.exp().to(statistic_like(jac).dtype)
@@ -94,8 +94,10 @@ def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
 
 def _excess_of_block(rows: Tensor, squares: Tensor, *, eps: float | Tensor) -> Tensor:
     """Return the share of some columns in `E`."""
+    if isinstance(eps, Tensor) or eps > 0:
+        squares = squares + eps
     # Where nothing was seen the numerator is 0 as well.
-    scale = (squares + at_least(eps, torch.finfo(squares.dtype).tiny)).rsqrt()
+    scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
     return (rows.square() * scale).sum(dim=1).to(torch.float64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,26 +33,32 @@ def as_it_is(x: Any) -> Any:
 
 
 def pull_rows(
-    pullback: Callable[[Tensor], Any],
-    cotangents: Tensor,
+    pullback: Callable[[Any], Any],
+    cotangents: PyTree,
     chunk_size: int | None,
     own: Callable[[Any], Any] = as_it_is,
 ) -> PyTree:
-    """Pull `(k, m)` cotangents back, `chunk_size` at a time; 1 is a loop, without vmap."""
+    """Pull `(k, ...)` cotangents back, `chunk_size` at a time; 1 is a loop, without vmap."""
     if chunk_size == 1:
-        return _tree.stack([own(pullback(row)) for row in cotangents.unbind()])
-    chunks = cotangents.split(chunk_size or len(cotangents))
+        return _tree.stack([own(pullback(row)) for row in _cut(cotangents, torch.unbind)])
+    chunks = _cut(cotangents, lambda x: x.split(chunk_size or len(x)))
     return _tree.cat([own(_mapped(pullback, chunk)) for chunk in chunks])
 
 
-def _mapped(pullback: Callable[[Tensor], Any], cotangents: Tensor) -> PyTree:
+def _cut(tree: PyTree, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[PyTree]:
+    """Cut all leaves alike, and return the trees of the parts."""
+    flat, rebuild = _tree.flatten(tree)
+    return [rebuild(list(parts)) for parts in zip(*map(cut, flat), strict=True)]
+
+
+def _mapped(pullback: Callable[[Any], Any], cotangents: PyTree) -> PyTree:
     """Map a pullback over cotangents; where torch can pull back one alone, say what to do."""
     if torch.compiler.is_compiling():
         return vmap(pullback)(cotangents)
     try:
         return vmap(pullback)(cotangents)
     except RuntimeError as error:
-        pullback(cotangents[0])
+        pullback(_cut(cotangents, torch.unbind)[0])
         _check.unmapped(error)
 
 

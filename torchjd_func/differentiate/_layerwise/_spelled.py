@@ -51,8 +51,27 @@ def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None =
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
 
 
+def _prelu(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Spell `F.prelu` out where it is mapped, since its gradient is wrong mapped twice (2.13)."""
+    # Nowhere else: at 0 torch pushes forward as for positive numbers, and back as for negative.
+    given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+    return prelu(**given) if any(map(_is_mapped, given.values())) else func(*args, **kwargs)
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Say whether a tensor hides a dimension that vmap maps over."""
+    if torch.compiler.is_compiling():  # which cannot look
+        return True
+    inner = torch.func.debug_unwrap(x, recurse=False)
+    while inner is not x:
+        if inner.ndim != x.ndim:
+            return True
+        x, inner = inner, torch.func.debug_unwrap(inner, recurse=False)
+    return False
+
+
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Spell `F.prelu` out, whose gradient is wrong where it is mapped twice (torch 2.13)."""
+    """Return what `F.prelu` does."""
     shape = [1] * input.ndim
     if weight.numel() > 1:
         shape[1] = weight.numel()
@@ -133,13 +152,13 @@ _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_
 _AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ index_reduce")
 _MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(named("prelu").functions, prelu),
     **dict.fromkeys(named("select_scatter").functions, written),
     torch.cdist: distances,
     Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
 }
 _AROUND: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
     **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(named("prelu").functions, _prelu),
     **dict.fromkeys(_AT_INDEX.functions, _at_index),
     **dict.fromkeys(named("flip roll").functions, _moved),
     F.embedding: _embedding,
