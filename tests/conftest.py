@@ -17,6 +17,11 @@ torch.set_num_threads(1)
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
+def pytest_collection_modifyitems(items):
+    """Run notebooks first: one that is left to the end keeps a worker when others have none."""
+    items.sort(key=lambda item: item.path.suffix != ".ipynb")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Each device that there is."""
