@@ -70,16 +70,22 @@ def plain(net: nn.Sequential, x: Tensor) -> Usage:
     return measured(step, forget, model, net)
 
 
-def ours(net: nn.Sequential, x: Tensor, rule: jd.Aggregator, chunk_size: int | None) -> Usage:
-    """Measure the direction of a rule."""
-    model, skeleton = split(net), copy.deepcopy(net).to("meta")
-    params, kept = dict(model.named_parameters()), []
+def losses_of(net: nn.Sequential) -> Callable[..., Tensor]:
+    """Return the losses as a function of whole parameters and a batch."""
+    skeleton = copy.deepcopy(net).to("meta")
 
     def losses(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Return the losses of whole parameters."""
+        """Call the network with these parameters."""
         return functional_call(skeleton, params, (x,)).square().mean(0)
 
-    run = jd.grad(jd.distributed.sharded(losses), rule, chunk_size=chunk_size)
+    return losses
+
+
+def ours(net: nn.Sequential, x: Tensor, rule: jd.Aggregator, chunk_size: int | None) -> Usage:
+    """Measure the direction of a rule."""
+    model, kept = split(net), []
+    params = dict(model.named_parameters())
+    run = jd.grad(jd.distributed.sharded(losses_of(net)), rule, chunk_size=chunk_size)
     return measured(lambda: kept.append(run(None, params, x)), kept.clear, model, net)
 
 

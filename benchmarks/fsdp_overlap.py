@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -31,10 +30,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.func import functional_call
 
 import torchjd_func as jd
-from benchmarks.fsdp_memory import network, split
+from benchmarks.fsdp_memory import losses_of, network, split
 from torchjd_func import _tree
 from torchjd_func.distributed import _collectives
 
@@ -87,14 +85,8 @@ WAYS = {"waits at once": at_once, "waits at the end": behind, "exchanges nothing
 def measure(batch: int) -> dict[str, list[float]]:
     """Return the times of a step each way, in turns."""
     net = network(WIDTH, LAYERS)
-    skeleton, x = copy.deepcopy(net).to("meta"), torch.randn(batch, WIDTH)
-    params = dict(split(net).named_parameters())
-
-    def losses(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Return the losses of whole parameters."""
-        return functional_call(skeleton, params, (x,)).square().mean(0)
-
-    step = jd.grad(jd.distributed.sharded(losses), jd.upgrad(), chunk_size=1)
+    params, x = dict(split(net).named_parameters()), torch.randn(batch, WIDTH)
+    step = jd.grad(jd.distributed.sharded(losses_of(net)), jd.upgrad(), chunk_size=1)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(ROUNDS):
         for name, way in WAYS.items():

@@ -292,16 +292,18 @@ def _mutation(after: Any, before: Any) -> str | None:
     return None
 
 
-def faults(n: int, seed: int) -> list[tuple[int, str, str]]:
+def faults(
+    n: int, seed: int, draw: Callable[[int], Call] = draw_call
+) -> list[tuple[int, str, str]]:
     """Return seeds, calls and faults of `n` calls."""
     seeds = range(seed * 1_000_000, seed * 1_000_000 + n)
-    calls = [(at, draw_call(at)) for at in seeds]
+    calls = [(at, draw(at)) for at in seeds]
     return [(at, call.shown(), text) for at, call in calls if (text := fault(call))]
 
 
-def main() -> None:
+def main(about: str | None, faults: Callable[[int, int], list[tuple[int, str, str]]]) -> None:
     """Print the faults, and how many there are of each kind."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--n", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -313,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, faults)

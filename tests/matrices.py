@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchjd_func.testing._matrices import KINDS, conflict, matrix
 
-__all__ = ["KINDS", "all_matrices", "conflict", "jacobians", "matrix"]
+__all__ = ["KINDS", "all_matrices", "balanced", "conflict", "jacobians", "matrix"]
 
 A = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 B = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [-1.0, -1.0, 3.0]], dtype=torch.float64)
@@ -27,6 +27,12 @@ SIZES = ((1, 3), (2, 2), (2, 5), (3, 2), (3, 7), (4, 3), (5, 20))
 def all_matrices() -> list[tuple[str, Tensor]]:
     """Return every kind at every size, with names for test ids."""
     return [(f"{kind}-{m}x{n}", matrix(kind, m, n)) for kind in KINDS for m, n in SIZES]
+
+
+def balanced(m: int, n: int, noise: float, seed: int) -> Tensor:
+    """Return rows of which a positive combination is nearly zero."""
+    rows = matrix("gaussian", m, n, seed)
+    return torch.cat([-rows[1:].mean(0, keepdim=True) + noise * rows[:1], rows[1:]])
 
 
 @st.composite

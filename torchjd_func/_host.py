@@ -61,12 +61,17 @@ def plain(*values: Any) -> bool:
 
 def _constant(value: Any) -> bool:
     """Say whether nothing but `torch.func.vmap` is watching a value."""
-    while isinstance(value, Tensor) and not torch.compiler.is_compiling():
-        inner = torch.func.debug_unwrap(value, recurse=False)
-        if inner is value or inner.ndim == value.ndim:  # mapped, it has a dimension more inside
-            break
-        value = inner
-    return plain(value)
+    looks_in = isinstance(value, Tensor) and not torch.compiler.is_compiling()
+    return plain(whole_batch(value) if looks_in else value)
+
+
+def whole_batch(x: Tensor) -> Tensor:
+    """Return the batch that a tensor is one of in `torch.func.vmap`, however deep; not compiled."""
+    # The wrappers of grad, vjp and jvp have as many dimensions as what they wrap.
+    inner = torch.func.debug_unwrap(x, recurse=False)
+    while inner is not x and inner.ndim == x.ndim + 1:
+        x, inner = inner, torch.func.debug_unwrap(inner, recurse=False)
+    return x
 
 
 def _watched(x: Tensor) -> bool:
@@ -127,6 +132,11 @@ def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
 def to(value: Tensor, like: Tensor) -> Tensor:
     """Return a tensor in the dtype and on the device of another one."""
     return value.to(like, non_blocking=like.is_cuda)  # what is on the host need not wait
+
+
+def number(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a number as a 0-d tensor in the dtype and on the device of another one."""
+    return to(value, like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def constant(x: Array) -> Array:

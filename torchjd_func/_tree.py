@@ -60,11 +60,6 @@ class Named(NamedTuple):
         return f"{{{', '.join(shown)}}}"
 
 
-def number(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return `value` as a 0-d tensor in the dtype and on the device of another one."""
-    return _host.to(value, like) if isinstance(value, Tensor) else like.new_full((), value)
-
-
 def hollow(node: PyTree) -> bool:
     """Say whether `node` is an empty dict, or one of such; optree's do not compile (torch 2.13)."""
     return isinstance(node, dict) and all(hollow(child) for child in node.values())
@@ -105,6 +100,12 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
         return node if hollow(node) else fn(node, *others)
 
     return optree.tree_map(apply, tree, *rest, is_leaf=hollow)
+
+
+def cut(fn: Callable[[Any], Sequence[Any]], tree: PyTree) -> list[PyTree]:
+    """Cut all leaves alike, and return the trees of the parts."""
+    flat, rebuild = flatten(tree)
+    return [rebuild(parts) for parts in zip(*(fn(leaf) for leaf in flat), strict=True)]
 
 
 def paths(tree: PyTree) -> list[str]:

@@ -65,9 +65,8 @@ def unstack(tree: PyTree) -> list[PyTree]:
         >>> jd.ensemble.unstack({"w": torch.tensor([[0.0, 1.0], [2.0, 3.0]])})
         [{'w': tensor([0., 1.])}, {'w': tensor([2., 3.])}]
     """
-    flat, rebuild = _tree.flatten(tree)
-    _check.same_members(_tree.paths(tree), flat)
-    return [rebuild(list(parts)) for parts in zip(*(leaf.unbind() for leaf in flat), strict=True)]
+    _check.same_members(_tree.paths(tree), _tree.leaves(tree))
+    return _tree.cut(Tensor.unbind, tree)
 
 
 def init(fn: Callable[[Tensor], PyTree], key: Tensor, k: int) -> PyTree:

@@ -8,10 +8,8 @@ both cases it leaves its arguments and the global generators alone, and does not
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import random
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import torchjd_func as jd
-from tests import registry, scalarizer_registry, wrong
-from tests.fuzz import Call, Draw, fault
+from tests import fuzz, registry, scalarizer_registry, wrong
+from tests.fuzz import Call, Draw, main
 
 PATIENCE = 300.0  # seconds, after which the tracebacks of a run that hangs are printed
 WRAPPERS = ("data_parallel", "across_workers")
@@ -182,26 +180,11 @@ def faults(n: int, seed: int) -> list[tuple[int, str, str]]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     try:
-        seeds = range(seed * 1_000_000, seed * 1_000_000 + n)
-        calls = [(at, draw_call(at)) for at in seeds]
-        return [(at, call.shown(), text) for at, call in calls if (text := fault(call))]
+        return fuzz.faults(n, seed, draw_call)
     finally:
         faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()
 
 
-def main() -> None:
-    """Print the faults, and how many there are of each kind."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    found = faults(options.n, options.seed)
-    for at, call, text in found:
-        print(f"{at}: {call}\n    {text}")
-    kinds = Counter(text.split(":")[0] for _, _, text in found)
-    print(f"{len(found)} faults in {options.n} calls: {dict(kinds)}")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, faults)

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 import torchjd_func as jd
 from tests import workers
+from tests.distributed.test_sharded import whole
 from tests.helpers import assert_trees_close
 from tests.readme import MANUAL, between, show_or_write
-from torchjd_func import _tree
 
 PAGE = MANUAL / "howto/several_processes.md"
 START, END = "<!-- tensor-parallel: begin -->", "<!-- tensor-parallel: end -->"
@@ -93,11 +93,6 @@ def of_the_module(layout, x):
             other(x).square().mean(0), other, jd.upgrad()
         ),
     }
-
-
-def whole(tree):
-    """Return plain tensors."""
-    return _tree.map(lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x, tree)
 
 
 @functools.cache

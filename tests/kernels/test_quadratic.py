@@ -5,7 +5,7 @@ import torch
 
 import torchjd_func as jd
 from tests import oracles
-from tests.matrices import KINDS, matrix
+from tests.matrices import KINDS, balanced, matrix
 
 pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
 
@@ -22,12 +22,6 @@ def solve(gramian, linear, ridge=RIDGE):
     matrices = gramian.unsqueeze(0).to(DEVICE)
     z, free, sound, *_ = quadratic.solve_kernel(matrices, linear.to(DEVICE), ridge, TOL)
     return z.cpu(), free.cpu(), sound.cpu()
-
-
-def balanced(m, n, noise, seed):
-    """Return rows of which a positive combination is nearly zero."""
-    rows = matrix("gaussian", m, n, seed)
-    return torch.cat([-rows[1:].mean(0, keepdim=True) + noise * rows[:1], rows[1:]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.matrices import KINDS, matrix
+from tests.matrices import KINDS, balanced, matrix
 from torchjd_func.linalg import _interior
 from torchjd_func.linalg._device import on_device
 from torchjd_func.linalg._search import on_host
@@ -15,12 +15,6 @@ RIDGE = 1e-11
 def solve(matrices, vectors, ridge=RIDGE):
     """Solve problems that broadcast; return value, support, flags, steps, dependence."""
     return on_device(_interior.minimise, matrices, vectors, ridge)
-
-
-def balanced(m, n, noise, seed):
-    """Return rows of which a positive combination is nearly zero."""
-    rows = matrix("gaussian", m, n, seed)
-    return torch.cat([-rows[1:].mean(0, keepdim=True) + noise * rows[:1], rows[1:]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

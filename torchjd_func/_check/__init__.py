@@ -29,6 +29,7 @@ from torchjd_func._check._distributed import (
 from torchjd_func._check._interop import (
     apart,
     assignable,
+    grads_by_name,
     independent_feature,
     leaf_parameter,
     local,

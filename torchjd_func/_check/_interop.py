@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchjd_func._check._messages import at, describe, fail
+from torchjd_func._check._objectives import names
 
 REDUCERS = {
     "DistributedDataParallel": (
@@ -57,6 +58,14 @@ def trainable(params: Sequence[Any]) -> None:
         )
         rule = "hold parameters that require a gradient"
         fail(ValueError, "`target`", rule, "none", remedy)
+
+
+def grads_by_name(value: Any, params: Iterable[str]) -> None:
+    """Check that gradients of a module have names of its parameters."""
+    if not isinstance(value, Mapping):
+        remedy = "Unpack what the step returned: grads, losses, state = step(...)."
+        fail(TypeError, "`grads`", "be a dict by name", describe(value), remedy)
+    names("grads", value, params, partly=True)
 
 
 def assignable(path: str, param: Tensor, grad: Any) -> None:

@@ -108,10 +108,9 @@ def recurrent(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, str
 
 def lent(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Warn if parameters that are held somewhere are no longer those of the module."""
+    own = dict(model.named_parameters()) if parameters else {}
     for name, parameter in parameters.items():
-        owner, _, attribute = name.rpartition(".")
-        own = model.get_submodule(owner)._parameters.get(attribute)
-        if isinstance(own, nn.Parameter) and place(own) != place(parameter):
+        if isinstance(own.get(name), nn.Parameter) and place(own[name]) != place(parameter):
             warnings.warn(
                 f"{name!r} of the module no longer shares memory with the parameters that "
                 "jd.functionalize returned: model.to(...), .double(), load_state_dict(assign=True) "

@@ -229,11 +229,7 @@ def divisible(leaf: Any, dim: int, n: int) -> None:
 def names(kind: str, given: Any, expected: Iterable[str], *, partly: bool = False) -> None:
     """Check that there is a mapping, by these names, or by some of them."""
     if not isinstance(given, Mapping):
-        remedy = (
-            "Unpack what the step returned: grads, losses, state = step(...)."
-            if kind == "grads"
-            else "Pass it by name, and all arguments, as in apply(params, buffers, x)."
-        )
+        remedy = "Pass it by name, and all arguments, as in apply(params, buffers, x)."
         fail(TypeError, f"`{kind}`", "be a dict by name", describe(given), remedy)
     missing = [] if partly else sorted(set(expected) - set(given), key=str)
     unknown = sorted(set(given) - set(expected), key=str)

@@ -26,13 +26,8 @@ def claims(given: Iterable[str], known: Iterable[str]) -> None:
 def claim_value(name: str, value: Any, default: Any) -> None:
     """Check the value of a claim."""
     if isinstance(default, bool) and not isinstance(value, bool):
-        fail(
-            TypeError,
-            f"`{name}`",
-            "be True or False",
-            repr(value),
-            "Claim it, or leave it out.",
-        )
+        remedy = "Claim it, or leave it out."
+        fail(TypeError, f"`{name}`", "be True or False", repr(value), remedy)
     if name == "observes":
         choice(name, value, ("", "losses", "nothing"))
     if name == "degree" and value is not None and type(value) not in (int, float):

@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchjd_func._kernels.pivoting import _minimise, options, padded, warps
-from torchjd_func.linalg._pivoting import PIVOTS
+from torchjd_func.linalg import _pivoting
 
-# Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
-DEPENDENT_PIVOT = tl.constexpr(1e3)
+DEPENDENT_PIVOT = tl.constexpr(_pivoting.DEPENDENT_PIVOT)
 
 
 @triton.jit(do_not_specialize=["m", "per", "LIMIT"])
@@ -107,5 +106,5 @@ def launch(
     per, size = p // len(matrices), padded(m)
     problems = matrices.contiguous(), vectors.contiguous()
     kernel: Any = _solve
-    sizes = m, per, PIVOTS * (m + 1), tol, ridge, size, drive
+    sizes = m, per, _pivoting.PIVOTS * (m + 1), tol, ridge, size, drive
     kernel[p,](*problems, *results, *sizes, **options(warps(size)))

@@ -88,7 +88,7 @@ def _rescaled(weights: Tensor, c: float | Tensor, rescale: str | None) -> Tensor
 def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     """Return two candidates `(2, m)` as constants, see `_cagrad_search`."""
     wide = gramian.detach().double()
-    radius = _tree.number(c, wide).detach()
+    radius = _host.number(c, wide).detach()
     pushed = products_with(wide, shares, torch.finfo(gramian.dtype).eps)
     return find(wide, shares, pushed, radius, ridge_of(gramian.dtype))
 
@@ -176,8 +176,9 @@ def cagrad(
     Args:
         c: Radius of the ball, relative to $\lVert g_0 \rVert$, at least 0. A tensor may be vmapped
             or changed without recompiling.
-        preference: `b`, `(m,)`, or a dict by the names of the losses; uniform weights `1/m` by
-            default. All objectives count for the worst improvement, also those with a 0.
+        preference: `b`, `(m,)`, a tensor or list in the order of the losses (of a dict: of their
+            sorted names), or a dict by these names; uniform weights `1/m` by default. All
+            objectives count for the worst improvement, also those with a 0.
         rescale: Divide the result by `"1+c^2"`, as the authors' experiments do, or by `"1+c"`, as
             their toy example; `None`, nothing, as in the paper.
 

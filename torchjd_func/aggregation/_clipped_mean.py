@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _host, _present
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._types import Aggregator
 
@@ -23,7 +23,7 @@ def _clipped(
     squares = statistic.diagonal()
     positive = squares > 0
     norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-    limit = _tree.number(max_norm, norms)
+    limit = _host.number(max_norm, norms)
     scales = torch.where(norms > limit, limit / torch.where(norms > limit, norms, 1.0), 1.0)
     return scales * _present.uniform(present, statistic)
 

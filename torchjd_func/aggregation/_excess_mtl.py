@@ -62,7 +62,7 @@ def _update(
     squares = _tree.map(_accumulate, state.squares, jac)
     excess = _excess(jac, squares, eps)
     # The first call always is a warm-up: nothing precedes it that it could be compared with.
-    warm_up = state.visits < at_least(n_warmup_steps, 1)
+    warm_up = (state.visits < n_warmup_steps) | (state.visits == 0)
     average = state.baseline + (excess - state.baseline) / (state.visits + 1)
     late = torch.where(state.baseline > 0, state.baseline, excess)
     baseline = torch.where(warm_up, average, late)
@@ -99,11 +99,6 @@ def _excess_of_block(rows: Tensor, squares: Tensor, *, eps: float | Tensor) -> T
     # Where nothing was seen the numerator is 0 as well.
     scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
     return (rows.square() * scale).sum(dim=1).to(torch.float64)
-
-
-def at_least(x: float | Tensor, low: float) -> float | Tensor:
-    """Return a number, or `low` if that is more."""
-    return x.clamp(min=low) if isinstance(x, Tensor) else max(x, low)
 
 
 def excess_mtl(

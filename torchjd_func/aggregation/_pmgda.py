@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _host, _present
 from torchjd_func._lift import no_state, weighted
 from torchjd_func._names import Vector
 from torchjd_func._tree import Numbers
@@ -106,7 +106,7 @@ def _correct(gramian: Tensor, eta: Tensor, sigma: float | Tensor, present: Tenso
     )
     simplex = torch.cat([ones, ones.new_ones(1)]).unsqueeze(0)
     matrix = torch.cat([torch.cat([cosines, simplex]), slacks, free], dim=-1)
-    rate = _tree.number(sigma, eta).unsqueeze(-1)
+    rate = _host.number(sigma, eta).unsqueeze(-1)
     right = torch.cat([eta.new_zeros(m), rate, eta.new_ones(1)])
     objective = torch.cat([eta.new_zeros(2 * m + 2), eta.new_ones(1)])
     weights = linear_program(objective, matrix, right, n_free=1).value[: m + 1]

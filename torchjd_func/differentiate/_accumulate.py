@@ -222,14 +222,12 @@ def accumulate(
 
 def _chunks(arg: PyTree, dim: int | None, n: int) -> list[PyTree]:
     """Return one argument for each microbatch."""
-    if dim is None:
+    if dim is None or not _tree.leaves(arg):
         return [arg] * n
-    leaves, rebuild = _tree.flatten(arg)
-    parts = [_chunk(leaf, dim, n) for leaf in leaves]
-    return [rebuild([part[k] for part in parts]) for k in range(n)]
+    return _tree.cut(partial(_chunk, dim=dim, n=n), arg)
 
 
-def _chunk(leaf: Tensor, dim: int, n: int) -> tuple[Tensor, ...]:
+def _chunk(leaf: Tensor, *, dim: int, n: int) -> tuple[Tensor, ...]:
     """Cut one tensor into equal parts."""
     _check.divisible(leaf, dim, n)
     return leaf.chunk(n, dim)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import debug_unwrap
 
 from torchjd_func import _tree
+from torchjd_func._host import whole_batch
 
 PyTree = Any
 
@@ -33,9 +34,6 @@ def detach_plain(x: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients."""
-    # The wrappers of grad, vjp and jvp have as many dimensions as what they wrap: these are left
-    # alone, since detaching them would cut what is tracked.
-    inner = debug_unwrap(x, recurse=False)
-    while inner is not x and inner.ndim == x.ndim + 1:
-        x, inner = inner, debug_unwrap(inner, recurse=False)
-    return inner is x and x.requires_grad
+    # What grad, vjp and jvp wrap is left alone, since detaching would cut what is tracked.
+    batch = whole_batch(x)
+    return debug_unwrap(batch, recurse=False) is batch and batch.requires_grad

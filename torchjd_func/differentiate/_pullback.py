@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,15 +40,9 @@ def pull_rows(
 ) -> PyTree:
     """Pull `(k, ...)` cotangents back, `chunk_size` at a time; 1 is a loop, without vmap."""
     if chunk_size == 1:
-        return _tree.stack([own(pullback(row)) for row in _cut(cotangents, torch.unbind)])
-    chunks = _cut(cotangents, lambda x: x.split(chunk_size or len(x)))
+        return _tree.stack([own(pullback(row)) for row in _tree.cut(torch.unbind, cotangents)])
+    chunks = _tree.cut(lambda x: x.split(chunk_size or len(x)), cotangents)
     return _tree.cat([own(_mapped(pullback, chunk)) for chunk in chunks])
-
-
-def _cut(tree: PyTree, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[PyTree]:
-    """Cut all leaves alike, and return the trees of the parts."""
-    flat, rebuild = _tree.flatten(tree)
-    return [rebuild(list(parts)) for parts in zip(*map(cut, flat), strict=True)]
 
 
 def _mapped(pullback: Callable[[Any], Any], cotangents: PyTree) -> PyTree:
@@ -58,7 +52,7 @@ def _mapped(pullback: Callable[[Any], Any], cotangents: PyTree) -> PyTree:
     try:
         return vmap(pullback)(cotangents)
     except RuntimeError as error:
-        pullback(_cut(cotangents, torch.unbind)[0])
+        pullback(_tree.cut(torch.unbind, cotangents)[0])
         _check.unmapped(error)
 
 

@@ -67,7 +67,7 @@ def pairs(target: PyTree, grads: PyTree, path: str = "") -> Iterator[tuple[str, 
     if isinstance(target, nn.Module):
         params = dict(target.named_parameters(remove_duplicate=False))
         chosen = dict.fromkeys(params) if grads is None else grads
-        _check.names("grads", chosen, params, partly=True)
+        _check.grads_by_name(chosen, params)
         yield from ((start + name, params[name], grad) for name, grad in chosen.items())
     elif below is not None:
         parts = dict.fromkeys(below) if grads is None else _children(grads)

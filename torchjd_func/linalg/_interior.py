@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _host
 from torchjd_func.linalg._dense import factor_on, solve_factored, solve_on, times
-from torchjd_func.linalg._pivoting import CHANGED, REFINEMENTS, SIGN_TOL
+from torchjd_func.linalg._pivoting import CHANGED, DEPENDENT_PIVOT, REFINEMENTS, SIGN_TOL
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Steps of the interior point (12 to 25 do), and the mean product of unknowns and slopes that ends.
@@ -27,8 +27,6 @@ BOUNDARY = 0.995
 EXCHANGES = 4
 # Numbers in the matrices of the problems that are solved at a time: 1 GB.
 BLOCK = 2**27
-# Pivots of a unit diagonal, over the ridge, below which rows count as dependent.
-DEPENDENT_PIVOT = 1e3
 
 
 class Program(NamedTuple):

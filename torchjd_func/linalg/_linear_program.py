@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.linalg._nnqp import Solution
-from torchjd_func.linalg._search import align
+from torchjd_func.linalg._search import align_all
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Up to this many bases all are tried; beyond, the simplex method walks.
@@ -167,8 +167,7 @@ def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]
 @lp_basis.register_vmap
 def _vmap(info: Any, in_dims: Any, c: Tensor, a: Tensor, b: Tensor, n_free: int) -> Any:
     """Solve one larger batch."""
-    parts = align(in_dims, c, a, b)
-    return lp_basis(*(x.expand(info.batch_size, *x.shape[1:]) for x in parts), n_free), (0, 0)
+    return lp_basis(*align_all(info.batch_size, in_dims, c, a, b), n_free), (0, 0)
 
 
 def _simplex(c: np.ndarray, a: np.ndarray, b: np.ndarray, n_free: int) -> tuple[np.ndarray, int]:

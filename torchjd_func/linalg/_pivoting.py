@@ -46,6 +46,8 @@ from torchjd_func.linalg._systems import (
 SIGN_TOL = 1e-12
 # Exchanges without improvement before block exchange gives up.
 PATIENCE = 3
+# Pivots of a unit diagonal, over the ridge, below which rows count as dependent on a device.
+DEPENDENT_PIVOT = 1e3
 # Ridges (of a unit diagonal) whose supports lead to that for the last.
 LEADING = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 # Pivots for each unknown before the driving-variable method gives up.

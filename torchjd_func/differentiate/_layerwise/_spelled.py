@@ -63,11 +63,7 @@ def _is_mapped(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which cannot look
         return True
     inner = torch.func.debug_unwrap(x, recurse=False)
-    while inner is not x:
-        if inner.ndim != x.ndim:
-            return True
-        x, inner = inner, torch.func.debug_unwrap(inner, recurse=False)
-    return False
+    return inner is not x and (inner.ndim > x.ndim or _is_mapped(inner))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
