@@ -57,6 +57,7 @@ class Case:
         tol: Relative tolerance.
         fails: `{(route, mode): message}`, where `"*"` stands for any.
         slow: Routes on which torch has no batching rule, loops instead, and warns.
+        rows: Whether layer by layer, too, its rows cost one backward pass for each loss.
         instead: What to use where it is slow or an error.
     """
 
@@ -70,6 +71,7 @@ class Case:
     tol: float = 1e-9
     fails: dict[tuple[str, str], str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
+    rows: bool = False
     instead: str = ""
 
     def message(self, route: str, mode: str) -> str | None:
@@ -194,6 +196,7 @@ def recurrent(kind: Callable[..., nn.Module]) -> Case:
         lambda: kind(5, 4, batch_first=True),
         features(2, 3, 5),
         fails={(ANY, "compiled"): "`model` must be a module that torch.compile can capture"},
+        rows=True,
         instead=f"compiled: a loop over `{getattr(kind, '__name__', kind)}Cell`",
     )
 
@@ -217,9 +220,9 @@ CASES = {
     "`RNN`": recurrent(nn.RNN),
     "`LSTM`": recurrent(nn.LSTM),
     "`GRU`": recurrent(nn.GRU),
-    "`RNNCell` in a loop": Case(lambda: Cells(nn.RNNCell), features(2, 3, 5)),
-    "`LSTMCell` in a loop": Case(lambda: Cells(nn.LSTMCell), features(2, 3, 5)),
-    "`GRUCell` in a loop": Case(lambda: Cells(nn.GRUCell), features(2, 3, 5)),
+    "`RNNCell` in a loop": Case(lambda: Cells(nn.RNNCell), features(2, 3, 5), rows=True),
+    "`LSTMCell` in a loop": Case(lambda: Cells(nn.LSTMCell), features(2, 3, 5), rows=True),
+    "`GRUCell` in a loop": Case(lambda: Cells(nn.GRUCell), features(2, 3, 5), rows=True),
     "`MultiheadAttention`": Case(
         lambda: Attention(False),
         features(2, 3, 4),
@@ -249,8 +252,8 @@ CASES = {
         slow=("jacobian",),
         instead="`chunk_size=1`",
     ),
-    "physics losses (derivatives inside)": Case(Physics, lambda: (torch.rand(4, 1),)),
-    "complex parameters": Case(Complex),
+    "physics losses (derivatives inside)": Case(Physics, lambda: (torch.rand(4, 1),), rows=True),
+    "complex parameters": Case(Complex, rows=True),
     "float32": Case(lambda: mlp(nn.Tanh()), dtype=torch.float32, tol=1e-4),
     "bfloat16 by `cast_floating`": Case(lambda: mlp(nn.Tanh()), dtype=torch.bfloat16, tol=0.1),
     "float16 by `cast_floating`, `loss_scale`": Case(

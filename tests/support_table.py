@@ -20,15 +20,23 @@ def cell(case: Case, route: str, mode: str) -> str:
     return "slow" if route in case.slow else "yes"
 
 
+def cost(case: Case) -> str:
+    """Say what the route layer by layer works with."""
+    if case.message("layerwise", "eager") is not None:
+        return ""
+    return "rows" if case.rows else "factors"
+
+
 def row(name: str, case: Case) -> str:
     """Return one line of the table."""
     cells = [cell(case, route, mode) for route in ROUTES for mode in MODES]
-    return "| " + " | ".join([name, *cells, case.instead]) + " |"
+    return "| " + " | ".join([name, *cells, cost(case), case.instead]) + " |"
 
 
 def table() -> str:
     """Return the whole table in Markdown."""
-    columns = ["what", *(f"`{route}`, {mode}" for route in ROUTES for mode in MODES), "instead"]
+    columns = ["what", *(f"`{route}`, {mode}" for route in ROUTES for mode in MODES)]
+    columns += ["`layerwise` works with", "instead"]
     head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join([*head, *(row(name, case) for name, case in CASES.items())])
 

@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
+import torchjd_func as jd
 from tests.helpers import assert_trees_close, compiled
-from tests.modules import CASES, MODES, ROUTES, by_loops, step_of
+from tests.modules import CASES, MODES, ROUTES, by_loops, objective_of, step_of
 from torchjd_func import _tree
 
 
@@ -47,6 +48,15 @@ def test_routes_that_torch_loops_over_are_those_of_the_table(name):
                 run(name, route, "eager")
             warned = any("performance drop" in str(warning.message) for warning in caught)
             assert warned == (route in case.slow)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", [x for x in CASES if not CASES[x].message("layerwise", "eager")])
+def test_modules_that_take_rows_layer_by_layer_are_those_of_the_table(name):
+    objective, args = objective_of(CASES[name])
+    explained = jd.explain_gramian(objective, *args, has_aux=True)
+    takes_rows = {leaf.contraction == "m backward passes" for leaf in explained.leaves}
+    assert takes_rows == {CASES[name].rows}
 
 
 def test_the_loops_alone_do_not_pass():
