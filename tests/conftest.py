@@ -1,6 +1,7 @@
 """One thread for each worker: the problems are small, and workers share the cores."""
 
 import contextlib
+import gc
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -20,6 +21,12 @@ DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 def pytest_collection_modifyitems(items):
     """Run notebooks first: one that is left to the end keeps a worker when others have none."""
     items.sort(key=lambda item: item.path.suffix != ".ipynb")
+
+
+def pytest_collection_finish():
+    """Leave what is there before the first test to no collection: it took a tenth of all time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(params=DEVICES)

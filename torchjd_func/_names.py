@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check, _host, _tree
-from torchjd_func._tree import Named
+from torchjd_func._numbers import Named
 
 Vector = Tensor | Named  # what is left of an option once it is checked
 

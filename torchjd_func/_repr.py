@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func._tree import Named
+from torchjd_func._numbers import Named
 
 LONGEST = 8  # numbers of a tensor that are shown
 

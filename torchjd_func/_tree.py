@@ -7,14 +7,14 @@ that objectives and parameters are counted the same way everywhere. `None` holds
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
-from torchjd_func import _host
+from torchjd_func import _traced_tree
 from torchjd_func._precision import accumulation_dtype, product, squares, sums
 
 PyTree = Any
@@ -29,37 +29,6 @@ class Block(NamedTuple):
     matrices: Tensor  # (k, m, n), real, in the precision of the leaves
 
 
-# A number for each objective, in leaf order of the losses, or by their names.
-Numbers = Tensor | Sequence[float] | Mapping[str, Any]
-
-
-class Named(NamedTuple):
-    """Python numbers, a list or by the names of leaves, such as `{"edges": 2.0, "depth": 1.0}`."""
-
-    names: tuple[str, ...]  # in leaf order; none of a list
-    values: Tensor  # (m,)
-    kept: dict[Any, Tensor]  # the same on other devices
-
-    def at(self, like: Tensor) -> Tensor:
-        """Return the numbers as `like`; those of another device are copied once, and kept."""
-        if like.device == self.values.device or torch.compiler.is_compiling():
-            return _host.to(self.values, like)
-        place = like.device, like.dtype
-        moved = self.kept[place] if place in self.kept else _host.to(self.values, like)
-        if _host.resident(moved):  # not of a shape alone, nor of a transform
-            self.kept[place] = moved
-        return moved
-
-    def __repr__(self) -> str:
-        """Return the dict that they came in; only its keys where numbers cannot be read."""
-        try:
-            numbers = self.values.tolist()
-        except RuntimeError:  # mapped by torch.func.vmap, or of a shape alone
-            return f"dict of {', '.join(self.names)}"
-        shown = [f"{name!r}: {x:.4g}" for name, x in zip(self.names, numbers, strict=True)]
-        return f"{{{', '.join(shown)}}}"
-
-
 def hollow(node: PyTree) -> bool:
     """Say whether `node` is an empty dict, or one of such; optree's do not compile (torch 2.13)."""
     return isinstance(node, dict) and all(hollow(child) for child in node.values())
@@ -69,6 +38,8 @@ def leaves(tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, in order."""
     if isinstance(tree, Tensor):
         return [tree]
+    if torch.compiler.is_compiling():
+        return flatten(tree)[0]
     return [leaf for leaf in optree.tree_leaves(tree, is_leaf=hollow) if not hollow(leaf)]
 
 
@@ -79,6 +50,9 @@ def tensors(tree: PyTree) -> list[Tensor]:
 
 def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     """Return the leaves of `tree` and the function that puts such leaves back."""
+    traced = _traced_tree.flatten(tree) if torch.compiler.is_compiling() else None
+    if traced is not None:
+        return traced
     nodes, spec = optree.tree_flatten(tree, is_leaf=hollow)
     places = [place for place, node in enumerate(nodes) if not hollow(node)]
 
@@ -94,6 +68,9 @@ def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
 
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply `fn` to corresponding leaves of trees of one structure."""
+    if torch.compiler.is_compiling():
+        flat, rebuild = flatten(tree)
+        return rebuild([fn(*each) for each in zip(flat, *[leaves(x) for x in rest], strict=True)])
 
     def apply(node: Any, *others: Any) -> Any:
         """Pass by what holds no leaf."""
@@ -123,12 +100,6 @@ def names(tree: PyTree) -> list[str]:
         ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
         for accessor in optree.tree_accessors(tree)
     ]
-
-
-def named(tree: PyTree) -> Named:
-    """Return a tree of numbers as a vector, in leaf order, with the names of its leaves."""
-    numbers = ravel([torch.as_tensor(x).double() for x in leaves(tree)])
-    return Named(tuple(paths(tree)), numbers, {})
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:

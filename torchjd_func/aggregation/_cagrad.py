@@ -14,7 +14,7 @@ from torch import Tensor
 from torchjd_func import _check, _host, _present, _sound, _tree
 from torchjd_func._lift import no_state, stateless
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator, PyTree, State
 from torchjd_func.aggregation._cagrad_search import find
 from torchjd_func.aggregation._preference import resolve

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation._config import config
 

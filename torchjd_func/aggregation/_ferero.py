@@ -15,7 +15,7 @@ from torch import Tensor
 from torchjd_func import _check, _names, _present
 from torchjd_func._lift import weighted
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.linalg import project_simplex
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _names, _tree, random
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation._rows import by_columns
 

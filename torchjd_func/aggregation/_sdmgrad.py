@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host, _present
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt

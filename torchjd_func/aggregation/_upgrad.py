@@ -13,7 +13,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._names import Vector
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.linalg._nnqp import ridge_of, solve

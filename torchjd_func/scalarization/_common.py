@@ -13,8 +13,8 @@ from torchjd_func import _check, _names, _present, _tree
 from torchjd_func._host import number
 from torchjd_func._lift import no_state
 from torchjd_func._names import Vector
+from torchjd_func._numbers import Numbers
 from torchjd_func._present import Present, only
-from torchjd_func._tree import Numbers
 from torchjd_func._types import PyTree, Scalarizer, State
 
 Number = Tensor | float

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func._lift import no_state
 from torchjd_func._names import Vector, entries
-from torchjd_func._tree import Numbers
+from torchjd_func._numbers import Numbers
 from torchjd_func._types import State
 from torchjd_func.sets._types import SetRule
 

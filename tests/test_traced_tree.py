@@ -1,0 +1,69 @@
+"""Trees in graphs have the leaves, the order and the structure that optree gives them."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from tests.helpers import assert_trees_close
+from torchjd_func import _traced_tree, _tree
+from torchjd_func.testing._compare import compiled
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    left: object
+    right: object
+
+
+numbers = st.none() | st.integers(0, 9) | st.builds(torch.tensor, st.floats(-1, 1))
+trees = st.recursive(
+    numbers,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from("cabx"), inner, max_size=3)
+        | st.builds(Pair, inner, inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(trees)
+def test_leaves_and_structure_are_those_of_optree(tree):
+    leaves, rebuild = _traced_tree.flatten(tree)
+    expected = _tree.leaves(tree)
+    assert len(leaves) == len(expected)
+    assert all(a is b for a, b in zip(leaves, expected, strict=True))
+    same = rebuild(range(len(leaves)))
+    assert _tree.same_structure(same, tree)
+    assert _tree.leaves(same) == list(range(len(leaves)))
+    names = [list(x) for x in (tree, same) if isinstance(x, dict)]
+    assert names[:1] == names[1:]  # the order of insertion, too
+
+
+@pytest.mark.parametrize("odd", [OrderedDict(b=1.0, a=2.0), {1: 1.0}, object(), torch.float64])
+def test_other_containers_are_left_to_optree(odd):
+    assert _traced_tree.flatten([odd]) is None
+
+
+ODD = {
+    "ordered": lambda x: OrderedDict(b=x, a=[x + 1]),
+    "by numbers": lambda x: {2: x, 1: x + 1},
+    "nested": lambda x: {"b": Pair(x, (x + 1, None)), "a": [{}, x + 2]},
+    "alone": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_graphs_map_every_tree_as_eager_code_does(name):
+    def double(x):
+        tree = ODD[name](x)
+        return _tree.map(lambda a, b: a + b, tree, tree)
+
+    x = torch.arange(3.0)
+    assert_trees_close(compiled(double)[0](x), double(x))
