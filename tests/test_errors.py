@@ -475,6 +475,11 @@ CASES = {
         ValueError,
         r"the losses given to `mgda`.*be on one device, got meta and \S+\. Move",
     ),
+    "preferences without numbers": (
+        lambda: jd.sets.pareto_mtl(torch.empty(2, 2, device="meta")),
+        TypeError,
+        r"`preferences` must be a tensor of shape \(k, m\), got a meta tensor",
+    ),
     "a Jacobian on two devices": (
         lambda: jd.upgrad()({"a": A, "b": torch.empty(2, 1, device="meta")}),
         ValueError,

@@ -134,6 +134,7 @@ def test_non_finite_input_gives_non_finite_output(bad, m):
         for solution in (jd.linalg.nnqp(*problem), compiled(jd.linalg.nnqp)[0](*problem)):
             assert not solution.converged
             assert not solution.value.isfinite().all()
+    assert not jd.linalg.dual_cone_projection(quadratic * 0, -linear * bad).converged
 
 
 @pytest.mark.parametrize("solver", ["quadprog"])

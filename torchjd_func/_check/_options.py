@@ -57,7 +57,7 @@ def interval(
 ) -> Any:
     """Return a number that lies in an interval; a 0-d tensor (not if `plain`) unread."""
     if isinstance(value, Tensor) and not plain:
-        return _real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
+        return real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
     if value is None and optional:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -78,7 +78,7 @@ def _shown(value: Any) -> str:
     return repr(value) if plain else describe(value)
 
 
-def _real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
+def real(name: str, value: Tensor, ndims: tuple[int, ...], rule: str) -> Tensor:
     """Return a dense real tensor of some number of dimensions, unread."""
     usable = value.layout == torch.strided and not value.is_meta
     if value.is_complex() or value.dtype == torch.bool or not usable:
@@ -184,7 +184,7 @@ def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
     """Return `value` as a 1-D floating tensor; Python numbers become float64."""
     rule = "be 1-D, a number for each objective"
     tensor = value if isinstance(value, Tensor) else _as_tensor(name, value)
-    _real(name, tensor, (1,), rule)
+    real(name, tensor, (1,), rule)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
@@ -203,7 +203,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 def numbers(name: str, value: float | Tensor | Sequence[float]) -> float | Tensor:
     """Return one number, or a vector of them, none negative; tensors are returned unread."""
     if isinstance(value, Tensor):
-        return _real(name, value, (0, 1), "be a number, or a vector of numbers")
+        return real(name, value, (0, 1), "be a number, or a vector of numbers")
     if not isinstance(value, list | tuple):
         return interval(name, value, 0)
     for number in value:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchjd_func._check._messages import describe, differentiable, fail, holds_numbers, one_device
 from torchjd_func._check._methods import floating
-from torchjd_func._check._options import positions
+from torchjd_func._check._options import positions, real
 
 STACK = "Stack the models with jd.ensemble.stack and map jd.jac over them with torch.func.vmap."
 
@@ -58,7 +58,7 @@ def preferences(value: Any) -> Tensor:
         remedy = "Pass one row for each model, such as torch.eye(m)."
         fail(ValueError, "`preferences`", "be a tensor of shape (k, m)", describe(value), remedy)
     floating("`preferences`", value)
-    return value
+    return real("preferences", value, (2,), "be a tensor of shape (k, m)")
 
 
 def preference_for_each(value: Tensor, k: int, m: int) -> None:

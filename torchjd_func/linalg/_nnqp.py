@@ -112,7 +112,9 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     eps, ridge = torch.finfo(gramian.dtype).eps, ridge_of(gramian.dtype)
     arrays = _host.numbers(matrix), _host.numbers(start)
     if arrays[0] is not None and arrays[1] is not None:
-        solution = _solved(on_host(arrays[0], products_with(*arrays, eps, np), ridge, solver))
+        with np.errstate(all="ignore"):  # what is not finite is seen in the result
+            products = products_with(*arrays, eps, np)
+        solution = _solved(on_host(arrays[0], products, ridge, solver))
     else:
         solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
     return cast(solution._replace(value=start + solution.value), dtype)
