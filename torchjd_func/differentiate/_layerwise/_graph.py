@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     """An operation of a plan, as `_operations` lists it."""
 
     head: tuple[str, bool, int]  # name, whether autograd is on, how many tensors it is applied to
-    values: tuple[Any, ...]  # the arguments, in order
+    values: tuple[Any, ...]  # the arguments, in order; `...` for any number
     named: dict[str, Any]  # those of them that came by name
     shapes: list[tuple[int, ...]]  # of what it returns
     aliased: list[int | None]  # which argument an output is
@@ -39,14 +39,22 @@ def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
         if isinstance(part, int):
             alias = part
         elif part and isinstance(part[0], str):
-            named = dict(part[-1]) if _is_by_name(part[-1]) else {}
-            values = (*(part[3:-1] if named else part[3:]), *named.values())
+            given = _constants(part[3:])
+            named = dict(given[-1]) if given and _is_by_name(given[-1]) else {}
+            values = (*(given[:-1] if named else given), *named.values())
             found.append(Entry(part[:3], values, named, [], []))
         else:
             found[-1].shapes.append(tuple(part))
             found[-1].aliased.append(alias)
             alias = None
-    return (*found, Entry(("", True, 0), operations[-1], {}, [], []))
+    return (*found, Entry(("", True, 0), _constants(operations[-1]), {}, [], []))
+
+
+def _constants(part: Any) -> Any:
+    """Return what is listed with `...` for types, which stand for any value."""
+    if isinstance(part, tuple):
+        return tuple(_constants(inner) for inner in part)
+    return ... if isinstance(part, type) else part
 
 
 def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
@@ -93,7 +101,10 @@ class Followed(Operations):
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
         self.count = len(inputs)
-        self.entries = plan.entries
+        # Importing it earlier would load the compiler.
+        from torchjd_func.differentiate._layerwise._traced import entries_of
+
+        self.entries: tuple[Entry, ...] = entries_of(plan.listed)
         self.planned = {step.place: step for step in plan.steps}
         self.place = -1  # among the entries
         self.reads = False  # whether the operation here is of no interest
@@ -102,13 +113,17 @@ class Followed(Operations):
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
         """Find an operation in the plan."""
-        given, name = tensors_in((args, kwargs)), name_of(func)
+        parts, name = (*args, *kwargs.values()), name_of(func)
+        given = tensors_in(parts)
         self.reads = name in READERS.names
         if not self.reads and not self.changed:
-            entry = self.skip(name)
+            entry = self.entries[self.place + 1]
+            if entry.head[0] != name:
+                entry = self.skip(name)
             self.place += 1
             head = (name, torch.is_grad_enabled(), len(given))
-            if entry.head != head or not self._binds(args, kwargs, entry):
+            expected = _expected(entry, args, kwargs)
+            if entry.head != head or expected is None or not self._agree(parts, expected):
                 self.changed = name
         return given
 
@@ -116,10 +131,13 @@ class Followed(Operations):
         """Number the outputs of an operation."""
         if self.reads or self.changed:
             return
-        entry, parts = self.entries[self.place], tensors_in(out)
-        if [tuple(x.shape) for x in parts] != entry.shapes:
+        entry = self.entries[self.place]
+        parts = [out] if isinstance(out, Tensor) else tensors_in(out)
+        if len(parts) != len(entry.shapes):
             self.changed = entry.head[0]
-        for x, alias in zip(parts, entry.aliased, strict=False):
+        for x, shape, alias in zip(parts, entry.shapes, entry.aliased, strict=False):
+            if tuple(x.shape) != shape:
+                self.changed = entry.head[0]
             self.known[x] = self.count
             if alias is not None:
                 self.known[given[alias]] = self.count
@@ -142,35 +160,45 @@ class Followed(Operations):
     def close(self, outputs: Sequence[Tensor]) -> None:
         """Hold what the run returns against the plan."""
         entry = self.skip("")
-        if not self.changed and (entry.head[0] or not self._agrees(list(outputs), entry.values)):
+        alike = not entry.head[0] and len(outputs) == len(entry.values)
+        if not self.changed and not (alike and self._agree(outputs, entry.values)):
             self.changed = "the losses"
 
-    def _binds(self, args: Any, kwargs: Any, entry: Entry) -> bool:
-        """Say whether arguments are those of the plan, by name or not."""
-        if len(args) > len(entry.values) or not all([name in entry.named for name in kwargs]):
-            return False
-        return all(
-            [
-                *[self._agrees(x, value) for x, value in zip(args, entry.values, strict=False)],
-                *[self._agrees(x, entry.named[name]) for name, x in kwargs.items()],
-            ]
-        )
+    def _agree(self, parts: Sequence[Any], expected: Sequence[Any]) -> bool:
+        """Say whether arguments are those of the plan; in few calls, which a compiler traces."""
+        same = True
+        for x, value in zip(parts, expected, strict=True):
+            if isinstance(x, Tensor):
+                if value in self.hidden and x not in self.known:
+                    self.known[x] = int(value)
+                number = self.known[x] + HALF if x in self.known else unknown(x)
+                same = same and number == value
+            elif isinstance(x, (list, tuple, dict, slice)):
+                inner = _listed(x)
+                alike = isinstance(value, tuple) and len(inner) == len(value)
+                same = same and alike and self._agree(inner, value)
+            else:
+                same = same and (value is ... or x == value)
+        return same
 
-    def _agrees(self, x: Any, expected: Any) -> bool:
-        """Say whether an argument is that of the plan."""
-        if isinstance(x, Tensor):
-            if expected in self.hidden and x not in self.known:
-                self.known[x] = int(expected)
-            return (self.known[x] + HALF if x in self.known else unknown(x)) == expected
-        if isinstance(x, dict):
-            x = [[key, part] for key, part in x.items()]
-        if isinstance(x, slice):
-            x = [slice, x.start, x.stop, x.step]
-        if isinstance(x, (list, tuple)):
-            if not isinstance(expected, tuple) or len(x) != len(expected):
-                return False
-            return all([self._agrees(*pair) for pair in zip(x, expected, strict=True)])
-        return isinstance(expected, type) or x == expected
+
+def _expected(entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
+    """Return what a plan has in the places of arguments, by name or not; `None` for others."""
+    if len(args) > len(entry.values):
+        return None
+    expected = list(entry.values[: len(args)])
+    for name in kwargs:
+        if name not in entry.named:
+            return None
+        expected.append(entry.named[name])
+    return expected
+
+
+def _listed(x: Any) -> Sequence[Any]:
+    """Return the parts of an argument, as a plan lists them."""
+    if isinstance(x, dict):
+        return list(x.items())
+    return (slice, x.start, x.stop, x.step) if isinstance(x, slice) else x
 
 
 class Replay(Trace):
@@ -202,8 +230,12 @@ class Replay(Trace):
         opaque = self.plan.opaque
 
         def replace(x: Any) -> Any:
-            known = isinstance(x, Tensor) and x in self.sources
-            return x.detach() if known and not {*self.sources[x].leaves} & {*opaque} else x
+            if not isinstance(x, Tensor) or x not in self.sources:
+                return x
+            for leaf in self.sources[x].leaves:
+                if leaf in opaque:
+                    return x
+            return x.detach()
 
         return _sources.substitute(tree, replace)
 

@@ -38,6 +38,13 @@ class Step(NamedTuple):
     place: int = 0  # among the operations of the run
 
 
+class Listed:
+    """Holds operations that never change: graphs are guarded by which object it is, not by each."""
+
+    def __init__(self, entries: tuple[Any, ...] = ()) -> None:
+        self.entries = entries
+
+
 class Plan(NamedTuple):
     """What becomes of each operation on parameters, and of each parameter."""
 
@@ -47,7 +54,7 @@ class Plan(NamedTuple):
     reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
-    entries: tuple[Any, ...] = ()  # the same, for graphs that replay the plan
+    listed: Listed = Listed()  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
 
 

@@ -14,7 +14,7 @@ from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan, without
+from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
 _UNSEEN = "examples not seen: fn takes no other batch"
@@ -107,7 +107,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             reason = f"it does something else than was planned, from {recorded.mode.changed} on"
     if problem.kind != "shared":
         # Importing it earlier would load the compiler.
-        from torchjd_func.differentiate._layerwise._unplanned import warn_unplanned
+        from torchjd_func.differentiate._layerwise._traced import warn_unplanned
 
         warn_unplanned(reason)
     return _run(problem, _by_autograd(problem))
@@ -128,7 +128,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         (),
         mode.reasons,
         tuple(mode.operations.steps),
-        entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
+        listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
     )
     if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
@@ -229,7 +229,7 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
 def _skeleton(plan: Plan) -> Any:
     """Return what a proof is about, whatever the sizes."""
     steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
-    operations = [entry[:3] for entry in plan.entries]
+    operations = [entry[:3] for entry in plan.listed.entries]
     return plan.layout.kind, plan.opaque, steps, operations
 
 

@@ -169,9 +169,12 @@ _SPELLED: dict[Any, Callable[..., Any]] = _BY_FUNCTION | {
 
 def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """Return a function that torch differentiates right, also if it is mapped over."""
-    spell = _SPELLED.get(name_of(func) if torch.compiler.is_compiling() else func)
-    func = func if spell is None else spell(func)
-    return _MAPPED.get(name_of(func), func) if mapped else func
+    compiling = torch.compiler.is_compiling()
+    name = name_of(func) if compiling or mapped else ""
+    spell = _SPELLED.get(name if compiling else func)
+    if spell is not None:
+        return spell(func)
+    return _MAPPED.get(name, func) if mapped else func
 
 
 class Spelled(TorchFunctionMode):
