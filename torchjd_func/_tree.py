@@ -14,8 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
-from torchjd_func import _traced_tree
 from torchjd_func._precision import accumulation_dtype, product, squares, sums
+from torchjd_func._traced_tree import flatten as flatten_traced
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
@@ -50,7 +50,7 @@ def tensors(tree: PyTree) -> list[Tensor]:
 
 def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     """Return the leaves of `tree` and the function that puts such leaves back."""
-    traced = _traced_tree.flatten(tree) if torch.compiler.is_compiling() else None
+    traced = flatten_traced(tree) if torch.compiler.is_compiling() else None
     if traced is not None:
         return traced
     nodes, spec = optree.tree_flatten(tree, is_leaf=hollow)

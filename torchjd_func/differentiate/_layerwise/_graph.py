@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
 from torchjd_func.differentiate._layerwise._operations import HALF, Operations, unknown
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
-from torchjd_func.differentiate._layerwise._sources import tensors_in
+from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 
@@ -25,7 +24,7 @@ class Entry(NamedTuple):
 
     head: tuple[str, bool, int]  # name, whether autograd is on, how many tensors it is applied to
     values: tuple[Any, ...]  # the arguments, in order; `...` for any number
-    named: dict[str, Any]  # those of them that came by name
+    named: tuple[tuple[str, Any], ...]  # those of them that came by name
     shapes: list[tuple[int, ...]]  # of what it returns
     aliased: list[int | None]  # which argument an output is
     idle: bool = False  # whether only decisions of the objective look at what it returns
@@ -40,14 +39,14 @@ def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
             alias = part
         elif part and isinstance(part[0], str):
             given = _constants(part[3:])
-            named = dict(given[-1]) if given and _is_by_name(given[-1]) else {}
-            values = (*(given[:-1] if named else given), *named.values())
+            named = given[-1] if given and _is_by_name(given[-1]) else ()
+            values = (*(given[:-1] if named else given), *dict(named).values())
             found.append(Entry(part[:3], values, named, [], []))
         else:
             found[-1].shapes.append(tuple(part))
             found[-1].aliased.append(alias)
             alias = None
-    return (*found, Entry(("", True, 0), _constants(operations[-1]), {}, [], []))
+    return (*found, Entry(("", True, 0), _constants(operations[-1]), (), [], []))
 
 
 def _constants(part: Any) -> Any:
@@ -187,10 +186,11 @@ def _expected(entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> list
     if len(args) > len(entry.values):
         return None
     expected = list(entry.values[: len(args)])
+    named = dict(entry.named) if kwargs else {}
     for name in kwargs:
-        if name not in entry.named:
+        if name not in named:
             return None
-        expected.append(entry.named[name])
+        expected.append(named[name])
     return expected
 
 
@@ -237,7 +237,7 @@ class Replay(Trace):
                     return x
             return x.detach()
 
-        return _sources.substitute(tree, replace)
+        return substitute(tree, replace)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Find out whether the run was the one that was planned."""

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules, _sources
+from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Recorded
 from torchjd_func.differentiate._layerwise._rule import bind
-from torchjd_func.differentiate._layerwise._sources import Place, Source
+from torchjd_func.differentiate._layerwise._sources import (
+    Place,
+    Source,
+    build,
+    is_reordered,
+    pull,
+    sources_in,
+)
 from torchjd_func.differentiate._layerwise._trace import Use
 from torchjd_func.differentiate._pullback import pull_rows
 
@@ -142,7 +149,7 @@ def jacobian(found: Layers, leaf: int) -> Tensor:
 def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None:
     """Return the rows of one leaf, as factors if they have any; in another order, if allowed."""
     pieces = found.pieces.get(leaf, [])
-    moved = any(_sources.is_reordered(piece.source) for piece in pieces)
+    moved = any(is_reordered(piece.source) for piece in pieces)
     entrywise = all(piece.source.entrywise for piece in pieces)
     if leaf in found.rows or (ordered and moved) or not entrywise:
         rows = _rows(found, leaf)
@@ -201,7 +208,7 @@ def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
 def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
     """Return what one use gives to the weighted sum of the rows of one leaf."""
     part = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
-    return _sources.pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
+    return pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
@@ -216,7 +223,7 @@ def _rows(found: Layers, leaf: int) -> Tensor | None:
 def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
     """Add the rows of all uses of a leaf."""
     pairs = zip(found.pieces[leaf], forms, strict=True)
-    rows = [_sources.pull(p.source, leaf, found.values, _forms.dense(form)) for p, form in pairs]
+    rows = [pull(p.source, leaf, found.values, _forms.dense(form)) for p, form in pairs]
     return sum(rows[1:], rows[0])
 
 
@@ -236,7 +243,7 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
             batched = name in rule.batched
             x = arrays[part.number] if batched else _shared(found, use, part.number)
             arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
-    shape = tuple(_sources.build(piece.source, found.values).shape)
+    shape = tuple(build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
 
 
@@ -274,7 +281,7 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
     found: dict[int, list[Piece]] = {}
     for place, use in enumerate(uses):
         rule = _rules.rule_of(use.step.func)
-        named = [("", source) for source in _sources.sources_in((use.args, use.kwargs))]
+        named = [("", source) for source in sources_in((use.args, use.kwargs))]
         if rule is not None:
             given = bind(rule, use.args, use.kwargs)
             named = [(name, part) for name, part in given.items() if isinstance(part, Source)]

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise import _sources
 from torchjd_func.differentiate._layerwise._forms import Dense
 from torchjd_func.differentiate._layerwise._functions import name_of, named
-from torchjd_func.differentiate._layerwise._sources import Place, Source
+from torchjd_func.differentiate._layerwise._sources import (
+    ENTRYWISE,
+    Place,
+    Source,
+    build,
+    sources_in,
+    substitute,
+)
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
@@ -82,8 +88,8 @@ def rows(
         chosen: Which of the sources in `given`, counted in order.
         values: Parameter leaves and constants.
     """
-    sources = _sources.sources_in(given)
-    made = [_sources.build(source, values) for source in sources]
+    sources = sources_in(given)
+    made = [build(source, values) for source in sources]
     if func in ELEMENTWISE or name_of(func) == "scaled_dot_product_attention":
         return _broadcast(spelled(func, True), given, arrays, cotangent, chosen, made)
     if func in _JOINS and sources[chosen].expanded:
@@ -187,7 +193,7 @@ def _einsum_is_local(args: Any, axes: Sequence[int | None]) -> bool:
 def _fill(given: Any, sources: Sequence[Any], arrays: Sequence[Any]) -> Any:
     """Put values in for sources, in order, and arrays in their places."""
     rest = iter(sources)
-    return _sources.substitute(
+    return substitute(
         given, lambda part: arrays[part.number] if isinstance(part, Place) else next(rest)
     )
 
@@ -204,7 +210,7 @@ _DETERMINISTIC = (
     ELEMENTWISE
     | _JOINS
     | _EXAMPLEWISE
-    | _sources.ENTRYWISE
+    | ENTRYWISE
     | named(
         "neg exp log log1p expm1 sqrt rsqrt square abs reciprocal sigmoid tanh relu gelu silu elu "
         "softplus leaky_relu hardtanh softmax log_softmax logsumexp logsigmoid sin cos sum mean "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +39,11 @@ class Step(NamedTuple):
     place: int = 0  # among the operations of the run
 
 
+@dataclass(frozen=True, eq=False)
 class Listed:
     """Holds operations that never change: graphs are guarded by which object it is, not by each."""
 
-    def __init__(self, entries: tuple[Any, ...] = ()) -> None:
-        self.entries = entries
+    entries: tuple[Any, ...] = ()
 
 
 class Plan(NamedTuple):

@@ -104,28 +104,25 @@ def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
         return {name: substitute(part, replace) for name, part in tree.items()}
     if not isinstance(tree, (list, tuple)):
         return tree
-    parts = [
-        replace(part)
-        if isinstance(part, _REPLACED)
-        else substitute(part, replace)
-        if isinstance(part, (list, tuple, dict))
-        else part
-        for part in tree
-    ]
+    parts = []
+    for part in tree:
+        if isinstance(part, _REPLACED):
+            parts.append(replace(part))
+        elif isinstance(part, _NESTED):
+            parts.append(substitute(part, replace))
+        else:
+            parts.append(part)
     return parts if isinstance(tree, list) else tuple(parts)
 
 
 def sources_in(tree: Any) -> list[Source]:
     """Return the sources among arguments, in order."""
     found: list[Source] = []
-
-    def note(part: Any) -> Any:
-        """Keep a source."""
+    for part in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(part, Source):
             found.append(part)
-        return part
-
-    substitute(tree, note)
+        elif isinstance(part, _NESTED):
+            found.extend(sources_in(part))
     return found
 
 

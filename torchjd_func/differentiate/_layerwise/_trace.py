@@ -19,11 +19,20 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _rules, _sources
+from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
-from torchjd_func.differentiate._layerwise._sources import Place, Source, tensors_in
+from torchjd_func.differentiate._layerwise._sources import (
+    Place,
+    Source,
+    derive,
+    of_constant,
+    of_leaf,
+    pick,
+    substitute,
+    tensors_in,
+)
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
@@ -66,7 +75,7 @@ class Trace(TorchFunctionMode):
         self.perturbations = perturbations
         self.count = len(handles)
         self.constants: list[Tensor] = []
-        self.sources = {handle: _sources.of_leaf(i) for i, handle in enumerate(handles)}
+        self.sources = {handle: of_leaf(i) for i, handle in enumerate(handles)}
         self.versions = {handle: version_of(handle) for handle in handles}
         self.ids: set[int] = set()  # of what has a source
         for handle in handles:
@@ -190,7 +199,7 @@ class Trace(TorchFunctionMode):
             self.aliases.add(alias.grad_fn)
             return alias
 
-        return _sources.substitute(tree, replace)
+        return substitute(tree, replace)
 
     def mark(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
         """Return the arguments with sources and places for tensors, and the tensors there."""
@@ -202,7 +211,7 @@ class Trace(TorchFunctionMode):
             arrays.append(x)
             return Place(len(arrays) - 1)
 
-        return (*_sources.substitute((args, kwargs), replace), arrays)
+        return (*substitute((args, kwargs), replace), arrays)
 
     def derived(self, step: Step, args: Any, kwargs: Any, out: Any) -> None:
         """Remember a function of parameters and constants alone."""
@@ -211,14 +220,14 @@ class Trace(TorchFunctionMode):
             if x in self.sources:
                 return self.sources[x]
             self.constants.append(x)
-            return _sources.of_constant(self.count + len(self.constants) - 1)
+            return of_constant(self.count + len(self.constants) - 1)
 
-        given = _sources.substitute((args, kwargs), replace)
-        source = _sources.derive(step.func, given[0], given[1], expanded=step.axis == 0)
+        given = substitute((args, kwargs), replace)
+        source = derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
             if self.traced(part):
-                self.sources[part] = source if part is out else _sources.pick(source, index)
+                self.sources[part] = source if part is out else pick(source, index)
                 self.versions[part] = version_of(part)
                 self.note(part)
 
