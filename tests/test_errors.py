@@ -485,6 +485,11 @@ CASES = {
         ValueError,
         "the Jacobian given to `upgrad` must be on one device",
     ),
+    "an explanation of a model without numbers": (
+        lambda: jd.explain_gramian(losses, {"w": torch.empty(3, device="meta")}, X),
+        ValueError,
+        "the arguments of the objective must be on one device",
+    ),
     "a model without numbers": (
         lambda: jd.grad(losses, jd.upgrad())(None, {"w": torch.empty(3, device="meta")}, X),
         ValueError,

@@ -162,6 +162,21 @@ class TestMultitask:
         _, _, vjp_fn = jd.gramian_vjp(objective, params, X1, route=route)
         assert_trees_close(vjp_fn(weights), (shared, heads))
 
+    @every_route
+    def test_a_complex_parameter_beside_real_ones(self, route):
+        def trunk(w, x):
+            return (x @ w["weight"] + w["bias"].real).tanh()
+
+        weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+        shared = {"bias": torch.ones(4, dtype=torch.complex128), "weight": weight}
+        heads = {"a": lambda p, z, x: (z @ p).mean(), "b": lambda p, z, x: z.square().mean()}
+        params = shared, {"a": torch.ones(4).double(), "b": {}}
+        objective = jd.multitask(trunk, heads)
+        rule = jd.graddrop()
+        state = jd.init_state(rule, objective, params, X1, key=jd.random.key(0))
+        (grads, _), _ = jd.grad(objective, rule, route=route)(state, params, X1)
+        assert_trees_close(rule(jd.jac(objective)(params, X1), state)[0], grads)
+
     def test_frozen_parts_are_closed_over(self):
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).double()
         apply, params, buffers = jd.functionalize(model)

@@ -25,6 +25,7 @@ from torchjd_func.differentiate._layerwise import (
 from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._pullback import basis
 from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._verb import check_devices
 
 
 class LeafPlan(NamedTuple):
@@ -99,6 +100,7 @@ def explain_gramian(
                    3x2    linear  rows         0.1
     """
     objective = as_objective(fn)
+    check_devices(args)
     seen = observe(objective, Request(args, argnums, has_aux))
     found = _layers(seen)
     paths, leaves = seen.bound.paths, seen.bound.leaves

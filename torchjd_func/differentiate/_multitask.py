@@ -194,7 +194,7 @@ def _run_trunk(
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""
         found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
-        return combine(found, flat[0].new_ones(1, 1), (tuple(range(len(flat))),))
+        return combine(found, flat[0].real.new_ones(1, 1), (tuple(range(len(flat))),))
 
     return recorded.outputs, pull_back, unpack(recorded.aux), partial(_layers, recorded)
 

@@ -45,9 +45,7 @@ def linearize(
     _check.size(size, spans)
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
-    if any(x.is_meta for x in _tree.tensors((args, named))):  # a model without numbers yet
-        given = (args, named)
-        _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
+    check_devices((args, named))
     request = Request(
         args=detached(args),
         argnums=options.argnums,
@@ -66,6 +64,12 @@ def linearize(
     with full_precision():
         linear = objective.linearize(request)
         return counting(linear, request.part) if options.spans else linear
+
+
+def check_devices(given: Any) -> None:
+    """Check that arguments without numbers, of a model that is on no device yet, are so alike."""
+    if any(x.is_meta for x in _tree.tensors(given)):
+        _check.one_device("the arguments of the objective", _tree.leaves(given), _tree.paths(given))
 
 
 def _check_whole(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
