@@ -1,9 +1,11 @@
 """A compiled step costs what an eager one does: one backward pass through each layer."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import torchjd_func as jd
@@ -65,3 +67,19 @@ def test_attention_of_a_public_model_is_differentiated_once_a_layer():
     torch.testing.assert_close(found, gramian(params, *batch), rtol=1e-9, atol=1e-12)
     assert calls[ATTENTION] == 2
     assert calls[f"{ATTENTION}_backward"] == 2
+
+
+def test_a_graph_is_of_the_plan_that_it_was_compiled_for():
+    params, x = {"w": torch.rand(3, 3)}, torch.rand(4, 3)
+    objective = jd.instancewise(lambda params, x: (x @ params["w"]).tanh().sum(1))
+    jd.gramian(objective)(params, x)
+    (known,) = objective.plans.values()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(jd.gramian(objective), backend=counter, fullgraph=True)
+    compiled(params, x)
+    compiled(params, x)
+    assert counter.frame_count == 1
+    known[0] = known[0]._replace(listed=replace(known[0].listed))
+    compiled(params, x)
+    assert counter.frame_count == 2
