@@ -25,6 +25,7 @@ from torchjd_func.differentiate._layerwise import (
     jacobian,
     joined,
     layers,
+    near,
     run,
 )
 from torchjd_func.differentiate._layerwise import plan as plan_run
@@ -181,14 +182,16 @@ def _problem(
     kind, batch = _structure(fn, args, positions)
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
+    given = args, dict(request.kwargs)
 
     def call(
-        given: tuple[Any, ...], present: Any, leaves: Sequence[Tensor], *example: Any
+        data: tuple[tuple[Any, ...], Any], present: Any, leaves: Sequence[Tensor], *example: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """Return losses as one vector (or the loss of one example), and tensors to unpack."""
-        given = given if batch is None else batch.fill(given, example)
+        values, named = data
+        values = values if batch is None else batch.fill(values, example)
         with as_called(request.autocast, watched=True):
-            out = invoke(inner, bound.fill(leaves, given), request.kwargs)
+            out = invoke(inner, bound.fill(leaves, values), named)
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = pack((losses, aux))
         unpackers.append(unpack)
@@ -199,14 +202,25 @@ def _problem(
             _check.one_for_each_example(losses, fn.several)
         return masked(losses, present)[0], tensors
 
+    def call_with(values: tuple[Any, ...]) -> Call:
+        """Return the objective of other arguments, all of whose losses are present."""
+        return partial(call, (values, given[1]), None)
+
+    def noisy() -> tuple[Call, list[Tensor]]:
+        """Return the objective with a little noise in the data, and the tensors among these."""
+        moved = {x: near(x) for x in problem.inputs}
+        data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
+        return partial(call, data, request.present), _tree.tensors(data)
+
     problem = Problem(
-        call=partial(call, args, request.present),
+        call=partial(call, given, request.present),
         leaves=bound.leaves,
         kind=kind,
         size=0 if batch is None else _batch_size(batch),
-        inputs=_tree.tensors((args, dict(request.kwargs))),
+        inputs=_tree.tensors(given),
         batch=batch,
-        larger=partial(_larger, fn, args, positions, call),
+        larger=partial(_larger, fn, args, positions, call_with),
+        noisy=noisy if kind == "batched" else lambda: None,
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )
@@ -248,7 +262,10 @@ def _batch_sizes(batch: Batch) -> list[int]:
 
 
 def _larger(
-    fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...], call: Call
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    positions: tuple[int, ...],
+    call_with: Callable[[tuple[Any, ...]], Call],
 ) -> Iterator[Larger]:
     """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
@@ -272,7 +289,7 @@ def _larger(
             for place in places:
                 more = partial(_one_more, dim=dims[place], size=size)
                 grown[place] = _tree.map(more, args[place])
-            yield Larger(size, partial(call, tuple(grown), None), _tree.tensors(tuple(grown)))
+            yield Larger(size, call_with(tuple(grown)), _tree.tensors(tuple(grown)))
 
 
 def _one_more(leaf: Any, *, dim: int, size: int) -> Any:

@@ -13,6 +13,7 @@ from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
+from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
@@ -22,6 +23,8 @@ _FUNCTIONS = (
     "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
     "torch.func (2.13); compare with the result that is not compiled"
 )
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+SMALLER = 0.2
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
 
@@ -44,6 +47,7 @@ class Problem(NamedTuple):
         inputs: All tensors among the arguments.
         batch: What to map over, for an objective of one example.
         larger: The same with one example more, in ways that may fit its arguments.
+        noisy: The same with a little noise in the data; nothing where that makes no difference.
         check: Whether a plan must prove itself.
     """
 
@@ -54,6 +58,7 @@ class Problem(NamedTuple):
     inputs: Sequence[Tensor]
     batch: Batch | None = None
     larger: Callable[[], Iterator[Larger]] = lambda: iter(())
+    noisy: Callable[[], tuple[Call, Sequence[Tensor]] | None] = lambda: None
     check: bool = False
     names: Sequence[str] = ()
 
@@ -81,7 +86,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         draws.restore()
         recorded = _run(problem, plan)
         if _fits(recorded):
-            return recorded
+            return recorded if plan.proven else _proven_late(problem, plan, draws, known, recorded)
     for _ in range(2):
         plan = make(problem, draws, known)
         draws.restore()
@@ -92,6 +97,18 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             return recorded
     draws.restore()
     return _run(problem, _by_autograd(problem))
+
+
+def _proven_late(
+    problem: Problem, plan: Plan, draws: Draws, known: list[Plan], recorded: Recorded
+) -> Recorded:
+    """Return a run by a plan that was not proven where it was made, as gradients were zero, say."""
+    if not problem.check or depth(problem.leaves[0]) > 0 or depth(recorded.outputs) > 0:
+        return recorded
+    late = _proven(problem, plan, draws)
+    known[known.index(plan)] = late
+    draws.restore()
+    return _run(problem, late)
 
 
 def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
@@ -144,17 +161,43 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
 
 
 def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
-    """Return a plan without what fails the proof."""
-    for leaves in (_proof.moved(problem.leaves), problem.leaves):
-        draws.restore()
-        recorded = _run(problem._replace(leaves=leaves), plan)
-        if depth(recorded.outputs) > 0:
-            return plan
-        if _fits(recorded):
-            failing = _proof.failing(recorded)
-            if failing is not None:
-                return _warned(problem, plan, failing)._replace(proven=True)
+    """Return a plan without what fails the proof, at the first points where there is one."""
+    for points in _points(problem):
+        tried = [_failing(point, plan, draws, noisy=len(points) > 1) for point in points]
+        found = [failing for failing in tried if failing is not None]
+        if found:
+            failing = {leaf: name for part in found for leaf, name in part.items()}
+            return _warned(problem, plan, failing)._replace(proven=True)
     return plan
+
+
+def _points(problem: Problem) -> Iterator[list[Problem]]:
+    """Yield where a proof is tried: at points where nothing is right by coincidence, and here.
+
+    The first have noise in parameters, in the data and in what uses return, since of a batch of
+    zeros, or of equal examples, nothing tells which row is whose; and once smaller parameters,
+    since nothing tells it where activations saturate.
+    """
+    moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
+    data = problem.noisy()
+    if data is not None:
+        noisy = moved._replace(call=data[0], inputs=data[1])
+        yield [noisy, noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])]
+    yield [moved]
+    yield [problem]
+
+
+def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: bool) -> dict[int, str] | None:
+    """Return what fails the proof at a point; `None` if nothing is known there."""
+    draws.restore()
+    try:
+        recorded = _run(problem, plan, noisy=noisy)
+    except REFUSALS:
+        if noisy:  # such as of data that leave an interval
+            return None
+        raise
+    known = depth(recorded.outputs) == 0 and _fits(recorded)
+    return _proof.failing(recorded) if known else None
 
 
 def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
@@ -175,17 +218,17 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
         try:
             layout = Layout("batched", larger.size + 1)
             seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        except REFUSALS:
             continue  # sizes that the objective checks, or constants of the batch's size
         if seen.outputs.shape[0] % (larger.size + 1) == 0:
             return larger.size, seen.mode.operations
     return (sizes or [0])[0], None
 
 
-def _run(problem: Problem, plan: Plan) -> Recorded:
+def _run(problem: Problem, plan: Plan, *, noisy: bool = False) -> Recorded:
     """Run the objective as planned."""
-    _, leaves, *_ = problem
-    return record(problem.call, leaves, plan.layout, problem.inputs, problem.batch, plan)
+    call, leaves, *_ = problem
+    return record(call, leaves, plan.layout, problem.inputs, problem.batch, plan, noisy=noisy)
 
 
 def _fits(recorded: Recorded) -> bool:

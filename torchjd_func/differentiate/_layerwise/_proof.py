@@ -7,8 +7,6 @@ of the leaf was seen, has the right form, and examples do not mix.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,29 +20,20 @@ from torchjd_func.differentiate._layerwise._layers import (
     layers,
     rule_names,
 )
+from torchjd_func.differentiate._layerwise._noise import scattered
 from torchjd_func.differentiate._layerwise._record import Recorded
-
-_GOLDEN = (1 + math.sqrt(5)) / 2
-_NOISE = 1e-2  # relative to each entry, and a tenth of it besides: zeros move, too
-
-
-def moved(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parameters with a little noise, the same whenever this is called."""
-    return [
-        leaf + (_NOISE * (leaf.abs() + 0.1) * _scattered(leaf)).to(leaf.dtype) for leaf in leaves
-    ]
 
 
 def failing(recorded: Recorded) -> dict[int, str] | None:
     """Return the leaves whose rows are not right, with the operations that use them.
 
-    `None` if values are not finite, so that nothing is known.
+    `None` if gradients are zero or not finite, so that nothing is known.
     """
     vector = _tree.ravel(recorded.outputs)
     places = sorted(set(range(recorded.mode.count)) - set(recorded.plan.opaque))
     found = layers(recorded, torch.ones_like(vector), None, len(vector))
     groups = tuple((leaf,) for leaf in places)
-    weights = _scattered(vector) + 0.1
+    weights = scattered(vector) + 0.1
     wide = weights.to(_tree.accumulation_dtype(weights.dtype))
     try:
         matrices = gramians(found, groups)
@@ -54,9 +43,10 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
     cotangent = _tree.unravel(recorded.outputs, weights)
     plain = recorded.pull(cotangent, False, places)[1]
     gaps, scales = zip(*map(partial(_gap, wide), matrices, pulled, plain), strict=True)
-    if not all(bool(torch.isfinite(scale)) for scale in scales):
-        return None
     total = max(float(scale) for scale in scales)
+    idle = total == 0 and not found.pieces.keys().isdisjoint(places)
+    if idle or not all(bool(torch.isfinite(scale)) for scale in scales):
+        return None
     guilty = {}
     for leaf, gap, scale in zip(places, gaps, scales, strict=True):
         tol, eps = _tolerance(found, leaf)
@@ -84,14 +74,6 @@ def _gap(weights: Tensor, matrix: Tensor, own: Tensor, plain: Tensor) -> tuple[T
     scale = length + weights.abs() @ matrix.diagonal().clamp(min=0).sqrt()
     squares = (weights @ matrix @ weights - length**2).abs() / torch.where(scale > 0, scale, 1)
     return torch.maximum((own - plain).norm(), squares), scale
-
-
-def _scattered(x: Tensor) -> Tensor:
-    """Return numbers in (-1, 1) in the shape of `x`, scattered without a pattern."""
-    count = torch.arange(1, x.numel() + 1, device=x.device, dtype=torch.float64)
-    return (
-        torch.sin(count * (1000 * _GOLDEN)).reshape(x.shape).to(_tree.accumulation_dtype(x.dtype))
-    )
 
 
 _TOLERANCES = {

@@ -64,6 +64,8 @@ def record(
     batch: Batch | None,
     plan: Plan | None = None,
     other: Operations | None = None,
+    *,
+    noisy: bool = False,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
@@ -75,6 +77,7 @@ def record(
         batch: What to map over, for an objective of one example.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
+        noisy: Whether outputs of uses get a little noise, where autograd's graph is at hand.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
@@ -99,7 +102,8 @@ def record(
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
             operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
-            mode = Trace(handles, layout, operations, plan, perturbations if hidden else None)
+            shifts = perturbations if hidden else None
+            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy)
         modes.append(mode)
         with mode if watched else Spelled():
             outputs, aux = call(handles, *args)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
 from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
@@ -58,6 +59,7 @@ class Trace(TorchFunctionMode):
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
+        noisy: Whether these outputs get a little noise.
     """
 
     def __init__(
@@ -67,9 +69,12 @@ class Trace(TorchFunctionMode):
         operations: Operations,
         plan: Plan | None = None,
         perturbations: Sequence[Tensor] | None = None,
+        *,
+        noisy: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.noisy = noisy
         self.operations = operations
         self.plan = plan
         self.perturbations = perturbations
@@ -176,7 +181,7 @@ class Trace(TorchFunctionMode):
         if self.perturbations is not None:
             return out + self.perturbations[len(self.uses) - 1]
         self.edges.append(get_gradient_edge(out))
-        return out
+        return near(out) if self.noisy else out
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if the run is the same up to it."""
