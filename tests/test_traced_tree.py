@@ -35,7 +35,9 @@ trees = st.recursive(
 
 @given(trees)
 def test_leaves_and_structure_are_those_of_optree(tree):
-    leaves, rebuild = _traced_tree.flatten(tree)
+    flattened = _traced_tree.flatten(tree)
+    assert flattened is not None
+    leaves, rebuild = flattened
     expected = _tree.leaves(tree)
     assert len(leaves) == len(expected)
     assert all(a is b for a, b in zip(leaves, expected, strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import torchjd_func as jd
-from tests.differentiate.test_layerwise_kinds import AXES, over, rand
+from tests.differentiate.test_layerwise_kinds import AXES, over, rand, total
 from tests.programs import by_loops
 
 PARAMS = [rand(2, 2)]
@@ -55,6 +55,106 @@ def test_the_first_batch_of_tokens_tells_nothing(first):
     ignored = torch.full_like(labels, -100) if first != "equal tokens" else labels
     found, expected = twice(time_first, (equal, ignored), params, tokens, labels)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def sorted_by(order, back):
+    """Return losses whose examples are put in an order of the data, and back."""
+    return lambda p, x, i: total(back(F.linear(order(x, i), p[0]).tanh(), i))
+
+
+def permute(x, i):
+    """Return examples in an order."""
+    return x[i.argsort()]
+
+
+def each(m):
+    """Return the example of each entry that a mask takes."""
+    return torch.nonzero(m)[:, 0]
+
+
+def kept(p, x, m):
+    """Return losses of the entries that a mask takes."""
+    losses = F.linear(x[m], p[0]).tanh().sum(1)
+    return torch.zeros(len(x), dtype=x.dtype).index_add(0, each(m), losses)
+
+
+def written(p, x, m):
+    """Write to the entries that a mask takes."""
+    h = torch.zeros_like(x)
+    h[m] = F.linear(x[m], p[0]).tanh()
+    return total(h)
+
+
+SORTED = {
+    "an index": sorted_by(lambda x, i: x[i], permute),
+    "a list": sorted_by(lambda x, i: x[i.tolist()], permute),
+    "index_select": sorted_by(lambda x, i: x.index_select(0, i), permute),
+    "gather": sorted_by(lambda x, i: x.gather(0, i[:, None].expand_as(x)), permute),
+    "take_along_dim": sorted_by(lambda x, i: torch.take_along_dim(x, i[:, None], 0), permute),
+    "index_add": sorted_by(lambda x, i: torch.zeros_like(x).index_add(0, i, x), lambda h, i: h[i]),
+    "scatter": sorted_by(
+        lambda x, i: torch.zeros_like(x).scatter(0, i[:, None].expand_as(x), x), lambda h, i: h[i]
+    ),
+    "by a key": sorted_by(lambda x, i: x[(-i).argsort()], lambda h, i: h[(-i).argsort().argsort()]),
+    "added in place": lambda p, x, i: total(
+        torch.zeros_like(x).index_add_(0, i, F.linear(x[i], p[0]).tanh())
+    ),
+    "by number": sorted_by(lambda x, i: x.roll(int(i[0]), 0), lambda h, i: h.roll(-int(i[0]), 0)),
+}
+MASKED = {
+    "taken": kept,
+    "written": written,
+    "selected": lambda p, x, m: torch.zeros(len(x), dtype=x.dtype).index_add(
+        0, each(m), F.linear(x.masked_select(m[..., None]).view(-1, 2), p[0]).tanh().sum(1)
+    ),
+}
+APART = {
+    "product": lambda p, x, m: total(F.linear(x, p[0]).tanh() * m[..., None]),
+    "where": lambda p, x, m: total(torch.where(m[..., None], F.linear(x, p[0]).tanh(), 0)),
+    "filled in place": lambda p, x, m: total(F.linear(x, p[0]).masked_fill_(m[..., None], 0.5)),
+    "the last": lambda p, x, m: total(F.linear(x, p[0]).tanh()[torch.arange(len(x)), m.sum(1) - 1]),
+    "classes": lambda p, x, m: (
+        F.cross_entropy(F.linear(x, p[0]).flatten(0, 1), m.long().flatten(), reduction="none")
+        .unflatten(0, m.shape)
+        .sum(1)
+    ),
+    "gathered": lambda p, x, m: total(F.linear(x, p[0]).gather(2, m.long()[..., None])),
+}
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_an_order_that_the_first_batch_does_not_have(name):
+    first, then = torch.arange(4), torch.tensor([2, 0, 3, 1])
+    if name == "by a key":  # all equal, as lengths of a dummy batch are
+        first = torch.ones(4, dtype=torch.int64)
+    for start in (rand(4, 2), torch.zeros(4, 2).double()):
+        found, expected = twice(SORTED[name], (start, first), PARAMS, rand(4, 2), then)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+EVEN = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()
+ODD = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 1], [0, 1, 0]]).bool()
+
+
+@pytest.mark.parametrize("name", [*MASKED, *APART])
+def test_masks_that_take_as_many_of_each_example_at_first(name):
+    fn = (MASKED | APART)[name]
+    found, expected = twice(fn, (rand(4, 3, 2), EVEN), PARAMS, rand(4, 3, 2, seed=1), ODD)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_integers_that_keep_examples_apart_cost_no_rows(name):
+    batch = rand(4, 3, 2), EVEN
+    report = jd.explain_gramian(jd.instancewise(APART[name]), PARAMS, *batch)
+    assert report.leaves[0].rule == "linear"
+
+
+def test_the_operation_that_orders_examples_is_named():
+    report = jd.explain_gramian(
+        jd.instancewise(SORTED["index_select"]), PARAMS, rand(4, 2), torch.arange(4)
+    )
+    assert report.leaves[0].rule == "the order of examples depends on data at index_select"
 
 
 def test_a_graph_takes_rows_where_nothing_was_proven():

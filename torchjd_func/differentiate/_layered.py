@@ -206,11 +206,11 @@ def _problem(
         """Return the objective of other arguments, all of whose losses are present."""
         return partial(call, (values, given[1]), None)
 
-    def noisy() -> tuple[Call, list[Tensor]]:
+    def noisy() -> list[tuple[Call, list[Tensor]]]:
         """Return the objective with a little noise in the data, and the tensors among these."""
         moved = {x: near(x) for x in problem.inputs}
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
-        return partial(call, data, request.present), _tree.tensors(data)
+        return [(partial(call, data, request.present), _tree.tensors(data))]
 
     problem = Problem(
         call=partial(call, given, request.present),
@@ -220,7 +220,7 @@ def _problem(
         inputs=_tree.tensors(given),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call_with),
-        noisy=noisy if kind == "batched" else lambda: None,
+        noisy=noisy if kind == "batched" else tuple,
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )

@@ -142,6 +142,7 @@ class Operations:
         if kind is float:
             return kind
         if isinstance(x, (list, tuple)):
+            index = index and not isinstance(x, list)  # a list takes several, in its order
             return tuple([self._describe(part, loose, index, given) for part in x])
         if isinstance(x, dict):
             pairs = x.items()

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._order import REFUSALS
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan, without
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
@@ -23,7 +24,6 @@ _FUNCTIONS = (
     "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
     "torch.func (2.13); compare with the result that is not compiled"
 )
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 SMALLER = 0.2
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     inputs: Sequence[Tensor]
     batch: Batch | None = None
     larger: Callable[[], Iterator[Larger]] = lambda: iter(())
-    noisy: Callable[[], tuple[Call, Sequence[Tensor]] | None] = lambda: None
+    noisy: Callable[[], Sequence[tuple[Call, Sequence[Tensor]]]] = tuple
     check: bool = False
     names: Sequence[str] = ()
 
@@ -150,8 +150,10 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     )
     if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
-    unseen = problem.kind == "batched" and other is None
-    if unseen:
+    if mode.broken:
+        reason = f"the order of examples depends on data at {mode.broken}"
+        return _by_autograd(problem, layout, reason)._replace(proven=True)
+    if problem.kind == "batched" and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
     alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
@@ -174,14 +176,13 @@ def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
 def _points(problem: Problem) -> Iterator[list[Problem]]:
     """Yield where a proof is tried: at points where nothing is right by coincidence, and here.
 
-    The first have noise in parameters, in the data and in what uses return, since of a batch of
-    zeros, or of equal examples, nothing tells which row is whose; and once smaller parameters,
-    since nothing tells it where activations saturate.
+    The first have noise in parameters, data and what uses return, since of a batch of zeros, or of
+    equal examples, nothing tells which row is whose; and once smaller parameters, since nothing
+    tells it where activations saturate.
     """
     moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
-    data = problem.noisy()
-    if data is not None:
-        noisy = moved._replace(call=data[0], inputs=data[1])
+    for call, inputs in problem.noisy():
+        noisy = moved._replace(call=call, inputs=inputs)
         yield [noisy, noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])]
     yield [moved]
     yield [problem]
@@ -252,12 +253,11 @@ def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:
     return next((plan for plan in known if plan.operations == operations), None)
 
 
-def _by_autograd(problem: Problem, layout: Layout | None = None) -> Plan:
+def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _UNSEEN) -> Plan:
     """Return the plan to have all rows by autograd."""
     opaque = tuple(range(len(problem.leaves)))
     layout = layout or Layout(problem.kind, problem.size)
-    reasons = dict.fromkeys(opaque, _UNSEEN)
-    return Plan(layout, (), opaque, reasons, ())
+    return Plan(layout, (), opaque, dict.fromkeys(opaque, reason), ())
 
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:

@@ -13,6 +13,7 @@ from torch.func import vmap
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
@@ -103,7 +104,8 @@ def record(
         else:
             operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
             shifts = perturbations if hidden else None
-            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy)
+            order = None if other is None else Order(operations, seen)
+            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
         modes.append(mode)
         with mode if watched else Spelled():
             outputs, aux = call(handles, *args)

@@ -23,6 +23,7 @@ from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Place,
@@ -60,6 +61,7 @@ class Trace(TorchFunctionMode):
         plan: What operations become; `None` to decide it.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
         noisy: Whether these outputs get a little noise.
+        order: Knows which operations may change the order of examples.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Trace(TorchFunctionMode):
         perturbations: Sequence[Tensor] | None = None,
         *,
         noisy: bool = False,
+        order: Order | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.noisy = noisy
         self.operations = operations
+        self.order = order
         self.plan = plan
         self.perturbations = perturbations
         self.count = len(handles)
@@ -118,12 +122,20 @@ class Trace(TorchFunctionMode):
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation."""
         given = self.operations.begin(func, args, kwargs)
+        copies = None if self.order is None else self.order.copies(args, kwargs, given)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
+        if self.order is not None:
+            self.order.hold(func, copies, given, out)
         return out
+
+    @property
+    def broken(self) -> str:
+        """The first operation under which the order of examples depends on data, if any."""
+        return "" if self.order is None else self.order.broken
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether some tensor is made of parameters."""

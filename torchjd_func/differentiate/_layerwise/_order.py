@@ -1,0 +1,156 @@
+"""Whether operations that are handed integers of the data keep examples apart, whatever these are.
+
+An index may permute the examples of one batch and not those of another, and a mask take as many
+entries of each example or not: no proof on one batch shows that. So each such operation is tried
+with other integers, and with the examples of all its data moved on by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise._noise import near
+from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
+
+# What torch raises where an operation does not take its arguments.
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
+class Order:
+    """Watches the first run of an objective.
+
+    Attributes:
+        data: The numbers of the tensors that depend on arguments of the objective.
+        broken: The first operation under which the order of examples depends on integers.
+    """
+
+    def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
+        self.operations = operations
+        self.data: set[int | None] = {operations.number(x) for x in inputs}
+        self.broken = ""
+
+    def copies(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Any] | None:
+        """Return arguments to try an operation with, and where examples lie; `None` mostly."""
+        axes = {}
+        for x in given:
+            axis = self.operations.axis(x) if self.operations.number(x) in self.data else None
+            if isinstance(axis, int):
+                axes[x] = axis
+        if self.broken or len(axes) < 2 or not any(map(is_integer, axes)):
+            return None
+        where: dict[Tensor, int] = {}
+
+        def copy(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            inner = x.detach().to("cpu", copy=True)  # where no index is out of bounds for good
+            if x in axes:
+                where[inner] = axes[x]
+            return inner
+
+        return substitute((args, kwargs), copy), where
+
+    def hold(
+        self,
+        func: Callable[..., Any],
+        copies: tuple[Any, Any] | None,
+        given: Sequence[Tensor],
+        out: Any,
+    ) -> None:
+        """Hold what an operation returned, or wrote to, against what it does with other data."""
+        results = tensors_in(out) or list(given[:1])
+        if any(self.operations.number(x) in self.data for x in given):
+            self.data.update(map(self.operations.number, results))
+        if copies is None:
+            return
+        axes = [self.operations.axis(x) for x in results]
+        shapes = [x.shape for x in results]
+        if not self._keeps(func, *copies, axes, shapes):
+            self.broken = getattr(func, "__name__", str(func))
+
+    def _keeps(
+        self,
+        func: Callable[..., Any],
+        arguments: Any,
+        where: dict[Tensor, int],
+        axes: Sequence[Any],
+        shapes: Sequence[Any],
+    ) -> bool:
+        """Say whether moving the examples of all data moves those of the results."""
+        size = self.operations.size
+        for values in _variants(where, size):
+            moved = {x: _moved_on(values[x], axis, size) for x, axis in where.items()}
+            try:
+                before, after = (_results(func, arguments, given) for given in (values, moved))
+            except REFUSALS:
+                continue  # integers that are out of bounds
+            if [x.shape for x in before] != list(shapes):
+                return False  # how many entries an example has depends on them
+            return all(
+                _same(_moved_on(a, axis, size), b)
+                for a, b, axis in zip(before, after, axes, strict=True)
+                if isinstance(axis, int)
+            )
+        return False
+
+
+def is_integer(x: Tensor) -> bool:
+    """Say whether a tensor may be an index or a mask."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def _variants(where: dict[Tensor, int], size: int) -> Iterator[dict[Tensor, Tensor]]:
+    """Yield data with noise, and with integers that tell examples apart, or those that came."""
+    for bound in (False, True, None):
+        yield {x: _value(x, axis, size, bound) for x, axis in where.items()}
+
+
+def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
+    """Return noise, or the number of the example of each entry (below the largest that came)."""
+    if not is_integer(x) or bound is None:
+        return near(x)
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    numbers = torch.arange(x.shape[axis]).div(x.shape[axis] // size, rounding_mode="floor")
+    if x.dtype == torch.bool:
+        return (numbers % 2 == 0).reshape(shape).expand_as(x).clone()
+    limit = int(x.amax()) + 1 if bound else size
+    return (numbers % max(limit, 1)).to(x.dtype).reshape(shape).expand_as(x).clone()
+
+
+def _moved_on(x: Tensor, axis: int, size: int) -> Tensor:
+    """Move all examples on by one."""
+    return x.roll(x.shape[axis] // size, axis)
+
+
+def _results(
+    func: Callable[..., Any], arguments: Any, values: dict[Tensor, Tensor]
+) -> list[Tensor]:
+    """Run an operation on copies, and return what it returned, or wrote to."""
+    replaced: list[Tensor] = []
+
+    def take(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        replaced.append(values[x].clone() if x in values else x.clone())
+        return replaced[-1]
+
+    args, kwargs = substitute(arguments, take)
+    return tensors_in(func(*args, **kwargs)) or replaced[:1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Say whether results agree, but for rounding; not-a-numbers are equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    wide = [
+        x if is_integer(x) else x.to(torch.complex128 if x.is_complex() else torch.float64)
+        for x in (a, b)
+    ]
+    a, b = (torch.func.debug_unwrap(x, recurse=True) for x in wide)
+    return bool(torch.isclose(a, b, rtol=1e-4, atol=1e-7, equal_nan=True).all())
