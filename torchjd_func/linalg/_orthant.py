@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._dense import solve_factored
+from torchjd_func.linalg._dense import ORDERS, solve_factored
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
@@ -25,8 +25,6 @@ STATIONARY_TOL = 1e-12
 STEP_TOL = 1e-13
 # Part of the way to the boundary that a step may go, and how often a step may be halved.
 BOUNDARY, HALVINGS = 0.95, 12
-# How many derivatives of the root are exact: each takes one more step of Newton's method.
-ORDERS = 2
 
 
 def orthant_root(
