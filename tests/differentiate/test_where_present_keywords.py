@@ -230,6 +230,15 @@ class TestPresent:
             assert_trees_close(grads, want[0])
             assert found["b"].isnan()
 
+    @pytest.mark.parametrize("task", [False, True], ids=["function", "multitask"])
+    def test_bools_by_name_are_one_graph(self, task):
+        fn, params = (MULTITASK, MULTITASK_PARAMS) if task else (tree_losses, PARAMS)
+        names = ["one", "two"] if task else ["a", "b", "c"]
+        step, present = jd.grad(fn, RULE), dict.fromkeys(names, True) | {names[1]: False}
+        present = {**present, "one": {"policy": True, "entropy": True}} if task else present
+        fast, _ = compiled(lambda params, x: step(None, params, x, present=present))
+        assert_trees_close(fast(params, X), step(None, params, X, present=present))
+
     @pytest.mark.parametrize("name", ["instancewise", "per_example"])
     def test_an_example_that_is_not_a_number(self, name):
         fn, x, mask = OBJECTIVES[name], X.clone(), mask_of(len(X))
