@@ -329,6 +329,21 @@ class TestKeywords:
         assert_trees_close(jd.jac(fn)(PARAMS, x=X), jd.jac(fn)(PARAMS, X))
         assert_trees_close(fn(PARAMS, x=X), fn(PARAMS, X))
 
+    @pytest.mark.parametrize("name", ["state", "params", "fn", "rule", "args", "key", "batch_1"])
+    def test_may_have_the_names_of_the_arguments_of_steps(self, name):
+        def fn(weights, x, **named):
+            return tree_losses(weights, x + named[name])
+
+        moved, named = functools.partial(fn, **{name: 0.5}), {name: 0.5}
+        for make in (jd.grad, jd.grad_and_value):
+            want = make(moved, RULE)(None, PARAMS, X)
+            assert_trees_close(make(fn, RULE)(None, PARAMS, X, **named), want)
+        for make in (jd.jac, jd.gramian):
+            assert_trees_close(make(fn)(PARAMS, X, **named), make(moved)(PARAMS, X))
+        step = jd.double_sampling(fn, jd.modo())
+        want = jd.double_sampling(moved, jd.modo())(None, PARAMS, (X,), (X + 1,))
+        assert_trees_close(step(None, PARAMS, (X,), (X + 1,), **named), want)
+
     def test_flags_and_shared_numbers(self):
         def loss(params, x, *, power, scale):
             return scale * outputs(params, x).square().sum(-1) ** power
