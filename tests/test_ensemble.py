@@ -11,7 +11,7 @@ import torchjd_func as jd
 from tests.helpers import assert_trees_close, clone, close, compiled, double
 from torchjd_func import _tree
 
-UNFIT: Any = ("x",)
+UNFIT: Any = (1.5,)
 SIZES = {"first": (6, 4), "second": (3, 6)}
 
 
@@ -128,6 +128,21 @@ def test_structures_of_arguments_and_results():
     assert got["a"][0].tolist() == [24.0, 24.0]
 
 
+def test_arguments_by_name_are_mapped_or_shared():
+    def objective(x, *, scale, shift, fn="sum"):
+        assert fn == "sum"
+        return {"a": (scale * x).square().sum(), "b": (x - shift["by"]).square().sum()}
+
+    step, x = jd.grad_and_value(objective, jd.upgrad()), double([1.0, 2.0], [3.0, -1.0])
+    scale, shift = double(0.5, 2.0), {"by": double(1.0, 2.0, 3.0)[:2]}
+    options = {"fn": "sum", "present": {"a": True, "b": False}}
+    many = jd.ensemble.each(step, shared=(0, "shift", *options))
+    for wrap in (lambda fn: fn, lambda fn: compiled(fn)[0]):
+        got = wrap(many)(None, x, scale=scale, shift=shift, **options)
+        members = [step(None, x[i], scale=scale[i], shift=shift, **options) for i in range(2)]
+        assert_trees_close(got, jd.ensemble.stack(members))
+
+
 @pytest.mark.parametrize(("chunk_size", "calls"), [(None, 1), (2, 3), (5, 1), (9, 1)])
 def test_so_many_models_are_computed_at_a_time(chunk_size, calls):
     seen = []
@@ -201,6 +216,12 @@ def test_a_set_rule_moves_an_ensemble():
         (lambda: jd.ensemble.each(torch.sin, chunk_size=0), ValueError, "`chunk_size`"),
         (lambda: jd.ensemble.each(torch.add, shared=2)(*2 * [torch.ones(1)]), ValueError, "shared"),
         (lambda: jd.ensemble.each(torch.add, *UNFIT)(torch.ones(1)), TypeError, "shared"),
+        (lambda: jd.ensemble.each(torch.add, "x")(torch.ones(1)), ValueError, "keyword arguments"),
+        (
+            lambda: jd.ensemble.each(torch.add)(torch.ones(1), other=1.0),
+            ValueError,
+            "at 'other'.*`shared`",
+        ),
         (lambda: jd.ensemble.init(make_params, torch.ones(2), 3), ValueError, "`key` must"),
         (lambda: jd.ensemble.init(make_params, jd.random.key(0), 0), ValueError, "`k` must"),
     ],

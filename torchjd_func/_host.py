@@ -85,6 +85,14 @@ def _watched(x: Tensor) -> bool:
     return unpack_dual(x).tangent is not None
 
 
+def pushed(x: Tensor) -> bool:
+    """Say whether the innermost transform pushes a tensor forward."""
+    try:
+        return unpack_dual(x).tangent is not None
+    except RuntimeError:  # mapped and pushed forward, it has no rule (torch 2.13)
+        return True
+
+
 def resident(value: Any) -> bool:
     """Say whether a value is no tensor, or one whose memory a kernel may read."""
     if not isinstance(value, Tensor):

@@ -50,11 +50,19 @@ def without_subnormal(gramian: Tensor) -> Tensor:
 
 
 def keep(result: PyTree, after: State, before: State) -> State:
-    """Return the next state; that of before if the result is not finite."""
+    """Return the next state, in the dtypes of before; that of before if a result is not finite."""
     if isinstance(after, tuple) and not after:
         return after
-    sound = finite(*_tree.leaves(result))
-    return after if sound is None else _tree.map(partial(torch.where, sound), after, before)
+    return _tree.map(partial(_kept, finite(*_tree.leaves(result))), after, before)
+
+
+def _kept(sound: Tensor | None, new: Any, old: Any) -> Any:
+    """Return a leaf of the next state; what did not change is the same tensor, and a leaf still."""
+    if new is old:
+        return old
+    if new.dtype != old.dtype:  # of rows or losses in another dtype than those it began with
+        new = new.to(old.dtype)
+    return new if sound is None else torch.where(sound, new, old)
 
 
 def finite(*tensors: Tensor | None) -> Tensor | None:

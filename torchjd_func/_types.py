@@ -269,12 +269,15 @@ class Scalarizer:
         _check.state_of(self.name, self.init_fn, state)
         mask = _present.as_mask(self.name, present, len(wide), wide.device)
         if mask is None or self.processes is not None:  # what any process has counts: masked there
-            loss, state = _present.update(self, wide, state, present=mask)
+            loss, after = _present.update(self, wide, state, present=mask)
             _check.loss(self.name, loss)
-            return loss.to(vector.dtype), state
+            if self.processes is None:
+                after = _sound.keep((loss, wide), after, state)
+            return loss.to(vector.dtype), after
         known = _present.losses(wide, mask)
         loss, after = _present.update(self, known, state, present=_present.usable(mask))
         _check.loss(self.name, loss)
+        after = _sound.keep((loss, known), after, state)
         loss = torch.where(mask.any(), loss, 0).to(vector.dtype)
         return loss, _present.kept(mask, after, state)
 

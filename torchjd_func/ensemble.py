@@ -97,7 +97,7 @@ def init(fn: Callable[[Tensor], PyTree], key: Tensor, k: int) -> PyTree:
 
 def each(
     fn: Callable[..., PyTree],
-    shared: int | tuple[int, ...] = (),
+    shared: int | str | tuple[int | str, ...] = (),
     *,
     chunk_size: int | None = None,
     randomness: str = "error",
@@ -108,19 +108,21 @@ def each(
     preferences, hyper-parameters. `torch.compile` goes outside.
 
     Args:
-        fn: `fn(*args) -> pytree of tensors`, for one model; pure. Random numbers come from keys.
-        shared: Positions of arguments that all models are given as they are, such as the batch.
+        fn: `fn(*args, **kwargs) -> pytree of tensors`, for one model; pure. Random numbers come
+            from keys.
+        shared: Positions, or names, of arguments that all models are given as they are, such as
+            the batch: `shared=(2, "present")`.
         chunk_size: How many models are computed at a time, to bound the memory of what is
             temporary; `None` for all.
         randomness: What dropout and other draws from torch's global generator do: `"error"`,
             `"different"` (each model draws its own), or `"same"`.
 
     Returns:
-        `f(*args)`: each argument that is not shared a pytree of `(k, ...)` tensors (`None` and
-        empty containers may be in it), and so is the result.
+        `f(*args, **kwargs)`: each argument that is not shared a pytree of `(k, ...)` tensors
+        (`None` and empty containers may be in it), and so is the result.
 
     Raises:
-        TypeError: From `f`, if `shared` are not positions.
+        TypeError: From `f`, if `shared` are neither positions nor names.
         ValueError: If `chunk_size` is not positive, or `randomness` none of these; from `f`, if
             leading dimensions differ, or `shared` names no argument.
 
@@ -143,22 +145,26 @@ def each(
 
 def _each(
     fn: Callable[..., PyTree],
-    shared: int | tuple[int, ...],
+    shared: int | str | tuple[int | str, ...],
     mapping: Callable[..., Any],
+    /,
     *args: PyTree,
+    **kwargs: PyTree,
 ) -> PyTree:
     """Map over the tensors of arguments; torch.func counts `None` as a leaf, and cannot map it."""
-    constant = _check.shared(shared, len(args))
-    mapped = tuple(None if i in constant else arg for i, arg in enumerate(args))
+    constant = _check.shared(shared, len(args), kwargs)
+    places = {**dict(enumerate(args)), **kwargs}
+    mapped = {str(place): arg for place, arg in places.items() if place not in constant}
     flat, rebuild = _tree.flatten(mapped)
     _check.same_members(_tree.paths(mapped), flat)
     box: list[Callable[[Any], PyTree]] = []
 
     def one(*leaves: Tensor) -> tuple[Tensor, ...]:
         """Compute one member, and leave behind the structure of the result."""
-        member = rebuild(list(leaves))
-        given = [args[i] if i in constant else own for i, own in enumerate(member)]
-        parts, put_back = _tree.flatten(fn(*given))
+        own = rebuild(list(leaves))
+        given = {place: own.get(str(place), arg) for place, arg in places.items()}
+        member = fn(*(given[i] for i in range(len(args))), **{name: given[name] for name in kwargs})
+        parts, put_back = _tree.flatten(member)
         box.append(put_back)
         return tuple(parts)
 

@@ -10,6 +10,8 @@ from torch.func import vmap
 import torchjd_func as jd
 from tests.helpers import as_tree, close, double
 from tests.matrices import B, matrix
+from tests.registry import METHODS, fresh, losses_for
+from torchjd_func import _tree
 
 SWEEPS = {
     "excess_mtl": (lambda x: jd.excess_mtl(x), [0.1, 1.0]),
@@ -85,6 +87,18 @@ def test_complex_parameters_are_pairs_of_real_ones(rule):
 def test_numbers_out_of_range_are_errors(make, name):
     with pytest.raises(ValueError, match=f"`{name}` must be in"):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_keeps_the_dtypes_that_it_began_with(name, dtype):
+    method = METHODS[name]
+    m = max(3, method.min_m)
+    jac, losses = matrix("gaussian", m, 5), losses_for(method, m)
+    aggregator, state = fresh(method, jac.float(), m)
+    grads, after = aggregator(jac.to(dtype), state, losses=losses)
+    assert grads.dtype == dtype
+    assert [x.dtype for x in _tree.leaves(after)] == [x.dtype for x in _tree.leaves(state)]
 
 
 def test_a_state_of_other_parameters_is_an_error():

@@ -230,6 +230,15 @@ class TestPresent:
             assert_trees_close(grads, want[0])
             assert found["b"].isnan()
 
+    @pytest.mark.parametrize("task", [False, True], ids=["function", "multitask"])
+    def test_bools_by_name_are_one_graph(self, task):
+        fn, params = (MULTITASK, MULTITASK_PARAMS) if task else (tree_losses, PARAMS)
+        names = ["one", "two"] if task else ["a", "b", "c"]
+        step, present = jd.grad(fn, RULE), dict.fromkeys(names, True) | {names[1]: False}
+        present = {**present, "one": {"policy": True, "entropy": True}} if task else present
+        fast, _ = compiled(lambda params, x: step(None, params, x, present=present))
+        assert_trees_close(fast(params, X), step(None, params, X, present=present))
+
     @pytest.mark.parametrize("name", ["instancewise", "per_example"])
     def test_an_example_that_is_not_a_number(self, name):
         fn, x, mask = OBJECTIVES[name], X.clone(), mask_of(len(X))
@@ -319,6 +328,21 @@ class TestKeywords:
         assert_trees_close(jd.grad_and_value(fn, RULE)(None, PARAMS, x=X), want)
         assert_trees_close(jd.jac(fn)(PARAMS, x=X), jd.jac(fn)(PARAMS, X))
         assert_trees_close(fn(PARAMS, x=X), fn(PARAMS, X))
+
+    @pytest.mark.parametrize("name", ["state", "params", "fn", "rule", "args", "key", "batch_1"])
+    def test_may_have_the_names_of_the_arguments_of_steps(self, name):
+        def fn(weights, x, **named):
+            return tree_losses(weights, x + named[name])
+
+        moved, named = functools.partial(fn, **{name: 0.5}), {name: 0.5}
+        for make in (jd.grad, jd.grad_and_value):
+            want = make(moved, RULE)(None, PARAMS, X)
+            assert_trees_close(make(fn, RULE)(None, PARAMS, X, **named), want)
+        for make in (jd.jac, jd.gramian):
+            assert_trees_close(make(fn)(PARAMS, X, **named), make(moved)(PARAMS, X))
+        step = jd.double_sampling(fn, jd.modo())
+        want = jd.double_sampling(moved, jd.modo())(None, PARAMS, (X,), (X + 1,))
+        assert_trees_close(step(None, PARAMS, (X,), (X + 1,), **named), want)
 
     def test_flags_and_shared_numbers(self):
         def loss(params, x, *, power, scale):

@@ -178,6 +178,22 @@ def test_sparse_gradients_are_made_dense():
         assert not table.weight.grad.is_sparse
 
 
+@pytest.mark.parametrize("present", [None, torch.tensor([False, False])], ids=["all", "none"])
+def test_a_sparse_gradient_is_added_to(present):
+    table: Any = nn.Embedding(7, 3, sparse=True).double()
+    table(torch.tensor([1, 1])).sum().backward()
+    assert table.weight.grad.is_sparse
+    before = table.weight.grad.to_dense()
+
+    def losses():
+        return (table(torch.tensor([1, 2])) - 1).square().sum(1)
+
+    (added,) = by_hand(losses(), table.parameters(), jd.upgrad())
+    jd.interop.backward_(losses(), table, jd.upgrad(), present=present)
+    want = before + (added if present is None else 0)
+    torch.testing.assert_close(table.weight.grad, want)
+
+
 def test_buffers_move_once_as_in_any_forward_pass():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
     jd.interop.backward_(model_losses(model), model, jd.upgrad())

@@ -70,6 +70,44 @@ def test_state_is_kept_in_float32_or_better(method, dtype):
 
 
 @every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_keeps_the_dtypes_that_it_began_with(method, dtype):
+    scalarizer, state = experienced(method, L.float())
+    loss, later = scalarizer(L.to(dtype), state)
+    later = observe(method, scalarizer, L.to(dtype), later)
+    assert loss.dtype == dtype
+    assert [x.dtype for x in _tree.leaves(later)] == [x.dtype for x in _tree.leaves(state)]
+
+
+@every_method
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_that_are_not_finite_leave_the_state(method, bad, masked):
+    scalarizer, state = experienced(method, L)
+    spoiled, present = L.clone(), torch.tensor([True, True, True, False]) if masked else None
+    spoiled[1] = bad
+    after = scalarizer(spoiled, state, present=present)[1]
+    assert_trees_close(after, state, rtol=0, atol=0)
+    _, called = scalarizer(L, state)
+    if method.observes == "losses":
+        assert_trees_close(observe(method, scalarizer, spoiled, called), called, rtol=0, atol=0)
+
+
+def test_losses_below_the_least_ones_leave_the_state_of_famo():
+    scalarizer = jd.scalarizers.famo(min_losses=[0.5] * 4)
+    _, state = scalarizer(L + 1)
+    assert_trees_close(scalarizer.observe(0.1 * L, state), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.learned])
+def test_a_learned_state_stays_what_its_optimizer_has(name):
+    scalarizer, state = experienced(METHODS[name], L)
+    for losses_of_a_batch in (L, torch.nan * L):
+        after = scalarizer(losses_of_a_batch, state)[1]
+        assert all(new is old for new, old in zip(after, state, strict=True))
+
+
+@every_method
 def test_loss_is_not_computed_in_low_precision(method):
     values = L.to(torch.bfloat16)
     scalarizer, state = fresh(method, values, 4)

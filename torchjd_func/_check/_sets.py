@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,9 +82,17 @@ def same_members(paths: Sequence[str], leaves: Sequence[Any]) -> int:
     return leaves[0].shape[0]
 
 
-def shared(value: Any, n_args: int) -> set[int]:
-    """Return the positions of the arguments that all models share."""
-    return set(positions("shared", value, n_args, "Pass what is shared by position."))
+def shared(value: Any, n_args: int, names: Collection[str]) -> set[int | str]:
+    """Return the positions, and names, of the arguments that all models share."""
+    wanted = value if isinstance(value, tuple) else (value,)
+    named = {name for name in wanted if isinstance(name, str)}
+    if not named <= set(names):
+        rule = f"name some of the keyword arguments {sorted(names)}"
+        remedy = "Pass by position what is shared by position, and by name what is shared by name."
+        fail(ValueError, "`shared`", rule, sorted(named - set(names)), remedy)
+    places = tuple(place for place in wanted if not isinstance(place, str))
+    remedy = "Pass what is shared by position, or give the name that it is passed by."
+    return {*positions("shared", places, n_args, remedy), *named}
 
 
 def _is_stacked(leaf: Any) -> bool:

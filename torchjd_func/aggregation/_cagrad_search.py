@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 def find(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find two candidates `(..., 2, m)`, as constants; see `search` and `_search`."""
-    return _host.opaque(search, _dispatch, gramian, shares, pushed.detach(), c, ridge)
+    return _host.opaque(search, _dispatch, gramian, shares, pushed, c, ridge)
 
 
 @torch.library.custom_op("torchjd_func::cagrad", mutates_args=())

@@ -19,7 +19,7 @@ from torchjd_func._names import Vector
 from torchjd_func._numbers import Numbers
 from torchjd_func._types import Aggregator
 from torchjd_func.aggregation._preference import resolve
-from torchjd_func.linalg._dense import solve
+from torchjd_func.linalg._dense import ORDERS, solve
 from torchjd_func.linalg._gramian import rank_tol
 
 MAX_ITER, TOL = 20, 1e-12
@@ -75,8 +75,10 @@ def _median(
         point = point + _best(xp, known, fixed, point, steps)
         if xp is np and abs(steps.newton).sum() <= TOL:
             break
-    # At the minimum one more step of Newton has the derivative of the minimum.
-    refined = point + _steps(xp, near, shares, point).newton
+    # At the minimum each further step of Newton has one more derivative of the minimum.
+    refined = point
+    for _ in range(ORDERS):
+        refined = refined + _steps(xp, near, shares, refined).newton
     return xp.where(found, medians / xp.where(found, medians.sum(), 1.0), refined)
 
 

@@ -76,6 +76,7 @@ def double_sampling(
         params: PyTree,
         batch_1: tuple[Any, ...],
         batch_2: tuple[Any, ...],
+        /,
         batch_3: tuple[Any, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any]:

@@ -74,7 +74,7 @@ def grad(
     options = {"has_aux": has_aux, "route": route, "chunk_size": chunk_size, "where": where}
     run = grad_and_value(fn, rule, argnums, **options)
 
-    def grad_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def grad_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the update direction (and aux) and the next state."""
         grads, out, state = run(state, *args, **kwargs)
         return (grads, out[1], state) if has_aux else (grads, state)
@@ -133,7 +133,7 @@ def grad_and_value(
         spans=rule.processes is not None,
     )
 
-    def grad_and_value_fn(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def grad_and_value_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         linear, state = linearize(fn, args, kwargs, options), detached(state)
         check_names(by_name, linear.losses)

@@ -273,7 +273,8 @@ def _accumulate(grads: Grads, zeros: bool) -> None:
         if grad is None and not zeros:
             continue
         grad = param.new_zeros(()) if grad is None else grad
-        if param.grad is None:
-            param.grad = like_parameter(param, grad)
+        if param.grad is None or param.grad.layout != torch.strided:
+            own = like_parameter(param, grad)
+            param.grad = own if param.grad is None else own.add_(param.grad)
         else:
             param.grad.add_(grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,16 +14,41 @@ from torchjd_func import _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._device import LARGEST
 
+# How many derivatives of a solution are exact: each takes a step of refinement, or of Newton.
+ORDERS = 2
+
 
 def solve(matrix: Array, vector: Array) -> Array:
     """Solve `A x = b`, `(..., m, m)` and `(..., m)`."""
     if isinstance(matrix, np.ndarray):
         return np.linalg.solve(matrix, vector[..., None])[..., 0]
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
-        return torch.linalg.solve_ex(matrix, vector)[0]
+        return factorized(matrix, vector)
     inverse = _host.opaque(invert, _invert, matrix.detach())
-    x = times(inverse, vector.detach())
-    return x + times(inverse, vector - times(matrix, x))
+    plain = _host.plain(matrix, vector)
+    return _refined(matrix, vector, partial(times, inverse), 1 if plain else ORDERS)
+
+
+def factorized(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Solve by a factorisation."""
+    # Derivatives of the tangents of torch.linalg.solve miss a term (torch 2.13).
+    known = partial(_by_factors, matrix.detach())
+    return _refined(matrix, vector, known, 0 if _host.plain(matrix, vector) else ORDERS)
+
+
+def _refined(
+    matrix: Tensor, vector: Tensor, known: Callable[[Tensor], Tensor], steps: int
+) -> Tensor:
+    """Solve as if the matrix were constant, and let steps of refinement have the derivatives."""
+    x = known(vector.detach())
+    for _ in range(steps):
+        x = x + known(vector - times(matrix, x))
+    return x
+
+
+def _by_factors(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Solve with a constant matrix."""
+    return torch.linalg.solve_ex(matrix, vector)[0]
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
+from torchjd_func.linalg._dense import factorized
 from torchjd_func.linalg._nnqp import Solution
 from torchjd_func.linalg._search import align_all
 from torchjd_func.linalg._systems import KKT_TOL
@@ -90,7 +91,7 @@ def _vertex(a: Tensor, b: Tensor, basis: Tensor, n_free: int) -> tuple[Tensor, T
     feasible = _feasible(columns.detach(), b.detach(), basis, n - n_free)
     identity = torch.eye(k, dtype=a.dtype, device=a.device)
     safe = torch.where(feasible[..., None, None], columns, identity)
-    parts, _ = torch.linalg.solve_ex(safe, torch.where(feasible[..., None], b, 0.0))
+    parts = factorized(safe, torch.where(feasible[..., None], b, 0.0))
     signed = torch.where(basis < n - n_free, parts.clamp(min=0), parts)
     places = torch.nn.functional.one_hot(basis, n).to(a.dtype)
     return (signed.unsqueeze(-2) @ places).squeeze(-2), feasible

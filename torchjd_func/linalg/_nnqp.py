@@ -198,9 +198,10 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
         vector = vector[(None,) * (ndim - vector.ndim)]
     if _host.plain(matrix, vector):
         return _solved(_host.opaque(search, dispatch, matrix, vector, ridge, solver))
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or _host.pushed(matrix) or _host.pushed(vector)):
         return _solved(_Differentiable.apply(matrix, vector, ridge, solver))
-    # A graph holds no autograd.Function under vmap (torch 2.13), so its value is solved in torch.
+    # A graph holds no autograd.Function under vmap, and one that is pushed forward twice has a
+    # second derivative of 0 (torch 2.13), so the value is solved in torch.
     best, support, *flags = search(matrix.detach(), vector.detach(), ridge, solver)
     value = masked_solve(matrix, support, -vector, flags[-1])
     return Solution(best + (value - value.detach()), *flags)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._dense import solve_factored
+from torchjd_func.linalg._dense import ORDERS, solve_factored
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
@@ -40,7 +40,7 @@ def orthant_root(
     It is the minimiser over $w > 0$ of the strictly convex
     $$\tfrac12 w^\top G w - \sum_i \int (p_i / w_i)^{1/\alpha} \mathrm d w_i,$$
     found by Newton's method with a line search, in float64, on unit rows: the accuracy does not
-    depend on the lengths of the rows. The first derivative of the root is exact.
+    depend on the lengths of the rows. Two derivatives of the root are exact.
 
     Zero rows take no part and get weight 0. There is no root where a convex combination of the
     other rows vanishes (`min_norm_point`), or where there are none: then the value is zero and
@@ -144,16 +144,20 @@ def _unit_rows(xp: Any, gramian: Array) -> tuple[Array, Array, Array]:
 def _change(
     gramian: Tensor, power: Tensor, shares: Tensor, value: Tensor, converged: Tensor
 ) -> Tensor:
-    """Return 0 with the first derivative of the root, by one more step of Newton's method."""
+    """Return 0 with the derivatives of the root, by more steps of Newton's method."""
     _, lengths, unit = _unit_rows(torch, gramian)
     # Where there is no root, a system without one would spoil derivatives of other entries.
     unit = torch.where(converged[..., None, None], unit, _host.identity(unit))
     inside = converged.unsqueeze(-1) & (value > 0)
     x = torch.where(inside, value * lengths, 1.0)
     log_gain = (power - 1) * torch.log(lengths) + power * torch.log(shares)
-    target = _target(torch, log_gain, power, x)
-    step = torch.where(inside, value, 0.0) * _newton(torch, unit, power, x, target, _apply(unit, x))
-    return torch.where(inside, step - step.detach(), 0.0)
+    moved = x
+    for _ in range(ORDERS):
+        target = _target(torch, log_gain, power, moved)
+        moved = moved * (1 + _newton(torch, unit, power, moved, target, _apply(unit, moved)))
+        moved = x + (moved - moved.detach())  # the value stays, and with it what is constant
+    change = (moved - x) / lengths
+    return torch.where(inside, change, 0.0)
 
 
 def _nearest(unit: Tensor) -> Tensor:

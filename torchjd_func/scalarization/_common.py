@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _names, _present, _tree
+from torchjd_func import _check, _names, _present, _sound, _tree
 from torchjd_func._host import number
 from torchjd_func._lift import no_state
 from torchjd_func._names import Vector
@@ -79,6 +79,11 @@ def observable(name: str, present: Present, among: Tensor) -> Tensor:
     """Return which of some objectives, `(m,)` bool, are present."""
     mask = _present.as_mask(name, present, among.shape[0], among.device)
     return among if mask is None else among & mask
+
+
+def renewed(moves: Tensor, values: Tensor, after: State, before: State) -> State:
+    """Return what an observation renews, in the dtypes of before; nothing if it is not finite."""
+    return _sound.keep(values, _present.renewed(moves, after, before), before)
 
 
 def log_mean_exp(values: Tensor, weights: Tensor, kappa: Tensor, present: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check
 from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
 from torchjd_func.scalarization._common import (
@@ -22,6 +22,7 @@ from torchjd_func.scalarization._common import (
     observable,
     observed,
     present_softmax,
+    renewed,
 )
 
 
@@ -64,7 +65,7 @@ def _observe(losses: PyTree, state: DWAState, *, present: Present = None) -> DWA
         average = observed("dwa", losses, state.total, mask)
     zero, none = torch.zeros_like(state.total), torch.zeros_like(state.step)
     ended = DWAState(zero, none, average, state.newer)
-    return _tree.map(partial(torch.where, mask), ended, state)
+    return renewed(mask, average, ended, state)
 
 
 def dwa(temperature: Number = 2.0) -> Scalarizer:

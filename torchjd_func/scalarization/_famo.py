@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _present
 from torchjd_func._names import Vector
 from torchjd_func._present import Present, only
 from torchjd_func._types import PyTree, Scalarizer
@@ -25,6 +25,7 @@ from torchjd_func.scalarization._common import (
     observed,
     optional,
     present_softmax,
+    renewed,
 )
 
 _EPS = 1e-8  # of the paper's code: D = L - b + eps, and of Adam
@@ -97,7 +98,7 @@ def _observe(
         slope = slope / ((second / (1 - _BETA_2 ** step.to(z))).sqrt() + _EPS)
     logits = state.logits - number(beta, z) * slope
     moved = FAMOState(logits, first, second, step, state.before, torch.zeros_like(state.pending))
-    return _tree.map(partial(torch.where, moves), moved, state)
+    return renewed(moves, logits, moved, state)
 
 
 def famo(
