@@ -257,8 +257,7 @@ class Scalarizer:
         Args:
             losses: Tensor or pytree of tensors, `m` numbers in all, counted in leaf order.
             state: What `init` or the previous call returned; `None` stands for a fresh `init`.
-            present: Which objectives there are, a tree of bools like the losses, or `(m,)`; `None`
-                for all.
+            present: Which there are, a tree of bools like the losses, or `(m,)`; `None` for all.
 
         Returns:
             `loss`, a 0-d tensor, and `state`.
