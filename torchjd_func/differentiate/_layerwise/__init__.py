@@ -3,13 +3,15 @@
 The way of a call:
 
 1. `_planner.run` looks for a plan of an earlier run of the same shapes, or makes one: it watches
-   the objective with one example more and with this batch (`_operations` sees where examples lie),
-   and `_decide` what each operation on parameters becomes: a use whose derivative has a form, a
-   function of parameters alone (`_sources`), or nothing known.
+   the objective with one example more and with this batch (`_operations` sees where examples lie,
+   `_order` whether integers of the data may change that), and `_decide` what each operation on
+   parameters becomes: a use whose derivative has a form, a function of parameters alone
+   (`_sources`), or nothing known.
 2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`. Uses take aliases of
    parameters; a parameter that autograd reaches on another way has all its rows by autograd. A run
    that goes another way than planned (`_plan`) is planned again.
-3. `_proof` holds a new plan against one plain backward pass. What fails is left to autograd.
+3. `_proof` holds a new plan against plain backward passes, where `_noise` leaves nothing to
+   coincidence. What fails is left to autograd.
 4. `_layers` pulls ones back through activations alone: rows of a use are a form (`_forms`) of
    what it was applied to (`_rules`, `_products`, `_local`), and contracts forms to Gramians,
    rows and weighted gradients, over processes too (`_ranks`).
