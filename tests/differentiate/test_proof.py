@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import torchjd_func as jd
 from tests.differentiate.test_layerwise_kinds import AXES, over, rand, total
-from tests.programs import by_loops
+from tests.programs import Doubled, by_loops
 
 PARAMS = [rand(2, 2)]
 FIRST = {
@@ -99,6 +99,7 @@ SORTED = {
     "added in place": lambda p, x, i: total(
         torch.zeros_like(x).index_add_(0, i, F.linear(x[i], p[0]).tanh())
     ),
+    "after a function of its own": sorted_by(lambda x, i: Doubled.apply(x)[i], permute),
     "by number": sorted_by(lambda x, i: x.roll(int(i[0]), 0), lambda h, i: h.roll(-int(i[0]), 0)),
 }
 MASKED = {

@@ -25,13 +25,14 @@ class Order:
     """Watches the first run of an objective.
 
     Attributes:
-        data: The numbers of the tensors that depend on arguments of the objective.
+        data: The numbers of the tensors that depend on arguments of the objective; `None` stands
+            for tensors that no operation was seen to make, such as those of custom functions.
         broken: The first operation under which the order of examples depends on integers.
     """
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
         self.operations = operations
-        self.data: set[int | None] = {operations.number(x) for x in inputs}
+        self.data: set[int | None] = {None, *map(operations.number, inputs)}
         self.broken = ""
 
     def copies(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Any] | None:
