@@ -69,3 +69,22 @@ def test_graphs_map_every_tree_as_eager_code_does(name):
 
     x = torch.arange(3.0)
     assert_trees_close(compiled(double)[0](x), double(x))
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (lambda x: {"b": x, "a": [x, None]}, True),
+        (lambda x: {"a": [x, None], "b": x}, True),
+        (lambda x: {"a": [x, x], "b": x}, False),
+        (lambda x: {"a": (x, None), "b": x}, False),
+        (lambda x: {"a": [x, None], "c": x}, False),
+        (lambda x: OrderedDict(a=[x, None], b=x), False),
+    ],
+)
+def test_graphs_compare_structures_as_eager_code_does(other, same):
+    def compared(x):
+        return x + _tree.same_structure({"a": [x, None], "b": x}, other(x))
+
+    x = torch.zeros(1)
+    assert compared(x) == compiled(compared)[0](x) == same

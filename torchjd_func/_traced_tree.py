@@ -24,6 +24,14 @@ def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]] | None:
     return leaves, lambda values: _filled(places, list(values))
 
 
+def same_structure(a: PyTree, b: PyTree) -> bool | None:
+    """Say whether two trees differ in their leaves alone; `None` if that is not known here."""
+    try:
+        return _numbered(a, []) == _numbered(b, [])
+    except LookupError:
+        return None
+
+
 def _numbered(node: PyTree, leaves: list[Any]) -> PyTree:
     """Append the leaves of a node to a list, and return the node with their places instead."""
     if isinstance(node, LEAVES):

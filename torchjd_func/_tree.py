@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchjd_func._precision import accumulation_dtype, product, squares, sums
 from torchjd_func._traced_tree import flatten as flatten_traced
+from torchjd_func._traced_tree import same_structure as same_traced
 
 PyTree = Any
 Groups = tuple[tuple[int, ...], ...]  # the leaves of each group, by their place in leaf order
@@ -104,6 +105,9 @@ def names(tree: PyTree) -> list[str]:
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
+    traced = same_traced(a, b) if torch.compiler.is_compiling() else None
+    if traced is not None:
+        return traced
     holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]
     structures = [optree.tree_structure(tree, is_leaf=hollow) for tree in (a, b)]
     return structures[0] == structures[1] and holes[0] == holes[1]
