@@ -7,12 +7,13 @@ with other integers, and with the examples of all its data moved on by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
@@ -49,7 +50,9 @@ class Order:
         def copy(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            inner = x.detach().to("cpu", copy=True)  # where no index is out of bounds for good
+            # On the CPU an index that is out of bounds is an error, and no more.
+            hollow = x.is_meta
+            inner = torch.zeros(x.shape, dtype=x.dtype) if hollow else x.detach().cpu().clone()
             if x in axes:
                 where[inner] = axes[x]
             return inner
@@ -72,7 +75,7 @@ class Order:
         axes = [self.operations.axis(x) for x in results]
         shapes = [x.shape for x in results]
         if not self._keeps(func, *copies, axes, shapes):
-            self.broken = getattr(func, "__name__", str(func))
+            self.broken = name_of(func)
 
     def _keeps(
         self,
@@ -84,9 +87,10 @@ class Order:
     ) -> bool:
         """Say whether moving the examples of all data moves those of the results."""
         size = self.operations.size
-        for values in _variants(where, size):
-            moved = {x: _moved_on(values[x], axis, size) for x, axis in where.items()}
+        for bound in (False, True, None):
             try:
+                values = {x: _value(x, axis, size, bound) for x, axis in where.items()}
+                moved = {x: _moved_on(values[x], axis, size) for x, axis in where.items()}
                 before, after = (_results(func, arguments, given) for given in (values, moved))
             except REFUSALS:
                 continue  # integers that are out of bounds
@@ -105,14 +109,18 @@ def is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-def _variants(where: dict[Tensor, int], size: int) -> Iterator[dict[Tensor, Tensor]]:
-    """Yield data with noise, and with integers that tell examples apart, or those that came."""
-    for bound in (False, True, None):
-        yield {x: _value(x, axis, size, bound) for x, axis in where.items()}
-
-
 def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
-    """Return noise, or the number of the example of each entry (below the largest that came)."""
+    """Return noise; of integers the number of each entry's example, up to the largest of `x`.
+
+    Args:
+        x: Data of one operation.
+        axis: Where its examples lie.
+        size: How many there are.
+        bound: Whether the largest bounds the numbers; `None` for the integers that came.
+
+    Returns:
+        The data to try.
+    """
     if not is_integer(x) or bound is None:
         return near(x)
     shape = [1] * x.ndim
@@ -120,7 +128,7 @@ def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
     numbers = torch.arange(x.shape[axis]).div(x.shape[axis] // size, rounding_mode="floor")
     if x.dtype == torch.bool:
         return (numbers % 2 == 0).reshape(shape).expand_as(x).clone()
-    limit = int(x.amax()) + 1 if bound else size
+    limit = int(x.amax()) + 1 if bound and x.numel() else size
     return (numbers % max(limit, 1)).to(x.dtype).reshape(shape).expand_as(x).clone()
 
 
