@@ -34,10 +34,8 @@ def all_absent(present: Any) -> bool:
 
 def _flags(losses: PyTree, present: Any, sizes: list[int]) -> Flags:
     """Return a bool, or a tensor of bools, for each leaf of the losses."""
-    given, rebuild = _tree.flatten(present)
-    # By names, with tensors for bools: in a graph, optree has no structure of a dict of constants,
-    # and another one for another order of insertion (torch 2.13).
-    alike = _tree.paths(losses) == _tree.paths(rebuild([_tree.leaves(losses)[0]] * len(given)))
+    given = _tree.leaves(present)
+    alike = _tree.same_structure(losses, present)
     in_order = isinstance(present, list | tuple) and len(given) == len(sizes)
     if (alike or in_order) and all(map(_fits, given, sizes)):
         return given

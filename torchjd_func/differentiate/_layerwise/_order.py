@@ -51,8 +51,10 @@ class Order:
             if not isinstance(x, Tensor):
                 return x
             # On the CPU an index that is out of bounds is an error, and no more.
-            hollow = x.is_meta
-            inner = torch.zeros(x.shape, dtype=x.dtype) if hollow else x.detach().cpu().clone()
+            if x.is_meta:
+                inner = torch.zeros(x.shape, dtype=x.dtype)
+            else:
+                inner = x.detach().to("cpu", copy=True)
             if x in axes:
                 where[inner] = axes[x]
             return inner
