@@ -55,6 +55,7 @@ class Recorded(NamedTuple):
     pull: Callable[[Any, bool, Sequence[int]], tuple[list[Tensor], list[Tensor]]]
     mode: Trace
     connected: set[int]  # the leaves that autograd reaches, but for uses
+    dependent: bool  # whether some output depends on a use or a leaf
 
 
 def record(
@@ -93,6 +94,7 @@ def record(
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
+    dependent: list[bool] = []
 
     def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
         """Return outputs; constants, arrays of all uses and auxiliary tensors."""
@@ -121,7 +123,9 @@ def record(
         else:
             out = batch.map(run, (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
-        inner.append((_tree.leaves(out[0]), uses, primals))
+        outs = _tree.leaves(out[0])
+        inner.append((outs, uses, primals))
+        dependent.append(any([x.requires_grad for x in outs]))
         return out
 
     primals = [leaf.view_as(leaf) for leaf in frozen]
@@ -141,7 +145,7 @@ def record(
         outs, perturbed, handles = inner[0]
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
-    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached)
+    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
 
 
 def _pull_compiled(
