@@ -1,7 +1,9 @@
 """A plan that was made where rows are right by coincidence is not wrong on the next batch."""
 
+import enum
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -130,6 +132,96 @@ def test_an_order_that_the_first_batch_does_not_have(name):
         first = torch.ones(4, dtype=torch.int64)
     for start in (rand(4, 2), torch.zeros(4, 2).double()):
         found, expected = twice(SORTED[name], (start, first), PARAMS, rand(4, 2), then)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+DRAWN = {
+    "randperm": lambda n, key: torch.randperm(n),
+    "rand": lambda n, key: torch.rand(n).argsort(),
+    "in place": lambda n, key: torch.empty(n).uniform_().argsort(),
+    "multinomial": lambda n, key: torch.multinomial(torch.ones(n), n),
+    "a generator of its own": lambda n, key: torch.randperm(n, generator=generator(key)),
+}
+
+
+def generator(key):
+    """Return a generator in a state."""
+    return torch.Generator().manual_seed(key)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_an_order_that_is_drawn_and_sorted_at_first(name):
+    def order(key, n=3):
+        torch.manual_seed(key)
+        return DRAWN[name](n, key)
+
+    def losses(p, x, key):
+        i = order(key, len(x))
+        return sorted_by(lambda x, i: x[i], permute)(p, x, i)
+
+    unmoved = [key for key in range(100) if order(key).tolist() == [0, 1, 2]]
+    moved = [key for key in range(100) if order(key).tolist() == [2, 0, 1]]
+    found, expected = twice(losses, (rand(3, 2), unmoved[0]), PARAMS, rand(3, 2), moved[0])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Dim(enum.IntEnum):
+    """Names of axes."""
+
+    EXAMPLES = 0
+    TIME = 1
+    FEATURES = 2
+
+
+class Equation(str, enum.Enum):
+    """Names of products."""
+
+    PLAIN = "bti,ij->btj"
+    MOVED = "bti,ij->tbj"
+    KEPT = "bti->bti"
+    BACK = "tbi->bti"
+
+
+def rolled(p, x, k):
+    """Move examples on and back."""
+    return total(F.linear(x.roll(k, 0), p[0]).tanh().roll(-k, 0))
+
+
+def swapped(p, x, k):
+    """Move examples to another axis and back."""
+    return total(F.linear(x.transpose(0, k), p[0]).tanh().transpose(0, k))
+
+
+def indexed(p, x, k):
+    """Sort by an array, and back."""
+    i = np.argsort(k * np.arange(len(x)))
+    return sorted_by(lambda x, i: x[i], lambda h, i: h[np.argsort(i)])(p, x, i)
+
+
+def multiplied(p, x, equations):
+    """Move examples to another axis and back."""
+    there, back = equations
+    return total(torch.einsum(back, torch.einsum(there, x, p[0]).tanh()))
+
+
+CONSTANTS = {
+    "an integer of numpy": (rolled, np.int64(0), np.int64(1)),
+    "an axis of numpy": (swapped, np.int32(1), np.int32(2)),
+    "an enumeration": (swapped, Dim.TIME, Dim.FEATURES),
+    "an enumeration of strings": (
+        multiplied,
+        (Equation.PLAIN, Equation.KEPT),
+        (Equation.MOVED, Equation.BACK),
+    ),
+    "an array": (indexed, 1, -1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_any_kind_that_change(name):
+    fn, first, then = CONSTANTS[name]
+    for known, value in ((first, then), (then, first)):
+        found, expected = twice(fn, (rand(2, 2, 2), known), PARAMS, rand(2, 2, 2, seed=1), value)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 

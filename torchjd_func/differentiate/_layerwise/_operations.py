@@ -7,6 +7,7 @@ axis of a tensor whose length changes is that of the examples, or of as many par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Number
 from typing import Any
 
 import torch
@@ -150,7 +151,17 @@ class Operations:
         if kind is slice:
             ends = (x.start, x.stop, x.step)
             return (kind, *(self._describe(part, False, False, given) for part in ends))
-        return kind
+        if isinstance(x, Integral):  # of numpy, or of an enumeration
+            return self._describe(int(x), loose, index, given)
+        return _value(x)
+
+
+def _value(x: Any) -> Any:
+    """Return what tells other arguments of a rare kind from these: enumerations, arrays of numpy."""
+    if isinstance(x, str):
+        return str(x)
+    array = not isinstance(x, Number) and hasattr(x, "tobytes")
+    return (str(x.dtype), x.shape, x.tobytes()) if array else type(x)
 
 
 def unknown(x: Tensor) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -26,8 +27,9 @@ class Order:
     """Watches the first run of an objective.
 
     Attributes:
-        data: The numbers of the tensors that depend on arguments of the objective; `None` stands
-            for tensors that no operation was seen to make, such as those of custom functions.
+        data: The numbers of the tensors that depend on arguments of the objective, or on draws;
+            `None` stands for tensors that no operation was seen to make, such as those of custom
+            functions.
         broken: The first operation under which the order of examples depends on integers.
     """
 
@@ -35,9 +37,12 @@ class Order:
         self.operations = operations
         self.data: set[int | None] = {None, *map(operations.number, inputs)}
         self.broken = ""
+        self.draws = draws(inputs)
+        self.own = False  # whether the operation has a generator of its own
 
     def copies(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """Return arguments to try an operation with, and where examples lie; `None` mostly."""
+        self.own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
         axes = {}
         for x in given:
             axis = self.operations.axis(x) if self.operations.number(x) in self.data else None
@@ -70,7 +75,7 @@ class Order:
     ) -> None:
         """Hold what an operation returned, or wrote to, against what it does with other data."""
         results = tensors_in(out) or list(given[:1])
-        if any(self.operations.number(x) in self.data for x in given):
+        if self._drawn() or any(self.operations.number(x) in self.data for x in given):
             self.data.update(map(self.operations.number, results))
         if copies is None:
             return
@@ -78,6 +83,11 @@ class Order:
         shapes = [x.shape for x in results]
         if not self._keeps(func, *copies, axes, shapes):
             self.broken = name_of(func)
+
+    def _drawn(self) -> bool:
+        """Say whether an operation drew random numbers."""
+        before, self.draws = self.draws, self.draws.again()
+        return self.own or before.differ(self.draws)
 
     def _keeps(
         self,

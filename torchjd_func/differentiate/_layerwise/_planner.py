@@ -12,6 +12,8 @@ from torch import Tensor
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import depth
+from torchjd_func.differentiate._layerwise._draws import Draws
+from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -76,7 +78,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = _draws(problem)
+    draws = draws_of(problem.leaves)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -262,7 +264,7 @@ def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = _draws(problem)
+    draws = draws_of(problem.leaves)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, known))
@@ -280,21 +282,3 @@ def _key(problem: Problem) -> Any:
     """Return what a plan depends on, besides the code: shapes."""
     tensors = (*problem.leaves, *problem.inputs)
     return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
-
-
-class Draws(NamedTuple):
-    """The states of random generators, so that a run is repeated with the same draws."""
-
-    states: list[tuple[Any, Tensor]]
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        for home, state in self.states:
-            home.set_rng_state(state)
-
-
-def _draws(problem: Problem) -> Draws:
-    """Return the states of the generators of all devices that are used."""
-    kinds = {x.device.type for x in problem.leaves} - {"cpu", "meta"}
-    homes = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
-    return Draws([(home, home.get_rng_state()) for home in homes])
