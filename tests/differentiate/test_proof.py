@@ -173,7 +173,7 @@ class Dim(enum.IntEnum):
     FEATURES = 2
 
 
-class Equation(str, enum.Enum):
+class Equation(enum.StrEnum):
     """Names of products."""
 
     PLAIN = "bti,ij->btj"

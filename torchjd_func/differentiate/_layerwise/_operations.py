@@ -157,7 +157,7 @@ class Operations:
 
 
 def _value(x: Any) -> Any:
-    """Return what tells other arguments of a rare kind from these: enumerations, arrays of numpy."""
+    """Return what tells an argument of a rare kind from others, such as an array of numpy."""
     if isinstance(x, str):
         return str(x)
     array = not isinstance(x, Number) and hasattr(x, "tobytes")
