@@ -231,7 +231,7 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     """Return the rows of one parameter of one use."""
     use = found.uses[piece.use]
     pairs = zip(use.arrays, use.step.axes, strict=True)
-    arrays = [_repeated(spread(x, axis, found.layout), found.each) for x, axis in pairs]
+    arrays = [_repeated(spread(x, axis, found.layout), found.each, axis) for x, axis in pairs]
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
@@ -265,9 +265,9 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
     return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
 
 
-def _repeated(x: Tensor, each: int) -> Tensor:
+def _repeated(x: Tensor, each: int, axis: int | None) -> Tensor:
     """Return an array once for each loss of an example; what all share stays."""
-    return x if each == 1 or x.shape[0] == 1 else x.repeat_interleave(each, 0)
+    return x if each == 1 or axis is None else x.repeat_interleave(each, 0)
 
 
 def _shared(found: Layers, use: Use, place: int) -> Tensor:
