@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.func import grad, jacrev, vmap
 from torch.nn import functional as F
 
 import torchjd_func as jd
@@ -270,3 +271,46 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     for _ in range(3):
         step(PARAMS, rand(3, 2))
     assert len(proofs) == 2
+
+
+MIXED = {
+    "normalised": lambda p, x: total(F.normalize(F.linear(x, p[0]), dim=0)),
+    "less their mean": lambda p, x: total(F.linear(x, p[0]) - F.linear(x, p[0]).mean(0)),
+}
+DATA = rand(4, 2)
+TRANSFORMS = {
+    "vmap over parameters": lambda fn: vmap(fn, (1, None))(rand(2, 3, 2), DATA),
+    "vmap over data": lambda fn: vmap(fn, (None, 2))(rand(2, 2), rand(4, 2, 3)),
+    "vmap twice": lambda fn: vmap(vmap(fn, (None, 0)), (0, 1))(rand(3, 2, 2), rand(2, 3, 4, 2)),
+    "grad": lambda fn: grad(lambda p: fn(p, DATA).sin().sum())(rand(2, 2)),
+    "jacrev": lambda fn: jacrev(lambda p: fn(p, DATA).sin())(rand(2, 2)),
+    "vmap of grad": lambda fn: vmap(grad(lambda p: fn(p, DATA).sin().sum()))(rand(3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_first_runs_within_transforms_prove_as_well(name, transform):
+    objective = jd.instancewise(MIXED[name])
+
+    def gramian(p, x):
+        rows = jacrev(MIXED[name])([p], x)[0].flatten(1)
+        return rows @ rows.T
+
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        found = TRANSFORMS[transform](lambda p, x: jd.gramian(objective)([p], x))
+    torch.testing.assert_close(found, TRANSFORMS[transform](gramian), rtol=1e-9, atol=1e-11)
+
+
+def test_a_proof_counts_what_an_outer_transform_maps_over():
+    def losses(p, x, shift):
+        return total(F.linear(x, p) - shift * F.linear(x, p).mean(0))
+
+    def found(shift):
+        return jd.gramian(jd.instancewise(lambda p, x: losses(p, x, shift)))(weight, x)
+
+    weight, x, shifts = rand(2, 2), rand(4, 2), torch.tensor([0.0, 1.0]).double()
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        mapped = vmap(found)(shifts)
+    rows = torch.stack([jacrev(losses)(weight, x, shift).flatten(1) for shift in shifts])
+    torch.testing.assert_close(mapped, rows @ rows.mT, rtol=1e-9, atol=1e-11)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
-from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
@@ -105,7 +104,7 @@ def _proven_late(
     problem: Problem, plan: Plan, draws: Draws, known: list[Plan], recorded: Recorded
 ) -> Recorded:
     """Return a run by a plan that was not proven where it was made, as gradients were zero, say."""
-    if not problem.check or depth(problem.leaves[0]) > 0 or depth(recorded.outputs) > 0:
+    if not problem.check:
         return recorded
     late = _proven(problem, plan, draws)
     known[known.index(plan)] = late
@@ -161,7 +160,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
-    return plan if depth(problem.leaves[0]) > 0 else _proven(problem, plan, draws)
+    return _proven(problem, plan, draws)
 
 
 def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
@@ -199,8 +198,7 @@ def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: bool) -> dict
         if noisy:  # such as of data that leave an interval
             return None
         raise
-    known = depth(recorded.outputs) == 0 and _fits(recorded)
-    return _proof.failing(recorded) if known else None
+    return _proof.failing(recorded) if _fits(recorded) else None
 
 
 def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
