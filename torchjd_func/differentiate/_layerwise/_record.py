@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -109,7 +111,7 @@ def record(
             order = None if other is None else Order(operations, seen)
             mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
         modes.append(mode)
-        with mode if watched else Spelled():
+        with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
         if watched:
             mode.finish(_tree.leaves(outputs))
@@ -146,6 +148,16 @@ def record(
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
+
+
+def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
+    """Let functions that were compiled by themselves run as they are: a compiler hides them.
+
+    It would even compile what watches them (torch 2.13).
+    """
+    if compiling or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _pull_compiled(
