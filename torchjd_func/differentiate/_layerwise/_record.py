@@ -151,12 +151,10 @@ def record(
 
 
 def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
-    """Let functions that were compiled by themselves run as they are: a compiler hides them.
-
-    It would even compile what watches them (torch 2.13).
-    """
+    """Let functions that were compiled by themselves run as they are."""
     if compiling or "torch._dynamo" not in sys.modules:
         return nullcontext()
+    # It hides what they do, and would compile what watches them (torch 2.13).
     return torch.compiler.set_stance("force_eager")
 
 
