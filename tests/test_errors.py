@@ -56,6 +56,18 @@ def hooked(register="register_full_backward_hook"):
     return model
 
 
+def hooked_parameter(register):
+    model = nn.Linear(1, 1)
+    getattr(model.weight, register)(lambda *args: None)
+    return model
+
+
+def kept_view(view):
+    model = nn.Linear(2, 2)
+    model.kept = view(model.weight)
+    return model
+
+
 def distributed(kind=nn.parallel.DistributedDataParallel):
     """A module whose class is the wrapper, without a process group."""
     if not issubclass(kind, nn.Module):
@@ -569,6 +581,26 @@ CASES = {
         lambda: jd.functionalize(kept_in_a_closure()),
         ValueError,
         r"`model\.weight`.*'activation'",
+    ),
+    "a view of a parameter": (
+        lambda: jd.functionalize(kept_view(lambda weight: weight[:1])),
+        ValueError,
+        r"`model\.weight`.*a view of it in 'kept'.*self\.<name>",
+    ),
+    "views of a parameter in a tuple": (
+        lambda: jd.functionalize(kept_view(lambda weight: weight.chunk(2))),
+        ValueError,
+        r"`model\.weight`.*a view of it in 'kept'",
+    ),
+    "a hook of a parameter": (
+        lambda: jd.functionalize(hooked_parameter("register_hook")),
+        ValueError,
+        r"`model\.weight` must have no hooks.*grads\[name\] \* mask.*backward_",
+    ),
+    "a hook of a parameter that takes a step": (
+        lambda: jd.functionalize(hooked_parameter("register_post_accumulate_grad_hook")),
+        ValueError,
+        r"`model\.weight` must have no hooks",
     ),
     "sharded": (
         lambda: jd.functionalize(distributed(torch.distributed.fsdp.FSDPModule)),
