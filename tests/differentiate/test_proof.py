@@ -270,7 +270,7 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     step = jd.gramian(jd.instancewise(lambda p, x: F.linear(x, p[0]).tanh().sum(1)))
     for _ in range(3):
         step(PARAMS, rand(3, 2))
-    assert len(proofs) == 2
+    assert len(proofs) == 3
 
 
 MIXED = {
@@ -314,3 +314,108 @@ def test_a_proof_counts_what_an_outer_transform_maps_over():
         mapped = vmap(found)(shifts)
     rows = torch.stack([jacrev(losses)(weight, x, shift).flatten(1) for shift in shifts])
     torch.testing.assert_close(mapped, rows @ rows.mT, rtol=1e-9, atol=1e-11)
+
+
+def scheduled(mixing):
+    """Return losses with a part that a coefficient, here an argument, leaves out at first."""
+
+    def losses(p, x, k):
+        h = F.linear(x, p[0]).tanh()
+        return total(h) + mixing(h, k)
+
+    return losses
+
+
+def contrast(h, k):
+    """Return the similarity of an example with all others."""
+    return k * (h @ h.T).exp().masked_fill(torch.eye(len(h)).bool(), 0).sum(1)
+
+
+SCHEDULED = {
+    "the mean": scheduled(lambda h, k: total(k * h.mean(0) * h)),
+    "mixed up": lambda p, x, k: total(
+        (1 - k) * F.linear(x, p[0]).tanh() + k * F.linear(x, p[0]).flip(0)
+    ),
+    "by name": lambda p, x, k: total(torch.add(F.linear(x, p[0]), x.roll(1, 0) @ p[0], alpha=k)),
+    "a contrast": scheduled(contrast),
+    "a penalty of all": scheduled(lambda h, k: k * h.norm()),
+    "a tensor": scheduled(lambda h, k: total(torch.tensor(float(k)) * h.std(0) * h)),
+}
+THRESHOLDS = {
+    "clipped by a norm": lambda p, x: total(F.linear(x, p[0]) / F.linear(x, p[0]).norm().clamp(3)),
+    "a hinge": lambda p, x: total(F.linear(x, p[0])) + F.relu(F.linear(x, p[0]).sum() - 9),
+    "the less": lambda p, x: torch.minimum(total(F.linear(x, p[0])), 9 + x.mean() * p[0].sum()),
+    "the less of all": lambda p, x: torch.minimum(
+        total(F.linear(x, p[0])), 5 + F.linear(x, p[0]).square().mean()
+    ),
+    "chosen": lambda p, x: total(
+        torch.where(x.norm() > 3, F.linear(x, p[0]) - F.linear(x, p[0]).mean(0), F.linear(x, p[0]))
+    ),
+}
+COMPARED = {
+    "sort": lambda p, x: total(F.linear(x, p[0]).sort(0).values.sin() * x),
+    "cummax": lambda p, x: total(F.linear(x, p[0]).cummax(0).values.sin() * x),
+    "topk": lambda p, x: total(F.linear(x, p[0]).topk(len(x), 0, largest=False)[0].sin() * x),
+    "there and back": lambda p, x: total(there_and_back(F.linear(x, p[0])) * x),
+}
+
+
+def there_and_back(h):
+    """Sort, apply a function of the rank, and put back."""
+    values, order = h.sort(0)
+    return (values * torch.arange(len(h))[:, None]).gather(0, order.argsort(0))
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_what_a_schedule_leaves_out_at_first(name):
+    for kind in (int, float):
+        batch = rand(4, 2, seed=1), kind(1)
+        found, expected = twice(SCHEDULED[name], (rand(4, 2), kind(0)), PARAMS, *batch)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_what_a_threshold_leaves_out_at_first(name):
+    found, expected = twice(THRESHOLDS[name], (0.1 * rand(4, 2),), PARAMS, 10 * rand(4, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_examples_that_are_sorted_at_first(name):
+    rising = torch.arange(4.0).double()[:, None].expand(4, 2)
+    found, expected = twice(COMPARED[name], (rising,), [torch.eye(2).double()], rand(4, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+KEPT_APART = {
+    "a mean over time": lambda p, x: total(
+        F.linear(x, p[0]).tanh() - F.linear(x, p[0]).mean(1, True)
+    ),
+    "a scale of constants": lambda p, x: total(
+        F.linear(x, p[0]) / F.linear(x, p[0]).detach().norm()
+    ),
+    "a penalty of parameters": lambda p, x: total(F.linear(x, p[0])) + p[0].norm(),
+    "centred data": lambda p, x: total(F.linear(x - x.mean(0), p[0]).tanh()),
+    "sorted in time": lambda p, x: total(F.linear(x, p[0]).sort(1).values.cummax(2).values.sin()),
+    "packed": lambda p, x: total(packed(F.linear(x, p[0]))),
+}
+
+
+def packed(h):
+    """Attend in one sequence of all examples, to the own example alone."""
+    number = torch.arange(len(h)).repeat_interleave(h.shape[1])
+    mask = number[:, None] == number
+    flat = h.flatten(0, 1)
+    scores = (flat @ flat.T).masked_fill(~mask, -torch.inf).softmax(1)
+    return (scores.masked_fill(~mask, 0.0) @ flat).unflatten(0, h.shape[:2])
+
+
+@pytest.mark.parametrize("name", KEPT_APART)
+def test_what_only_looks_mixed_is_no_slower(name):
+    objective = jd.instancewise(KEPT_APART[name])
+    for seed in (0, 1):  # without a warning, which would be an error
+        x = rand(4, 3, 2, seed=seed)
+        rows = by_loops(KEPT_APART[name], PARAMS, x)
+        found = jd.gramian(objective)(PARAMS, x)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    assert "m backward passes" not in str(jd.explain_gramian(objective, PARAMS, x))

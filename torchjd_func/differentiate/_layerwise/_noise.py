@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._functions import named
 
 _GOLDEN = (1 + math.sqrt(5)) / 2
 _NOISE = 1e-2  # relative to each entry, and a tenth of it besides: zeros move, too
@@ -21,6 +23,29 @@ def near(x: Any) -> Any:
         return x
     noise = _NOISE * (x.abs() + 0.1) * scattered(x)
     return x + noise.detach().to(x.dtype)
+
+
+def moved(
+    func: Callable[..., Any], given: Sequence[Tensor], args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Return arguments of arithmetic with other numbers in the place of those that code names.
+
+    A schedule may change them, and they may be zero at first: plans do not say what they are.
+    """
+    if func not in _ARITHMETIC or not any(x.is_floating_point() for x in given):
+        return args, kwargs
+    args = tuple(map(_moved, args))
+    return args, {name: _moved(x) for name, x in kwargs.items()}
+
+
+def _moved(x: Any) -> Any:
+    """Return another number."""
+    return 1.1 * x + 0.1 if type(x) in (int, float) else x
+
+
+_ARITHMETIC = named(
+    "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
+)
 
 
 def scattered(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def record(
     plan: Plan | None = None,
     other: Operations | None = None,
     *,
-    noisy: bool = False,
+    noisy: int = 0,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
@@ -81,7 +81,7 @@ def record(
         batch: What to map over, for an objective of one example.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
-        noisy: Whether outputs of uses get a little noise, where autograd's graph is at hand.
+        noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
 from torchjd_func.differentiate._layerwise._functions import name_of
-from torchjd_func.differentiate._layerwise._noise import near
+from torchjd_func.differentiate._layerwise._noise import moved, near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -60,7 +60,7 @@ class Trace(TorchFunctionMode):
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
-        noisy: Whether these outputs get a little noise.
+        noisy: 1 if these outputs get a little noise, 2 if numbers that the code names do as well.
         order: Knows which operations may change the order of examples.
     """
 
@@ -72,7 +72,7 @@ class Trace(TorchFunctionMode):
         plan: Plan | None = None,
         perturbations: Sequence[Tensor] | None = None,
         *,
-        noisy: bool = False,
+        noisy: int = 0,
         order: Order | None = None,
     ) -> None:
         super().__init__()
@@ -122,6 +122,8 @@ class Trace(TorchFunctionMode):
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation."""
         given = self.operations.begin(func, args, kwargs)
+        if self.noisy > 1:
+            args, kwargs = moved(func, given, args, kwargs)
         copies = None if self.order is None else self.order.copies(args, kwargs, given)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
@@ -130,12 +132,8 @@ class Trace(TorchFunctionMode):
         self.operations.end(out, given)
         if self.order is not None:
             self.order.hold(func, copies, given, out)
+            self.order.compare(func, args, kwargs, given, out)
         return out
-
-    @property
-    def broken(self) -> str:
-        """The first operation under which the order of examples depends on data, if any."""
-        return "" if self.order is None else self.order.broken
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether some tensor is made of parameters."""
@@ -251,6 +249,8 @@ class Trace(TorchFunctionMode):
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
         self.operations.close(outputs)
+        if self.order is not None:
+            self.order.close(outputs)
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
