@@ -5,6 +5,7 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def hooked_parameter(register):
     model = nn.Linear(1, 1)
     getattr(model.weight, register)(lambda *args: None)
     return model
+
+
+def by_rows():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.eye(2).to_sparse_csr()
 
 
 def kept_view(view):
@@ -427,6 +434,16 @@ CASES = {
         )(None, PARAMS, X),
         ValueError,
         r"torch\.utils\.checkpoint.*jd\.interop\.backward_",
+    ),
+    "sparse data by rows": (
+        lambda: jd.gramian(lambda w, x: torch.sparse.mm(x, w).sum(1))(torch.eye(2), by_rows()),
+        ValueError,
+        r"torch\.sparse_coo.*Sparse CSR.*x\.to_sparse\(\) with chunk_size=1",
+    ),
+    "sparse data of examples by rows": (
+        lambda: jd.gramian(jd.instancewise(lambda w, x: (x @ w).sum(1)))(torch.eye(2), by_rows()),
+        ValueError,
+        r"torch\.sparse_coo.*Sparse CSR",
     ),
     "arrays of NumPy inside": (
         lambda: jd.jac(lambda p, x: losses(p, x) * float((x * 2).numpy().sum()))(PARAMS, X),

@@ -143,7 +143,8 @@ def operation(func: Callable[..., Any]) -> str:
 
 def common_depth(tensors: Sequence[Tensor]) -> int:
     """Return how many transforms of torch.func what is made of all these tensors is in."""
-    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in tensors))
+    dense = [x for x in tensors if x.layout == torch.strided]
+    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in dense))
 
 
 def depth(x: Any) -> int:
