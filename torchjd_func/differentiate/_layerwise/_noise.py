@@ -25,22 +25,33 @@ def near(x: Any) -> Any:
     return x + noise.detach().to(x.dtype)
 
 
-def moved(
-    func: Callable[..., Any], given: Sequence[Tensor], args: Any, kwargs: Any
-) -> tuple[Any, Any]:
-    """Return arguments of arithmetic with other numbers in the place of those that code names.
+def moved(func: Callable[..., Any], numbers: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
+    """Return arguments of arithmetic with others in the place of single numbers.
 
     A schedule may change them, and they may be zero at first: plans do not say what they are.
+
+    Args:
+        func: The operation.
+        numbers: The tensors of one number that nothing made of others.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+
+    Returns:
+        Both kinds of arguments.
     """
-    if func not in _ARITHMETIC or not any(x.is_floating_point() for x in given):
+
+    def change(x: Any) -> Any:
+        number = type(x) in (int, float) or any(x is other for other in numbers)
+        return elsewhere(x) if number else x
+
+    if func not in _ARITHMETIC:
         return args, kwargs
-    args = tuple(map(_moved, args))
-    return args, {name: _moved(x) for name, x in kwargs.items()}
+    return tuple(map(change, args)), {name: change(x) for name, x in kwargs.items()}
 
 
-def _moved(x: Any) -> Any:
-    """Return another number."""
-    return 1.1 * x + 0.1 if type(x) in (int, float) else x
+def elsewhere(x: Any) -> Any:
+    """Return other numbers."""
+    return 1.1 * x + 0.1
 
 
 _ARITHMETIC = named(

@@ -33,6 +33,7 @@ class Operations:
     ) -> None:
         self.size = size
         self.other = other
+        self.inputs = len(inputs)
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes: list[Any] = [x.shape for x in inputs]
         self.strangers: dict[Tensor, int] = {}  # what no operation made that was seen, in order
