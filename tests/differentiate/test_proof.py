@@ -88,6 +88,24 @@ def written(p, x, m):
     return total(h)
 
 
+class Permuted(torch.autograd.Function):
+    """Puts examples in an order where nobody sees it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, order):
+        return x[order]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0][ctx.saved_tensors[0].argsort()], None
+
+
 SORTED = {
     "an index": sorted_by(lambda x, i: x[i], permute),
     "a list": sorted_by(lambda x, i: x[i.tolist()], permute),
@@ -103,6 +121,12 @@ SORTED = {
         torch.zeros_like(x).index_add_(0, i, F.linear(x[i], p[0]).tanh())
     ),
     "after a function of its own": sorted_by(lambda x, i: Doubled.apply(x)[i], permute),
+    "a product": sorted_by(lambda x, i: F.one_hot(i, len(i)).to(x) @ x, permute),
+    "a sum": sorted_by(
+        lambda x, i: torch.einsum("ij,jk->ik", F.one_hot(i, len(i)).to(x), x), permute
+    ),
+    "mapped": sorted_by(lambda x, i: vmap(lambda k: x.index_select(0, k[None])[0])(i), permute),
+    "a function of its own": sorted_by(lambda x, i: Permuted.apply(x, i), permute),
     "by number": sorted_by(lambda x, i: x.roll(int(i[0]), 0), lambda h, i: h.roll(-int(i[0]), 0)),
 }
 MASKED = {
@@ -151,14 +175,18 @@ def generator(key):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_an_order_that_is_drawn_and_sorted_at_first(name):
+@pytest.mark.parametrize(
+    "how",
+    [lambda x, i: x[i], lambda x, i: F.one_hot(i, len(i)).to(x) @ x],
+    ids=["index", "product"],
+)
+def test_an_order_that_is_drawn_and_sorted_at_first(name, how):
     def order(key, n=3):
         torch.manual_seed(key)
         return DRAWN[name](n, key)
 
     def losses(p, x, key):
-        i = order(key, len(x))
-        return sorted_by(lambda x, i: x[i], permute)(p, x, i)
+        return sorted_by(lambda x, i: how(x, i), permute)(p, x, order(key, len(x)))
 
     unmoved = [key for key in range(100) if order(key).tolist() == [0, 1, 2]]
     moved = [key for key in range(100) if order(key).tolist() == [2, 0, 1]]
@@ -253,12 +281,18 @@ def test_the_operation_that_orders_examples_is_named():
 
 def test_a_graph_takes_rows_where_nothing_was_proven():
     tokens, labels = torch.arange(16).reshape(4, 4) % 5, torch.arange(16).reshape(4, 4) % 3
-    params, objective = [rand(5, 3), rand(3, 5)], jd.instancewise(time_first)
-    jd.gramian(objective)(params, tokens, torch.full_like(labels, -100))
+    params, scales = [rand(5, 3), rand(3, 5)], torch.zeros(2)
+
+    def losses(params, tokens, labels):
+        return (time_first(params, tokens, labels)[:, None] * scales).sum(1)
+
+    objective = jd.instancewise(losses)
+    jd.gramian(objective)(params, tokens, labels)
+    scales += 1
     step = torch.compile(jd.gramian(objective), fullgraph=True, backend="eager")
     with pytest.warns(UserWarning, match="compiled without a plan that was proven"):
         found = step(params, tokens, labels)
-    rows = by_loops(time_first, params, tokens, labels)
+    rows = by_loops(losses, params, tokens, labels)
     torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
 
 
@@ -270,7 +304,7 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     step = jd.gramian(jd.instancewise(lambda p, x: F.linear(x, p[0]).tanh().sum(1)))
     for _ in range(3):
         step(PARAMS, rand(3, 2))
-    assert len(proofs) == 3
+    assert len(proofs) == 4
 
 
 MIXED = {
@@ -357,6 +391,10 @@ COMPARED = {
     "sort": lambda p, x: total(F.linear(x, p[0]).sort(0).values.sin() * x),
     "cummax": lambda p, x: total(F.linear(x, p[0]).cummax(0).values.sin() * x),
     "topk": lambda p, x: total(F.linear(x, p[0]).topk(len(x), 0, largest=False)[0].sin() * x),
+    "msort": lambda p, x: total(torch.msort(F.linear(x, p[0])).sin() * x),
+    "no less than the first": lambda p, x: total(
+        torch.maximum(F.linear(x, p[0]), F.linear(x, p[0])[:1]).sin() * x
+    ),
     "there and back": lambda p, x: total(there_and_back(F.linear(x, p[0])) * x),
 }
 

@@ -25,7 +25,6 @@ from torchjd_func.differentiate._layerwise import (
     jacobian,
     joined,
     layers,
-    near,
     run,
 )
 from torchjd_func.differentiate._layerwise import plan as plan_run
@@ -204,9 +203,9 @@ def _problem(
         """Return the objective of other arguments, all of whose losses are present."""
         return partial(call, (values, given[1]), None)
 
-    def noisy() -> list[tuple[Call, list[Tensor]]]:
-        """Return the objective with a little noise in the data, and the tensors among these."""
-        moved = {x: near(x) for x in problem.inputs}
+    def noisy(change: Callable[[Tensor], Tensor]) -> list[tuple[Call, list[Tensor]]]:
+        """Return the objective with other data, and the tensors among these."""
+        moved = {x: change(x) for x in problem.inputs}
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
         return [(partial(call, data, request.present), _tree.tensors(data))]
 
@@ -218,7 +217,7 @@ def _problem(
         inputs=_tree.tensors(given),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call_with),
-        noisy=noisy if kind == "batched" else tuple,
+        noisy=noisy if kind == "batched" else lambda change: [],
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )

@@ -29,7 +29,6 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
     spread,
 )
-from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
@@ -54,7 +53,6 @@ __all__ = [
     "layers",
     "leaf_costs",
     "name_of",
-    "near",
     "plan",
     "rule_names",
     "run",

@@ -95,6 +95,11 @@ class Operations:
         place = self.strangers[x]
         return self._compare(x.shape, there[place].shape if place < len(there) else None)
 
+    def along(self) -> tuple[Axis, ...]:
+        """Return where the examples lie in each of the tensors that were there before the run."""
+        pairs = ((self.shapes[number], self._there(number)) for number in range(self.inputs))
+        return tuple([self._compare(shape, there) for shape, there in pairs])
+
     def axis_next(self, out: Any) -> Axis:
         """Return where the examples lie in what the operation that runs now returns."""
         parts = tensors_in(out)
@@ -161,8 +166,9 @@ def _value(x: Any) -> Any:
     """Return what tells an argument of a rare kind from others, such as an array of numpy."""
     if isinstance(x, str):
         return str(x)
-    array = not isinstance(x, Number) and hasattr(x, "tobytes")
-    return (str(x.dtype), x.shape, x.tobytes()) if array else type(x)
+    if isinstance(x, Number) or not hasattr(x, "tobytes"):
+        return type(x)
+    return str(x.dtype), x.shape, x.tobytes()
 
 
 def unknown(x: Tensor) -> str | None:

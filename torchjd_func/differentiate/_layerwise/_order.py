@@ -88,9 +88,9 @@ class Order:
         self, func: Callable[..., Any], arguments: Any, where: dict[Tensor, int]
     ) -> bool:
         """Say whether moving the examples of all arguments changes nothing: it is no choice."""
-        values = {x: near(x) for x in where}
-        moved = {x: _moved_on(values[x], axis, self.operations.size) for x, axis in where.items()}
+        values, size = {x: near(x) for x in where}, self.operations.size
         try:
+            moved = {x: moved_on(values[x], axis, size) for x, axis in where.items()}
             before, after = (_results(func, arguments, given) for given in (values, moved))
         except REFUSALS:
             return False
@@ -136,15 +136,15 @@ class Order:
         size = self.operations.size
         for bound in (False, True, None):
             try:
-                values = {x: _value(x, axis, size, bound) for x, axis in where.items()}
-                moved = {x: _moved_on(values[x], axis, size) for x, axis in where.items()}
+                values = {x: renumbered(x, axis, size, bound) for x, axis in where.items()}
+                moved = {x: moved_on(values[x], axis, size) for x, axis in where.items()}
                 before, after = (_results(func, arguments, given) for given in (values, moved))
             except REFUSALS:
                 continue  # integers that are out of bounds
             if [x.shape for x in before] != list(shapes):
                 return False  # how many entries an example has depends on them
             return all(
-                _same(_moved_on(a, axis, size), b)
+                _same(moved_on(a, axis, size), b)
                 for a, b, axis in zip(before, after, axes, strict=True)
                 if isinstance(axis, int)
             )
@@ -175,7 +175,7 @@ def is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
+def renumbered(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
     """Return noise; of integers the number of each entry's example, up to the largest of `x`.
 
     Args:
@@ -191,14 +191,16 @@ def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
         return near(x)
     shape = [1] * x.ndim
     shape[axis] = -1
-    numbers = torch.arange(x.shape[axis]).div(x.shape[axis] // size, rounding_mode="floor")
+    numbers = torch.arange(x.shape[axis], device=x.device).div(
+        x.shape[axis] // size, rounding_mode="floor"
+    )
     if x.dtype == torch.bool:
         return (numbers % 2 == 0).reshape(shape).expand_as(x).clone()
     limit = int(x.amax()) + 1 if bound and x.numel() else size
     return (numbers % max(limit, 1)).to(x.dtype).reshape(shape).expand_as(x).clone()
 
 
-def _moved_on(x: Tensor, axis: int, size: int) -> Tensor:
+def moved_on(x: Tensor, axis: int, size: int) -> Tensor:
     """Move all examples on by one."""
     return x.roll(x.shape[axis] // size, axis)
 

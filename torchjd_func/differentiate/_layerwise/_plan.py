@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     proven: bool = False
     listed: Listed = Listed()  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
+    along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:

@@ -14,10 +14,10 @@ from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
-from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import REFUSALS
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan, without
+from torchjd_func.differentiate._layerwise._points import Point, points
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
 _UNSEEN = "examples not seen: fn takes no other batch"
@@ -25,7 +25,6 @@ _FUNCTIONS = (
     "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
     "torch.func (2.13); compare with the result that is not compiled"
 )
-SMALLER = 0.2
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
 
@@ -48,7 +47,7 @@ class Problem(NamedTuple):
         inputs: All tensors among the arguments.
         batch: What to map over, for an objective of one example.
         larger: The same with one example more, in ways that may fit its arguments.
-        noisy: The same with a little noise in the data; nothing where that makes no difference.
+        noisy: The same with other data; nothing where that makes no difference.
         check: Whether a plan must prove itself.
     """
 
@@ -59,7 +58,9 @@ class Problem(NamedTuple):
     inputs: Sequence[Tensor]
     batch: Batch | None = None
     larger: Callable[[], Iterator[Larger]] = lambda: iter(())
-    noisy: Callable[[], Sequence[tuple[Call, Sequence[Tensor]]]] = tuple
+    noisy: Callable[[Callable[[Tensor], Tensor]], Sequence[tuple[Call, Sequence[Tensor]]]] = (
+        lambda change: ()
+    )
     check: bool = False
     names: Sequence[str] = ()
 
@@ -148,7 +149,9 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         tuple(mode.operations.steps),
         listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
+        along=mode.operations.along() if problem.kind == "batched" else (),
     )
+    drawn = draws.differ(draws.again())
     if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
     order = mode.order
@@ -161,13 +164,15 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
-    return _proven(problem, plan, draws, "" if order is None else order.mixed)
+    return _proven(problem, plan, draws, "" if order is None else order.mixed, drawn=drawn)
 
 
-def _proven(problem: Problem, plan: Plan, draws: Draws, mixed: str = "") -> Plan:
+def _proven(
+    problem: Problem, plan: Plan, draws: Draws, mixed: str = "", *, drawn: bool = False
+) -> Plan:
     """Return a plan without what fails the proof, at the first points where there is one."""
-    for points in _points(problem):
-        tried = [_failing(point, plan, draws, noisy=noisy) for point, noisy in points]
+    for group in points(problem, plan, drawn=drawn):
+        tried = [_failing(point, plan, draws) for point in group]
         found = [failing for failing in tried if failing is not None]
         if found or mixed:
             failing = {leaf: name for part in found for leaf, name in part.items()}
@@ -177,30 +182,16 @@ def _proven(problem: Problem, plan: Plan, draws: Draws, mixed: str = "") -> Plan
     return plan
 
 
-def _points(problem: Problem) -> Iterator[list[tuple[Problem, int]]]:
-    """Yield where a proof is tried: at points where nothing is right by coincidence, and here.
-
-    The first have noise in parameters, data and what uses return, since of a batch of zeros, or of
-    equal examples, nothing tells which row is whose; once smaller parameters, since nothing tells
-    it where activations saturate; and once other numbers in the code, since nothing tells it where
-    a coefficient is zero.
-    """
-    moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
-    for call, inputs in problem.noisy():
-        noisy = moved._replace(call=call, inputs=inputs)
-        smaller = noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
-        yield [(noisy, 1), (smaller, 1), (noisy, 2)]
-    yield [(moved, 0)]
-    yield [(problem, 0)]
-
-
-def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: int) -> dict[int, str] | None:
+def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     draws.restore()
     try:
-        recorded = _run(problem, plan, noisy=noisy)
+        if point.shifted:
+            for kind in {"cpu", *(leaf.device.type for leaf in point.problem.leaves)}:
+                torch.rand((), device=kind)
+        recorded = _run(point.problem, plan, noisy=point.noisy)
     except REFUSALS:
-        if noisy:  # such as of data that leave an interval
+        if point.noisy:  # such as of data that leave an interval
             return None
         raise
     return _proof.failing(recorded) if _fits(recorded) else None

@@ -1,0 +1,78 @@
+"""Where a plan is tried before it is used: where nothing is right by coincidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise._noise import near
+from torchjd_func.differentiate._layerwise._order import is_integer, moved_on, renumbered
+from torchjd_func.differentiate._layerwise._plan import LOST, Plan
+
+if TYPE_CHECKING:
+    from torchjd_func.differentiate._layerwise._planner import Problem
+
+SMALLER = 0.2
+
+
+class Point(NamedTuple):
+    """Where a plan is tried.
+
+    Attributes:
+        problem: The objective there.
+        noisy: What gets noise besides, as of `Trace`.
+        shifted: Whether other random numbers are drawn.
+    """
+
+    problem: Problem
+    noisy: int = 0
+    shifted: bool = False
+
+
+def points(problem: Problem, plan: Plan, *, drawn: bool) -> Iterator[list[Point]]:
+    """Yield the points of a proof, and others for where nothing is known at the first.
+
+    These have noise in parameters, data and what uses return, since of a batch of zeros, or of
+    equal examples, nothing tells which row is whose. Then smaller parameters, since nothing tells
+    it where activations saturate; other numbers in the code, since nothing tells it where a
+    coefficient is zero; other draws, examples in another order and other integers, since nothing
+    tells it where examples are sorted.
+    """
+    moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
+    for call, inputs in problem.noisy(near):
+        noisy = moved._replace(call=call, inputs=inputs)
+        smaller = noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
+        first = [Point(noisy, 1), Point(smaller, 1), Point(noisy, 2)]
+        others = [
+            Point(moved._replace(call=call, inputs=inputs), 1)
+            for change in _changes(problem, plan)
+            for call, inputs in problem.noisy(change)
+        ]
+        yield [*first, *others, *([Point(noisy, 1, shifted=True)] if drawn else [])]
+    yield [Point(moved)]
+    yield [Point(problem)]
+
+
+def _changes(problem: Problem, plan: Plan) -> list[Callable[[Tensor], Tensor]]:
+    """Return what puts examples in another order, and what makes other integers."""
+    size = plan.layout.size
+    pairs = zip(problem.inputs, plan.along, strict=False)
+    axes = {x: axis for x, axis in pairs if axis not in (None, LOST) and _is_dense(x)}
+
+    def roll(x: Tensor) -> Tensor:
+        return near(moved_on(x, axes[x], size) if x in axes else x)
+
+    def number(x: Tensor) -> Tensor:
+        return renumbered(x, axes[x], size, True) if x in axes else near(x)
+
+    if not axes or size < 2:
+        return []
+    return [roll, number] if any(map(is_integer, axes)) else [roll]
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Say whether a tensor is not sparse."""
+    return x.layout == torch.strided
