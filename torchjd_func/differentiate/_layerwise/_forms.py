@@ -149,6 +149,12 @@ def inner_is_cheaper(a: Form, b: Form) -> bool:
     return inner < rows
 
 
+def held(a: Form, b: Form) -> int:
+    """Return how many numbers are held to multiply two forms of one size."""
+    e, t, g, q, p = sizes(a)
+    return 2 * (e * t) ** 2 * g if inner_is_cheaper(a, b) else e * g * q * p
+
+
 def costs(a: Form, b: Form) -> tuple[int, int]:
     """Return the costs of factors with factors, and of rows with rows, in multiplications.
 

@@ -6,7 +6,7 @@ activations alone, yields the gradient by each use's output. All else is product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torchjd_func.differentiate._layerwise._sources import (
     pull,
     sources_in,
 )
+from torchjd_func.differentiate._layerwise._together import Pair, together
 from torchjd_func.differentiate._layerwise._trace import Use
 from torchjd_func.differentiate._pullback import pull_rows
 
@@ -176,24 +177,26 @@ def leaf_costs(found: Layers, leaf: int) -> tuple[str, int]:
     """Return how the share of a leaf is contracted, and the bytes that this holds."""
     form = leaf_form(found, leaf)
     assert form is not None
-    e, t, g, q, p = _forms.sizes(form)
-    width = _tree.real(found.values[leaf]).element_size()
-    if _forms.inner_is_cheaper(form, form):
-        return "factors", 2 * (e * t) ** 2 * g * width
-    return "rows", e * g * q * p * width
+    held = _forms.held(form, form) * _tree.real(found.values[leaf]).element_size()
+    return "factors" if _forms.inner_is_cheaper(form, form) else "rows", held
 
 
 def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
-    """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
+    """Add the products of the rows of each leaf of a group."""
     total: Tensor | None = None
+    for first, second, dtype in together(_pairs(a, b, leaves), a.values[0]):
+        products = _ranks.cross(first, second, b.ranks).to(dtype)
+        total = products if total is None else total + products
+    return _nothing(a, b) if total is None else total
+
+
+def _pairs(a: Layers, b: Layers, leaves: Sequence[int]) -> Iterator[Pair]:
+    """Yield the rows of each leaf of a group, one leaf's at a time."""
     for leaf in leaves:
         first = leaf_form(a, leaf, ordered=a is not b or a.ranks is not None)
         second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
-            products = _ranks.cross(first, second, b.ranks)
-            products = products.to(_tree.accumulation_dtype(a.values[leaf].dtype))
-            total = products if total is None else total + products
-    return _nothing(a, b) if total is None else total
+            yield Pair(first, second, _tree.accumulation_dtype(a.values[leaf].dtype))
 
 
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
