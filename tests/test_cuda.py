@@ -19,6 +19,7 @@ from tests import scalarizer_registry
 from tests.helpers import weighting, weights_of
 from tests.registry import METHODS, exported
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._forms import Outer, cross
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -274,6 +275,27 @@ def test_float32_and_autocast_steps():
         grads, _ = jd.grad(objective, jd.upgrad())(None, params, x, y)
     want, _ = jd.grad(objective, jd.upgrad())(None, params, x, y)
     assert_same(grads, want, 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_float32(dtype):
+    left, right = (torch.randn(8, 300, 1, 24, device="cuda").to(dtype) for _ in range(2))
+    rows = Outer(left, right, (24, 24))
+    want = Outer(left.double(), right.double(), (24, 24))
+    assert_same(cross(rows, rows).double(), cross(want, want), 1e-3)
+
+
+def test_layers_share_their_products():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    net = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).double()
+    apply, params, buffers = jd.functionalize(net)
+    gramian = jd.gramian(
+        jd.instancewise(lambda p, x: apply(p, buffers, x)[0].square().mean((1, 2)))
+    )
+    x = torch.randn(4, 5, 16, dtype=torch.float64)
+    there = {name: value.cuda() for name, value in params.items()}
+    assert_same(gramian(there, x.cuda()), gramian(params, x))
 
 
 def test_an_ensemble_does_not_wait():
