@@ -37,7 +37,7 @@ def products(monkeypatch):
     "sizes", [(3, 40, 1, 3, 2), (3, 40, 2, 3, 2), (1, 40, 1, 3, 2), (3, 40, 1, 3, 2, True)]
 )
 def test_products_are_those_of_wide_factors(sizes, dtype, products):
-    half = form(*sizes[:5], dtype, *sizes[5:])
+    half = form(*sizes[:5], dtype=dtype, shared=len(sizes) > 5)
     wide = half._replace(left=half.left.double(), right=half.right.double())
     got = cross(half, half)
     assert got.dtype == torch.float32 and products == [dtype]
