@@ -142,6 +142,14 @@ def test_absent_rows(name):
     assert_same(got, want, 1e-7)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@EVERY
+def test_the_device_need_not_be_the_current_one(name):
+    got = two_calls(*setting(name, "cuda:1"))
+    assert_same(got, two_calls(*setting(name, "cpu")))
+    assert all(leaf.device.index == 1 for leaf in _tree.leaves(got))
+
+
 @pytest.mark.parametrize("m", [100, 130, 300])
 def test_large_quadratic_programs(m):
     rows = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
