@@ -52,8 +52,8 @@ def _solve(
     tl.store(FREE + pid * m + i, free, mask=i < m)
     tl.store(SOUND + pid, sound)
     tl.store(DEPENDENT + pid, least < DEPENDENT_PIVOT * RIDGE)
-    # Negative: this many, and not solved.
-    pivots = tl.where(DRIVE, pivots - before, pivots)
+    # Negative, `-1 - pivots`: not solved.
+    pivots = tl.where(DRIVE, pivots - 1 - before, pivots)
     tl.store(PIVOTS + pid, tl.where((state == 1) | DRIVE, pivots, -1 - pivots))
 
 
