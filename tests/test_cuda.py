@@ -376,6 +376,14 @@ def test_compiled_into_a_graph(name):
     assert_same(third(fast, state, params, x, y), want, 1e-4)
 
 
+@pytest.mark.parametrize("make", [jd.imtl_g, jd.cagrad], ids=["imtl_g", "cagrad"])
+def test_graphs_are_cut_where_something_waits(make):
+    rows = torch.randn(130, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule, want = make(), make()(rows)[0]
+    fast = torch.compile(lambda rows: rule(rows)[0], fullgraph=True, mode="reduce-overhead")
+    assert_same(third(fast, rows.cuda()), want, 1e-6)
+
+
 def test_instance_wise_steps_compiled_into_a_graph():
     objective, params, x, y = instance_wise()
     step = jd.grad(objective, jd.upgrad())

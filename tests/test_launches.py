@@ -8,11 +8,13 @@ import torchjd_func as jd
 from tests.launches import count, counted
 from tests.registry import METHODS, exported
 from torchjd_func._pack import pack
+from torchjd_func.aggregation._cagrad_search import find
 from torchjd_func.differentiate._layerwise import gramians
 from torchjd_func.differentiate._layerwise._convolutions import conv_weight
 from torchjd_func.differentiate._layerwise._forms import cross
 from torchjd_func.differentiate._verb import Options, linearize
 from torchjd_func.linalg import _interior
+from torchjd_func.linalg._eigh import eigh
 
 MOST = 40
 # From a Gramian, or from the rows of one leaf, for six objectives.
@@ -124,6 +126,24 @@ def test_layers_of_one_shape_share_their_products():
     assert found[4][0] == found[10][0] <= 12
     # Of each layer of 12 leaves: 8 sums over positions, and 2 normalisations.
     assert found[10][1] - found[4][1] <= 6 * 14
+
+
+@pytest.mark.parametrize(
+    ("most", "call", "name"),
+    [
+        (64, eigh, "eigh"),
+        (128, lambda x: find(x, x[0], x[0], x[0, 0], 1e-11), "cagrad"),
+    ],
+    ids=["eigh", "cagrad"],
+)
+def test_only_what_waits_is_left_out_of_cuda_graphs(most, call, name):
+    for m, suffix in ((most, ""), (most + 1, "_waits")):
+        with counted() as counter:
+            call(torch.empty(m, m, device="cuda", dtype=torch.float64))
+        assert counter.names[-1] == name + suffix
+        operation = getattr(torch.ops.torchjd_func, name + suffix).default
+        assert (torch.Tag.cudagraph_unsafe in operation.tags) == bool(suffix)
+    assert torch.Tag.cudagraph_unsafe in torch.ops.torchjd_func.lp_basis.default.tags
 
 
 def test_problems_too_large_for_a_kernel_do_not_wait():
