@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
+from torchjd_func.differentiate._layerwise._functions import (
+    attribute_of,
+    is_getter,
+    name_of,
+    named,
+)
 
 
 class Source(NamedTuple):
@@ -53,7 +58,9 @@ def derive(
         given = args[1:] or tuple(kwargs.values())
         sizes = tuple(given[0]) if isinstance(given[0], (list, tuple)) else given
         return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), {}, False, True)
-    alike = func in ENTRYWISE or (is_getter(func) and func in _GETTERS)
+    if is_getter(func):
+        func, args = getattr, (args[0], attribute_of(func))
+    alike = func in ENTRYWISE or (func is getattr and args[1] in _TRANSPOSED)
     entrywise = alike and len(parents) == 1 and parents[0].entrywise
     return Source(leaves, -1, func, args, kwargs, entrywise)
 
@@ -156,7 +163,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
-_GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_TRANSPOSED = ("T", "mT")
 _CASTS = named("clone contiguous to float double half bfloat16")
 ENTRYWISE = _CASTS | named(
     "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "
