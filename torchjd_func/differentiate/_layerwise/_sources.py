@@ -12,9 +12,9 @@ from torch.func import vmap
 from torchjd_func.differentiate._layerwise._functions import (
     attribute_of,
     is_getter,
-    name_of,
     named,
 )
+from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
 class Source(NamedTuple):
@@ -82,8 +82,7 @@ def build(source: Source, values: Sequence[Tensor]) -> Any:
     if source.func is None:
         return values[source.slot]
     args, kwargs = substitute((source.args, source.kwargs), lambda part: build(part, values))
-    spelled = name_of(source.func) == "_weight_norm"
-    return (_weight_norm if spelled else source.func)(*args, **(kwargs or {}))
+    return spelled(source.func, True)(*args, **(kwargs or {}))
 
 
 def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -155,12 +154,6 @@ _REPLACED = (Tensor, Source, Place)
 def _item(outputs: Any, index: int) -> Any:
     """Return one of several outputs."""
     return outputs[index]
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Spell weight normalisation out; the derivative of torch's own function does not vmap."""
-    others = [d for d in range(v.ndim) if d != dim % v.ndim]
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
 _TRANSPOSED = ("T", "mT")
