@@ -86,6 +86,20 @@ def test_compiled_they_take_none_either(name):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_attributes_are_told_apart():
+    def fn(p, x, shape):
+        """Read another attribute in each run, first."""
+        weight = p.T if shape is None else p.reshape(tuple(p.shape))
+        return (x @ weight).sin().sum(-1)
+
+    objective = jd.instancewise(fn)
+    p, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    for shape in (None, True, None, True):
+        expected = jd.gramian(objective, route="jacobian")(p, x, shape)
+        found = jd.gramian(objective)(p, x, shape)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_parameter_that_is_dropped_from_takes_rows():
     objective = jd.instancewise(
         lambda p, x: (x @ F.dropout(p, 0.5, training=True)).square().sum(-1)

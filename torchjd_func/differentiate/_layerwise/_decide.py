@@ -194,7 +194,7 @@ def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
 
 def operation(func: Callable[..., Any]) -> str:
     """Return the name of an operation, also of a getter such as `.T`."""
-    return attribute_of(func) if is_getter(func) else name_of(func)
+    return attribute_of(func) or name_of(func)
 
 
 def common_depth(tensors: Sequence[Tensor]) -> int:

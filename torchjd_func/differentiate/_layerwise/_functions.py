@@ -66,8 +66,8 @@ _BUILTIN = (
 
 
 def attribute_of(func: Callable[..., Any] | None) -> str:
-    """Return the name of the attribute that a getter reads."""
-    return getattr(getattr(func, "__self__", None), "__name__", "")
+    """Return the name of the attribute that a getter reads, all of which are called `__get__`."""
+    return getattr(getattr(func, "__self__", None), "__name__", "") if is_getter(func) else ""
 
 
 READERS = named(

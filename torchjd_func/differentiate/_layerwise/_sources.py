@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise._functions import (
-    attribute_of,
-    is_getter,
-    named,
-)
+from torchjd_func.differentiate._layerwise._functions import attribute_of, named
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
@@ -58,7 +54,7 @@ def derive(
         given = args[1:] or tuple(kwargs.values())
         sizes = tuple(given[0]) if isinstance(given[0], (list, tuple)) else given
         return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), {}, False, True)
-    if is_getter(func):
+    if attribute_of(func):
         func, args = getattr, (args[0], attribute_of(func))
     alike = func in ENTRYWISE or (func is getattr and args[1] in _TRANSPOSED)
     entrywise = alike and len(parents) == 1 and parents[0].entrywise
