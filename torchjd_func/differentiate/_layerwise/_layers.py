@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules
-from torchjd_func.differentiate._layerwise._forms import Dense, Form
+from torchjd_func.differentiate._layerwise import _forms, _local, _moves, _ranks, _rules
+from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lookup
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
@@ -233,6 +233,8 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
 def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     """Return the rows of one parameter of one use."""
     use = found.uses[piece.use]
+    if use.step.moves:
+        return _moved(found, piece, cotangent)
     pairs = zip(use.arrays, use.step.axes, strict=True)
     arrays = [_repeated(spread(x, axis, found.layout), found.each) for x, axis in pairs]
     if not piece.name:
@@ -248,6 +250,21 @@ def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
             arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
     shape = tuple(build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
+
+
+def _moved(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
+    """Return the rows of a parameter whose entries a use only moves."""
+    use = found.uses[piece.use]
+    shape = tuple(build(piece.source, found.values).shape)
+    whole = use.step.moves == _moves.ROWS
+    numbers = _moves.numbers((shape[0], 1) if whole else shape, cotangent.device)
+    if piece.source.expanded:
+        numbers = numbers.expand(found.layout.size, *shape[1:])
+    origins = _moves.origins((use.step.func, use.args, use.kwargs), use.arrays, numbers)
+    each = _repeated(spread(origins, use.step.axis, found.layout), found.each).flatten(1)
+    if whole:
+        return Lookup(each, cotangent.reshape(*each.shape, shape[1]), shape)
+    return Dense(_moves.rows(each, cotangent.flatten(1), shape))
 
 
 def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
@@ -285,7 +302,9 @@ def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]
     for place, use in enumerate(uses):
         rule = _rules.rule_of(use.step.func)
         named = [("", source) for source in sources_in((use.args, use.kwargs))]
-        if rule is not None:
+        if use.step.moves:
+            named = named[:1]
+        elif rule is not None:
             given = bind(rule, use.args, use.kwargs)
             named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
         for occurrence, (name, source) in enumerate(named):

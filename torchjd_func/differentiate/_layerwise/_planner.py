@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func.differentiate._layerwise import _proof
+from torchjd_func.differentiate._layerwise import _draws, _proof
 from torchjd_func.differentiate._layerwise._decide import depth
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._noise import near
@@ -76,7 +76,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = _draws(problem)
+    draws = _draws.draws(problem.leaves)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -100,7 +100,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
 
 
 def _proven_late(
-    problem: Problem, plan: Plan, draws: Draws, known: list[Plan], recorded: Recorded
+    problem: Problem, plan: Plan, draws: _draws.Draws, known: list[Plan], recorded: Recorded
 ) -> Recorded:
     """Return a run by a plan that was not proven where it was made, as gradients were zero, say."""
     if not problem.check or depth(problem.leaves[0]) > 0 or depth(recorded.outputs) > 0:
@@ -130,7 +130,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     return _run(problem, _by_autograd(problem))
 
 
-def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
+def make(problem: Problem, draws: _draws.Draws, known: Sequence[Plan]) -> Plan:
     """Watch the objective with two batches, decide, and prove the decisions."""
     layout, other = Layout(problem.kind, problem.size), None
     if problem.kind == "batched":
@@ -162,7 +162,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     return plan if depth(problem.leaves[0]) > 0 else _proven(problem, plan, draws)
 
 
-def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
+def _proven(problem: Problem, plan: Plan, draws: _draws.Draws) -> Plan:
     """Return a plan without what fails the proof, at the first points where there is one."""
     for points in _points(problem):
         tried = [_failing(point, plan, draws, noisy=len(points) > 1) for point in points]
@@ -188,7 +188,9 @@ def _points(problem: Problem) -> Iterator[list[Problem]]:
     yield [problem]
 
 
-def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: bool) -> dict[int, str] | None:
+def _failing(
+    problem: Problem, plan: Plan, draws: _draws.Draws, *, noisy: bool
+) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     draws.restore()
     try:
@@ -210,7 +212,7 @@ def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
     return without(plan, set(failing), reasons)
 
 
-def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
+def _observe(problem: Problem, draws: _draws.Draws) -> tuple[int, Operations | None]:
     """Run the objective with one example more, and list what it does."""
     sizes = []
     for larger in problem.larger():
@@ -262,7 +264,7 @@ def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = _draws(problem)
+    draws = _draws.draws(problem.leaves)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, known))
@@ -271,7 +273,7 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
 
 def _skeleton(plan: Plan) -> Any:
     """Return what a proof is about, whatever the sizes."""
-    steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
+    steps = [(step.func, *step[1:4], step.axis, step.axes) for step in plan.steps]
     operations = [entry[:3] for entry in plan.listed.entries]
     return plan.layout.kind, plan.opaque, steps, operations
 
@@ -280,21 +282,3 @@ def _key(problem: Problem) -> Any:
     """Return what a plan depends on, besides the code: shapes."""
     tensors = (*problem.leaves, *problem.inputs)
     return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
-
-
-class Draws(NamedTuple):
-    """The states of random generators, so that a run is repeated with the same draws."""
-
-    states: list[tuple[Any, Tensor]]
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        for home, state in self.states:
-            home.set_rng_state(state)
-
-
-def _draws(problem: Problem) -> Draws:
-    """Return the states of the generators of all devices that are used."""
-    kinds = {x.device.type for x in problem.leaves} - {"cpu", "meta"}
-    homes = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
-    return Draws([(home, home.get_rng_state()) for home in homes])
