@@ -50,7 +50,7 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if use.step.moves:
         return _moved(found, piece, cotangent)
     pairs = zip(use.arrays, use.step.axes, strict=True)
-    arrays = [_repeated(spread(x, axis, found.layout), found.each) for x, axis in pairs]
+    arrays = [_repeated(spread(x, axis, found.layout), found.each, axis) for x, axis in pairs]
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
@@ -75,7 +75,8 @@ def _moved(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if piece.source.expanded:
         numbers = numbers.expand(found.layout.size, *shape[1:])
     origins = _moves.origins((use.step.func, use.args, use.kwargs), use.arrays, numbers)
-    each = _repeated(spread(origins, use.step.axis, found.layout), found.each).flatten(1)
+    axis = use.step.axis
+    each = _repeated(spread(origins, axis, found.layout), found.each, axis).flatten(1)
     if whole:
         return Lookup(each, cotangent.reshape(*each.shape, shape[1]), shape)
     return Dense(_moves.rows(each, cotangent.flatten(1), shape))
@@ -90,9 +91,9 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
     return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
 
 
-def _repeated(x: Tensor, each: int) -> Tensor:
+def _repeated(x: Tensor, each: int, axis: int | None) -> Tensor:
     """Return an array once for each loss of an example; what all share stays."""
-    return x if each == 1 or x.shape[0] == 1 else x.repeat_interleave(each, 0)
+    return x if each == 1 or axis is None else x.repeat_interleave(each, 0)
 
 
 def _shared(found: Layers, use: Use, place: int) -> Tensor:
