@@ -472,3 +472,24 @@ def test_what_only_looks_mixed_is_no_slower(name):
         found = jd.gramian(objective)(PARAMS, x)
         torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
     assert "m backward passes" not in str(jd.explain_gramian(objective, PARAMS, x))
+
+
+def test_data_that_an_objective_cannot_take_prove_nothing():
+    table, names = {5: 0, 7: 1}, torch.tensor([7, 5, 7, 7])
+
+    def losses(p, x, i):
+        return total(
+            F.linear(x, p[0]) * torch.tensor([1.0 + table[k] for k in i.tolist()])[:, None]
+        )
+
+    found, expected = twice(losses, (rand(4, 2), names), PARAMS, rand(4, 2, seed=1), names.flip(0))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_integers_that_an_outer_transform_maps_over():
+    fn = sorted_by(lambda x, i: (i[:, None] == torch.arange(len(x))).to(x) @ x, permute)
+    orders, x = torch.tensor([[0, 1, 2, 3], [2, 0, 3, 1]]), rand(4, 2)
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        found = vmap(lambda i: jd.gramian(jd.instancewise(fn))(PARAMS, x, i))(orders)
+    rows = torch.stack([by_loops(fn, PARAMS, x, i) for i in orders])
+    torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-9, atol=1e-12)

@@ -168,7 +168,8 @@ def _value(x: Any) -> Any:
         return str(x)
     if isinstance(x, Number) or not hasattr(x, "tobytes"):
         return type(x)
-    return str(x.dtype), x.shape, x.tobytes()
+    array: Any = x
+    return str(array.dtype), array.shape, array.tobytes()
 
 
 def unknown(x: Tensor) -> str | None:

@@ -196,7 +196,9 @@ def renumbered(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
     )
     if x.dtype == torch.bool:
         return (numbers % 2 == 0).reshape(shape).expand_as(x).clone()
-    limit = int(x.amax()) + 1 if bound and x.numel() else size
+    limit = (
+        int(torch.func.debug_unwrap(x, recurse=True).amax()) + 1 if bound and x.numel() else size
+    )
     return (numbers % max(limit, 1)).to(x.dtype).reshape(shape).expand_as(x).clone()
 
 

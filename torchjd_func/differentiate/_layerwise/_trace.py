@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
-from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._functions import attribute_of, name_of
 from torchjd_func.differentiate._layerwise._noise import elsewhere, moved, near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
@@ -208,6 +208,8 @@ class Trace(TorchFunctionMode):
         place, since, done = len(self.steps), self.checked, self.operations.steps
         step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
         if step.place != len(self.operations.names) - 1:  # it returns no tensors, or is another one
+            return None
+        if attribute_of(step.func) != attribute_of(func):
             return None
         self.checked = len(done)
         same = self.plan.operations[since : len(done)] == tuple(done[since:])
