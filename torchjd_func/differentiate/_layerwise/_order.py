@@ -136,7 +136,7 @@ class Order:
         size = self.operations.size
         for bound in (False, True, None):
             try:
-                values = {x: renumbered(x, axis, size, bound) for x, axis in where.items()}
+                values = {x: _value(x, axis, size, bound) for x, axis in where.items()}
                 moved = {x: moved_on(values[x], axis, size) for x, axis in where.items()}
                 before, after = (_results(func, arguments, given) for given in (values, moved))
             except REFUSALS:
@@ -175,7 +175,7 @@ def is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-def renumbered(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
+def _value(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
     """Return noise; of integers the number of each entry's example, up to the largest of `x`.
 
     Args:
@@ -191,9 +191,7 @@ def renumbered(x: Tensor, axis: int, size: int, bound: bool | None) -> Tensor:
         return near(x)
     shape = [1] * x.ndim
     shape[axis] = -1
-    numbers = torch.arange(x.shape[axis], device=x.device).div(
-        x.shape[axis] // size, rounding_mode="floor"
-    )
+    numbers = torch.arange(x.shape[axis]).div(x.shape[axis] // size, rounding_mode="floor")
     if x.dtype == torch.bool:
         return (numbers % 2 == 0).reshape(shape).expand_as(x).clone()
     limit = (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._noise import near
-from torchjd_func.differentiate._layerwise._order import is_integer, moved_on, renumbered
+from torchjd_func.differentiate._layerwise._noise import near, scattered
+from torchjd_func.differentiate._layerwise._order import is_integer, moved_on
 from torchjd_func.differentiate._layerwise._plan import LOST, Plan
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def points(problem: Problem, plan: Plan, *, drawn: bool) -> Iterator[list[Point]
         noisy = moved._replace(call=call, inputs=inputs)
         smaller = noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
         first = [Point(noisy, 1), Point(smaller, 1), Point(noisy, 2)]
-        others = [
+        changed = [
             Point(moved._replace(call=call, inputs=inputs), 1)
             for change in _changes(problem, plan)
             for call, inputs in problem.noisy(change)
         ]
-        yield [*first, *others, *([Point(noisy, 1, shifted=True)] if drawn else [])]
+        yield [*first, *changed, *([Point(noisy, 1, shifted=True)] if drawn else [])]
     yield [Point(moved)]
     yield [Point(problem)]
 
@@ -65,14 +65,23 @@ def _changes(problem: Problem, plan: Plan) -> list[Callable[[Tensor], Tensor]]:
     def roll(x: Tensor) -> Tensor:
         return near(moved_on(x, axes[x], size) if x in axes else x)
 
-    def number(x: Tensor) -> Tensor:
-        return renumbered(x, axes[x], size, True) if x in axes else near(x)
+    def renumber(x: Tensor) -> Tensor:
+        return others(x) if x in axes and is_integer(x) else near(x)
 
     if not axes or size < 2:
         return []
     # On the CPU an index that is out of bounds is an error, and no more.
     safe = all(x.device.type == "cpu" for x in axes)
-    return [roll, number] if safe and any(map(is_integer, axes)) else [roll]
+    return [roll, renumber] if safe and any(map(is_integer, axes)) else [roll]
+
+
+def others(x: Tensor) -> Tensor:
+    """Return other integers, up to the largest, or flags."""
+    places = scattered(x.to(torch.float64))
+    if x.dtype == torch.bool:
+        return places > 0
+    limit = max(int(torch.func.debug_unwrap(x, recurse=True).amax()) + 1, 1)
+    return ((places + 1) / 2 * limit).floor().clamp(max=limit - 1).to(x.dtype)
 
 
 def _is_dense(x: Tensor) -> bool:
