@@ -14,7 +14,7 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
-from torchjd_func.linalg._pivoting import drive
+from torchjd_func.linalg._tableau import drive
 from torchjd_func.linalg._search import search
 
 

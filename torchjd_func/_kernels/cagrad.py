@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchjd_func import _present
 from torchjd_func._kernels.pivoting import _along_rows, _minimise, options, padded, warps
-from torchjd_func.linalg._pivoting import PIVOTS
+from torchjd_func.linalg._tableau import PIVOTS
 
 TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 FAR = tl.constexpr(_present.FAR)

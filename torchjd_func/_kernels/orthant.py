@@ -26,7 +26,7 @@ from torchjd_func._kernels.pivoting import (
 )
 from torchjd_func.linalg import _orthant, _systems
 from torchjd_func.linalg._nnqp import RIDGES
-from torchjd_func.linalg._pivoting import PIVOTS
+from torchjd_func.linalg._tableau import PIVOTS
 
 RIDGE = tl.constexpr(RIDGES[torch.float64])
 BOUNDARY, HALVINGS = tl.constexpr(_orthant.BOUNDARY), tl.constexpr(_orthant.HALVINGS)
