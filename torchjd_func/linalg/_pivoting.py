@@ -74,16 +74,24 @@ def regular(
     free = vectors < -SIGN_TOL
     if not pays(matrices, vectors):
         return exchange(matrices, which, vectors, free, blown, size)
-    free, iterations = guess(matrices, which, vectors, free)
-    z, free, rounds, done = polish(matrices, which, vectors, free, ridge / 100)
-    iterations += rounds
+    free, iterations, near = guess(matrices, which, vectors, free)
+    z, done = np.zeros_like(vectors), near & False
+    rows = np.flatnonzero(near)
+    part = polish(matrices, which[rows], vectors[rows], free[rows], ridge / 100)
+    z[rows], free[rows], rounds, done[rows] = part
+    iterations[rows] += rounds
     done &= largest(z) < size
-    left = np.flatnonzero(~done)
-    if 0 < len(left) and not pays(matrices, vectors[left]):
+    left = np.flatnonzero(~done & (near | ~share(matrices, vectors[~near])))
+    if len(left):
         part = exchange(matrices, which[left], vectors[left], free[left], blown, size)
         z[left], free[left], extra, done[left] = part
         iterations[left] += extra
     return z, free, iterations, done
+
+
+def share(matrices: Array, vectors: Array) -> bool:
+    """Say whether problems are many with one matrix, and larger than a few."""
+    return len(matrices) == 1 and len(vectors) >= MANY and vectors.shape[1] > SMALL
 
 
 def ridged(
@@ -97,7 +105,7 @@ def ridged(
     free, iterations = vectors < -SIGN_TOL, np.zeros(len(vectors), dtype=np.int64)
     for amount in LEADING:
         if pays(matrices, vectors):
-            free, rounds = guess(matrices, which, vectors, free, amount)
+            free, rounds, _ = guess(matrices, which, vectors, free, amount)
         else:
             _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
         iterations += rounds

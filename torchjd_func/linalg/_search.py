@@ -15,8 +15,8 @@ from torch import Tensor
 from torchjd_func._host import Array
 from torchjd_func.linalg._device import in_kernel, on_device, takes
 from torchjd_func.linalg._interior import minimise
-from torchjd_func.linalg._pivoting import MANY, around, regular, ridged
-from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, SMALL, cut_out, largest, residual
+from torchjd_func.linalg._pivoting import around, regular, ridged, share
+from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual
 from torchjd_func.linalg._two import solve_two
 
 # Divides by this instead of by zero.
@@ -170,7 +170,7 @@ def _search(
         finite = np.isfinite(matrices).all(axis=(1, 2))[which[left]]
         left = left[finite & np.isfinite(vectors[left]).all(axis=1)]
     dependent = ~done
-    if len(left) >= MANY and len(matrices) == 1 and vectors.shape[1] > SMALL:
+    if share(matrices, vectors[left]):
         part = around(matrices[0], vectors[left], ridge)
         z[left], support[left], extra, done[left], dependent[left] = part
         iterations[left] += extra
