@@ -43,11 +43,11 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
     Exact up to rounding: the support of the solution is found by block principal pivoting, in
     float64, on the problem scaled to a unit diagonal, and one linear solve gives the value.
     Where rows are dependent, or nearly, a ridge of the size of the rounding of `matrix` (1e-11 of
-    the diagonal; 1e-6, or 3e-8 m if that is more, if its dtype is float32 or less) makes the solution unique and bounds it: of
-    many solutions the one of least norm, for unknowns scaled by the roots of the diagonal, is
-    found. `fallback` says so. Scaling `matrix`, `vector`, or single unknowns does not change the
-    accuracy. The support is locally constant, so the value is differentiable wherever the solution
-    is.
+    the diagonal; if its dtype is float32 or less, 1e-6, or 3e-8 m if that is more) makes the
+    solution unique and bounds it: of many solutions the one of least norm, for unknowns scaled by
+    the roots of the diagonal, is found. `fallback` says so. Scaling `matrix`, `vector`, or single
+    unknowns does not change the accuracy. The support is locally constant, so the value is
+    differentiable wherever the solution is.
 
     Args:
         matrix: `Q`, `(..., m, m)`, symmetric positive semi-definite.

@@ -55,6 +55,8 @@ REFINEMENTS, CHANGED = 3, 1e-13
 # A larger ridge, for the supports of as many problems that are left, and the numbers of a tableau
 # with which rounding spoils pivots.
 WIDE, MANY, BLURRED = 1e-6, 8, 1e6
+# Pivots for each unknown after which what is exchanged is rounding.
+ENOUGH = 4
 # An unknown this small, of the largest, may be zero; a residual this small is rounding.
 TIED, EXACT = 1e-9, 1e-14
 
@@ -109,22 +111,23 @@ def ridged(
         else:
             _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
         iterations += rounds
-    near = free
-    z, free, rounds, done = _with(ridge, matrices, which, vectors, near)
-    iterations += rounds
+    z, free, rounds = _settled(matrices, which, vectors, ridge, free)
+    return z, free, iterations + rounds
+
+
+def _settled(
+    matrices: Array, which: Array, vectors: Array, ridge: float, near: Array
+) -> tuple[Array, Array, Array]:
+    """Solve from supports that are near.
+
+    Returns:
+        `(z, support, iterations)`.
+    """
+    z, free, iterations, done = _with(ridge, matrices, which, vectors, near)
     definite = matrices + ridge * np.eye(vectors.shape[1])
     for i in np.flatnonzero(~done):
         z[i], free[i], pivots = _driven(definite[which[i]], vectors[i], near[i])
         iterations[i] += pivots
-    z, free = _settled(matrices, which, vectors, ridge, z, free)
-    return z, free, iterations
-
-
-def _settled(
-    matrices: Array, which: Array, vectors: Array, ridge: float, z: Array, free: Array
-) -> tuple[Array, Array]:
-    """Refine, and leave out of supports what may be zero."""
-    definite = matrices + ridge * np.eye(vectors.shape[1])
 
     def solve(rows: Array, free: Array, right: Array) -> Array:
         """Solve with the ridge."""
@@ -138,7 +141,7 @@ def _settled(
         pinned, left = _refined(matrices, which, vectors, np.where(kept, z, 0.0), kept, solve)
         as_well = (left <= np.maximum(gap, EXACT))[:, None]
         z, free = np.where(as_well, pinned, z), np.where(as_well, kept, free)
-    return z, free
+    return z, free, iterations
 
 
 def around(matrix: Array, vectors: Array, ridge: float) -> tuple[Array, Array, Array, Array, Array]:
@@ -163,10 +166,9 @@ def around(matrix: Array, vectors: Array, ridge: float) -> tuple[Array, Array, A
     iterations[left] += pivots
     left, found = left[reached], found[reached]
     matrices, none = matrix[None], np.zeros(len(left), dtype=np.int64)
-    part, found, rounds, done[left] = _with(ridge, matrices, none, vectors[left], found)
-    z[left], free[left] = _settled(matrices, none, vectors[left], ridge, part, found)
+    z[left], free[left], rounds = _settled(matrices, none, vectors[left], ridge, found)
     iterations[left] += rounds
-    dependent[left] = True
+    done[left] = dependent[left] = True
     return z, free, iterations, done, dependent
 
 
@@ -287,7 +289,7 @@ def _refined(
 
 def _driven(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
     """Drive from a support that is near or, if rounding spoils that, from the empty one."""
-    z, free, pivots = drive(matrix, vector, near)
+    z, free, pivots = drive(matrix, vector, near, ENOUGH)
     if residual(matrix[None], np.zeros(1, dtype=int), vector[None], z[None]) <= KKT_TOL:
         return z, free, pivots
     z, free, more = drive(matrix, vector, near & False)

@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from torchjd_func._host import Array
 
@@ -30,6 +29,8 @@ SIGN_TOL = 1e-12
 PIVOTS = 40
 # Of so many lines to the first problems most arrive, or no more are followed.
 FIRST = 8
+# Exchanges that are kept as products before they are put into a matrix of their own.
+FOLDED = 64
 # What values in the middle are raised by, so that no two reach zero at once.
 RAISED = 1e-9
 
@@ -39,6 +40,38 @@ class Tableau(NamedTuple):
 
     matrix: Array  # (m, m)
     free: Array  # (m,) bool, the support
+
+
+class Changing:
+    """A tableau on its way: of what it was, the rows and columns not exchanged, less products."""
+
+    def __init__(self, seen: Tableau, changes: Array):
+        self.matrix, self.free = seen.matrix, seen.free.copy()
+        self.left, self.right = changes  # (p, m) each, one product for each exchange
+        self.count, self.kept = 0, np.ones(len(seen.free))
+
+    def column(self, k: int) -> tuple[Array, float]:
+        """Return a column, and its entry on the diagonal."""
+        row = self.left[: self.count, k] @ self.right[: self.count]
+        row = self.matrix[k] * self.kept - row if self.kept[k] else -row
+        # But for signs the matrix is symmetric.
+        return np.where(self.free == self.free[k], row, -row), row[k]
+
+    def exchange(self, k: int, column: Array) -> None:
+        """Exchange an index; its column is used up."""
+        row = np.where(self.free == self.free[k], column, -column) / column[k]
+        row[k], column[k] = -1 / column[k], 1.0
+        # Were these left to cancel, a large pivot would leave only rounding.
+        self.left[: self.count, k] = self.right[: self.count, k] = self.kept[k] = 0.0
+        self.left[self.count], self.right[self.count] = column, row
+        self.count += 1
+        self.free[k] ^= True
+
+    def fold(self) -> None:
+        """Put what has changed into the matrix, in place."""
+        self.matrix *= self.kept * self.kept[:, None]
+        self.matrix -= self.left[: self.count].T @ self.right[: self.count]
+        self.count, self.kept = 0, np.ones(len(self.free))
 
 
 def tableau(matrix: Array, free: Array) -> Tableau:
@@ -88,26 +121,21 @@ def supports(seen: Tableau, middle: Array, vectors: Array) -> tuple[Array, Array
 
 def _follow(seen: Tableau, start: Array, end: Array, changes: Array) -> tuple[Array, int, bool]:
     """Exchange what reaches zero between two values, `end + t (start - end)` for t from 1 to 0."""
-    free, end, slope, (left, right) = seen.free.copy(), end.copy(), start - end, changes
-    for count in range(len(left)):
+    now, end, slope = Changing(seen, changes), end.copy(), start - end
+    for count in range(changes.shape[1]):
         times = np.where(slope > 0, -end / slope, 0.0)
         k = int(times.argmax())
         if not times[k] > SIGN_TOL:
-            return free, count, bool(np.isfinite(times[k]))
-        row = seen.matrix[k] - left[:count, k] @ right[:count]
-        pivot = row[k]
+            return now.free, count, bool(np.isfinite(times[k]))
+        column, pivot = now.column(k)
         if not pivot > 0:
             break
-        column = np.where(free == free[k], row, -row)  # but for signs the matrix is symmetric
         at, rate = end[k] / pivot, slope[k] / pivot
         end -= at * column
         slope -= rate * column
         end[k], slope[k] = -at, -rate
-        left[count], right[count] = column, row / pivot
-        left[count, k] += 1
-        right[count, k] -= 1 / pivot
-        free[k] ^= True
-    return free, len(left), False
+        now.exchange(k, column)
+    return now.free, changes.shape[1], False
 
 
 def solve_seen(seen: Tableau, free: Array, right: Array) -> Array:
@@ -122,37 +150,45 @@ def solve_seen(seen: Tableau, free: Array, right: Array) -> Array:
     return np.where(free, x, 0.0)
 
 
-def drive(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
-    """Solve one problem by the driving-variable method, on a tableau, from a support `(m,)`.
+def drive(
+    matrix: Array, vector: Array, near: Array, most: int = PIVOTS
+) -> tuple[Array, Array, int]:
+    """Solve one problem by the driving-variable method, from a support `(m,)` that is near.
+
+    It gives up after `most` pivots for each unknown.
 
     Returns:
         `(z, support, pivots)`; `z` is not-a-number if it fails.
     """
-    m, free, pivots = len(vector), _positive(matrix, vector, near.copy()), 0
-    seen = tableau(matrix, free)
-    table, value = seen.matrix, values(seen, vector[None])[0]
-    while pivots < PIVOTS * (m + 1):
-        pinned = np.where(free, 0.0, value)
+    m, pivots = len(vector), 0
+    seen = tableau(matrix, _positive(matrix, vector, near.copy()))
+    now, value = Changing(seen, np.empty((2, FOLDED, m))), values(seen, vector[None])[0]
+    while pivots < most * (m + 1):
+        pinned = np.where(now.free, 0.0, value)
         k, driven = int(pinned.argmin()), 0.0
-        if pinned[k] >= -SIGN_TOL * (1 + np.where(free, value, 0.0).max()):
-            return np.where(free, value, 0.0), free, pivots
-        while pivots < PIVOTS * (m + 1):
-            column = np.where(free, table[:, k], 0.0)
-            falling = column < -SIGN_TOL
+        if pinned[k] >= -SIGN_TOL * (1 + np.where(now.free, value, 0.0).max()):
+            return np.where(now.free, value, 0.0), now.free, pivots
+        while pivots < most * (m + 1):
+            if now.count > FOLDED - 2:
+                now.fold()
+            column, slope = now.column(k)
+            falling = now.free & (column < -SIGN_TOL)
             ratio = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)
             i = int(ratio.argmin())
-            if not ratio[i] * table[k, k] < -value[k]:
+            if not ratio[i] * slope < -value[k]:
                 break
-            value += table[:, k] * ratio[i]
+            value += column * ratio[i]
             value[i], driven = 0.0, driven + ratio[i]
-            _pivot(table, value, free, i)
+            now.exchange(i, now.column(i)[0])
             pivots += 1
-        if not table[k, k] > 0:
+        if not slope > 0:
             break
-        _pivot(table, value, free, k)
-        value[k] += driven
+        at = value[k] / slope
+        value -= column * at
+        value[k] = driven - at
+        now.exchange(k, column)
         pivots += 1
-    return np.full(m, np.nan), free, pivots
+    return np.full(m, np.nan), now.free, pivots
 
 
 def _positive(matrix: Array, vector: Array, free: Array) -> Array:
@@ -164,13 +200,3 @@ def _positive(matrix: Array, vector: Array, free: Array) -> Array:
             break
         free[kept[negative]] = False
     return free
-
-
-def _pivot(table: Array, value: Array, free: Array, k: int) -> None:
-    """Exchange one index of a table, in place."""
-    p, row, column, at = table[k, k], table[k].copy(), table[:, k].copy(), value[k]
-    # In one pass through memory; numpy takes four.
-    torch.from_numpy(table).addr_(torch.from_numpy(column), torch.from_numpy(row / p), alpha=-1)
-    value -= column * (at / p)
-    table[k], table[:, k], table[k, k], value[k] = -row / p, column / p, 1 / p, -at / p
-    free[k] ^= True
