@@ -19,6 +19,7 @@ from tests import scalarizer_registry
 from tests.helpers import weighting, weights_of
 from tests.registry import METHODS, exported
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._forms import Outer, cross
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -139,6 +140,14 @@ def test_absent_rows(name):
         for rule, jac, state, losses in [setting(name, device)]
     )
     assert_same(got, want, 1e-7)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@EVERY
+def test_the_device_need_not_be_the_current_one(name):
+    got = two_calls(*setting(name, "cuda:1"))
+    assert_same(got, two_calls(*setting(name, "cpu")))
+    assert all(leaf.device.index == 1 for leaf in _tree.leaves(got))
 
 
 @pytest.mark.parametrize("m", [100, 130, 300])
@@ -276,6 +285,28 @@ def test_float32_and_autocast_steps():
     assert_same(grads, want, 5e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_float32(dtype):
+    left, right = (torch.randn(8, 300, 1, 24, device="cuda").to(dtype) for _ in range(2))
+    rows = Outer(left, right, (24, 24))
+    wide = Outer(left.double(), right.double(), (24, 24))
+    want = cross(wide, wide)
+    assert_same(cross(rows, rows).double() / want.max(), want / want.max(), 1e-5)
+
+
+def test_layers_share_their_products():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    net = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).double()
+    apply, params, buffers = jd.functionalize(net)
+    gramian = jd.gramian(
+        jd.instancewise(lambda p, x: apply(p, buffers, x)[0].square().mean((1, 2)))
+    )
+    x = torch.randn(4, 5, 16, dtype=torch.float64)
+    there = {name: value.cuda() for name, value in params.items()}
+    assert_same(gramian(there, x.cuda()), gramian(params, x))
+
+
 def test_an_ensemble_does_not_wait():
     objective, params, x, y = network()
     step = jd.grad(objective, jd.upgrad())
@@ -343,6 +374,14 @@ def test_compiled_into_a_graph(name):
     )
     want = step(state, params, x, y)
     assert_same(third(fast, state, params, x, y), want, 1e-4)
+
+
+@pytest.mark.parametrize("make", [jd.imtl_g, jd.cagrad], ids=["imtl_g", "cagrad"])
+def test_graphs_are_cut_where_something_waits(make):
+    rows = torch.randn(130, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule, want = make(), make()(rows)[0]
+    fast = torch.compile(lambda rows: rule(rows)[0], fullgraph=True, mode="reduce-overhead")
+    assert_same(third(fast, rows.cuda()), want, 1e-6)
 
 
 def test_instance_wise_steps_compiled_into_a_graph():

@@ -5,6 +5,7 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -53,6 +54,24 @@ def model_call(params=None, buffers=None):
 def hooked(register="register_full_backward_hook"):
     model = nn.Sequential(nn.Linear(1, 1))
     getattr(model[0], register)(lambda *args: None)
+    return model
+
+
+def hooked_parameter(register):
+    model = nn.Linear(1, 1)
+    getattr(model.weight, register)(lambda *args: None)
+    return model
+
+
+def by_rows():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.eye(2).to_sparse_csr()
+
+
+def kept_view(view):
+    model = nn.Linear(2, 2)
+    model.kept = view(model.weight)
     return model
 
 
@@ -416,6 +435,16 @@ CASES = {
         ValueError,
         r"torch\.utils\.checkpoint.*jd\.interop\.backward_",
     ),
+    "sparse data by rows": (
+        lambda: jd.gramian(lambda w, x: torch.sparse.mm(x, w).sum(1))(torch.eye(2), by_rows()),
+        ValueError,
+        r"torch\.sparse_coo.*Sparse CSR.*x\.to_sparse\(\) with chunk_size=1",
+    ),
+    "sparse data of examples by rows": (
+        lambda: jd.gramian(jd.instancewise(lambda w, x: (x @ w).sum(1)))(torch.eye(2), by_rows()),
+        ValueError,
+        r"torch\.sparse_coo.*Sparse CSR",
+    ),
     "arrays of NumPy inside": (
         lambda: jd.jac(lambda p, x: losses(p, x) * float((x * 2).numpy().sum()))(PARAMS, X),
         ValueError,
@@ -569,6 +598,26 @@ CASES = {
         lambda: jd.functionalize(kept_in_a_closure()),
         ValueError,
         r"`model\.weight`.*'activation'",
+    ),
+    "a view of a parameter": (
+        lambda: jd.functionalize(kept_view(lambda weight: weight[:1])),
+        ValueError,
+        r"`model\.weight`.*a view of it in 'kept'.*self\.<name>",
+    ),
+    "views of a parameter in a tuple": (
+        lambda: jd.functionalize(kept_view(lambda weight: weight.chunk(2))),
+        ValueError,
+        r"`model\.weight`.*a view of it in 'kept'",
+    ),
+    "a hook of a parameter": (
+        lambda: jd.functionalize(hooked_parameter("register_hook")),
+        ValueError,
+        r"`model\.weight` must have no hooks.*grads\[name\] \* mask.*backward_",
+    ),
+    "a hook of a parameter that takes a step": (
+        lambda: jd.functionalize(hooked_parameter("register_post_accumulate_grad_hook")),
+        ValueError,
+        r"`model\.weight` must have no hooks",
     ),
     "sharded": (
         lambda: jd.functionalize(distributed(torch.distributed.fsdp.FSDPModule)),

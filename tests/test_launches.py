@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
+import torchjd_func as jd
 from tests.launches import count, counted
 from tests.registry import METHODS, exported
+from torchjd_func._pack import pack
+from torchjd_func.aggregation._cagrad_search import find
+from torchjd_func.differentiate._layerwise import gramians
 from torchjd_func.differentiate._layerwise._convolutions import conv_weight
 from torchjd_func.differentiate._layerwise._forms import cross
+from torchjd_func.differentiate._verb import Options, linearize
 from torchjd_func.linalg import _interior
+from torchjd_func.linalg._eigh import eigh
 
 MOST = 40
 # From a Gramian, or from the rows of one leaf, for six objectives.
@@ -91,6 +98,52 @@ def test_the_batch_does_not_count_in_the_gramian_of_a_convolution():
             assert cross(form, form).shape == (e, e)
         counts.append(counter.launches)
     assert counts[0] == counts[1] <= 12
+
+
+def encoder(depth):
+    """Return what is recorded of a transformer with one loss for each example, and its leaves."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    net = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    apply, params, buffers = jd.functionalize(net)
+    objective = jd.instancewise(lambda p, x: apply(p, buffers, x)[0].square().mean((1, 2)))
+    options = Options(0, False, "auto", None, None)
+    linear = linearize(objective, (params, torch.randn(4, 5, 16)), {}, options)
+    return linear.jacobian.layers, range(len(params))
+
+
+def test_layers_of_one_shape_share_their_products():
+    found = {}
+    for depth in (4, 10):
+        layers, leaves = encoder(depth)
+        tensors, rebuild = pack(layers)
+        with counted() as counter:
+            there = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
+            assert gramians(rebuild(there), [leaves]).shape == (1, 4, 4)
+        assert not counter.waits
+        products = sum(name in ("mm", "bmm") for name in counter.names)
+        found[depth] = products, counter.launches
+    assert found[4][0] == found[10][0] <= 12
+    # Of each layer of 12 leaves: 8 sums over positions, and 2 normalisations.
+    assert found[10][1] - found[4][1] <= 6 * 14
+
+
+@pytest.mark.parametrize(
+    ("most", "call", "name"),
+    [
+        (64, eigh, "eigh"),
+        (128, lambda x: find(x, x[0], x[0], x[0, 0], 1e-11), "cagrad"),
+    ],
+    ids=["eigh", "cagrad"],
+)
+def test_only_what_waits_is_left_out_of_cuda_graphs(most, call, name):
+    for m, suffix in ((most, ""), (most + 1, "_waits")):
+        with counted() as counter:
+            call(torch.empty(m, m, device="cuda", dtype=torch.float64))
+        assert counter.names[-1] == name + suffix
+        operation = getattr(torch.ops.torchjd_func, name + suffix).default
+        assert (torch.Tag.cudagraph_unsafe in operation.tags) == bool(suffix)
+    assert torch.Tag.cudagraph_unsafe in torch.ops.torchjd_func.lp_basis.default.tags
 
 
 def test_problems_too_large_for_a_kernel_do_not_wait():

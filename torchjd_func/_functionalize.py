@@ -80,9 +80,9 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         TypeError: If `model` is not a module.
         ValueError: If the model or a part of it is compiled, wrapped for several processes, lazy,
             has backward hooks, or is an embedding with `sparse` or `max_norm`; if its parameters
-            are sharded; if a parameter is also kept in a list or a closure, or shared by two
-            modules of the tree. From `apply`, if a name is unknown or missing, or torch.compile
-            meets an `nn.RNN`, `nn.LSTM` or `nn.GRU`.
+            are sharded or have hooks; if a parameter, or a view of it, is also kept in a list or a
+            closure, or shared by two modules of the tree. From `apply`, if a name is unknown or
+            missing, or torch.compile meets an `nn.RNN`, `nn.LSTM` or `nn.GRU`.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -115,6 +115,7 @@ def _functionalize(model: nn.Module) -> tuple[Callable[..., Any], Tensors, Tenso
     parameters = dict(model.named_parameters())
     _check.supported(named_modules)
     _check.whole_parameters(parameters)
+    _check.without_hooks(parameters)
     _check.kept_once(named_modules, parameters)
     params = {name: x.detach() for name, x in parameters.items() if x.requires_grad}
     frozen = {name: x.detach() for name, x in parameters.items() if not x.requires_grad}

@@ -7,6 +7,7 @@ Functions of `(xp, *arrays)` are written once for both, with `xp` the module: nu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 Array = Any  # numpy.ndarray (its types of reductions are too wide to be checked), or Tensor
+# Of an operation that waits for the host: Inductor cuts CUDA graphs in two around it.
+WAITS = (torch.Tag.cudagraph_unsafe,)
 
 
 def call(fn: Callable[..., Any], *values: Array, device: Callable[..., Any] | None = None) -> Any:
@@ -109,6 +112,27 @@ def may_wait(value: Any) -> bool:
 def opaque(operation: Callable[..., Any], body: Callable[..., Any], *values: Any) -> Any:
     """Call an opaque operation; its body, which takes less time, if nothing is watching."""
     return (body if all(map(resident, values)) else operation)(*values)
+
+
+def operations(
+    name: str, body: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return an operation that is opaque to compilers, and one that also waits for the host.
+
+    Args:
+        name: What both are called; the second is `<name>_waits`.
+        body: What is computed.
+        fake: The same for shapes alone.
+        vmap: `(operation, info, in_dims, *args)`.
+    """
+    found = []
+    for suffix, tags in (("", ()), ("_waits", WAITS)):
+        kind = f"torchjd_func::{name}{suffix}"
+        operation: Any = torch.library.custom_op(kind, body, mutates_args=(), tags=tags)
+        operation.register_fake(fake)
+        operation.register_vmap(partial(vmap, operation))
+        found.append(operation)
+    return found[0], found[1]
 
 
 def numbers(x: Array) -> Array | None:

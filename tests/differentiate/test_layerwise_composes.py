@@ -285,3 +285,23 @@ def test_microbatches_may_be_differentiated_layer_by_layer() -> None:
     objective = jd.accumulate(lambda p, x: losses(p, x).mean(), 2)
     want = jd.gramian(objective)(params, x)
     torch.testing.assert_close(jd.gramian(objective, route="layerwise")(params, x), want)
+
+
+COMPILED = {
+    "batched": lambda fn: jd.instancewise(lambda p, x: fn(x, p).sum(1)),
+    "mapped": lambda fn: jd.per_example(lambda p, x: fn(x, p).sum()),
+    "without examples": lambda fn: lambda p, x: fn(x, p).sum(0),
+}
+
+
+@pytest.mark.parametrize("layout", COMPILED)
+def test_functions_that_were_compiled_by_themselves_are_seen_through(layout: str) -> None:
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(x @ w)
+
+    fast = torch.compile(plain, backend="eager")
+    objectives = [COMPILED[layout](fn) for fn in (fast, plain)]
+    for seed in (0, 1):
+        args = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), torch.ones(B, 3)
+        found, expected = (jd.gramian(fn, route="layerwise")(*args) for fn in objectives)
+        torch.testing.assert_close(found, expected)

@@ -1,9 +1,12 @@
 """A plan that was made where rows are right by coincidence is not wrong on the next batch."""
 
+import enum
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from torch.func import grad, jacrev, vmap
 from torch.nn import functional as F
 
 import torchjd_func as jd
@@ -133,6 +136,96 @@ def test_an_order_that_the_first_batch_does_not_have(name):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+DRAWN = {
+    "randperm": lambda n, key: torch.randperm(n),
+    "rand": lambda n, key: torch.rand(n).argsort(),
+    "in place": lambda n, key: torch.empty(n).uniform_().argsort(),
+    "multinomial": lambda n, key: torch.multinomial(torch.ones(n), n),
+    "a generator of its own": lambda n, key: torch.randperm(n, generator=generator(key)),
+}
+
+
+def generator(key):
+    """Return a generator in a state."""
+    return torch.Generator().manual_seed(key)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_an_order_that_is_drawn_and_sorted_at_first(name):
+    def order(key, n=3):
+        torch.manual_seed(key)
+        return DRAWN[name](n, key)
+
+    def losses(p, x, key):
+        i = order(key, len(x))
+        return sorted_by(lambda x, i: x[i], permute)(p, x, i)
+
+    unmoved = [key for key in range(100) if order(key).tolist() == [0, 1, 2]]
+    moved = [key for key in range(100) if order(key).tolist() == [2, 0, 1]]
+    found, expected = twice(losses, (rand(3, 2), unmoved[0]), PARAMS, rand(3, 2), moved[0])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Dim(enum.IntEnum):
+    """Names of axes."""
+
+    EXAMPLES = 0
+    TIME = 1
+    FEATURES = 2
+
+
+class Equation(enum.StrEnum):
+    """Names of products."""
+
+    PLAIN = "bti,ij->btj"
+    MOVED = "bti,ij->tbj"
+    KEPT = "bti->bti"
+    BACK = "tbi->bti"
+
+
+def rolled(p, x, k):
+    """Move examples on and back."""
+    return total(F.linear(x.roll(k, 0), p[0]).tanh().roll(-k, 0))
+
+
+def swapped(p, x, k):
+    """Move examples to another axis and back."""
+    return total(F.linear(x.transpose(0, k), p[0]).tanh().transpose(0, k))
+
+
+def indexed(p, x, k):
+    """Sort by an array, and back."""
+    i = np.argsort(k * np.arange(len(x)))
+    return sorted_by(lambda x, i: x[i], lambda h, i: h[np.argsort(i)])(p, x, i)
+
+
+def multiplied(p, x, equations):
+    """Move examples to another axis and back."""
+    there, back = equations
+    return total(torch.einsum(back, torch.einsum(there, x, p[0]).tanh()))
+
+
+CONSTANTS = {
+    "an integer of numpy": (rolled, np.int64(0), np.int64(1)),
+    "an axis of numpy": (swapped, np.int32(1), np.int32(2)),
+    "an enumeration": (swapped, Dim.TIME, Dim.FEATURES),
+    "an enumeration of strings": (
+        multiplied,
+        (Equation.PLAIN, Equation.KEPT),
+        (Equation.MOVED, Equation.BACK),
+    ),
+    "an array": (indexed, 1, -1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_any_kind_that_change(name):
+    fn, first, then = CONSTANTS[name]
+    for known, value in ((first, then), (then, first)):
+        found, expected = twice(fn, (rand(2, 2, 2), known), PARAMS, rand(2, 2, 2, seed=1), value)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 EVEN = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()
 ODD = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 1], [0, 1, 0]]).bool()
 
@@ -177,4 +270,167 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     step = jd.gramian(jd.instancewise(lambda p, x: F.linear(x, p[0]).tanh().sum(1)))
     for _ in range(3):
         step(PARAMS, rand(3, 2))
-    assert len(proofs) == 2
+    assert len(proofs) == 3
+
+
+MIXED = {
+    "normalised": lambda p, x: total(F.normalize(F.linear(x, p[0]), dim=0)),
+    "less their mean": lambda p, x: total(F.linear(x, p[0]) - F.linear(x, p[0]).mean(0)),
+}
+DATA = rand(4, 2)
+TRANSFORMS = {
+    "vmap over parameters": lambda fn: vmap(fn, (1, None))(rand(2, 3, 2), DATA),
+    "vmap over data": lambda fn: vmap(fn, (None, 2))(rand(2, 2), rand(4, 2, 3)),
+    "vmap twice": lambda fn: vmap(vmap(fn, (None, 0)), (0, 1))(rand(3, 2, 2), rand(2, 3, 4, 2)),
+    "grad": lambda fn: grad(lambda p: fn(p, DATA).sin().sum())(rand(2, 2)),
+    "jacrev": lambda fn: jacrev(lambda p: fn(p, DATA).sin())(rand(2, 2)),
+    "vmap of grad": lambda fn: vmap(grad(lambda p: fn(p, DATA).sin().sum()))(rand(3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_first_runs_within_transforms_prove_as_well(name, transform):
+    objective = jd.instancewise(MIXED[name])
+
+    def gramian(p, x):
+        rows = jacrev(MIXED[name])([p], x)[0].flatten(1)
+        return rows @ rows.T
+
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        found = TRANSFORMS[transform](lambda p, x: jd.gramian(objective)([p], x))
+    torch.testing.assert_close(found, TRANSFORMS[transform](gramian), rtol=1e-9, atol=1e-11)
+
+
+def test_a_proof_counts_what_an_outer_transform_maps_over():
+    def losses(p, x, shift):
+        return total(F.linear(x, p) - shift * F.linear(x, p).mean(0))
+
+    def found(shift):
+        return jd.gramian(jd.instancewise(lambda p, x: losses(p, x, shift)))(weight, x)
+
+    weight, x, shifts = rand(2, 2), rand(4, 2), torch.tensor([0.0, 1.0]).double()
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        mapped = vmap(found)(shifts)
+    rows = torch.stack([jacrev(losses)(weight, x, shift).flatten(1) for shift in shifts])
+    torch.testing.assert_close(mapped, rows @ rows.mT, rtol=1e-9, atol=1e-11)
+
+
+def scheduled(mixing):
+    """Return losses with a part that a coefficient, here an argument, leaves out at first."""
+
+    def losses(p, x, k):
+        h = F.linear(x, p[0]).tanh()
+        return total(h) + mixing(h, k)
+
+    return losses
+
+
+def contrast(h, k):
+    """Return the similarity of an example with all others."""
+    return k * (h @ h.T).exp().masked_fill(torch.eye(len(h)).bool(), 0).sum(1)
+
+
+SCHEDULED = {
+    "the mean": scheduled(lambda h, k: total(k * h.mean(0) * h)),
+    "mixed up": lambda p, x, k: total(
+        (1 - k) * F.linear(x, p[0]).tanh() + k * F.linear(x, p[0]).flip(0)
+    ),
+    "by name": lambda p, x, k: total(torch.add(F.linear(x, p[0]), x.roll(1, 0) @ p[0], alpha=k)),
+    "a contrast": scheduled(contrast),
+    "a penalty of all": scheduled(lambda h, k: k * h.norm()),
+    "a tensor": scheduled(lambda h, k: torch.tensor(float(k)).to(h) * contrast(h, 1)),
+    "several": scheduled(lambda h, k: torch.tensor([float(k)] * 3).to(h).sum() * contrast(h, 1)),
+}
+THRESHOLDS = {
+    "clipped by a norm": lambda p, x: total(F.linear(x, p[0]) / F.linear(x, p[0]).norm().clamp(3)),
+    "a hinge": lambda p, x: total(F.linear(x, p[0])) + F.relu(F.linear(x, p[0]).sum() - 9),
+    "the less": lambda p, x: torch.minimum(total(F.linear(x, p[0])), 9 + x.mean() * p[0].sum()),
+    "the less of all": lambda p, x: torch.minimum(
+        total(F.linear(x, p[0])), 5 + F.linear(x, p[0]).square().mean()
+    ),
+    "chosen": lambda p, x: total(
+        torch.where(x.norm() > 3, F.linear(x, p[0]) - F.linear(x, p[0]).mean(0), F.linear(x, p[0]))
+    ),
+}
+COMPARED = {
+    "sort": lambda p, x: total(F.linear(x, p[0]).sort(0).values.sin() * x),
+    "cummax": lambda p, x: total(F.linear(x, p[0]).cummax(0).values.sin() * x),
+    "topk": lambda p, x: total(F.linear(x, p[0]).topk(len(x), 0, largest=False)[0].sin() * x),
+    "there and back": lambda p, x: total(there_and_back(F.linear(x, p[0])) * x),
+}
+
+
+def there_and_back(h):
+    """Sort, apply a function of the rank, and put back."""
+    values, order = h.sort(0)
+    return (values * torch.arange(len(h))[:, None]).gather(0, order.argsort(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_what_a_schedule_leaves_out_at_first(name, dtype):
+    params, tol = [PARAMS[0].to(dtype)], 1e-9 if dtype == torch.float64 else 1e-4
+    first, then = rand(4, 2).to(dtype), rand(4, 2, seed=1).to(dtype)
+    numbers = (int, float, lambda k: torch.tensor(float(k), dtype=dtype))
+    for number in numbers[:2] if name == "by name" else numbers:
+        batch = then, number(1)
+        found, expected = twice(SCHEDULED[name], (first, number(0)), params, *batch)
+        torch.testing.assert_close(found, expected, rtol=tol, atol=tol / 100)
+
+
+def test_what_a_buffer_leaves_out_at_first():
+    weight, losses = torch.zeros(()).double(), SCHEDULED["a contrast"]
+    objective, x = jd.instancewise(lambda p, x: losses(p, x, weight)), rand(4, 2)
+    with pytest.warns(UserWarning, match="losses depend on other examples"):
+        jd.gramian(objective)(PARAMS, x)
+    weight += 1
+    rows = by_loops(objective.fn, PARAMS, x)
+    torch.testing.assert_close(jd.gramian(objective)(PARAMS, x), rows @ rows.T)
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_what_a_threshold_leaves_out_at_first(name):
+    found, expected = twice(THRESHOLDS[name], (0.1 * rand(4, 2),), PARAMS, 10 * rand(4, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_examples_that_are_sorted_at_first(name):
+    rising = torch.arange(4.0).double()[:, None].expand(4, 2)
+    found, expected = twice(COMPARED[name], (rising,), [torch.eye(2).double()], rand(4, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+KEPT_APART = {
+    "a mean over time": lambda p, x: total(
+        F.linear(x, p[0]).tanh() - F.linear(x, p[0]).mean(1, True)
+    ),
+    "a scale of constants": lambda p, x: total(
+        F.linear(x, p[0]) / F.linear(x, p[0]).detach().norm()
+    ),
+    "a penalty of parameters": lambda p, x: total(F.linear(x, p[0])) + p[0].norm(),
+    "centred data": lambda p, x: total(F.linear(x - x.mean(0), p[0]).tanh()),
+    "sorted in time": lambda p, x: total(F.linear(x, p[0]).sort(1).values.cummax(2).values.sin()),
+    "packed": lambda p, x: total(packed(F.linear(x, p[0]))),
+}
+
+
+def packed(h):
+    """Attend in one sequence of all examples, to the own example alone."""
+    number = torch.arange(len(h)).repeat_interleave(h.shape[1])
+    mask = number[:, None] == number
+    flat = h.flatten(0, 1)
+    scores = (flat @ flat.T).masked_fill(~mask, -torch.inf).softmax(1)
+    return (scores.masked_fill(~mask, 0.0) @ flat).unflatten(0, h.shape[:2])
+
+
+@pytest.mark.parametrize("name", KEPT_APART)
+def test_what_only_looks_mixed_is_no_slower(name):
+    objective = jd.instancewise(KEPT_APART[name])
+    for seed in (0, 1):  # without a warning, which would be an error
+        x = rand(4, 3, 2, seed=seed)
+        rows = by_loops(KEPT_APART[name], PARAMS, x)
+        found = jd.gramian(objective)(PARAMS, x)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    assert "m backward passes" not in str(jd.explain_gramian(objective, PARAMS, x))

@@ -88,6 +88,13 @@ def test_rows_norms_and_pullback(case):
     assert_trees_close(pull(weights), want)
 
 
+def test_one_example_alone(case):
+    objective, flat, params, args = case
+    args = tuple(x[:1] for x in args)
+    got = jd.gramian(objective)(params, *args)  # without a warning, which would be an error
+    torch.testing.assert_close(got, jd.gramian(flat)(params, *args))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_direction(case, masked):
     objective, flat, params, args = case

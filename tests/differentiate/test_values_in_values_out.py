@@ -161,14 +161,35 @@ def test_losses_that_depend_on_nothing_are_an_error(fn, rule):
         jd.jac(fn)(NET_PARAMS, X)
 
 
+FEATURES = {
+    "the module itself": lambda params, x: NET(x),
+    "detached after all uses": lambda params, x: functional_call(NET, params, (x,)).detach(),
+    "detached": lambda params, x: functional_call(NET, _tree.map(torch.detach, params), (x,)),
+    "a constant": lambda params, x: x,
+}
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("route", ROUTES)
-def test_losses_of_examples_that_depend_on_nothing_are_an_error(route):
-    objective = jd.instancewise(lambda params, x: NET(x).square().sum(1))
-    with pytest.raises(ValueError, match="`losses` must depend on"):
-        jd.gramian(objective, route=route)(NET_PARAMS, X)
-    tasks = jd.multitask(lambda params, x: NET(x), {"a": lambda p, z, x: z.mean()})
+def test_losses_of_examples_that_depend_on_nothing_are_an_error(features, route):
+    objectives = {
+        "batched": jd.instancewise(lambda params, x: features(params, x).square().sum(1)),
+        "mapped": jd.per_example(lambda params, x: features(params, x).square().sum()),
+    }
+    for objective in objectives.values():
+        for _ in range(2):  # as planned, too
+            with pytest.raises(ValueError, match="`losses` must depend on"):
+                jd.gramian(objective, route=route)(NET_PARAMS, X)
+    tasks = jd.multitask(features, {"a": lambda p, z, x: z.mean()})
     with pytest.raises(ValueError, match="`losses` must depend on"):
         jd.gramian(tasks, route=route)((NET_PARAMS, {"a": ()}), X)
+
+
+@pytest.mark.filterwarnings("ignore:An instance-wise objective is compiled without a plan")
+def test_losses_of_examples_that_depend_on_nothing_are_an_error_in_graphs():
+    objective = jd.instancewise(lambda p, x: FEATURES["detached after all uses"](p, x).sum(1))
+    with pytest.raises(Exception, match="`losses` must depend on"):
+        compiled(jd.gramian(objective))[0](NET_PARAMS, X)
 
 
 def test_some_losses_may_depend_on_nothing():

@@ -8,6 +8,7 @@ from tests.matrices import KINDS, matrix
 pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch")
 
 from torchjd_func._kernels.eigh import eigh_kernel
+from torchjd_func.linalg import _eigh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,3 +37,12 @@ def test_what_is_not_finite_stays_its_own():
     values, vectors = eigh_kernel(matrices)
     assert values[0].tolist() == [1, 1, 1]
     assert values[1].isnan().all() and vectors[1].isnan().all()
+
+
+def test_both_operations_map():
+    jacs = torch.stack([matrix("gaussian", 3, 4, seed) for seed in range(2)])
+    gramians = (jacs @ jacs.mT).to(DEVICE)
+    want, _ = torch.linalg.eigh(gramians)
+    for operation in _eigh._OPERATIONS:
+        values, _ = torch.func.vmap(operation)(gramians)
+        torch.testing.assert_close(values, want)

@@ -66,6 +66,17 @@ def test_one_variable_at_a_time_where_exchanging_stalls(seed):
     torch.testing.assert_close(results[0] @ jac.to(DEVICE), at_once[0] @ jac.to(DEVICE))
 
 
+@pytest.mark.parametrize("before", [0, 5])
+def test_pivots_of_both_launches_add_up(before):
+    matrices = torch.eye(3, dtype=torch.float64, device=DEVICE).unsqueeze(0)
+    linear = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, 3.0]], dtype=torch.float64, device=DEVICE)
+    results = quadratic.solve_kernel(matrices, linear, RIDGE, TOL)
+    assert results.pivots.tolist() == [0, 2]
+    results = results._replace(pivots=torch.full_like(results.pivots, -1 - before))
+    quadratic.launch(matrices, linear, RIDGE, TOL, results, drive=True)
+    assert results.pivots.tolist() == [before, before + 2]
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, in the interpreter
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_what_is_not_finite_stays_its_own():

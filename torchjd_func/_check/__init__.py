@@ -78,6 +78,7 @@ from torchjd_func._check._modules import (
     recurrent,
     supported,
     whole_parameters,
+    without_hooks,
 )
 from torchjd_func._check._multitask import (
     disjoint,

@@ -86,6 +86,12 @@ _KNOWN = (
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
     ),
     (
+        ("do not have strides",),
+        "be handed no sparse tensors but those of the layout torch.sparse_coo",
+        "Pass x.to_sparse() with chunk_size=1, or x.to_dense(), or call "
+        "jd.interop.backward_(losses, model, rule) on losses of plain autograd.",
+    ),
+    (
         ("does not have vmap support",),
         "apply functions of one's own that torch.func can differentiate",
         "Write forward(*inputs) and setup_context(ctx, inputs, output), and a vmap or "

@@ -44,6 +44,18 @@ def whole_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
             fail(ValueError, f"`model.{name}`", "be a whole tensor", "a DTensor", SHARDED)
 
 
+def without_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that no hook changes the gradients of a parameter, or takes a step with them."""
+    for name, x in parameters.items():
+        if x.requires_grad and (x._backward_hooks or x._post_accumulate_grad_hooks):
+            rule = "have no hooks, which torch.func does not run"
+            remedy = (
+                "Remove them, and change what jd.grad returns, such as grads[name] * mask; or call "
+                "jd.interop.backward_(losses, model, rule), which runs those of register_hook."
+            )
+            fail(ValueError, f"`model.{name}`", rule, "hooks of the parameter", remedy)
+
+
 def kept_once(
     named_modules: list[tuple[str, nn.Module]], parameters: Mapping[str, nn.Parameter]
 ) -> None:
@@ -54,11 +66,16 @@ def kept_once(
             if attribute in _REGISTERED or isinstance(module, nn.RNNBase):
                 continue
             for x in _tensors(value, depth=4):
-                if id(x) in names:
+                owner = x._base if x.requires_grad and x._base is not None else x
+                if id(owner) in names:
                     place = f"{where}.{attribute}" if where else attribute
-                    name, rule = f"`model.{names[id(x)]}`", "be kept where it is registered alone"
+                    kind = "the same parameter" if owner is x else "a view of it"
+                    name, rule = (
+                        f"`model.{names[id(owner)]}`",
+                        "be kept where it is registered alone",
+                    )
                     remedy = "What reads it there would see a constant: use self.<name> instead."
-                    fail(ValueError, name, rule, f"the same parameter in {place!r}", remedy)
+                    fail(ValueError, name, rule, f"{kind} in {place!r}", remedy)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

@@ -5,16 +5,14 @@ The second repeats, by the driving-variable method, what block exchange does not
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchjd_func import _present
-from torchjd_func._kernels.pivoting import _along_rows, _minimise, options, padded, warps
-from torchjd_func.linalg._tableau import PIVOTS
+from torchjd_func._kernels.pivoting import _along_rows, _minimise, padded, start, warps
+from torchjd_func.linalg._pivoting import PIVOTS
 
 TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 FAR = tl.constexpr(_present.FAR)
@@ -157,8 +155,8 @@ def search_kernel(
     arrays = matrices, *(x.contiguous() for x in (shares, pushed, radii)), found
     state = torch.empty(k, dtype=torch.int32, device=matrices.device)
     # A warp holds 8 x 8 numbers without copies of any.
-    size, kernel = max(8, padded(m)), cast(Any, _search)
+    size = max(8, padded(m))
     for drive in (False, True) if k else ():
         sizes = m, PIVOTS * (m + 1), steps, shortest, length_tol, tol, ridge, size, drive
-        kernel[k,](*arrays, state, *sizes, **options(warps(size)))
+        start(_search, k, warps(size), *arrays, state, *sizes)
     return found

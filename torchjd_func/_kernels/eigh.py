@@ -8,13 +8,11 @@ disjoint pairs of a round at once: with a size that is a power of two, round `r`
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import options, padded, warps
+from torchjd_func._kernels.pivoting import padded, start, warps
 
 SWEEPS = 16  # 6 to 9 do; entries of a converged matrix are not rotated again
 
@@ -94,7 +92,8 @@ def eigh_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     k, m, _ = matrices.shape
     values, vectors = matrices.new_empty((k, m)), matrices.new_empty((k, m, m))
-    size, kernel = padded(m), cast(Any, _eigh)
+    size = padded(m)
     if k:
-        kernel[k,](matrices.contiguous(), values, vectors, m, SWEEPS, size, **options(warps(size)))
+        arrays = matrices.contiguous(), values, vectors
+        start(_eigh, k, warps(size), *arrays, m, SWEEPS, size)
     return values, vectors

@@ -7,8 +7,6 @@ sweeps.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +18,13 @@ from torchjd_func._kernels.pivoting import (
     _exchange,
     _pivot,
     _unit,
-    options,
     padded,
+    start,
     warps,
 )
 from torchjd_func.linalg import _orthant, _systems
 from torchjd_func.linalg._nnqp import RIDGES
-from torchjd_func.linalg._tableau import PIVOTS
+from torchjd_func.linalg._pivoting import PIVOTS
 
 RIDGE = tl.constexpr(RIDGES[torch.float64])
 BOUNDARY, HALVINGS = tl.constexpr(_orthant.BOUNDARY), tl.constexpr(_orthant.HALVINGS)
@@ -188,12 +186,11 @@ def root_kernel(
     steps = torch.empty(k, dtype=torch.int64, device=matrices.device)
     distances, state = values.new_empty(k), torch.empty(k, dtype=torch.int32, device=values.device)
     size, rows = padded(m), matrices.contiguous()
-    hull, root = cast(Any, _hull), cast(Any, _root)
     if k:
         for drive in (False, True):
             sizes = m, PIVOTS * (m + 1), size, drive
-            hull[k,](rows, distances, state, *sizes, **options(warps(size)))
+            start(_hull, k, warps(size), rows, distances, state, *sizes)
         given = power.contiguous(), shares.contiguous()
         arrays = rows, *given, distances, values, sound, steps
-        root[k,](*arrays, m, max_iter, tol, size, **options(warps(size)))
+        start(_root, k, warps(size), *arrays, m, max_iter, tol, size)
     return values, sound, steps

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -251,6 +252,12 @@ def _minimise(
     # With a ridge a solution may be as long as the root of one over it; an infinite one is longer.
     sound = (state == 1) & (residual <= tol) & (tl.max(x, axis=0) < RIDGE**-0.75)
     return tl.where(sound, x * s * size, float("nan")), free, sound, pivots, least, state
+
+
+def start(kernel: Any, programs: int, n_warps: int, *arguments: Any) -> None:
+    """Launch a kernel on the device of its first argument, which need not be the current one."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[programs,](*arguments, **options(n_warps))
 
 
 def padded(m: int) -> int:

@@ -5,14 +5,14 @@ The second, by the driving-variable method, has nothing to do for what the first
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _minimise, options, padded, warps
+from torchjd_func._kernels.pivoting import _minimise, padded, start, warps
 from torchjd_func.linalg import _pivoting
 
 DEPENDENT_PIVOT = tl.constexpr(_pivoting.DEPENDENT_PIVOT)
@@ -52,8 +52,8 @@ def _solve(
     tl.store(FREE + pid * m + i, free, mask=i < m)
     tl.store(SOUND + pid, sound)
     tl.store(DEPENDENT + pid, least < DEPENDENT_PIVOT * RIDGE)
-    # Negative: this many, and not solved.
-    pivots = tl.where(DRIVE, pivots - before, pivots)
+    # Negative, `-1 - pivots`: not solved.
+    pivots = tl.where(DRIVE, pivots - 1 - before, pivots)
     tl.store(PIVOTS + pid, tl.where((state == 1) | DRIVE, pivots, -1 - pivots))
 
 
@@ -105,6 +105,5 @@ def launch(
     p, m = vectors.shape
     per, size = p // len(matrices), padded(m)
     problems = matrices.contiguous(), vectors.contiguous()
-    kernel: Any = _solve
     sizes = m, per, _pivoting.PIVOTS * (m + 1), tol, ridge, size, drive
-    kernel[p,](*problems, *results, *sizes, **options(warps(size)))
+    start(_solve, p, warps(size), *problems, *results, *sizes)

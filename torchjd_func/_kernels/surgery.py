@@ -5,14 +5,12 @@ Program `p` corrects row `p % m` of problem `p // m`.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _at, options, padded
+from torchjd_func._kernels.pivoting import _at, padded, start
 
 EPS = tl.constexpr(torch.finfo(torch.float64).eps)
 
@@ -78,11 +76,11 @@ def _raise(G, TARGETS, ORDERS, OUT, SEEN, m, tol, M: tl.constexpr):
 
 def project_kernel(gramians: Tensor, orders: Tensor) -> Tensor:
     """Return coordinates `(k, m, m)` of projected gradients, by orders `(k, m, m - 1)`."""
-    (k, m, _), kernel = gramians.shape, cast(Any, _project)
+    k, m, _ = gramians.shape
     out = gramians.new_empty((k, m, m))
     if out.numel():
         arrays = gramians.contiguous(), orders.contiguous(), out
-        kernel[k * m,](*arrays, m, padded(m), **options(1))
+        start(_project, k * m, 1, *arrays, m, padded(m))
     return out
 
 
@@ -90,9 +88,9 @@ def raise_kernel(
     gramians: Tensor, targets: Tensor, orders: Tensor, tol: float
 ) -> tuple[Tensor, Tensor]:
     """Return coordinates `(k, m, m)` of corrected gradients, and the cosines they saw."""
-    (k, m, _), kernel = gramians.shape, cast(Any, _raise)
+    k, m, _ = gramians.shape
     out, seen = gramians.new_empty((k, m, m)), gramians.new_empty((k, m, m))
     arrays = gramians.contiguous(), targets.contiguous(), orders.contiguous(), out, seen
     if out.numel():
-        kernel[k * m,](*arrays, m, tol, padded(m), **options(1))
+        start(_raise, k * m, 1, *arrays, m, tol, padded(m))
     return out, seen

@@ -5,13 +5,11 @@ A library's cannot be made while a CUDA graph is captured (cuSOLVER, torch 2.11)
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import _along_rows, _at, options, padded, warps
+from torchjd_func._kernels.pivoting import _along_rows, _at, padded, start, warps
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -53,7 +51,7 @@ def _column(A, X, m, M: tl.constexpr):
 def inverse_kernel(matrices: Tensor) -> Tensor:
     """Invert matrices `(k, m, m)`, float64; not-a-number where they are singular."""
     k, m, _ = matrices.shape
-    columns, size, kernel = matrices.new_empty((k, m, m)), padded(m), cast(Any, _column)
+    columns, size = matrices.new_empty((k, m, m)), padded(m)
     if columns.numel():
-        kernel[k * m,](matrices.contiguous(), columns, m, size, **options(warps(size)))
+        start(_column, k * m, warps(size), matrices.contiguous(), columns, m, size)
     return columns.mT

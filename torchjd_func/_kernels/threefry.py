@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchjd_func._kernels.pivoting import options
+from torchjd_func._kernels.pivoting import start
 
 BLOCK = 256  # counters of a program
 
@@ -69,9 +67,9 @@ def encrypt_kernel(keys: Tensor, stream: int, n: int, n_bits: int = 0) -> Tensor
         Two words `(k, 2, n)` for each counter, or wide ones `(k, n)`.
     """
     shape = (len(keys), n) if n_bits else (len(keys), 2, n)
-    words, kernel = keys.new_empty(shape), cast(Any, _encrypt)
+    words = keys.new_empty(shape)
     if words.numel():
         per = triton.cdiv(n, BLOCK)
         sizes = n, per, stream, n_bits, n_bits > 0, BLOCK
-        kernel[len(keys) * per,](keys.contiguous(), words, *sizes, **options(4))
+        start(_encrypt, len(keys) * per, 4, keys.contiguous(), words, *sizes)
     return words

@@ -32,13 +32,13 @@ class Rows(NamedTuple):
 
 
 def find(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
-    """Find two candidates `(..., 2, m)`, as constants; see `search` and `_search`."""
-    return _host.opaque(search, _dispatch, gramian, shares, pushed, c, ridge)
+    """Find two candidates `(..., 2, m)`, as constants."""
+    operation = _OPERATIONS[not takes(shares, "auto")]
+    return _host.opaque(operation, _candidates, gramian, shares, pushed, c, ridge)
 
 
-@torch.library.custom_op("torchjd_func::cagrad", mutates_args=())
-def search(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
-    """Find the candidates for each problem of a batch; opaque to the compiler, as it ends early.
+def _candidates(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
+    """Find them, in a kernel what fits one, else on the host; opaque, as the search ends early.
 
     Args:
         gramian: `(..., m, m)` float64.
@@ -48,13 +48,8 @@ def search(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: fl
         ridge: The rounding of the entries of `gramian`, relative to the diagonal.
 
     Returns:
-        `(..., 2, m)`.
+        `(..., 2, m)`, see `_search`.
     """
-    return _dispatch(gramian, shares, pushed, c, ridge)
-
-
-def _dispatch(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
-    """Search in a kernel for what fits one, else on the host."""
     if not takes(shares, "auto"):
         arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
         return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
@@ -76,17 +71,18 @@ def _dispatch(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge:
     return found.reshape((*shape, 2, m))
 
 
-@search.register_fake
 def _fake(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Tell the compiler the shape."""
     shape = torch.broadcast_shapes(gramian.shape[:-2], shares.shape[:-1], c.shape)
     return gramian.new_empty((*shape, 2, gramian.shape[-1]))
 
 
-@search.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+def _vmap(operation: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """Search in one larger batch."""
-    return search(*align(in_dims, *args[:4]), args[4]), 0
+    return operation(*align(in_dims, *args[:4]), args[4]), 0
+
+
+_OPERATIONS = _host.operations("cagrad", _candidates, _fake, _vmap)
 
 
 @np.errstate(all="ignore")  # what is not finite is seen in the result

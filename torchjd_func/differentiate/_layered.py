@@ -54,9 +54,7 @@ class Observed(NamedTuple):
 def linearize_layers(fn: Objective, request: Request) -> Linearized:
     """Run the objective once and keep what each use of parameters was applied to."""
     recorded, vector, losses, aux, bound = observe(fn, request)
-    # Dynamo traces no truth of a list (torch 2.11).
-    used = len(recorded.uses) > 0 or len(recorded.plan.opaque) > 0
-    _check.dependent(used or all_absent(request.present))
+    _check.dependent(recorded.dependent or all_absent(request.present))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
     vector, present = masked(vector, _flat_flags(losses, request.present))
     shared = recorded.plan.layout.kind == "shared"

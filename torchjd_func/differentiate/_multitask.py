@@ -189,7 +189,7 @@ def _run_trunk(
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
     recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
-    _check.dependent(bool(recorded.uses or recorded.plan.opaque))
+    _check.dependent(recorded.dependent)
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
         """Pull one cotangent of the features back."""

@@ -24,7 +24,8 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     if not fixed.is_cuda:
         values, vectors = torch.linalg.eigh(fixed)
         return values, vectors
-    return _host.opaque(decompose, _decompose, fixed)
+    operation = _OPERATIONS[fixed.shape[-1] > LARGEST]
+    return _host.opaque(operation, _decompose, fixed)
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
@@ -38,7 +39,14 @@ def eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose in a kernel what fits one, and else without an error where it is not finite."""
+    """Decompose on a CUDA device, in a kernel what fits one; opaque to compilers.
+
+    Args:
+        matrix: `(..., m, m)` float64, symmetric.
+
+    Returns:
+        Eigenvalues `(..., m)` and eigenvectors `(..., m, m)`; not-a-number where it is not finite.
+    """
     m = matrix.shape[-1]
     if m > LARGEST:
         sound = matrix.isfinite().all(-1).all(-1)
@@ -53,26 +61,14 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.reshape(shape[:-1]), vectors.reshape(shape)
 
 
-@torch.library.custom_op("torchjd_func::eigh", mutates_args=())
-def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose on a CUDA device; opaque to compilers.
-
-    Args:
-        matrix: `(..., m, m)` float64, symmetric.
-
-    Returns:
-        Eigenvalues `(..., m)` and eigenvectors `(..., m, m)`; not-a-number where it is not finite.
-    """
-    return _decompose(matrix)
-
-
-@decompose.register_fake
-def _fake(matrix: Tensor) -> Any:
+def _fake(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Tell the compiler the shapes."""
     return matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape)
 
 
-@decompose.register_vmap
-def _vmap(info: Any, in_dims: Any, matrix: Tensor) -> Any:
+def _vmap(operation: Any, info: Any, in_dims: Any, matrix: Tensor) -> Any:
     """Decompose one larger batch."""
-    return decompose(matrix.movedim(in_dims[0], 0)), (0, 0)
+    return operation(matrix.movedim(in_dims[0], 0)), (0, 0)
+
+
+_OPERATIONS = _host.operations("eigh", _decompose, _fake, _vmap)

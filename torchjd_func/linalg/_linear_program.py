@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchjd_func import _check
+from torchjd_func import _check, _host
 from torchjd_func.linalg._dense import factorized
 from torchjd_func.linalg._nnqp import Solution
 from torchjd_func.linalg._search import align_all
@@ -129,7 +129,7 @@ def _enumerate(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Te
     return chosen.sum(-2), torch.full_like(best, len(choices))
 
 
-@torch.library.custom_op("torchjd_func::lp_basis", mutates_args=())
+@torch.library.custom_op("torchjd_func::lp_basis", mutates_args=(), tags=_host.WAITS)
 def lp_basis(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
     """Find the basis of an optimal vertex for each problem of a batch, by the simplex method.
 

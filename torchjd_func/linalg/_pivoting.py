@@ -55,8 +55,9 @@ REFINEMENTS, CHANGED = 3, 1e-13
 # A larger ridge, for the supports of as many problems that are left, and the numbers of a tableau
 # with which rounding spoils pivots.
 WIDE, MANY, BLURRED = 1e-6, 8, 1e6
-# Pivots for each unknown after which what is exchanged is rounding.
-ENOUGH = 4
+# Pivots for each unknown before the driving-variable method gives up, from a support that is near
+# and from the empty one.
+ENOUGH, PIVOTS = 4, 40
 # An unknown this small, of the largest, may be zero; a residual this small is rounding.
 TIED, EXACT = 1e-9, 1e-14
 
@@ -292,5 +293,5 @@ def _driven(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, in
     z, free, pivots = drive(matrix, vector, near, ENOUGH)
     if residual(matrix[None], np.zeros(1, dtype=int), vector[None], z[None]) <= KKT_TOL:
         return z, free, pivots
-    z, free, more = drive(matrix, vector, near & False)
+    z, free, more = drive(matrix, vector, near & False, PIVOTS)
     return z, free, pivots + more

@@ -25,8 +25,6 @@ from torchjd_func._host import Array
 
 # Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
 SIGN_TOL = 1e-12
-# Pivots for each unknown before the driving-variable method gives up.
-PIVOTS = 40
 # Of so many lines to the first problems most arrive, or no more are followed.
 FIRST = 8
 # Exchanges that are kept as products before they are put into a matrix of their own.
@@ -150,9 +148,7 @@ def solve_seen(seen: Tableau, free: Array, right: Array) -> Array:
     return np.where(free, x, 0.0)
 
 
-def drive(
-    matrix: Array, vector: Array, near: Array, most: int = PIVOTS
-) -> tuple[Array, Array, int]:
+def drive(matrix: Array, vector: Array, near: Array, most: int) -> tuple[Array, Array, int]:
     """Solve one problem by the driving-variable method, from a support `(m,)` that is near.
 
     It gives up after `most` pivots for each unknown.

@@ -12,9 +12,9 @@ The way of a call:
    that goes another way than planned (`_plan`) is planned again.
 3. `_proof` holds a new plan against plain backward passes, where `_noise` leaves nothing to
    coincidence. What fails is left to autograd.
-4. `_layers` pulls ones back through activations alone: rows of a use are a form (`_forms`) of
-   what it was applied to (`_rules`, `_products`, `_local`), and contracts forms to Gramians,
-   rows and weighted gradients, over processes too (`_ranks`).
+4. `_layers` pulls ones back through activations alone. The rows of a use (`_pieces`) are a form
+   (`_forms`) of what it was applied to (`_rules`, `_products`, `_local`, `_moves`); forms are
+   contracted to Gramians, rows and weighted gradients, over processes too (`_ranks`).
 """
 
 from torchjd_func.differentiate._layerwise._functions import name_of

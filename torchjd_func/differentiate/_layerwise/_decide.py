@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise import _local, _rules
-from torchjd_func.differentiate._layerwise._functions import READERS, is_getter, name_of
+from torchjd_func.differentiate._layerwise import _local, _moves, _rules
+from torchjd_func.differentiate._layerwise._draws import draws
+from torchjd_func.differentiate._layerwise._functions import (
+    READERS,
+    attribute_of,
+    is_getter,
+    is_torchs_own,
+    name_of,
+)
 from torchjd_func.differentiate._layerwise._plan import LOST, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
 from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
@@ -27,38 +34,79 @@ def decide(
     trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
 ) -> Any:
     """Run an operation, and decide what it becomes when it runs again."""
-    pairs = [(x, trace.sources[x]) for x in given if x in trace.sources]
-    sources = [source for _, source in pairs]
+    sources = [trace.sources[x] for x in given if x in trace.sources]
     leaves = {leaf for source in sources for leaf in source.leaves}
     step = Step(func, leaves=tuple(leaves), place=len(trace.operations.names) - 1)
     nested = is_nested(trace, given)
-    if not nested and derives(trace, func, given, sources):
-        out = trace.run(func, *args, **kwargs)
-        axis = trace.operations.axis_next(out)
-        alone = len(sources) == len(given) or not any(
-            map(partial(too_deep, trace), tensors_in(out))
-        )
-        if alone and (axis is None or (axis == 0 and func is Tensor.expand)):
-            step = step._replace(derives=True, axis=axis)
-            trace.derived(step, args, kwargs, out)
+    if not nested and may_derive(trace, func, given, sources):
+        step, out = derived(trace, step, args, kwargs, given)
     elif not nested and may_be_use(trace, func):
-        out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
-        plain = isinstance(out, Tensor) and trace.traced(out) and not too_deep(trace, out)
-        if plain and recognises(trace, func, args, kwargs, given, out):
-            step = use(trace, step, given, out)
-            versions = [(x, x._version) for x in given]
-            trace.kept.append((len(trace.steps), leaves, versions))
-        else:
-            trace.deny(operation(func), leaves)
+        step, out = used(trace, step, args, kwargs, given)
     else:
         out = trace.run(func, *args, **kwargs)
-        if not (tensors_in(out) or func in READERS or is_getter(func)):
-            trace.deny(operation(func), leaves)
+    if not (tensors_in(out) or func in READERS or is_getter(func)):
+        trace.deny(operation(func), leaves)
+    if not (nested or step.use or step.derives) and may_move(trace, func, given, out):
+        step, out = moved(trace, step, args, kwargs, given, out)
     if tensors_in(out):
         trace.steps.append(step)
         if not (step.use or step.derives):
             trace.explain(operation(func), leaves)
     return out
+
+
+def derived(
+    trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]
+) -> tuple[Step, Any]:
+    """Run an operation, and see whether its output can be made again at will from the same.
+
+    It can unless random numbers were drawn, or something was written to.
+
+    Returns:
+        What becomes of the operation, and its output.
+    """
+    before, versions = draws(given), [x._version for x in given]
+    out = trace.run(step.func, *args, **kwargs)
+    parts = tensors_in(out)
+    again = not before.differ(before.again()) and versions == [x._version for x in given]
+    plain = isinstance(out, Tensor) or (isinstance(out, (list, tuple)) and len(parts) == len(out))
+    if not (again and parts and plain) or any(part is x for part in parts for x in given):
+        return step, out
+    axis = trace.operations.axis_next(out)
+    alone = all(x in trace.sources for x in given) or not any(map(partial(too_deep, trace), parts))
+    if alone and (axis is None or (axis == 0 and step.func is Tensor.expand)):
+        step = step._replace(derives=True, axis=axis)
+        trace.derived(step, args, kwargs, out)
+    return step, out
+
+
+def used(trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]) -> tuple[Step, Any]:
+    """Run an operation, and see whether its output's gradient tells that of its parameters."""
+    out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
+    plain = isinstance(out, Tensor) and trace.traced(out) and not too_deep(trace, out)
+    if not plain or not recognises(trace, step.func, args, kwargs, given, out):
+        trace.deny(operation(step.func), set(step.leaves))
+        return step, out
+    versions = [(x, x._version) for x in given]
+    trace.kept.append((len(trace.steps), set(step.leaves), versions))
+    return use(trace, step, given, out), out
+
+
+def moved(
+    trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor], out: Tensor
+) -> tuple[Step, Any]:
+    """See whether an operation did no more than move entries of a parameter, and run it as such."""
+    parameter = next(x for x in given if x in trace.sources)
+    expanded, axis = trace.sources[parameter].expanded, trace.operations.axis_next(out)
+    assert axis is not None
+    call = (step.func, args, kwargs)
+    moves = _moves.moves(call, parameter, expanded, axis, trace.layout.size)
+    if not moves:
+        return step, out
+    out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
+    versions = [(x, x._version) for x in given]
+    trace.kept.append((len(trace.steps), set(step.leaves), versions))
+    return use(trace, step, given, out)._replace(moves=moves), out
 
 
 def is_nested(trace: Trace, tensors: Sequence[Tensor]) -> bool:
@@ -81,17 +129,29 @@ def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
     return kinds(func)
 
 
-def derives(
+def may_derive(
     trace: Trace, func: Callable[..., Any], given: list[Tensor], sources: list[Source]
 ) -> bool:
-    """Say whether the output is a function of parameters alone, to be made again at will."""
+    """Say whether the output may be a function of parameters and constants alone."""
     constant = [x for x in given if x not in trace.sources]
     if any(s.expanded for s in sources) or not torch.is_grad_enabled():
         return False
     if constant and (trace.layout.kind != "batched" or any(trace.traced(x) for x in constant)):
         return False
     alone = all(trace.operations.axis(x) is None for x in constant)
-    return alone and _local.is_deterministic(func)
+    return alone and is_torchs_own(func)
+
+
+def may_move(trace: Trace, func: Callable[..., Any], given: list[Tensor], out: Any) -> bool:
+    """Say whether the output may be entries of one parameter, some for each example."""
+    if trace.layout.kind != "batched" or not isinstance(out, Tensor):
+        return False
+    if not is_torchs_own(func) or _rules.rule_of(func) is not None:
+        return False
+    alone = len({id(x) for x in given if x in trace.sources}) == 1
+    real = alone and out.is_floating_point() and trace.traced(out) and not too_deep(trace, out)
+    seen = trace.operations.axis_next(out) not in (None, LOST)
+    return real and seen and torch.is_grad_enabled()
 
 
 def recognises(
@@ -134,16 +194,13 @@ def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
 
 def operation(func: Callable[..., Any]) -> str:
     """Return the name of an operation, also of a getter such as `.T`."""
-    return (
-        getattr(getattr(func, "__self__", None), "__name__", "")
-        if is_getter(func)
-        else name_of(func)
-    )
+    return attribute_of(func) or name_of(func)
 
 
 def common_depth(tensors: Sequence[Tensor]) -> int:
     """Return how many transforms of torch.func what is made of all these tensors is in."""
-    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in tensors))
+    dense = [x for x in tensors if x.layout == torch.strided]
+    return depth(sum(x.new_zeros((), dtype=torch.float32, device="cpu") for x in dense))
 
 
 def depth(x: Any) -> int:

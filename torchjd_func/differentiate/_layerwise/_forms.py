@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise import _half
 
 
 class Outer(NamedTuple):
@@ -77,7 +78,7 @@ def dense(form: Form) -> Tensor:
     """Return the rows, `(e, *shape)`."""
     if isinstance(form, Outer):
         left, right = form.left.permute(0, 2, 3, 1), form.right.permute(0, 2, 1, 3)
-        return (left @ right).reshape(-1, *form.shape)
+        return _half.multiply(left, right).reshape(-1, *form.shape)
     if isinstance(form, Lookup):
         e, t, q = form.values.shape
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
@@ -147,6 +148,12 @@ def inner_is_cheaper(a: Form, b: Form) -> bool:
         return False
     inner, rows = costs(a, b)
     return inner < rows
+
+
+def held(a: Form, b: Form) -> int:
+    """Return how many numbers are held to multiply two forms of one size."""
+    e, t, g, q, p = sizes(a)
+    return 2 * (e * t) ** 2 * g if inner_is_cheaper(a, b) else e * g * q * p
 
 
 def costs(a: Form, b: Form) -> tuple[int, int]:
@@ -246,7 +253,9 @@ def _widened(form: Form) -> Form:
 
 
 def _wide_factors(form: Outer) -> Outer:
-    """Return factors in float32 or better."""
+    """Return factors in float32 or better, or such whose products are."""
+    if _half.serves(form.left, form.right):
+        return form
     return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
 
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +45,29 @@ def name_of(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", "an operation")
 
 
+def is_torchs_own(func: Callable[..., Any]) -> bool:
+    """Say whether a function is one of torch's, without a state of its own."""
+    if isinstance(func, FunctionType):
+        return func.__module__.split(".")[0] == "torch"
+    return isinstance(func, _BUILTIN)
+
+
 def is_getter(func: Callable[..., Any] | None) -> bool:
     """Say whether a function reads an attribute."""
     return getattr(func, "__name__", "") == "__get__"
+
+
+_BUILTIN = (
+    BuiltinFunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
+
+
+def attribute_of(func: Callable[..., Any] | None) -> str:
+    """Return the name of the attribute that a getter reads, all of which are called `__get__`."""
+    return getattr(getattr(func, "__self__", None), "__name__", "") if is_getter(func) else ""
 
 
 READERS = named(

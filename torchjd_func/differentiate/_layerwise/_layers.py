@@ -6,41 +6,26 @@ activations alone, yields the gradient by each use's output. All else is product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._layerwise import _forms, _local, _ranks, _rules
+from torchjd_func.differentiate._layerwise import _forms, _ranks
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._pieces import Piece, form_of, index, spread
 from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Recorded
-from torchjd_func.differentiate._layerwise._rule import bind
-from torchjd_func.differentiate._layerwise._sources import (
-    Place,
-    Source,
-    build,
-    is_reordered,
-    pull,
-    sources_in,
-)
+from torchjd_func.differentiate._layerwise._sources import is_reordered, pull
+from torchjd_func.differentiate._layerwise._together import Pair, together
 from torchjd_func.differentiate._layerwise._trace import Use
 from torchjd_func.differentiate._pullback import pull_rows
 
 Groups = Sequence[Sequence[int]]
-
-
-class Piece(NamedTuple):
-    """One parameter of one use."""
-
-    use: int
-    source: Source
-    name: str  # the argument's name, for a use that has a rule
-    occurrence: int  # which of the sources among the arguments
 
 
 class Layers(NamedTuple):
@@ -89,7 +74,7 @@ def layers(
         if plan.opaque and basis is not None:
             by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
-    pieces = _index(recorded.uses, frozenset(plan.opaque))
+    pieces = index(recorded.uses, frozenset(plan.opaque))
     return Layers(
         plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
     )
@@ -154,7 +139,7 @@ def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None
     if leaf in found.rows or (ordered and moved) or not entrywise:
         rows = _rows(found, leaf)
         return None if rows is None else Dense(rows)
-    forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
+    forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
         return forms[0] if forms else None
     merged = None if moved else _forms.merged(forms)
@@ -176,24 +161,26 @@ def leaf_costs(found: Layers, leaf: int) -> tuple[str, int]:
     """Return how the share of a leaf is contracted, and the bytes that this holds."""
     form = leaf_form(found, leaf)
     assert form is not None
-    e, t, g, q, p = _forms.sizes(form)
-    width = _tree.real(found.values[leaf]).element_size()
-    if _forms.inner_is_cheaper(form, form):
-        return "factors", 2 * (e * t) ** 2 * g * width
-    return "rows", e * g * q * p * width
+    held = _forms.held(form, form) * _tree.real(found.values[leaf]).element_size()
+    return "factors" if _forms.inner_is_cheaper(form, form) else "rows", held
 
 
 def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:
-    """Add the products of the rows of each leaf of a group; one leaf's rows at a time."""
+    """Add the products of the rows of each leaf of a group."""
     total: Tensor | None = None
+    for first, second, dtype in together(_pairs(a, b, leaves), a.values[0]):
+        products = _ranks.cross(first, second, b.ranks).to(dtype)
+        total = products if total is None else total + products
+    return _nothing(a, b) if total is None else total
+
+
+def _pairs(a: Layers, b: Layers, leaves: Sequence[int]) -> Iterator[Pair]:
+    """Yield the rows of each leaf of a group, one leaf's at a time."""
     for leaf in leaves:
         first = leaf_form(a, leaf, ordered=a is not b or a.ranks is not None)
         second = first if a is b else leaf_form(b, leaf, ordered=True)
         if first is not None and second is not None:
-            products = _ranks.cross(first, second, b.ranks)
-            products = products.to(_tree.accumulation_dtype(a.values[leaf].dtype))
-            total = products if total is None else total + products
-    return _nothing(a, b) if total is None else total
+            yield Pair(first, second, _tree.accumulation_dtype(a.values[leaf].dtype))
 
 
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
@@ -207,14 +194,14 @@ def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
 
 def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
     """Return what one use gives to the weighted sum of the rows of one leaf."""
-    part = _forms.total(_form(found, piece, _weigh(found, piece.use, weights)))
+    part = _forms.total(form_of(found, piece, _weigh(found, piece.use, weights)))
     return pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
     """Return the rows of one leaf, `(m, *shape)`."""
     pieces = found.pieces.get(leaf, [])
-    forms = [_form(found, piece, found.cotangents[piece.use]) for piece in pieces]
+    forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in pieces]
     rows = [_rows_of(found, leaf, forms)] if forms else []
     rows += [found.rows[leaf]] if leaf in found.rows else []
     return sum(rows[1:], rows[0]) if rows else None
@@ -227,26 +214,6 @@ def _rows_of(found: Layers, leaf: int, forms: Sequence[Form]) -> Tensor:
     return sum(rows[1:], rows[0])
 
 
-def _form(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
-    """Return the rows of one parameter of one use."""
-    use = found.uses[piece.use]
-    pairs = zip(use.arrays, use.step.axes, strict=True)
-    arrays = [_repeated(spread(x, axis, found.layout), found.each) for x, axis in pairs]
-    if not piece.name:
-        given = (use.args, use.kwargs)
-        return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
-    rule = _rules.rule_of(use.step.func)
-    assert rule is not None
-    arguments = bind(rule, use.args, use.kwargs)
-    for name, part in arguments.items():
-        if isinstance(part, Place):
-            batched = name in rule.batched
-            x = arrays[part.number] if batched else _shared(found, use, part.number)
-            arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
-    shape = tuple(build(piece.source, found.values).shape)
-    return rule.forms[piece.name](arguments, cotangent, shape)
-
-
 def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
     """Return the cotangent of one use, weighted; summed, where examples share the arguments."""
     cotangent = found.cotangents[use]
@@ -254,41 +221,6 @@ def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
     if found.layout.kind == "shared":
         return torch.tensordot(weights, cotangent, dims=1).unsqueeze(0)
     return cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
-
-
-def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
-    """Return an array with a first dimension for the examples, of size 1 where all share it."""
-    if layout.kind == "vmapped":
-        return x
-    if layout.kind == "shared" or axis is None:
-        return x.unsqueeze(0)
-    return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
-
-
-def _repeated(x: Tensor, each: int) -> Tensor:
-    """Return an array once for each loss of an example; what all share stays."""
-    return x if each == 1 or x.shape[0] == 1 else x.repeat_interleave(each, 0)
-
-
-def _shared(found: Layers, use: Use, place: int) -> Tensor:
-    """Return an array that all examples share as it is."""
-    x = use.arrays[place]
-    return x[0] if found.layout.kind == "vmapped" else x
-
-
-def _index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]]:
-    """Return the uses of each leaf that has rules."""
-    found: dict[int, list[Piece]] = {}
-    for place, use in enumerate(uses):
-        rule = _rules.rule_of(use.step.func)
-        named = [("", source) for source in sources_in((use.args, use.kwargs))]
-        if rule is not None:
-            given = bind(rule, use.args, use.kwargs)
-            named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
-        for occurrence, (name, source) in enumerate(named):
-            for leaf in frozenset(source.leaves) - opaque:
-                found.setdefault(leaf, []).append(Piece(place, source, name, occurrence))
-    return found
 
 
 def _nothing(a: Layers, b: Layers) -> Tensor:

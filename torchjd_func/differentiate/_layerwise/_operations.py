@@ -7,6 +7,7 @@ axis of a tensor whose length changes is that of the examples, or of as many par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Number
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Operations:
     ) -> None:
         self.size = size
         self.other = other
+        self.inputs = len(inputs)
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes: list[Any] = [x.shape for x in inputs]
         self.strangers: dict[Tensor, int] = {}  # what no operation made that was seen, in order
@@ -150,7 +152,19 @@ class Operations:
         if kind is slice:
             ends = (x.start, x.stop, x.step)
             return (kind, *(self._describe(part, False, False, given) for part in ends))
-        return kind
+        if isinstance(x, Integral):  # of numpy, or of an enumeration
+            return self._describe(int(x), loose, index, given)
+        return _value(x)
+
+
+def _value(x: Any) -> Any:
+    """Return what tells an argument of a rare kind from others, such as an array of numpy."""
+    if isinstance(x, str):
+        return str(x)
+    if isinstance(x, Number) or not hasattr(x, "tobytes"):
+        return type(x)
+    array: Any = x
+    return str(array.dtype), array.shape, array.tobytes()
 
 
 def unknown(x: Tensor) -> str | None:

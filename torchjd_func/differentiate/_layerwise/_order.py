@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -26,18 +27,30 @@ class Order:
     """Watches the first run of an objective.
 
     Attributes:
-        data: The numbers of the tensors that depend on arguments of the objective; `None` stands
-            for tensors that no operation was seen to make, such as those of custom functions.
+        data: The numbers of the tensors that depend on arguments of the objective, or on draws;
+            `None` stands for tensors that no operation was seen to make, such as those of custom
+            functions.
         broken: The first operation under which the order of examples depends on integers.
+        pooled: The numbers of the tensors that depend on parameters through all examples at once,
+            with the operation that put these together.
+        mixed: The operation through which losses do, if any.
     """
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
         self.operations = operations
         self.data: set[int | None] = {None, *map(operations.number, inputs)}
         self.broken = ""
+        self.pooled: dict[int | None, str] = {}
+        self.mixed = ""
+        self.draws = draws(inputs)
+        self.own = False  # whether the operation has a generator of its own
+        self.passed: list[str] = []  # what put together what it is applied to
 
     def copies(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """Return arguments to try an operation with, and where examples lie; `None` mostly."""
+        self.own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
+        numbers = [self.operations.number(x) for x in given if x.requires_grad]
+        self.passed = [self.pooled[number] for number in numbers if number in self.pooled]
         axes = {}
         for x in given:
             axis = self.operations.axis(x) if self.operations.number(x) in self.data else None
@@ -45,21 +58,48 @@ class Order:
                 axes[x] = axis
         if self.broken or len(axes) < 2 or not any(map(is_integer, axes)):
             return None
-        where: dict[Tensor, int] = {}
+        return _copied(args, kwargs, axes)
 
-        def copy(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            # On the CPU an index that is out of bounds is an error, and no more.
-            if x.is_meta:
-                inner = torch.zeros(x.shape, dtype=x.dtype)
-            else:
-                inner = x.detach().to("cpu", copy=True)
-            if x in axes:
-                where[inner] = axes[x]
-            return inner
+    def compare(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: Sequence[Tensor], out: Any
+    ) -> None:
+        """Find out whether an operation on what is made of parameters compares examples.
 
-        return substitute((args, kwargs), copy), where
+        Where a schedule or a threshold keeps that out of the losses, or examples are sorted, no
+        proof on one batch shows it.
+        """
+        number, axis, results = self.operations.number, self.operations.axis, tensors_in(out)
+        traced = [x for x in given if x.requires_grad]
+        if self.passed:
+            made = [x for x in results or given[:1] if x.requires_grad]
+            self.pooled |= {number(x): self.passed[0] for x in made}
+            return
+        if not results or not any(isinstance(axis(x), int) for x in traced):
+            return
+        axes = {x: place for x in given if isinstance(place := axis(x), int)}
+        made = [x for x in results if x.requires_grad and number(x) is not None]
+        alike = [x for x in made if axis(x) is None and x.numel()]
+        if alike and self._puts_together(func, *_copied(args, kwargs, axes)):
+            self.pooled |= {number(x): name_of(func) for x in alike}
+        elif any(is_integer(x) and isinstance(axis(x), int) for x in results):  # such as sort
+            self.hold(func, _copied(args, kwargs, axes), given, out)
+
+    def _puts_together(
+        self, func: Callable[..., Any], arguments: Any, where: dict[Tensor, int]
+    ) -> bool:
+        """Say whether moving the examples of all arguments changes nothing: it is no choice."""
+        values = {x: near(x) for x in where}
+        moved = {x: _moved_on(values[x], axis, self.operations.size) for x, axis in where.items()}
+        try:
+            before, after = (_results(func, arguments, given) for given in (values, moved))
+        except REFUSALS:
+            return False
+        return all(map(_same, before, after))
+
+    def close(self, outputs: Sequence[Tensor]) -> None:
+        """Note whether losses depend on all examples at once."""
+        names = [self.pooled.get(self.operations.number(x), "") for x in outputs]
+        self.mixed = next(filter(None, names), "")
 
     def hold(
         self,
@@ -70,7 +110,7 @@ class Order:
     ) -> None:
         """Hold what an operation returned, or wrote to, against what it does with other data."""
         results = tensors_in(out) or list(given[:1])
-        if any(self.operations.number(x) in self.data for x in given):
+        if self._drawn() or any(self.operations.number(x) in self.data for x in given):
             self.data.update(map(self.operations.number, results))
         if copies is None:
             return
@@ -78,6 +118,11 @@ class Order:
         shapes = [x.shape for x in results]
         if not self._keeps(func, *copies, axes, shapes):
             self.broken = name_of(func)
+
+    def _drawn(self) -> bool:
+        """Say whether an operation drew random numbers."""
+        before, self.draws = self.draws, self.draws.again()
+        return self.own or before.differ(self.draws)
 
     def _keeps(
         self,
@@ -104,6 +149,25 @@ class Order:
                 if isinstance(axis, int)
             )
         return False
+
+
+def _copied(args: Any, kwargs: Any, axes: dict[Tensor, int]) -> tuple[Any, dict[Tensor, int]]:
+    """Return copies of arguments, and where examples lie in these."""
+    where: dict[Tensor, int] = {}
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # On the CPU an index that is out of bounds is an error, and no more.
+        if x.is_meta:
+            inner = torch.zeros(x.shape, dtype=x.dtype)
+        else:
+            inner = x.detach().to("cpu", copy=True)
+        if x in axes:
+            where[inner] = axes[x]
+        return inner
+
+    return substitute((args, kwargs), copy), where
 
 
 def is_integer(x: Tensor) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
-from torchjd_func.differentiate._layerwise._decide import depth
+from torchjd_func.differentiate._layerwise._draws import Draws
+from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -76,7 +77,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = _draws(problem)
+    draws = draws_of(problem.leaves)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -103,7 +104,7 @@ def _proven_late(
     problem: Problem, plan: Plan, draws: Draws, known: list[Plan], recorded: Recorded
 ) -> Recorded:
     """Return a run by a plan that was not proven where it was made, as gradients were zero, say."""
-    if not problem.check or depth(problem.leaves[0]) > 0 or depth(recorded.outputs) > 0:
+    if not problem.check:
         return recorded
     late = _proven(problem, plan, draws)
     known[known.index(plan)] = late
@@ -150,8 +151,9 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     )
     if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
-    if mode.broken:
-        reason = f"the order of examples depends on data at {mode.broken}"
+    order = mode.order
+    if order is not None and order.broken:
+        reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, layout, reason)._replace(proven=True)
     if problem.kind == "batched" and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
@@ -159,36 +161,40 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
-    return plan if depth(problem.leaves[0]) > 0 else _proven(problem, plan, draws)
+    return _proven(problem, plan, draws, "" if order is None else order.mixed)
 
 
-def _proven(problem: Problem, plan: Plan, draws: Draws) -> Plan:
+def _proven(problem: Problem, plan: Plan, draws: Draws, mixed: str = "") -> Plan:
     """Return a plan without what fails the proof, at the first points where there is one."""
     for points in _points(problem):
-        tried = [_failing(point, plan, draws, noisy=len(points) > 1) for point in points]
+        tried = [_failing(point, plan, draws, noisy=noisy) for point, noisy in points]
         found = [failing for failing in tried if failing is not None]
-        if found:
+        if found or mixed:
             failing = {leaf: name for part in found for leaf, name in part.items()}
+            if mixed and not failing:
+                failing = dict.fromkeys(set(range(len(problem.leaves))) - set(plan.opaque), mixed)
             return _warned(problem, plan, failing)._replace(proven=True)
     return plan
 
 
-def _points(problem: Problem) -> Iterator[list[Problem]]:
+def _points(problem: Problem) -> Iterator[list[tuple[Problem, int]]]:
     """Yield where a proof is tried: at points where nothing is right by coincidence, and here.
 
     The first have noise in parameters, data and what uses return, since of a batch of zeros, or of
-    equal examples, nothing tells which row is whose; and once smaller parameters, since nothing
-    tells it where activations saturate.
+    equal examples, nothing tells which row is whose; once smaller parameters, since nothing tells
+    it where activations saturate; and once other numbers in the code, since nothing tells it where
+    a coefficient is zero.
     """
     moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
     for call, inputs in problem.noisy():
         noisy = moved._replace(call=call, inputs=inputs)
-        yield [noisy, noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])]
-    yield [moved]
-    yield [problem]
+        smaller = noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
+        yield [(noisy, 1), (smaller, 1), (noisy, 2)]
+    yield [(moved, 0)]
+    yield [(problem, 0)]
 
 
-def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: bool) -> dict[int, str] | None:
+def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: int) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     draws.restore()
     try:
@@ -197,8 +203,7 @@ def _failing(problem: Problem, plan: Plan, draws: Draws, *, noisy: bool) -> dict
         if noisy:  # such as of data that leave an interval
             return None
         raise
-    known = depth(recorded.outputs) == 0 and _fits(recorded)
-    return _proof.failing(recorded) if known else None
+    return _proof.failing(recorded) if _fits(recorded) else None
 
 
 def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
@@ -226,7 +231,7 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
     return (sizes or [0])[0], None
 
 
-def _run(problem: Problem, plan: Plan, *, noisy: bool = False) -> Recorded:
+def _run(problem: Problem, plan: Plan, *, noisy: int = 0) -> Recorded:
     """Run the objective as planned."""
     call, leaves, *_ = problem
     return record(call, leaves, plan.layout, problem.inputs, problem.batch, plan, noisy=noisy)
@@ -262,7 +267,7 @@ def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = _draws(problem)
+    draws = draws_of(problem.leaves)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, known))
@@ -271,7 +276,7 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
 
 def _skeleton(plan: Plan) -> Any:
     """Return what a proof is about, whatever the sizes."""
-    steps = [(step.func, step.use, step.derives, step.axis, step.axes) for step in plan.steps]
+    steps = [(step.func, *step[1:4], step.axis, step.axes) for step in plan.steps]
     operations = [entry[:3] for entry in plan.listed.entries]
     return plan.layout.kind, plan.opaque, steps, operations
 
@@ -280,21 +285,3 @@ def _key(problem: Problem) -> Any:
     """Return what a plan depends on, besides the code: shapes."""
     tensors = (*problem.leaves, *problem.inputs)
     return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
-
-
-class Draws(NamedTuple):
-    """The states of random generators, so that a run is repeated with the same draws."""
-
-    states: list[tuple[Any, Tensor]]
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        for home, state in self.states:
-            home.set_rng_state(state)
-
-
-def _draws(problem: Problem) -> Draws:
-    """Return the states of the generators of all devices that are used."""
-    kinds = {x.device.type for x in problem.leaves} - {"cpu", "meta"}
-    homes = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
-    return Draws([(home, home.get_rng_state()) for home in homes])

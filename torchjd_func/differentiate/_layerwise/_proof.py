@@ -43,16 +43,22 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
     cotangent = _tree.unravel(recorded.outputs, weights)
     plain = recorded.pull(cotangent, False, places)[1]
     gaps, scales = zip(*map(partial(_gap, wide), matrices, pulled, plain), strict=True)
-    total = max(float(scale) for scale in scales)
-    idle = total == 0 and not found.pieces.keys().isdisjoint(places)
-    if idle or not all(bool(torch.isfinite(scale)) for scale in scales):
+    sizes = torch.stack([scale.to(wide.device) for scale in scales])
+    total = sizes.amax()
+    idle = not _any(total > 0) and not found.pieces.keys().isdisjoint(places)
+    if idle or _any(~torch.isfinite(sizes)):
         return None
     guilty = {}
     for leaf, gap, scale in zip(places, gaps, scales, strict=True):
         tol, eps = _tolerance(found, leaf)
-        if float(gap) > tol * float(scale) + 1e3 * eps * total:
+        if _any(gap > tol * scale + 1e3 * eps * total.to(gap.device)):
             guilty[leaf] = rule_names(found, leaf) or "an operation that was not seen"
     return guilty
+
+
+def _any(flags: Tensor) -> bool:
+    """Say whether some flag is set, at some of the places that an outer transform maps over."""
+    return bool(torch.func.debug_unwrap(flags, recurse=True).any())
 
 
 def _tolerance(found: Layers, leaf: int) -> tuple[float, float]:

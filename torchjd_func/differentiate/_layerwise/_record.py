@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +57,7 @@ class Recorded(NamedTuple):
     pull: Callable[[Any, bool, Sequence[int]], tuple[list[Tensor], list[Tensor]]]
     mode: Trace
     connected: set[int]  # the leaves that autograd reaches, but for uses
+    dependent: bool  # whether some output depends on a use or a leaf
 
 
 def record(
@@ -66,7 +69,7 @@ def record(
     plan: Plan | None = None,
     other: Operations | None = None,
     *,
-    noisy: bool = False,
+    noisy: int = 0,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
@@ -78,7 +81,7 @@ def record(
         batch: What to map over, for an objective of one example.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
-        noisy: Whether outputs of uses get a little noise, where autograd's graph is at hand.
+        noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
@@ -93,6 +96,7 @@ def record(
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
+    dependent: list[bool] = []
 
     def run(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
         """Return outputs; constants, arrays of all uses and auxiliary tensors."""
@@ -107,7 +111,7 @@ def record(
             order = None if other is None else Order(operations, seen)
             mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
         modes.append(mode)
-        with mode if watched else Spelled():
+        with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
         if watched:
             mode.finish(_tree.leaves(outputs))
@@ -121,7 +125,9 @@ def record(
         else:
             out = batch.map(run, (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
-        inner.append((_tree.leaves(out[0]), uses, primals))
+        outs = _tree.leaves(out[0])
+        inner.append((outs, uses, primals))
+        dependent.append(any([x.requires_grad for x in outs]))
         return out
 
     primals = [leaf.view_as(leaf) for leaf in frozen]
@@ -141,7 +147,15 @@ def record(
         outs, perturbed, handles = inner[0]
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
-    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached)
+    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
+
+
+def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
+    """Let functions that were compiled by themselves run as they are."""
+    if compiling or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    # It hides what they do, and would compile what watches them (torch 2.13).
+    return torch.compiler.set_stance("force_eager")
 
 
 def _pull_compiled(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torchjd_func.differentiate._layerwise._functions import is_getter, name_of, named
+from torchjd_func.differentiate._layerwise._functions import attribute_of, named
+from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
 class Source(NamedTuple):
@@ -53,7 +54,9 @@ def derive(
         given = args[1:] or tuple(kwargs.values())
         sizes = tuple(given[0]) if isinstance(given[0], (list, tuple)) else given
         return Source(leaves, -1, func, (args[0], 1, *sizes[1:]), {}, False, True)
-    alike = func in ENTRYWISE or (is_getter(func) and func in _GETTERS)
+    if attribute_of(func):
+        func, args = getattr, (args[0], attribute_of(func))
+    alike = func in ENTRYWISE or (func is getattr and args[1] in _TRANSPOSED)
     entrywise = alike and len(parents) == 1 and parents[0].entrywise
     return Source(leaves, -1, func, args, kwargs, entrywise)
 
@@ -75,8 +78,7 @@ def build(source: Source, values: Sequence[Tensor]) -> Any:
     if source.func is None:
         return values[source.slot]
     args, kwargs = substitute((source.args, source.kwargs), lambda part: build(part, values))
-    spelled = name_of(source.func) == "_weight_norm"
-    return (_weight_norm if spelled else source.func)(*args, **(kwargs or {}))
+    return spelled(source.func, True)(*args, **(kwargs or {}))
 
 
 def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -150,13 +152,7 @@ def _item(outputs: Any, index: int) -> Any:
     return outputs[index]
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Spell weight normalisation out; the derivative of torch's own function does not vmap."""
-    others = [d for d in range(v.ndim) if d != dim % v.ndim]
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
-
-
-_GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_TRANSPOSED = ("T", "mT")
 _CASTS = named("clone contiguous to float double half bfloat16")
 ENTRYWISE = _CASTS | named(
     "t transpose swapaxes swapdims permute movedim moveaxis adjoint reshape view flatten unflatten "

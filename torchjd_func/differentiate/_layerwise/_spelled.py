@@ -46,6 +46,12 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return out if bias is None else out + bias
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Spell `torch._weight_norm` out, whose derivative does not vmap (torch 2.13)."""
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
 def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
     """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
@@ -146,7 +152,11 @@ _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
 _AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ index_reduce")
-_MAPPED = {"scaled_dot_product_attention": scores_and_values, "bilinear": bilinear}
+_MAPPED = {
+    "scaled_dot_product_attention": scores_and_values,
+    "bilinear": bilinear,
+    "_weight_norm": weight_norm,
+}
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(named("select_scatter").functions, written),
     torch.cdist: distances,

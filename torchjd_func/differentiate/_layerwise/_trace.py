@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
-from torchjd_func.differentiate._layerwise._functions import name_of
-from torchjd_func.differentiate._layerwise._noise import near
+from torchjd_func.differentiate._layerwise._functions import attribute_of, name_of
+from torchjd_func.differentiate._layerwise._noise import elsewhere, moved, near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -60,7 +60,7 @@ class Trace(TorchFunctionMode):
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
-        noisy: Whether these outputs get a little noise.
+        noisy: 1 if these outputs get a little noise, 2 if numbers that the code names do as well.
         order: Knows which operations may change the order of examples.
     """
 
@@ -72,7 +72,7 @@ class Trace(TorchFunctionMode):
         plan: Plan | None = None,
         perturbations: Sequence[Tensor] | None = None,
         *,
-        noisy: bool = False,
+        noisy: int = 0,
         order: Order | None = None,
     ) -> None:
         super().__init__()
@@ -122,20 +122,27 @@ class Trace(TorchFunctionMode):
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation."""
         given = self.operations.begin(func, args, kwargs)
+        if self.noisy > 1 and any(x.is_floating_point() for x in given):
+            args, kwargs = moved(func, list(filter(self.is_number, given)), args, kwargs)
         copies = None if self.order is None else self.order.copies(args, kwargs, given)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
+        if self.noisy > 1 and not given and has_floats(args) and isinstance(out, Tensor):
+            out = elsewhere(out) if out.is_floating_point() else out
         self.operations.end(out, given)
         if self.order is not None:
             self.order.hold(func, copies, given, out)
+            self.order.compare(func, args, kwargs, given, out)
         return out
 
-    @property
-    def broken(self) -> str:
-        """The first operation under which the order of examples depends on data, if any."""
-        return "" if self.order is None else self.order.broken
+    def is_number(self, x: Tensor) -> bool:
+        """Say whether a tensor is a number that came from without."""
+        if x.numel() != 1 or x.requires_grad or not x.is_floating_point():
+            return False
+        number = self.operations.number(x)
+        return number is None or number < self.operations.inputs
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether some tensor is made of parameters."""
@@ -202,6 +209,8 @@ class Trace(TorchFunctionMode):
         step = self.plan.steps[place] if place < len(self.plan.steps) else Step(len)
         if step.place != len(self.operations.names) - 1:  # it returns no tensors, or is another one
             return None
+        if attribute_of(step.func) != attribute_of(func):
+            return None
         self.checked = len(done)
         same = self.plan.operations[since : len(done)] == tuple(done[since:])
         return step if same and not self.changed else None
@@ -251,6 +260,8 @@ class Trace(TorchFunctionMode):
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
         self.operations.close(outputs)
+        if self.order is not None:
+            self.order.close(outputs)
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
@@ -263,6 +274,13 @@ class Trace(TorchFunctionMode):
     def explain(self, name: str, leaves: set[int]) -> None:
         """Note the first operation without a known form."""
         self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
+
+
+def has_floats(args: Any) -> bool:
+    """Say whether Python's numbers are among arguments, or in lists of these."""
+    if isinstance(args, (list, tuple)):
+        return any(map(has_floats, args))
+    return type(args) is float
 
 
 def version_of(x: Tensor) -> int:

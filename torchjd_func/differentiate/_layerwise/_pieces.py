@@ -1,0 +1,102 @@
+"""The parameters of recorded operations one by one, and the rows of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from torchjd_func.differentiate._layerwise import _local, _moves, _rules
+from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lookup
+from torchjd_func.differentiate._layerwise._plan import Layout
+from torchjd_func.differentiate._layerwise._rule import bind
+from torchjd_func.differentiate._layerwise._sources import Place, Source, build, sources_in
+from torchjd_func.differentiate._layerwise._trace import Use
+
+if TYPE_CHECKING:
+    from torchjd_func.differentiate._layerwise._layers import Layers
+
+
+class Piece(NamedTuple):
+    """One parameter of one use."""
+
+    use: int
+    source: Source
+    name: str  # the argument's name, for a use that has a rule
+    occurrence: int  # which of the sources among the arguments
+
+
+def index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]]:
+    """Return the uses of each leaf that has rules."""
+    found: dict[int, list[Piece]] = {}
+    for place, use in enumerate(uses):
+        rule = _rules.rule_of(use.step.func)
+        named = [("", source) for source in sources_in((use.args, use.kwargs))]
+        if use.step.moves:
+            named = named[:1]
+        elif rule is not None:
+            given = bind(rule, use.args, use.kwargs)
+            named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
+        for occurrence, (name, source) in enumerate(named):
+            for leaf in frozenset(source.leaves) - opaque:
+                found.setdefault(leaf, []).append(Piece(place, source, name, occurrence))
+    return found
+
+
+def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
+    """Return the rows of one parameter of one use."""
+    use = found.uses[piece.use]
+    if use.step.moves:
+        return _moved(found, piece, cotangent)
+    pairs = zip(use.arrays, use.step.axes, strict=True)
+    arrays = [_repeated(spread(x, axis, found.layout), found.each, axis) for x, axis in pairs]
+    if not piece.name:
+        given = (use.args, use.kwargs)
+        return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
+    rule = _rules.rule_of(use.step.func)
+    assert rule is not None
+    arguments = bind(rule, use.args, use.kwargs)
+    for name, part in arguments.items():
+        if isinstance(part, Place):
+            batched = name in rule.batched
+            x = arrays[part.number] if batched else _shared(found, use, part.number)
+            arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
+    shape = tuple(build(piece.source, found.values).shape)
+    return rule.forms[piece.name](arguments, cotangent, shape)
+
+
+def _moved(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
+    """Return the rows of a parameter whose entries a use only moves."""
+    use = found.uses[piece.use]
+    shape = tuple(build(piece.source, found.values).shape)
+    whole = use.step.moves == _moves.ROWS
+    numbers = _moves.numbers((shape[0], 1) if whole else shape, cotangent.device)
+    if piece.source.expanded:
+        numbers = numbers.expand(found.layout.size, *shape[1:])
+    origins = _moves.origins((use.step.func, use.args, use.kwargs), use.arrays, numbers)
+    axis = use.step.axis
+    each = _repeated(spread(origins, axis, found.layout), found.each, axis).flatten(1)
+    if whole:
+        return Lookup(each, cotangent.reshape(*each.shape, shape[1]), shape)
+    return Dense(_moves.rows(each, cotangent.flatten(1), shape))
+
+
+def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
+    """Return an array with a first dimension for the examples, of size 1 where all share it."""
+    if layout.kind == "vmapped":
+        return x
+    if layout.kind == "shared" or axis is None:
+        return x.unsqueeze(0)
+    return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
+
+
+def _repeated(x: Tensor, each: int, axis: int | None) -> Tensor:
+    """Return an array once for each loss of an example; what all share stays."""
+    return x if each == 1 or axis is None else x.repeat_interleave(each, 0)
+
+
+def _shared(found: Layers, use: Use, place: int) -> Tensor:
+    """Return an array that all examples share as it is."""
+    x = use.arrays[place]
+    return x[0] if found.layout.kind == "vmapped" else x
