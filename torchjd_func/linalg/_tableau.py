@@ -57,6 +57,10 @@ class Changing:
 
     def exchange(self, k: int, column: Array) -> None:
         """Exchange an index; its column is used up."""
+        if self.count == len(self.left):  # put what has changed into the matrix, in place
+            self.matrix *= self.kept * self.kept[:, None]
+            self.matrix -= self.left.T @ self.right
+            self.count, self.kept = 0, np.ones(len(self.free))
         row = np.where(self.free == self.free[k], column, -column) / column[k]
         row[k], column[k] = -1 / column[k], 1.0
         # Were these left to cancel, a large pivot would leave only rounding.
@@ -64,12 +68,6 @@ class Changing:
         self.left[self.count], self.right[self.count] = column, row
         self.count += 1
         self.free[k] ^= True
-
-    def fold(self) -> None:
-        """Put what has changed into the matrix, in place."""
-        self.matrix *= self.kept * self.kept[:, None]
-        self.matrix -= self.left[: self.count].T @ self.right[: self.count]
-        self.count, self.kept = 0, np.ones(len(self.free))
 
 
 def tableau(matrix: Array, free: Array) -> Tableau:
@@ -164,19 +162,15 @@ def drive(matrix: Array, vector: Array, near: Array, most: int) -> tuple[Array, 
         k, driven = int(pinned.argmin()), 0.0
         if pinned[k] >= -SIGN_TOL * (1 + np.where(now.free, value, 0.0).max()):
             return np.where(now.free, value, 0.0), now.free, pivots
-        while pivots < most * (m + 1):
-            if now.count > FOLDED - 2:
-                now.fold()
-            column, slope = now.column(k)
-            falling = now.free & (column < -SIGN_TOL)
-            ratio = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)
-            i = int(ratio.argmin())
-            if not ratio[i] * slope < -value[k]:
-                break
-            value += column * ratio[i]
-            value[i], driven = 0.0, driven + ratio[i]
+        column, slope = now.column(k)
+        i, step = _first_at_zero(now.free, value, column)
+        while step * slope < -value[k] and pivots < most * (m + 1):
+            value += column * step
+            value[i], driven = 0.0, driven + step
             now.exchange(i, now.column(i)[0])
             pivots += 1
+            column, slope = now.column(k)
+            i, step = _first_at_zero(now.free, value, column)
         if not slope > 0:
             break
         at = value[k] / slope
@@ -185,6 +179,14 @@ def drive(matrix: Array, vector: Array, near: Array, most: int) -> tuple[Array, 
         now.exchange(k, column)
         pivots += 1
     return np.full(m, np.nan), now.free, pivots
+
+
+def _first_at_zero(free: Array, value: Array, column: Array) -> tuple[int, float]:
+    """Return which unknown of the support a step along a column brings to zero, and the step."""
+    falling = free & (column < -SIGN_TOL)
+    steps = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)
+    i = int(steps.argmin())
+    return i, steps[i]
 
 
 def _positive(matrix: Array, vector: Array, free: Array) -> Array:
