@@ -13,7 +13,8 @@ step 3 from the start; where problems are too large for one, `_interior` finds t
    the size of the rounding of Q to its diagonal. The optimum `v = u + z` of a projection of `J'u`
    (`q = Qu`) then has `v'(Q + r)v <= u'(Q + r)u` and `y >= -r z`: `J'v` is not longer than `J'u`,
    and no row conflicts with it by more than `sqrt(r) |J'u|`, whatever the rank. Of many solutions
-   it is that of least norm. Block exchange starts from the support for a larger ridge.
+   it is that of least norm. Block exchange starts from the support for a larger ridge. First, many
+   problems with one matrix are reached from one in their middle, see `_tableau.py`.
 4. Where block exchange cycles, free one index at a time, from the part of the support that it came
    to where z is positive, and drive it up to its own minimum, exchanging what reaches zero on the
    way: finite where Q + r is definite.
