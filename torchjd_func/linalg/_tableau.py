@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from torchjd_func._host import Array
 
@@ -58,8 +59,9 @@ class Changing:
     def exchange(self, k: int, column: Array) -> None:
         """Exchange an index; its column is used up."""
         if self.count == len(self.left):  # put what has changed into the matrix, in place
-            self.matrix *= self.kept * self.kept[:, None]
-            self.matrix -= self.left.T @ self.right
+            self.matrix[self.kept == 0], self.matrix[:, self.kept == 0] = 0.0, 0.0
+            left, right = map(torch.from_numpy, (self.left, self.right))
+            torch.from_numpy(self.matrix).addmm_(left.T, right, alpha=-1)  # no other matrix
             self.count, self.kept = 0, np.ones(len(self.free))
         row = np.where(self.free == self.free[k], column, -column) / column[k]
         row[k], column[k] = -1 / column[k], 1.0
