@@ -1,44 +1,64 @@
-"""Time UPGrad with as many objectives as a batch has examples.
+"""Time UPGrad, DualProj and MGDA with as many objectives as a batch has examples.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.many_objectives [--sizes 256 512 ...] [--ratios 4 1 ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.many_objectives [--methods upgrad dualproj mgda]
+        [--sizes 256 512 ...] [--ratios 4 1 ...]
 
 Weights from the Gramian of `m` Gaussian gradients in `ratio * m` dimensions: independent and far
-from balanced (4), independent and ill-conditioned (1), dependent and close to balanced (0.5). Rows
-that balance take longest. One run of each; the largest conflict is that of a projection with a row,
-relative to both lengths.
+from balanced (4), independent and ill-conditioned (1), dependent and close to balanced (0.5),
+dependent and balanced (0.125). One run of each, in seconds of the processor; UPGrad up to half the
+largest size, since it solves a problem for each gradient. The largest conflict is that of a
+direction with a row (for UPGrad, of each projection), relative to both lengths.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import torchjd_func as jd
 from benchmarks._form import Benchmark, Cell, Row, exponent, main, table
 
-SIZES, RATIOS = (256, 512, 1024), (4.0, 1.0, 0.5)
+SIZES, RATIOS = (256, 512, 1024, 2048), (4.0, 1.0, 0.5, 0.125)
+METHODS: dict[str, Callable[[Tensor], jd.linalg.Solution]] = {
+    "upgrad": lambda gramian: jd.linalg.dual_cone_projection(
+        gramian, torch.eye(len(gramian), dtype=gramian.dtype)
+    ),
+    "dualproj": lambda gramian: jd.linalg.dual_cone_projection(
+        gramian, gramian.new_full((len(gramian),), 1 / len(gramian))
+    ),
+    "mgda": jd.linalg.min_norm_point,
+}
 
 
-def cells(sizes: Sequence[int], ratios: Sequence[float]) -> list[Cell]:
-    """Return all sizes at all ratios."""
-    work = [(ratio, m) for ratio in ratios for m in sizes]
-    return [(f"n = {ratio:g} m, m = {m}", partial(measure, ratio, m)) for ratio, m in work]
+def cells(methods: Sequence[str], sizes: Sequence[int], ratios: Sequence[float]) -> list[Cell]:
+    """Return all methods at all ratios and sizes, UPGrad without the largest of several."""
+    return [
+        (f"{name}, n = {ratio:g} m, m = {m}", partial(measure, name, ratio, m))
+        for name in methods
+        for ratio in ratios
+        for m in (sizes[:-1] if name == "upgrad" and len(sizes) > 1 else sizes)
+    ]
 
 
-def measure(ratio: float, m: int) -> Iterator[Row]:
-    """Time one size."""
+def measure(name: str, ratio: float, m: int) -> Iterator[Row]:
+    """Time one method at one size."""
     generator = torch.Generator().manual_seed(m)
-    jac = torch.randn(m, int(ratio * m), generator=generator, dtype=torch.float64)
+    jac = torch.randn(m, max(1, int(ratio * m)), generator=generator, dtype=torch.float64)
     gramian = jac @ jac.mT
-    start = time.perf_counter()
-    solution = jd.linalg.dual_cone_projection(gramian, torch.eye(m, dtype=torch.float64))
-    seconds = time.perf_counter() - start
-    norms = jac.norm(dim=1)
-    slopes = (solution.value @ gramian) / norms / norms[:, None]
+    start = time.process_time()
+    solution = METHODS[name](gramian)
+    seconds = time.process_time() - start
+    directions = torch.atleast_2d(solution.value) @ jac
+    # A projection is no longer than the row, nor the mean or the shortest point than the longest.
+    lengths = jac.norm(dim=1)
+    largest = lengths[:, None] if name == "upgrad" else lengths.max()
+    slopes = directions @ jac.mT / lengths / largest
     yield {
+        "method": name,
         "ratio": ratio,
         "m": m,
         "seconds": seconds,
@@ -50,15 +70,16 @@ def measure(ratio: float, m: int) -> Iterator[Row]:
 def report(rows: list[Row]) -> str:
     """Return the seconds at each size, and how they grow, as Markdown."""
     sizes, lines = sorted({row["m"] for row in rows}), []
-    for ratio in dict.fromkeys(row["ratio"] for row in rows):
-        own = [row for row in rows if row["ratio"] == ratio]
+    for name, ratio in dict.fromkeys((row["method"], row["ratio"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["ratio"]) == (name, ratio)]
         seconds = {row["m"]: row["seconds"] for row in own}
         worst = max(row["conflict"] for row in own)
         solved = min(row["converged"] for row in own)
         cells = [seconds.get(m, float("nan")) for m in sizes]
         growth = exponent(own, "m", "seconds")
-        lines.append([f"n = {ratio:g} m", *cells, growth, f"{solved:.0%}", f"{worst:.0e}"])
-    head = ["gradients", *(f"m = {m}" for m in sizes), "growth", "converged", "conflict"]
+        line = [name, f"n = {ratio:g} m", *cells, growth, f"{solved:.0%}", f"{worst:.0e}"]
+        lines.append(line)
+    head = ["method", "gradients", *(f"m = {m}" for m in sizes), "growth", "converged", "conflict"]
     return f"Seconds for the weights:\n\n{table(head, lines, digits=2)}"
 
 
@@ -67,8 +88,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"sizes": SIZES, "ratios": RATIOS},
+    full={"methods": tuple(METHODS), "sizes": SIZES, "ratios": RATIOS},
     quick={"sizes": (64, 128)},
+    choices={"methods": tuple(METHODS)},
 )
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torchjd_func as jd
 from tests import oracles
 from tests.helpers import compiled
 from tests.matrices import KINDS, A, jacobians, matrix
-from torchjd_func.linalg._pivoting import drive
 from torchjd_func.linalg._search import search
+from torchjd_func.linalg._tableau import drive
 
 
 def kkt_residual(quadratic, linear, z):
@@ -81,13 +81,13 @@ def test_the_driving_variable_method_alone_agrees(kind, m, n):
     want = jd.linalg.nnqp(jac @ jac.mT, jac @ jac.mT)
     for index in range(m):
         definite, vector = gramian + 1e-11 * np.eye(m), gramian[index]
-        z, support, pivots = drive(definite, vector, np.zeros(m, dtype=bool))
+        z, support, pivots = drive(definite, vector, np.zeros(m, dtype=bool), 40)
         assert ((z > 0) <= support).all()
         assert pivots <= 6 * m
         gap = jac.mT @ (torch.from_numpy(z) - want.value[index])
         assert gap.norm() <= 1e-5
         if kind in ("gaussian", "integer") and m <= n:  # from any support, if rows are independent
-            again, _, _ = drive(definite, vector, np.arange(m) % 2 == 0)
+            again, _, _ = drive(definite, vector, np.arange(m) % 2 == 0, 40)
             np.testing.assert_allclose(again, z, rtol=1e-9, atol=1e-12)
 
 

@@ -119,3 +119,30 @@ def test_repeated_rows_are_the_same_eager_and_compiled(make, m):
     torch.testing.assert_close(fast(jac), make()(jac)[0])
     slope = grad(lambda jac: make()(jac)[0].sum())(jac)
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "duplicate", "opposite", "zero", "integer"])
+@pytest.mark.parametrize(("m", "n"), [(64, 40), (96, 48), (96, 24)])
+def test_many_problems_with_one_matrix_are_solved_as_each_alone(kind, m, n):
+    jac = matrix(kind, m, n, seed=5)
+    gramian = jac @ jac.mT
+    together = jd.linalg.nnqp(gramian, gramian)
+    assert together.converged.all()
+    assert solvers.residuals(gramian.expand(m, m, m), gramian, together.value).max() <= 1e-10
+    for i in (0, 1, m - 1):
+        alone = jd.linalg.nnqp(gramian, gramian[i]).value
+        torch.testing.assert_close(
+            together.value[i] @ jac, alone @ jac, rtol=0, atol=1e-6 * float(jac.norm(dim=1).max())
+        )
+
+
+def test_float32_gramians_of_rows_whose_singular_values_decay_are_solved():
+    decay = torch.arange(1, 26) ** -1.5
+    jac = matrix("gaussian", 128, 25, seed=0).float() * decay
+    gramian = jac @ jac.mT
+    solution = jd.linalg.dual_cone_projection(gramian, torch.eye(128))
+    assert solution.converged.all()
+    directions = solution.value.double() @ jac.double()
+    lengths = jac.double().norm(dim=1)
+    assert (directions.norm(dim=1) <= 1.001 * lengths).all()
+    assert (directions @ jac.double().mT).min() >= -1e-3 * lengths.max() ** 2

@@ -90,7 +90,7 @@ def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
     wide = gramian.detach().double()
     radius = _host.number(c, wide).detach()
     pushed = products_with(wide, shares, torch.finfo(gramian.dtype).eps)
-    return find(wide, shares.detach(), pushed.detach(), radius, ridge_of(gramian.dtype))
+    return find(wide, shares.detach(), pushed.detach(), radius, ridge_of(gramian))
 
 
 def _total(

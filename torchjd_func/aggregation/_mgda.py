@@ -32,7 +32,7 @@ def _update(
 ) -> tuple[Tensor, State]:
     """Find the min-norm point of the rows divided by `scale`."""
     _check.stateless("mgda", state)
-    wide, ridge = gramian.double(), ridge_of(gramian.dtype)
+    wide, ridge = gramian.double(), ridge_of(gramian)
     if normalization is None:
         return nearest(_present.apart(wide, present), ridge, solver).value, state
     scale = _row_scale(wide, losses, normalization)

@@ -26,7 +26,7 @@ def _weights(
     # A row of zeros is never in the way, and its own projection has the weight 0.
     wide = gramian.double()
     shares = resolve(preference, wide, present)
-    multipliers = solve(wide, wide, ridge_of(gramian.dtype), solver).value
+    multipliers = solve(wide, wide, ridge_of(gramian), solver).value
     return torch.addmv(shares, multipliers.mT, shares)
 
 

@@ -13,7 +13,8 @@ step 3 from the start; where problems are too large for one, `_interior` finds t
    the size of the rounding of Q to its diagonal. The optimum `v = u + z` of a projection of `J'u`
    (`q = Qu`) then has `v'(Q + r)v <= u'(Q + r)u` and `y >= -r z`: `J'v` is not longer than `J'u`,
    and no row conflicts with it by more than `sqrt(r) |J'u|`, whatever the rank. Of many solutions
-   it is that of least norm. Block exchange starts from the support for a larger ridge.
+   it is that of least norm. Block exchange starts from the support for a larger ridge. First, many
+   problems with one matrix are reached from one in their middle, see `_tableau.py`.
 4. Where block exchange cycles, free one index at a time, from the part of the support that it came
    to where z is positive, and drive it up to its own minimum, exchanging what reaches zero on the
    way: finite where Q + r is definite.
@@ -27,8 +28,9 @@ pivot theory of mathematical programming, Linear Algebra and its Applications 1,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-import torch
 
 from torchjd_func._host import Array
 from torchjd_func.linalg._products import guess, pays, polish
@@ -41,21 +43,27 @@ from torchjd_func.linalg._systems import (
     push,
     residual,
 )
+from torchjd_func.linalg._tableau import SIGN_TOL, Tableau, drive, solve_seen, supports, tableau
 
-# Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
-SIGN_TOL = 1e-12
 # Exchanges without improvement before block exchange gives up.
 PATIENCE = 3
 # Pivots of a unit diagonal, over the ridge, below which rows count as dependent on a device.
 DEPENDENT_PIVOT = 1e3
 # Ridges (of a unit diagonal) whose supports lead to that for the last.
 LEADING = (0.1, 0.03, 0.01, 3e-3, 1e-3)
-# Pivots for each unknown before the driving-variable method gives up.
-PIVOTS = 40
 # Steps of refinement, and the sign that they may change.
 REFINEMENTS, CHANGED = 3, 1e-13
+# A larger ridge, for the supports of as many problems that are left, and the numbers of a tableau
+# with which rounding spoils pivots.
+WIDE, MANY, BLURRED = 1e-6, 8, 1e6
+# Pivots for each unknown before the driving-variable method gives up, from a support that is near
+# and from the empty one.
+ENOUGH, PIVOTS = 4, 40
 # An unknown this small, of the largest, may be zero; a residual this small is rounding.
 TIED, EXACT = 1e-9, 1e-14
+
+
+Solve = Callable[[Array, Array, Array], Array]  # of rows of a batch, supports and vectors
 
 
 def regular(
@@ -70,16 +78,24 @@ def regular(
     free = vectors < -SIGN_TOL
     if not pays(matrices, vectors):
         return exchange(matrices, which, vectors, free, blown, size)
-    free, iterations = guess(matrices, which, vectors, free)
-    z, free, rounds, done = polish(matrices, which, vectors, free, ridge / 100)
-    iterations += rounds
+    free, iterations, near = guess(matrices, which, vectors, free)
+    z, done = np.zeros_like(vectors), near & False
+    rows = np.flatnonzero(near)
+    part = polish(matrices, which[rows], vectors[rows], free[rows], ridge / 100)
+    z[rows], free[rows], rounds, done[rows] = part
+    iterations[rows] += rounds
     done &= largest(z) < size
-    left = np.flatnonzero(~done)
+    left = np.flatnonzero(~done & (near | ~share(matrices, vectors[~near])))
     if len(left):
         part = exchange(matrices, which[left], vectors[left], free[left], blown, size)
         z[left], free[left], extra, done[left] = part
         iterations[left] += extra
     return z, free, iterations, done
+
+
+def share(matrices: Array, vectors: Array) -> bool:
+    """Say whether problems are many with one matrix, and larger than a few."""
+    return len(matrices) == 1 and len(vectors) >= MANY and vectors.shape[1] > SMALL
 
 
 def ridged(
@@ -93,26 +109,101 @@ def ridged(
     free, iterations = vectors < -SIGN_TOL, np.zeros(len(vectors), dtype=np.int64)
     for amount in LEADING:
         if pays(matrices, vectors):
-            free, rounds = guess(matrices, which, vectors, free, amount)
+            free, rounds, _ = guess(matrices, which, vectors, free, amount)
         else:
             _, free, rounds, _ = _with(amount, matrices, which, vectors, free)
         iterations += rounds
-    near = free
-    z, free, rounds, done = _with(ridge, matrices, which, vectors, near)
-    iterations += rounds
+    z, free, rounds = _settled(matrices, which, vectors, ridge, free)
+    return z, free, iterations + rounds
+
+
+def _settled(
+    matrices: Array, which: Array, vectors: Array, ridge: float, near: Array
+) -> tuple[Array, Array, Array]:
+    """Solve from supports that are near.
+
+    Returns:
+        `(z, support, iterations)`.
+    """
+    z, free, iterations, done = _with(ridge, matrices, which, vectors, near)
     definite = matrices + ridge * np.eye(vectors.shape[1])
     for i in np.flatnonzero(~done):
         z[i], free[i], pivots = _driven(definite[which[i]], vectors[i], near[i])
         iterations[i] += pivots
-    z, gap = _refined(matrices, definite, which, vectors, z.clip(min=0), free)
+
+    def solve(rows: Array, free: Array, right: Array) -> Array:
+        """Solve with the ridge."""
+        return cut_out(definite, which[rows], free, right)[0]
+
+    z, gap = _refined(matrices, which, vectors, z, free, solve)
     # What rounding left of unknowns that are zero, goes if the conditions hold as well without.
     tied = free & (z <= TIED * largest(z)[:, None])
     if tied.any():
         kept = free & ~tied
-        pinned, left = _refined(matrices, definite, which, vectors, np.where(kept, z, 0.0), kept)
+        pinned, left = _refined(matrices, which, vectors, np.where(kept, z, 0.0), kept, solve)
         as_well = (left <= np.maximum(gap, EXACT))[:, None]
         z, free = np.where(as_well, pinned, z), np.where(as_well, kept, free)
     return z, free, iterations
+
+
+def around(matrix: Array, vectors: Array, ridge: float) -> tuple[Array, Array, Array, Array, Array]:
+    """Solve many problems with one matrix from one in their middle.
+
+    Returns:
+        `(z, support, iterations, done, dependent)`.
+    """
+    z, free, n = np.zeros_like(vectors), vectors < 0, len(vectors)
+    iterations, done, dependent = np.zeros(n, dtype=np.int64), np.zeros(n, bool), np.ones(n, bool)
+    seen, middle = _middle(matrix, vectors, ridge)
+    if np.abs(seen.matrix).max() < BLURRED:
+        free, iterations, reached = supports(seen, middle, vectors)
+        z, gap, dependent = _seen(matrix, vectors, ridge, seen, free)
+        done = reached & (gap <= 2 * ridge)
+    left = np.flatnonzero(~done)
+    if len(left) < MANY or ridge >= WIDE:
+        return z, free, iterations, done, dependent
+    # Supports for a larger ridge are almost those for this one.
+    seen, middle = _middle(matrix, vectors[left], WIDE)
+    found, pivots, reached = supports(seen, middle, vectors[left])
+    iterations[left] += pivots
+    left, found = left[reached], found[reached]
+    matrices, none = matrix[None], np.zeros(len(left), dtype=np.int64)
+    z[left], free[left], rounds = _settled(matrices, none, vectors[left], ridge, found)
+    iterations[left] += rounds
+    done[left] = dependent[left] = True
+    return z, free, iterations, done, dependent
+
+
+def _middle(matrix: Array, vectors: Array, ridge: float) -> tuple[Tableau, Array]:
+    """Return the tableau of the solution for the mean of vectors, and that."""
+    middle = vectors.mean(axis=0, keepdims=True)
+    middle /= largest(middle)[:, None]
+    _, free, _ = ridged(matrix[None], np.zeros(1, dtype=np.int64), middle, ridge)
+    return tableau(matrix + ridge * np.eye(len(matrix)), free[0]), middle[0]
+
+
+def _seen(
+    matrix: Array, vectors: Array, ridge: float, seen: Tableau, free: Array
+) -> tuple[Array, Array, Array]:
+    """Solve on supports from a tableau.
+
+    Returns:
+        `z`, the residual of the conditions, and whether rows are dependent.
+    """
+
+    def solve(rows: Array, free: Array, right: Array) -> Array:
+        """Solve with the ridge."""
+        return solve_seen(seen, free, right)
+
+    none = np.zeros(len(vectors), dtype=np.int64)
+    z, gap = _refined(matrix[None], none, vectors, solve_seen(seen, free, -vectors), free, solve)
+    probe = solve_seen(seen, free, np.broadcast_to(_probe(len(matrix)), free.shape))
+    return z, gap, (largest(probe) >= 0.1 / ridge) | (largest(z) >= 0.1 / ridge**0.5)
+
+
+def _probe(m: int) -> Array:
+    """Return a vector like no other."""
+    return np.cos(np.arange(m) ** 2)
 
 
 def _with(
@@ -147,7 +238,7 @@ def exchange(
     fewest, patience, rounds = np.full(n, m + 1), np.full(n, PATIENCE), 0
     place: Array = np.arange(n)
     minus, right = -np.eye(m), np.empty((n, m, 2))
-    right[:, :, 0], right[:, :, 1] = -vectors, np.cos(np.arange(m) ** 2)
+    right[:, :, 0], right[:, :, 1] = -vectors, _probe(m)
     while True:
         signed, probe = complementary(matrices, which, right, free, minus)
         longest = largest(signed)
@@ -174,98 +265,34 @@ def exchange(
         free = free ^ wrong
 
 
-def _driven(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
-    """Drive from a support that is near or, if rounding spoils that, from the empty one."""
-    z, free, pivots = drive(matrix, vector, near)
-    if residual(matrix[None], np.zeros(1, dtype=int), vector[None], z[None]) <= KKT_TOL:
-        return z, free, pivots
-    z, free, more = drive(matrix, vector, near & False)
-    return z, free, pivots + more
-
-
-def drive(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
-    """Solve one problem by the driving-variable method, on a tableau, from a support `(m,)`.
-
-    Returns:
-        `(z, support, pivots)`; `z` is not-a-number if it fails.
-    """
-    m, free, pivots = len(vector), _positive(matrix, vector, near.copy()), 0
-    tableau, value = _tableau(matrix, vector, free)
-    while pivots < PIVOTS * (m + 1):
-        pinned = np.where(free, 0.0, value)
-        k, driven = int(pinned.argmin()), 0.0
-        if pinned[k] >= -SIGN_TOL * (1 + np.where(free, value, 0.0).max()):
-            return np.where(free, value, 0.0), free, pivots
-        while pivots < PIVOTS * (m + 1):
-            column = np.where(free, tableau[:, k], 0.0)
-            falling = column < -SIGN_TOL
-            ratio = np.where(falling, value / np.where(falling, -column, 1.0), np.inf)
-            i = int(ratio.argmin())
-            if not ratio[i] * tableau[k, k] < -value[k]:
-                break
-            value += tableau[:, k] * ratio[i]
-            value[i], driven = 0.0, driven + ratio[i]
-            _pivot(tableau, value, free, i)
-            pivots += 1
-        if not tableau[k, k] > 0:
-            break
-        _pivot(tableau, value, free, k)
-        value[k] += driven
-        pivots += 1
-    return np.full(m, np.nan), free, pivots
-
-
-def _positive(matrix: Array, vector: Array, free: Array) -> Array:
-    """Take out of a support what is negative on it, until nothing is."""
-    while free.any():
-        kept = np.flatnonzero(free)
-        negative = ~(np.linalg.solve(matrix[np.ix_(kept, kept)], -vector[kept]) >= 0)
-        if not negative.any():
-            break
-        free[kept[negative]] = False
-    return free
-
-
-def _tableau(matrix: Array, vector: Array, free: Array) -> tuple[Array, Array]:
-    """Return the tableau with the indices of a support exchanged, and its value."""
-    kept, rest = np.flatnonzero(free), np.flatnonzero(~free)
-    inverse = np.linalg.inv(matrix[np.ix_(kept, kept)])
-    across = matrix[np.ix_(rest, kept)] @ inverse
-    tableau, value = np.empty_like(matrix), np.empty_like(vector)
-    tableau[np.ix_(kept, kept)], tableau[np.ix_(kept, rest)] = inverse, -across.T
-    tableau[np.ix_(rest, kept)] = across
-    tableau[np.ix_(rest, rest)] = matrix[np.ix_(rest, rest)] - across @ matrix[np.ix_(kept, rest)]
-    value[kept], value[rest] = -inverse @ vector[kept], vector[rest] - across @ vector[kept]
-    return tableau, value
-
-
-def _pivot(tableau: Array, value: Array, free: Array, k: int) -> None:
-    """Exchange one index of a tableau, in place."""
-    p, row, column, at = tableau[k, k], tableau[k].copy(), tableau[:, k].copy(), value[k]
-    # In one pass through memory; numpy takes four.
-    torch.from_numpy(tableau).addr_(torch.from_numpy(column), torch.from_numpy(row / p), alpha=-1)
-    value -= column * (at / p)
-    tableau[k], tableau[:, k], tableau[k, k], value[k] = -row / p, column / p, 1 / p, -at / p
-    free[k] ^= True
-
-
 def _refined(
-    matrices: Array, definite: Array, which: Array, vectors: Array, z: Array, free: Array
+    matrices: Array, which: Array, vectors: Array, z: Array, free: Array, solve: Solve
 ) -> tuple[Array, Array]:
     """Step on the support towards the solution without a ridge.
 
     Returns:
         `z`, and the residual of the conditions.
     """
-    gap = residual(matrices, which, vectors, z)
+    z, gap = z.clip(min=0), residual(matrices, which, vectors, z.clip(min=0))
+    rows = np.flatnonzero(gap > EXACT)
     for _ in range(REFINEMENTS):
-        slope = push(matrices, which, z) + vectors
-        moved = z + cut_out(definite, which, free, -slope)[0]
+        if not len(rows):
+            break
+        slope = push(matrices, which[rows], z[rows]) + vectors[rows]
+        moved = z[rows] + solve(rows, free[rows], -slope)
         same = moved.min(axis=1) >= -CHANGED * (1 + moved.max(axis=1))
         moved = moved.clip(min=0)
-        left = residual(matrices, which, vectors, moved)
-        better = same & (left < 0.5 * gap)
-        if not better.any():
-            break
-        z, gap = np.where(better[:, None], moved, z), np.where(better, left, gap)
+        left = residual(matrices, which[rows], vectors[rows], moved)
+        better = same & (left < 0.5 * gap[rows])
+        z[rows[better]], gap[rows[better]] = moved[better], left[better]
+        rows = rows[better & (left > EXACT)]
     return z, gap
+
+
+def _driven(matrix: Array, vector: Array, near: Array) -> tuple[Array, Array, int]:
+    """Drive from a support that is near or, if rounding spoils that, from the empty one."""
+    z, free, pivots = drive(matrix, vector, near, ENOUGH)
+    if residual(matrix[None], np.zeros(1, dtype=int), vector[None], z[None]) <= KKT_TOL:
+        return z, free, pivots
+    z, free, more = drive(matrix, vector, near & False, PIVOTS)
+    return z, free, pivots + more

@@ -12,8 +12,9 @@ import numpy as np
 
 from torchjd_func._host import Array
 
-# Problems at a time, so that they stay in the cache.
-BATCH = 128
+# Problems at a time, so that they stay in the cache; of the first few, most are solved, or none is
+# tried.
+BATCH, FIRST = 128, 32
 # Rounds of exchange, and products in each.
 ROUNDS, PRODUCTS = 40, 60
 # Residuals to which systems are solved for a guess of the support, one after another.
@@ -34,7 +35,7 @@ def pays(matrices: Array, vectors: Array) -> bool:
 
 def guess(
     matrices: Array, which: Array, vectors: Array, free: Array, ridge: float = 0.0
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Find supports, most of them right.
 
     Args:
@@ -45,15 +46,11 @@ def guess(
         ridge: What is added to the diagonals.
 
     Returns:
-        Supports, and the rounds that took, `(N,)`.
+        Supports, the rounds that took, and whether their systems were solved, `(N,)`.
     """
-    support, rounds = free.copy(), np.zeros(len(vectors), dtype=np.int64)
-    for matrix, part in _parts(matrices, which):
-        narrow = (matrix + ridge * np.eye(len(matrix))).astype(np.float32)
-        for rows in part:
-            q = vectors[rows].astype(np.float32)
-            _, support[rows], rounds[rows], _ = _exchange(narrow, q, 0 * q, free[rows], LOOSE)
-    return support, rounds
+    narrow = (matrices + ridge * np.eye(vectors.shape[1])).astype(np.float32)
+    _, support, rounds, done = _in_parts(narrow, which, vectors.astype(np.float32), free, LOOSE)
+    return support, rounds, done
 
 
 def polish(
@@ -64,24 +61,28 @@ def polish(
     Returns:
         `(z, support, rounds, done)`; of small problems none is done.
     """
+    if vectors.shape[1] <= LARGE:
+        none = np.zeros(len(vectors), dtype=np.int64)
+        return np.zeros_like(vectors), free, none, none > 0
+    return _in_parts(matrices, which, vectors, free, (LOOSE[-1], max(tol, POLISHED)))
+
+
+def _in_parts(
+    matrices: Array, which: Array, vectors: Array, free: Array, residuals: tuple[float, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """Exchange for the problems of each matrix, a few at a time."""
     z, support = np.zeros_like(vectors), free.copy()
     rounds, done = np.zeros(len(vectors), dtype=np.int64), np.zeros(len(vectors), dtype=bool)
-    levels = LOOSE[-1], max(tol, POLISHED)
-    for matrix, part in _parts(matrices, which) if vectors.shape[1] > LARGE else ():
-        for rows in part:
+    for index, matrix in enumerate(matrices):
+        own = np.flatnonzero(which == index)
+        first = FIRST if len(own) > BATCH else 0
+        for rows in np.split(own, range(first, len(own), BATCH)):
             q = vectors[rows]
-            answer = _exchange(matrix, q, 0 * q, free[rows], levels)
+            answer = _exchange(matrix, q, 0 * q, free[rows], residuals)
             z[rows], support[rows], rounds[rows], done[rows] = answer
+            if 2 * np.count_nonzero(done[rows]) < len(rows) == first:
+                break
     return z, support, rounds, done
-
-
-def _parts(matrices: Array, which: Array) -> list[tuple[Array, list[Array]]]:
-    """Return each matrix with its problems, a few at a time."""
-    own = [np.flatnonzero(which == index) for index in range(len(matrices))]
-    return [
-        (matrix, [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)])
-        for matrix, rows in zip(matrices, own, strict=True)
-    ]
 
 
 def _exchange(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchjd_func._host import Array
 from torchjd_func.linalg._device import in_kernel, on_device, takes
 from torchjd_func.linalg._interior import minimise
-from torchjd_func.linalg._pivoting import regular, ridged
+from torchjd_func.linalg._pivoting import around, regular, ridged, share
 from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual
 from torchjd_func.linalg._two import solve_two
 
@@ -169,11 +169,18 @@ def _search(
     if len(left):
         finite = np.isfinite(matrices).all(axis=(1, 2))[which[left]]
         left = left[finite & np.isfinite(vectors[left]).all(axis=1)]
+    dependent = ~done
+    if share(matrices, vectors[left]):
+        part = around(matrices[0], vectors[left], ridge)
+        z[left], support[left], extra, done[left], dependent[left] = part
+        iterations[left] += extra
+        dependent |= ~done
+        left = left[~done[left]]
     if len(left):
         used, own = np.unique(which[left], return_inverse=True)
         z[left], support[left], extra = ridged(matrices[used], own, vectors[left], ridge)
         iterations[left] += extra
-    return z.clip(min=0), support, iterations, ~done
+    return z.clip(min=0), support, iterations, dependent
 
 
 def _reference(matrices: Array, which: Array, vectors: Array, solver: str) -> Array:
