@@ -184,11 +184,8 @@ def _proven(
 
 def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
-    draws.restore()
+    (draws.others() if point.shifted else draws).restore()
     try:
-        if point.shifted:
-            for kind in {"cpu", *(leaf.device.type for leaf in point.problem.leaves)}:
-                torch.rand((), device=kind)
         recorded = _run(point.problem, plan, noisy=point.noisy)
     except Exception:
         if point.noisy:  # such as of data that leave an interval, or that a table does not have
