@@ -2,7 +2,9 @@
 
 An index may permute the examples of one batch and not those of another, and a mask take as many
 entries of each example or not: no proof on one batch shows that. So each such operation is tried
-with other integers, and with the examples of all its data moved on by one.
+with other integers, and with the examples of all its data moved on by one. Nor does a proof show
+what a threshold or a schedule keeps out of the losses for now: so it is followed which tensors
+depend on parameters through all examples at once.
 """
 
 from __future__ import annotations
