@@ -79,7 +79,7 @@ def test_pcd_takes_one_tau_for_each_secondary_objective():
 @given(jacobians(min_n=6, kinds=("gaussian",)), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=20)
 def test_pcd_does_not_see_the_scales_of_secondary_rows(jac, seed):
-    scales = 10 ** jd.random.normal(jd.random.key(seed), (len(jac), 1)).double()
+    scales = 10 ** jd.random.normal(jd.random.key(seed), (len(jac), 1)).double().clamp(-2, 2)
     scales = torch.cat([torch.ones(1, 1, dtype=torch.float64), scales[1:]])
     aggregator = jd.pcd(0.3, eps=0.0)
     want = aggregator(jac)[0]
