@@ -168,10 +168,10 @@ class Followed(Operations):
         same = True
         for x, value in zip(parts, expected, strict=True):
             if isinstance(x, Tensor):
-                if value in self.hidden and x not in self.known:
-                    self.known[x] = int(value)
-                number = self.known[x] + HALF if x in self.known else unknown(x)
-                same = same and number == value
+                number = self.known.get(x)
+                if number is None and value in self.hidden:
+                    self.known[x] = number = int(value)
+                same = same and value == (unknown(x) if number is None else number + HALF)
             elif isinstance(x, (list, tuple, dict, slice)):
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)
@@ -205,6 +205,16 @@ class Replay(Trace):
     """Watches a run that is compiled, and does as planned."""
 
     operations: Followed
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation; in few steps, which a compiler traces."""
+        given = self.operations.begin(func, args, kwargs)
+        if self.on_sources(given):
+            out = self.on_parameters(func, args, kwargs, given)
+        else:
+            out = self.run(func, *args, **kwargs)
+        self.operations.end(out, given)
+        return out
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
