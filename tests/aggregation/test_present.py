@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -207,6 +208,12 @@ def test_the_first_present_objective_is_the_primary_one_of_pcd():
         got, state = rule(scale * jac, state, present=mask)
         want, lone = alone(scale * jac[mask], lone)
         torch.testing.assert_close(got, want)
+
+
+def test_flags_may_be_those_of_numpy():
+    jac, flags = matrix("gaussian", 3, 6), [True, False, True]
+    want = jd.upgrad()(jac, present=torch.tensor(flags))[0]
+    assert torch.equal(jd.upgrad()(jac, present=[np.bool_(flag) for flag in flags])[0], want)
 
 
 def test_config_momentum_visits_the_present_objectives_in_turn():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def present(method: str, leaves: Sequence[Any], m: int, device: torch.device) ->
     """Return the leaves of a mask as tensors, with a bool for each objective."""
     name, remedy = f"`present` given to `{method}`", "Use a bool tensor, or bools like the losses."
     for leaf in leaves:
-        if not isinstance(leaf, Tensor | bool) or (isinstance(leaf, Tensor) and leaf.is_meta):
+        if not isinstance(leaf, Tensor | bool | np.bool_) or getattr(leaf, "is_meta", False):
             fail(TypeError, name, f"hold {m} bools", describe(leaf), remedy)
     flags = [torch.as_tensor(leaf, device=device) for leaf in leaves]
     kinds = {str(flag.dtype) for flag in flags} - {"torch.bool"}
