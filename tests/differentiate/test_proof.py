@@ -307,6 +307,51 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     assert len(proofs) == 4
 
 
+def attention(p, x):
+    """Return losses of sequences, by sizes that are read of them."""
+    b, t, d = x.shape
+    q, k = (F.linear(x, w).view(b, t, 1, d).transpose(1, 2) for w in p)
+    scores = (q @ k.mT).reshape(b, t * t)
+    return scores.tanh().sum(1) + F.linear(x.reshape(b * t, d), p[0]).view(b, -1).square().sum(1)
+
+
+def side_by_side(p, x):
+    """Return losses of sequences whose examples are side by side, which lengths of 1 hide."""
+    h = F.linear(x.transpose(0, 1).reshape(-1, x.shape[-1]), p[0]).tanh()
+    return h.view(x.shape[1], x.shape[0], -1).square().sum((0, 2))
+
+
+def centred(p, x):
+    """Return losses that depend on each other, of which one example knows nothing."""
+    h = F.linear(x, p[0])
+    return (h - h.mean(0)).square().sum((1, 2)) + h.sum((1, 2))
+
+
+def test_other_sizes_are_not_proven_again(monkeypatch):
+    from torchjd_func.differentiate._layerwise import _proof
+
+    proofs, failing = [], _proof.failing
+    monkeypatch.setattr(_proof, "failing", lambda recorded: proofs.append(1) or failing(recorded))
+    params = [rand(3, 3), rand(3, 3)]
+    step = jd.gramian(jd.instancewise(attention))
+    for sizes in ((3, 4, 3), (3, 5, 3), (2, 5, 3), (4, 2, 3)):
+        x = rand(*sizes)
+        rows = by_loops(attention, params, x)
+        torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
+        assert len(proofs) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
+@pytest.mark.parametrize("fn", [attention, side_by_side, centred])
+def test_sizes_of_one_prove_nothing_of_others(fn):
+    step = jd.gramian(jd.instancewise(fn))
+    params = [rand(3, 3), rand(3, 3)]
+    for sizes in ((1, 4, 3), (3, 1, 3), (1, 1, 3), (3, 4, 3), (2, 1, 3), (2, 3, 3)):
+        x = rand(*sizes)
+        rows = by_loops(fn, params, x)
+        torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
+
+
 MIXED = {
     "normalised": lambda p, x: total(F.normalize(F.linear(x, p[0]), dim=0)),
     "less their mean": lambda p, x: total(F.linear(x, p[0]) - F.linear(x, p[0]).mean(0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,3 +69,50 @@ def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
     return plan._replace(
         steps=tuple(steps), opaque=tuple(sorted(opaque)), reasons=plan.reasons | reasons
     )
+
+
+def differ_in_sizes(first: Plan, second: Plan) -> bool:
+    """Say whether what proves one plan proves another, for arguments of other shapes.
+
+    Their operations have to be the same but for sizes, and for numbers that are sizes. Of a single
+    example, or along an axis of length 1, nothing tells what is mixed.
+
+    Returns:
+        Whether it does.
+    """
+    pairs = _pairs(first, second)
+    shapes = [both for a, b in pairs for both in zip(a.shapes, b.shapes, strict=True)]
+    if not pairs or any(len(a) != len(b) for a, b in shapes):
+        return False
+    sizes = {size for a, b in shapes for size in zip(a, b, strict=True)}
+    sizes.add((first.layout.size, second.layout.size))
+    if any(a != b and min(a, b) < 2 for a, b in sizes):
+        return False
+    sizes |= {(math.prod(a), math.prod(b)) for a, b in shapes}
+    return all(
+        _agree(a.values, b.values, sizes) and _agree(a.named, b.named, sizes) for a, b in pairs
+    )
+
+
+def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
+    """Return the operations of plans side by side; none if they are not the same."""
+    plans = first, second
+    decided = [
+        (p.layout.kind, p.opaque, [step._replace(shape=()) for step in p.steps]) for p in plans
+    ]
+    entries = [p.listed.entries for p in plans]
+    if decided[0] != decided[1] or len(entries[0]) != len(entries[1]):
+        return []
+    pairs = list(zip(*entries, strict=True))
+    alike = all(
+        a.head == b.head and a.aliased == b.aliased and len(a.shapes) == len(b.shapes)
+        for a, b in pairs
+    )
+    return pairs if alike else []
+
+
+def _agree(a: Any, b: Any, sizes: set[tuple[int, int]]) -> bool:
+    """Say whether arguments are the same, or sizes that belong together."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_agree(*both, sizes) for both in zip(a, b, strict=True))
+    return a == b or (type(a) is type(b) is int and (a, b) in sizes)

@@ -16,7 +16,13 @@ from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import REFUSALS
-from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan, without
+from torchjd_func.differentiate._layerwise._plan import (
+    Layout,
+    Listed,
+    Plan,
+    differ_in_sizes,
+    without,
+)
 from torchjd_func.differentiate._layerwise._points import Point, points
 from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
 
@@ -90,7 +96,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         if _fits(recorded):
             return recorded if plan.proven else _proven_late(problem, plan, draws, known, recorded)
     for _ in range(2):
-        plan = make(problem, draws, known)
+        plan = make(problem, draws, _every(plans))
         draws.restore()
         recorded = _run(problem, plan)
         if _fits(recorded):
@@ -161,7 +167,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     if problem.kind == "batched" and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
-    alike = any(other.proven and _skeleton(plan) == _skeleton(other) for other in known)
+    alike = any(other.proven and differ_in_sizes(other, plan) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
     return _proven(problem, plan, draws, "" if order is None else order.mixed, drawn=drawn)
@@ -258,15 +264,13 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     draws = draws_of(problem.leaves)
     known = plans.setdefault(_key(problem), [])
     if not known:
-        known.append(make(problem, draws, known))
+        known.append(make(problem, draws, _every(plans)))
         draws.restore()
 
 
-def _skeleton(plan: Plan) -> Any:
-    """Return what a proof is about, whatever the sizes."""
-    steps = [(step.func, *step[1:4], step.axis, step.axes) for step in plan.steps]
-    operations = [entry[:3] for entry in plan.listed.entries]
-    return plan.layout.kind, plan.opaque, steps, operations
+def _every(plans: dict[Any, list[Plan]]) -> list[Plan]:
+    """Return the plans for arguments of all shapes."""
+    return [plan for known in plans.values() for plan in known]
 
 
 def _key(problem: Problem) -> Any:
