@@ -341,6 +341,16 @@ def test_other_sizes_are_not_proven_again(monkeypatch):
         assert len(proofs) == 4
 
 
+def test_keywords_have_plans_of_their_own():
+    params = [rand(3, 3), rand(3, 3)]
+    step = jd.gramian(jd.instancewise(attention))
+    for b, t in ((3, 4), (2, 5)):
+        x = rand(b, t, 3)
+        rows = by_loops(attention, params, x)
+        for found in (step(params, x=x), step(params, x)):
+            torch.testing.assert_close(found, rows @ rows.T, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
 @pytest.mark.parametrize("fn", [attention, side_by_side, centred])
 def test_sizes_of_one_prove_nothing_of_others(fn):
