@@ -57,6 +57,7 @@ class InstanceWise:
         example: The loss of one example that `fn` maps over a batch; `None` if there is none.
         plans: What layer-by-layer routes found out about `fn`, by the shapes of its arguments; it
             saves time, and changes no result.
+        named_plans: The same of calls with keyword arguments, by their names.
         ranks: Which processes have the other examples (`jd.distributed.gathered`).
         in_dims: Where the examples of each argument lie; `None` if dimension 0 of all of a size.
         check: Whether layer-by-layer routes prove what they found out, once.
@@ -65,6 +66,7 @@ class InstanceWise:
     fn: Callable[..., Any]
     example: Example | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
+    named_plans: dict[tuple[str, ...], dict[Any, Any]] = field(default_factory=dict)
     ranks: Ranks | None = None
     in_dims: tuple[Any, ...] | None = None
     check: bool = True
@@ -102,7 +104,8 @@ class InstanceWise:
             return self, args
         names, given = tuple(sorted(kwargs)), (*args, *(kwargs[name] for name in sorted(kwargs)))
         compiling = torch.compiler.is_compiling()
-        plans = self.plans.get(names, {}) if compiling else self.plans.setdefault(names, {})
+        every = self.named_plans
+        plans = every.get(names, {}) if compiling else every.setdefault(names, {})
         change = partial(partial, _call_by_name, names)
         if self.example is None:
             dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))

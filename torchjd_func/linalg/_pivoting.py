@@ -43,7 +43,15 @@ from torchjd_func.linalg._systems import (
     push,
     residual,
 )
-from torchjd_func.linalg._tableau import SIGN_TOL, Tableau, drive, solve_seen, supports, tableau
+from torchjd_func.linalg._tableau import (
+    SIGN_TOL,
+    Tableau,
+    drive,
+    probe_of,
+    solve_seen,
+    supports,
+    tableau,
+)
 
 # Exchanges without improvement before block exchange gives up.
 PATIENCE = 3
@@ -61,7 +69,6 @@ WIDE, MANY, BLURRED = 1e-6, 8, 1e6
 ENOUGH, PIVOTS = 4, 40
 # An unknown this small, of the largest, may be zero; a residual this small is rounding.
 TIED, EXACT = 1e-9, 1e-14
-
 
 Solve = Callable[[Array, Array, Array], Array]  # of rows of a batch, supports and vectors
 
@@ -197,13 +204,8 @@ def _seen(
 
     none = np.zeros(len(vectors), dtype=np.int64)
     z, gap = _refined(matrix[None], none, vectors, solve_seen(seen, free, -vectors), free, solve)
-    probe = solve_seen(seen, free, np.broadcast_to(_probe(len(matrix)), free.shape))
+    probe = solve_seen(seen, free, np.broadcast_to(probe_of(len(matrix)), free.shape))
     return z, gap, (largest(probe) >= 0.1 / ridge) | (largest(z) >= 0.1 / ridge**0.5)
-
-
-def _probe(m: int) -> Array:
-    """Return a vector like no other."""
-    return np.cos(np.arange(m) ** 2)
 
 
 def _with(
@@ -238,7 +240,7 @@ def exchange(
     fewest, patience, rounds = np.full(n, m + 1), np.full(n, PATIENCE), 0
     place: Array = np.arange(n)
     minus, right = -np.eye(m), np.empty((n, m, 2))
-    right[:, :, 0], right[:, :, 1] = -vectors, _probe(m)
+    right[:, :, 0], right[:, :, 1] = -vectors, probe_of(m)
     while True:
         signed, probe = complementary(matrices, which, right, free, minus)
         longest = largest(signed)

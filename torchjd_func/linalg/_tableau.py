@@ -34,6 +34,11 @@ FOLDED = 64
 RAISED = 1e-9
 
 
+def probe_of(m: int) -> Array:
+    """Return a vector like no other."""
+    return np.cos(np.arange(m) ** 2)
+
+
 class Tableau(NamedTuple):
     """What the problems on a matrix are like, seen from a support."""
 
@@ -102,7 +107,7 @@ def supports(seen: Tableau, middle: Array, vectors: Array) -> tuple[Array, Array
         The supports `(N, m)`, pivots `(N,)`, and whether each problem was reached.
     """
     m = len(middle)
-    raised = RAISED * (2 + np.cos(np.arange(m) ** 2))
+    raised = RAISED * (2 + probe_of(m))
     start, ends = values(seen, middle[None])[0].clip(min=0) + raised, values(seen, vectors)
     changes = np.empty((2, m // 2, m))
     free, pivots, reached = (

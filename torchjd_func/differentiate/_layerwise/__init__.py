@@ -27,8 +27,8 @@ from torchjd_func.differentiate._layerwise._layers import (
     layers,
     leaf_costs,
     rule_names,
-    spread,
 )
+from torchjd_func.differentiate._layerwise._pieces import spread
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, joined

@@ -87,8 +87,6 @@ def used(trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]) 
     if not plain or not recognises(trace, step.func, args, kwargs, given, out):
         trace.deny(operation(step.func), set(step.leaves))
         return step, out
-    versions = [(x, x._version) for x in given]
-    trace.kept.append((len(trace.steps), set(step.leaves), versions))
     return use(trace, step, given, out), out
 
 
@@ -104,8 +102,6 @@ def moved(
     if not moves:
         return step, out
     out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
-    versions = [(x, x._version) for x in given]
-    trace.kept.append((len(trace.steps), set(step.leaves), versions))
     return use(trace, step, given, out)._replace(moves=moves), out
 
 
@@ -181,7 +177,9 @@ def recognises(
 
 
 def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
-    """Return the step of a recognised operation."""
+    """Return the step of a recognised operation, what it is applied to being kept."""
+    versions = [(x, x._version) for x in given]
+    trace.kept.append((len(trace.steps), set(step.leaves), versions))
     batched = trace.layout.kind == "batched"
     axis = trace.operations.axis_next(out) if batched else 0
     arrays = [x for x in given if x not in trace.sources]

@@ -268,10 +268,9 @@ def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
         draws.restore()
 
 
-def _every(plans: dict[Any, Any]) -> list[Plan]:
-    """Return the plans for arguments of all shapes, but of calls with other keywords."""
-    lists = [known for known in plans.values() if isinstance(known, list)]
-    return [plan for known in lists for plan in known]
+def _every(plans: dict[Any, list[Plan]]) -> list[Plan]:
+    """Return the plans for arguments of all shapes."""
+    return [plan for known in plans.values() for plan in known]
 
 
 def _key(problem: Problem) -> Any:
