@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
-from torchjd_func.differentiate._layerwise._draws import Draws
+from torchjd_func.differentiate._layerwise._draws import Draws, States
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -55,6 +55,9 @@ class Problem(NamedTuple):
         larger: The same with one example more, in ways that may fit its arguments.
         noisy: The same with other data; nothing where that makes no difference.
         check: Whether a plan must prove itself.
+        names: Of the parameters.
+        generators: The states that random generators had before operations were handed these;
+            filled as it runs.
     """
 
     call: Call
@@ -69,6 +72,7 @@ class Problem(NamedTuple):
     )
     check: bool = False
     names: Sequence[str] = ()
+    generators: States | None = None
 
 
 def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
@@ -84,7 +88,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -145,7 +149,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         size, other = _observe(problem, draws)
         layout = Layout("batched", size)
     draws.restore()
-    seen = record(problem.call, problem.leaves, layout, problem.inputs, problem.batch, other=other)
+    seen = _record(problem, layout, other=other)
     mode = seen.mode
     plan = Plan(
         layout,
@@ -217,7 +221,8 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
         draws.restore()
         try:
             layout = Layout("batched", larger.size + 1)
-            seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
+            there = problem._replace(call=larger.call, inputs=larger.inputs, batch=None)
+            seen = _record(there, layout)
         except REFUSALS:
             continue  # sizes that the objective checks, or constants of the batch's size
         if seen.outputs.shape[0] % (larger.size + 1) == 0:
@@ -227,8 +232,14 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
 
 def _run(problem: Problem, plan: Plan, *, noisy: int = 0) -> Recorded:
     """Run the objective as planned."""
+    return _record(problem, plan.layout, plan=plan, noisy=noisy)
+
+
+def _record(problem: Problem, layout: Layout, **options: Any) -> Recorded:
+    """Run the objective, watched."""
+    options["generators"] = problem.generators
     call, leaves, *_ = problem
-    return record(call, leaves, plan.layout, problem.inputs, problem.batch, plan, noisy=noisy)
+    return record(call, leaves, layout, problem.inputs, problem.batch, **options)
 
 
 def _fits(recorded: Recorded) -> bool:
@@ -261,7 +272,7 @@ def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, _every(plans)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
@@ -70,6 +71,7 @@ def record(
     other: Operations | None = None,
     *,
     noisy: int = 0,
+    generators: States | None = None,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
@@ -82,6 +84,7 @@ def record(
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
         noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
+        generators: As of `Operations`.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
@@ -106,7 +109,8 @@ def record(
         if compiling and plan is not None:
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
-            operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+            size = layout.size if layout.kind == "batched" else 0
+            operations = Operations(seen, size, other, generators)
             shifts = perturbations if hidden else None
             order = None if other is None else Order(operations, seen)
             mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
