@@ -24,7 +24,7 @@ from torchjd_func.differentiate._layerwise._functions import (
 )
 from torchjd_func.differentiate._layerwise._plan import LOST, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
-from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
+from torchjd_func.differentiate._layerwise._sources import Source, tensors_in, version_of
 
 if TYPE_CHECKING:
     from torchjd_func.differentiate._layerwise._trace import Trace
@@ -65,10 +65,10 @@ def derived(
     Returns:
         What becomes of the operation, and its output.
     """
-    before, versions = draws(given), [x._version for x in given]
+    before, versions = draws(given), list(map(version_of, given))
     out = trace.run(step.func, *args, **kwargs)
     parts = tensors_in(out)
-    again = not before.differ(before.again()) and versions == [x._version for x in given]
+    again = not before.differ(before.again()) and versions == list(map(version_of, given))
     plain = isinstance(out, Tensor) or (isinstance(out, (list, tuple)) and len(parts) == len(out))
     if not (again and parts and plain) or any(part is x for part in parts for x in given):
         return step, out
@@ -178,7 +178,7 @@ def recognises(
 
 def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
     """Return the step of a recognised operation, what it is applied to being kept."""
-    versions = [(x, x._version) for x in given]
+    versions = [(x, version_of(x)) for x in given]
     trace.kept.append((len(trace.steps), set(step.leaves), versions))
     batched = trace.layout.kind == "batched"
     axis = trace.operations.axis_next(out) if batched else 0

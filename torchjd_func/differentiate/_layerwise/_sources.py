@@ -128,6 +128,11 @@ def sources_in(tree: Any) -> list[Source]:
     return found
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; where a graph differs, a plan says."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among arguments or outputs, in order."""
     if isinstance(tree, Tensor):

@@ -34,6 +34,7 @@ from torchjd_func.differentiate._layerwise._sources import (
     pick,
     substitute,
     tensors_in,
+    version_of,
 )
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
@@ -281,8 +282,3 @@ def has_floats(args: Any) -> bool:
     if isinstance(args, (list, tuple)):
         return any(map(has_floats, args))
     return type(args) is float
-
-
-def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; where a graph differs, a plan says."""
-    return 0 if torch.compiler.is_compiling() else x._version
