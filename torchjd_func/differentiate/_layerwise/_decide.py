@@ -157,6 +157,8 @@ def recognises(
     axis = trace.operations.axis_next(out) if trace.layout.kind == "batched" else 0
     if out.is_complex() or axis is None or axis is LOST:
         return False
+    if not all(x.numel() for x in given):
+        return False
     args, kwargs, arrays = trace.mark(args, kwargs)
     axes = [trace.operations.axis(x) for x in arrays]
     if trace.layout.kind == "batched" and LOST in axes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._functions import named
 
 _GOLDEN = (1 + math.sqrt(5)) / 2
+_LARGE = 2**20
 _NOISE = 1e-2  # relative to each entry, and a tenth of it besides: zeros move, too
 
 
@@ -49,6 +50,13 @@ def moved(func: Callable[..., Any], numbers: Sequence[Tensor], args: Any, kwargs
     return tuple(map(change, args)), {name: change(x) for name, x in kwargs.items()}
 
 
+def has_floats(args: Any) -> bool:
+    """Say whether Python's numbers are among arguments, or in lists of these."""
+    if isinstance(args, (list, tuple)):
+        return any(map(has_floats, args))
+    return type(args) is float
+
+
 def elsewhere(x: Any) -> Any:
     """Return other numbers."""
     return 1.1 * x + 0.1
@@ -57,6 +65,38 @@ def elsewhere(x: Any) -> Any:
 _ARITHMETIC = named(
     "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
 )
+
+
+class Swap:
+    """Puts others in the place of data, wherever it comes from, and of constants.
+
+    Args:
+        change: What becomes of constants, the same of the same.
+        pairs: The tensors among the arguments, and what came in their place.
+    """
+
+    def __init__(
+        self, change: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.change = change
+        self.known = dict(pairs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what stands for a tensor; large ones take long, and hold no coefficients."""
+        if x not in self.known:
+            self.known[x] = self.change(x) if x.numel() <= _LARGE else x
+        return self.known[x]
+
+
+def leaky(out: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """Let something of each argument through, where a threshold keeps all of it back for now."""
+    for x in given:
+        if x.shape == out.shape and x.is_floating_point():
+            out = out + 0.1 * x
+    return out
+
+
+THRESHOLDS = named("relu relu6 clamp clamp_min clamp_max clip hardtanh threshold maximum minimum")
 
 
 def scattered(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torchjd_func.differentiate._layerwise._draws import Draws, States
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._order import REFUSALS
+from torchjd_func.differentiate._layerwise._order import REFUSALS, is_integer
 from torchjd_func.differentiate._layerwise._plan import (
     Layout,
     Listed,
@@ -161,7 +161,10 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if problem.kind == "batched" else (),
     )
-    drawn = draws.differ(draws.again())
+    besides = {
+        "drawn": draws.differ(draws.again()),
+        "integers": any(map(is_integer, mode.operations.strangers)),
+    }
     if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
     order = mode.order
@@ -174,14 +177,20 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     alike = any(other.proven and differ_in_sizes(other, plan) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
-    return _proven(problem, plan, draws, "" if order is None else order.mixed, drawn=drawn)
+    return _proven(problem, plan, draws, "" if order is None else order.mixed, **besides)
 
 
 def _proven(
-    problem: Problem, plan: Plan, draws: Draws, mixed: str = "", *, drawn: bool = False
+    problem: Problem,
+    plan: Plan,
+    draws: Draws,
+    mixed: str = "",
+    *,
+    drawn: bool = False,
+    integers: bool = False,
 ) -> Plan:
     """Return a plan without what fails the proof, at the first points where there is one."""
-    for group in points(problem, plan, drawn=drawn):
+    for group in points(problem, plan, drawn=drawn, integers=integers):
         tried = [_failing(point, plan, draws) for point in group]
         found = [failing for failing in tried if failing is not None]
         if found or mixed:
@@ -196,7 +205,7 @@ def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     (draws.others() if point.shifted else draws).restore()
     try:
-        recorded = _run(point.problem, plan, noisy=point.noisy)
+        recorded = _run(point.problem, plan, noisy=point.noisy, swap=point.swap)
     except Exception:
         if point.noisy:  # such as of data that leave an interval, or that a table does not have
             return None
@@ -230,9 +239,9 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
     return (sizes or [0])[0], None
 
 
-def _run(problem: Problem, plan: Plan, *, noisy: int = 0) -> Recorded:
+def _run(problem: Problem, plan: Plan, **noise: Any) -> Recorded:
     """Run the objective as planned."""
-    return _record(problem, plan.layout, plan=plan, noisy=noisy)
+    return _record(problem, plan.layout, plan=plan, **noise)
 
 
 def _record(problem: Problem, layout: Layout, **options: Any) -> Recorded:

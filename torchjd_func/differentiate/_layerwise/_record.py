@@ -15,6 +15,7 @@ from torch.func import vmap
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
+from torchjd_func.differentiate._layerwise._noise import Swap
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
@@ -71,6 +72,7 @@ def record(
     other: Operations | None = None,
     *,
     noisy: int = 0,
+    swap: Swap | None = None,
     generators: States | None = None,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
@@ -84,6 +86,7 @@ def record(
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
         noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
+        swap: As of `Trace`, too.
         generators: As of `Operations`.
 
     Returns:
@@ -113,7 +116,8 @@ def record(
             operations = Operations(seen, size, other, generators)
             shifts = perturbations if hidden else None
             order = None if other is None else Order(operations, seen)
-            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
+            noise: dict[str, Any] = {"noisy": noisy, "swap": swap}
+            mode = Trace(handles, layout, operations, plan, shifts, **noise, order=order)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)

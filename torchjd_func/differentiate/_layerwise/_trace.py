@@ -19,9 +19,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
+from torchjd_func.differentiate._layerwise import _attention, _decide, _noise, _rules
 from torchjd_func.differentiate._layerwise._functions import attribute_of, name_of
-from torchjd_func.differentiate._layerwise._noise import elsewhere, moved, near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -61,7 +60,9 @@ class Trace(TorchFunctionMode):
         operations: Numbers tensors, and knows where their examples lie.
         plan: What operations become; `None` to decide it.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
-        noisy: 1 if these outputs get a little noise, 2 if numbers that the code names do as well.
+        noisy: 1 if these outputs get a little noise, 2 if numbers that the code names do as well, 3
+            if thresholds let something through instead.
+        swap: What takes the place of data and constants.
         order: Knows which operations may change the order of examples.
     """
 
@@ -74,11 +75,13 @@ class Trace(TorchFunctionMode):
         perturbations: Sequence[Tensor] | None = None,
         *,
         noisy: int = 0,
+        swap: _noise.Swap | None = None,
         order: Order | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.noisy = noisy
+        self.swap = swap
         self.operations = operations
         self.order = order
         self.plan = plan
@@ -91,7 +94,7 @@ class Trace(TorchFunctionMode):
         for handle in handles:
             self.note(handle)
         self.depth = 0
-        if plan is None:
+        if plan is None or swap is not None:
             self.depth = _decide.common_depth([*handles, *operations.known])
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
@@ -122,21 +125,37 @@ class Trace(TorchFunctionMode):
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation."""
+        if self.swap is not None:
+            args, kwargs = substitute((args, kwargs), self.swapped)
         given = self.operations.begin(func, args, kwargs)
-        if self.noisy > 1 and any(x.is_floating_point() for x in given):
-            args, kwargs = moved(func, list(filter(self.is_number, given)), args, kwargs)
+        if self.noisy == 2 and any(x.is_floating_point() for x in given):
+            args, kwargs = _noise.moved(func, list(filter(self.is_number, given)), args, kwargs)
         copies = None if self.order is None else self.order.copies(args, kwargs, given)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        if self.noisy > 1 and not given and has_floats(args) and isinstance(out, Tensor):
-            out = elsewhere(out) if out.is_floating_point() else out
+        if self.noisy == 2 and not given and _noise.has_floats(args) and isinstance(out, Tensor):
+            out = _noise.elsewhere(out) if out.is_floating_point() else out
+        if self.noisy == 3 and func in _noise.THRESHOLDS and not any(out is x for x in given):
+            out = _noise.leaky(out, [x for x in given if x not in self.sources])
         self.operations.end(out, given)
         if self.order is not None:
             self.order.hold(func, copies, given, out)
             self.order.compare(func, args, kwargs, given, out)
         return out
+
+    def swapped(self, x: Any) -> Any:
+        """Return what takes the place of an argument, if it is data or a constant."""
+        assert self.swap is not None
+        if not isinstance(x, Tensor) or (x not in self.swap.known and not self.is_constant(x)):
+            return x
+        return self.swap(x)
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Say whether a tensor came from without."""
+        made = self.operations.number(x) is not None or x in self.sources or x.requires_grad
+        return not made and not _decide.too_deep(self, x)
 
     def is_number(self, x: Tensor) -> bool:
         """Say whether a tensor is a number that came from without."""
@@ -201,7 +220,7 @@ class Trace(TorchFunctionMode):
         if self.perturbations is not None:
             return out + self.perturbations[len(self.uses) - 1]
         self.edges.append(get_gradient_edge(out))
-        return near(out) if self.noisy else out
+        return _noise.near(out) if self.noisy else out
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if the run is the same up to it."""
@@ -275,10 +294,3 @@ class Trace(TorchFunctionMode):
     def explain(self, name: str, leaves: set[int]) -> None:
         """Note the first operation without a known form."""
         self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
-
-
-def has_floats(args: Any) -> bool:
-    """Say whether Python's numbers are among arguments, or in lists of these."""
-    if isinstance(args, (list, tuple)):
-        return any(map(has_floats, args))
-    return type(args) is float
