@@ -281,7 +281,7 @@ def test_the_operation_that_orders_examples_is_named():
 
 def test_a_graph_takes_rows_where_nothing_was_proven():
     tokens, labels = torch.arange(16).reshape(4, 4) % 5, torch.arange(16).reshape(4, 4) % 3
-    params, scales = [rand(5, 3), rand(3, 5)], torch.zeros(2)
+    params, scales = [rand(5, 3), rand(3, 5)], torch.zeros(2, dtype=torch.long)
 
     def losses(params, tokens, labels):
         return (time_first(params, tokens, labels)[:, None] * scales).sum(1)
