@@ -24,13 +24,8 @@ def test_programs_at_random_are_right_in_single_precision():
     assert not {seed: result for seed, result in found.items() if result.startswith("wrong")}
 
 
-# It applies a custom autograd.Function where another way of the program did not, which Dynamo does
-# not trace under a function mode (torch 2.13): an error, not a wrong result.
-REFUSED = pytest.param(9012, marks=pytest.mark.xfail(reason="Dynamo refuses"))
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [*range(9000, 9012), REFUSED, *range(9013, 9016)])
+@pytest.mark.parametrize("seed", range(9000, 9016))
 def test_compiled_programs_at_random_are_right(seed):
     assert outcome(seed, compiled=True) in ("right", "warned", "invalid")
 

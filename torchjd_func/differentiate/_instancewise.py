@@ -23,6 +23,7 @@ from torchjd_func.differentiate._objective import (
     plan_by_layers,
     rows_like,
 )
+from torchjd_func.differentiate._pullback import tracked_inside
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -221,6 +222,8 @@ def per_example(
 
     def batched(*args: Any) -> Any:
         """Map the loss of one example over the batch."""
-        return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
+        return vmap(tracked_inside(fn), in_dims=example.all_dims(len(args)), randomness=randomness)(
+            *args
+        )
 
     return InstanceWise(batched, example)

@@ -58,7 +58,7 @@ def _mapped(pullback: Callable[[Any], Any], cotangents: PyTree) -> PyTree:
 
 def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:
     """Return the value of `fn` and its pullback."""
-    value, pullback = torch.func.vjp(fn, *primals)[:2]
+    value, pullback = torch.func.vjp(lambda *args: fn(*tracked(args)), *primals)[:2]
     return value, pullback
 
 
@@ -68,6 +68,48 @@ def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[...,
     result: Any = torch.func.vjp(packed, primals, has_aux=True)
     value, pullback, tensors = result
     return value, pullback, unpack(tensors)
+
+
+def tracked(primals: PyTree) -> PyTree:
+    """Return what `torch.func` hands out so that a graph knows that it is tracked.
+
+    What it does not know to be tracked is plain to it: then the backward of a custom
+    `autograd.Function` is dropped in silence (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return primals
+    return _tree.map(lambda x: x.view_as(x), primals)
+
+
+def tracked_inside(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function, for a graph to map over examples.
+
+    What `vmap` hands out does not say that it is tracked, unless it is tracked inside: a custom
+    `autograd.Function`, which no graph maps, is then refused (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return fn
+
+    def nested(*args: Any) -> Any:
+        """Run inside a level of derivatives that nothing asks for."""
+        flat, rebuild = _tree.flatten(args)
+        places = [place for place, x in enumerate(flat) if _differentiable(x)]
+
+        def run(some: list[Tensor]) -> Any:
+            """Return anything, and all results."""
+            known = dict(zip(places, tracked(some), strict=True))
+            parts = [known.get(place, x) for place, x in enumerate(flat)]
+            return some[0].sum(), fn(*rebuild(parts))
+
+        result: Any = torch.func.vjp(run, [flat[place] for place in places], has_aux=True)
+        return result[2]
+
+    return nested
+
+
+def _differentiable(x: Any) -> bool:
+    """Say whether `torch.func` takes derivatives by a value."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def packing(
@@ -82,7 +124,7 @@ def packing(
 
     def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
         """Return the value, and the tensors of the auxiliary output."""
-        value, aux = fn(primals)
+        value, aux = fn(tracked(primals))
         tensors, unpack = pack(aux)
         restore.append(unpack)
         return value, tensors
