@@ -15,7 +15,6 @@ from torchjd_func.differentiate._layerwise._forms import (
     Arguments,
     Dense,
     Form,
-    FormOf,
     Lazy,
     Outer,
     at_once,
@@ -124,11 +123,7 @@ _CONV_GRADS: tuple[Callable[..., Tensor], ...] = (
 )
 
 
-def channel_bias(dims: int) -> FormOf:
-    """Return the rule of the bias of a convolution: sum over all but the channels."""
-
-    def form(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-        summed = cotangent.flatten(-dims).sum(-1)
-        return Dense(summed.reshape(summed.shape[0], -1, summed.shape[-1]).sum(1))
-
-    return form
+def channel_bias(dims: int, given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """Sum over all but the channels."""
+    summed = cotangent.flatten(-dims).sum(-1)
+    return Dense(summed.reshape(summed.shape[0], -1, summed.shape[-1]).sum(1))
