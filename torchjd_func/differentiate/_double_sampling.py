@@ -12,8 +12,9 @@ from torchjd_func._precision import full_precision
 from torchjd_func._types import Weighting
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, assemble
-from torchjd_func.differentiate._routes import contract_cross, pullback_of, validate, whole
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._routes import contract_cross, pullback_of_all, validate
+from torchjd_func.differentiate._verb import linearize
 
 PyTree = Any
 
@@ -85,7 +86,7 @@ def double_sampling(
         _check.batches(batches)
         routes = (route, route, "jacobian")  # the third is pulled back only once
         linears = [
-            linearize(fn, (params, *batch), kwargs, Options(0, has_aux, route, chunk_size))
+            linearize(fn, (params, *batch), kwargs, Request(0, has_aux, route, chunk_size))
             for batch, route in zip(batches, routes, strict=False)
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
@@ -104,5 +105,4 @@ def double_sampling(
 
 def _direction(linear: Linearized, weights: Tensor) -> PyTree:
     """Return the weighted gradients of one batch, those of heads included."""
-    pullback = pullback_of(linear, whole(linear))
-    return assemble(linear, pullback(weights.unsqueeze(0)), weights)
+    return assemble(linear, pullback_of_all(linear)(weights), weights)

@@ -16,22 +16,22 @@ Where = Callable[[str], bool]
 
 
 class Request(NamedTuple):
-    """One call of a transformed function."""
+    """What a transform was made with, and one call of the transformed function."""
 
-    args: tuple[Any, ...]
     argnums: int | tuple[int, ...] = 0
     has_aux: bool = False
-    route: str = "jacobian"
+    route: str = "auto"
     chunk_size: int | None = None
-    kwargs: Mapping[str, Any] = {}
     where: Where | None = None  # the leaves that weights come from; `None` for all
     alone: bool = False  # whether these leaves are all that is differentiated
+    rows: bool = True  # whether anybody looks at rows, or one combination of them is all
+    spans: bool = False  # whether the rule works over processes
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
     present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all
     part: Part = Part()  # what this process has of a batch that several have
-    spans: bool = False  # whether the rule works over processes
-    scale: Tensor | None = None  # a factor of the losses in the backward pass alone
     autocast: Autocast = ()  # where the transformed function was called
-    rows: bool = True  # whether anybody looks at rows, or one combination of them is all
+    scale: Tensor | None = None  # a factor of the losses in the backward pass alone
 
 
 class Bound(NamedTuple):

@@ -39,12 +39,10 @@ def contract_whole(
     linear: Linearized, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return the Gramian `(m, m)` that weights come from, and the pullback of weights `(m,)`."""
-    groups = whole(linear)
     if linear.seen is None:
-        matrices, pullback = contract(linear, route, chunk_size, groups)
+        matrices, pullback = contract(linear, route, chunk_size, whole(linear))
         return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
-    pullback = pullback_of(linear, groups)
-    return _contract_seen(linear, route, chunk_size), lambda w: pullback(w.unsqueeze(0))
+    return _contract_seen(linear, route, chunk_size), pullback_of_all(linear)
 
 
 def _contract_seen(linear: Linearized, route: str, chunk_size: int | None) -> Tensor:
@@ -192,6 +190,12 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
         return rebuild(_tree.in_order(found))
 
     return pullback
+
+
+def pullback_of_all(linear: Linearized) -> Callable[[Tensor], PyTree]:
+    """Return the pullback for weights `(m,)` that all leaves share."""
+    pullback = pullback_of(linear, whole(linear))
+    return lambda weights: pullback(weights.unsqueeze(0))
 
 
 def validate(route: str, chunk_size: int | None) -> None:
