@@ -201,5 +201,5 @@ def _scalarized(linear: Linearized, rule: Scalarizer, state: Any) -> tuple[PyTre
         return loss, after
 
     loss, pull, state = vjp_aux(loss_fn, linear.vector)
-    weights = pull(loss.new_ones(()))[0]
+    weights = pull(loss.new_ones(()))
     return pullback_of_all(linear)(weights), weights, state

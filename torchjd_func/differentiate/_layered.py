@@ -31,7 +31,7 @@ from torchjd_func.differentiate._layerwise import plan as plan_run
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Objective
-from torchjd_func.differentiate._pullback import basis, times, unscaled
+from torchjd_func.differentiate._pullback import basis, enlarged, unscaled
 from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
@@ -55,16 +55,14 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     recorded, vector, losses, aux, bound = observe(fn, request)
     _check.dependent(recorded.dependent or all_absent(request.present))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
-    vector, present = masked(vector, _flat_flags(losses, request.present))
+    present = None if request.present is None else masked(losses, request.present)[1]
+    vector = masked(vector, present)[0]
     shared = recorded.plan.layout.kind == "shared"
     unit = torch.ones_like(vector) if present is None else present.to(vector.dtype)
-    cotangents = basis(vector) if shared else unit
-    if request.scale is not None:
-        cotangents = times(request.scale, cotangents)
     found = layers(
         recorded,
-        cotangents,
-        lambda: _rows_cotangents(vector, request),
+        enlarged(basis(vector) if shared else unit, request.scale),
+        lambda: enlarged(basis(vector), request.scale),
         len(vector),
         ranks,
         request.chunk_size,
@@ -95,17 +93,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         jacobian=Jacobian(pullback, rows, found, request.scale),
         seen=None if where is None else Seen(chosen(where, bound.paths)),
     )
-
-
-def _rows_cotangents(vector: Tensor, request: Request) -> Tensor:
-    """Return a unit cotangent for each loss."""
-    unit = basis(vector)
-    return unit if request.scale is None else times(request.scale, unit)
-
-
-def _flat_flags(losses: PyTree, present: Any) -> Any:
-    """Return which losses there are, in leaf order."""
-    return None if present is None else masked(losses, present)[1]
 
 
 def in_one_precision(found: Layers) -> Layers:

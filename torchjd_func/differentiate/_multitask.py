@@ -14,15 +14,14 @@ from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._heads import Pulled, pull_heads
 from torchjd_func.differentiate._layered import in_one_precision
 from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
-from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
-from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
+from torchjd_func.differentiate._linearized import Heads, Jacobian, Leaves, Linearized, Seen
+from torchjd_func.differentiate._objective import Function, by_pullback, rows_like
 from torchjd_func.differentiate._pullback import (
-    basis,
     call,
     packing,
-    pull_rows,
     unscaled,
     vjp_aux,
+    vjp_nested,
 )
 from torchjd_func.differentiate._request import Request, bind, chosen
 from torchjd_func.differentiate._where import features
@@ -101,11 +100,18 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
         return z, aux
 
     def heads(z: PyTree) -> Pulled:
-        """Pull back through all heads."""
         return pull_heads(fn.heads, head_params, z, batch, kwargs, request)
 
+    def jacobian(pulled: Pulled, pull: Callable[[PyTree], list[Tensor]]) -> Jacobian:
+        pullback = partial(_through, pull, pulled.cotangents, request.scale)
+        return by_pullback(pullback, pulled.vector, request.chunk_size)
+
+    def look(z: PyTree, pull: Callable[[PyTree], list[Tensor]]) -> tuple[Pulled, list[Tensor]]:
+        pulled = heads(z)
+        return pulled, jacobian(pulled, pull).rows()
+
     if partly:
-        pull, aux, pulled, rows = _nested(trunk, heads, bound.leaves, places, request)
+        _, pull, aux, (pulled, rows) = vjp_nested(trunk, bound.leaves, places, look)
         seen, layers = Seen(places, rows), None
     else:
         z, pull, aux, pull_layers = _run_trunk(trunk, bound.leaves, batch, request.route)
@@ -113,15 +119,13 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
         layers = pull_layers(pulled.cotangents, pulled.vector) if pull_layers else None
         by_features = Seen(rows=unscaled(_tree.leaves(pulled.cotangents), request.scale))
         seen = by_features if where is features else Seen(places) if places else None
-    pullback = partial(_through, pull, pulled.cotangents, request.scale)
-    jacobian = by_pullback(pullback, pulled.vector, request.chunk_size)
     return Linearized(
         losses=pulled.losses,
         aux=aux,
         vector=pulled.vector,
         present=pulled.present,
         leaves=Leaves(bound.paths, bound.rebuild),
-        jacobian=jacobian._replace(layers=layers, scale=request.scale),
+        jacobian=jacobian(pulled, pull)._replace(layers=layers, scale=request.scale),
         seen=seen,
         heads=Heads(pulled.rows, pulled.counts, fn.scale_heads or not request.rows),
     )
@@ -144,28 +148,6 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
     return shared, head_params, batch[0], kwargs
 
 
-def _nested(
-    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
-    heads: Callable[[PyTree], Pulled],
-    leaves: list[Tensor],
-    places: tuple[int, ...],
-    request: Request,
-) -> tuple[Callable[[PyTree], list[Tensor]], PyTree, Pulled, list[Tensor]]:
-    """Pull rows back to some leaves, inside what is pulled back to all of them once."""
-
-    def from_leaves(leaves: list[Tensor]) -> tuple[PyTree, Any]:
-        """Return the features, and the rows of the chosen leaves beside them."""
-        some = [leaves[place] for place in places]
-        z, pull, aux = vjp_aux(lambda some: trunk(filled(leaves, places, some)), some)
-        pulled = heads(z)
-        through = partial(_through, lambda x: pull(x)[0], pulled.cotangents, request.scale)
-        rows = pull_rows(through, basis(pulled.vector), request.chunk_size)
-        return z, (aux, pulled, rows)
-
-    _, pull, (aux, pulled, rows) = vjp_aux(from_leaves, leaves)
-    return lambda cotangent: pull(cotangent)[0], aux, pulled, rows
-
-
 def _through(
     pull: Callable[[PyTree], list[Tensor]],
     cotangents: PyTree,
@@ -184,8 +166,7 @@ def _run_trunk(
 ) -> tuple[PyTree, Callable[[PyTree], list[Tensor]], PyTree, Callable[..., Layers] | None]:
     """Return features, the trunk's pullback, auxiliary output, and its layers if wanted."""
     if route != "layerwise":
-        z, pull, aux = vjp_aux(trunk, flat)
-        return z, lambda cotangent: pull(cotangent)[0], aux, None
+        return (*vjp_aux(trunk, flat), None)
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
     recorded = run(Problem(packed, flat, "shared", 0, inputs), {})

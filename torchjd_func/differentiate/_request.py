@@ -10,6 +10,7 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._shares import Part
 from torchjd_func.differentiate._autocast import Autocast
+from torchjd_func.differentiate._pullback import replaced
 
 PyTree = Any
 Where = Callable[[str], bool]
@@ -59,19 +60,11 @@ def bind(request: Request) -> Bound:
     _check.params(f"argument {argnums}", names, kept)
 
     def spread(leaves: Sequence[Any], others: Sequence[Any]) -> PyTree:
-        """Put leaves in their places among others."""
-        filled = list(others)
-        for place, leaf in zip(places, leaves, strict=True):
-            filled[place] = leaf
-        return rebuild(filled)
+        return rebuild(replaced(others, places, leaves))
 
     def fill(leaves: Sequence[Tensor], given: tuple[Any, ...] = args) -> tuple[Any, ...]:
-        """Return all arguments."""
         value = spread(leaves, flat)
-        filled = list(given)
-        for position, part in zip(positions, value if several else (value,), strict=True):
-            filled[position] = part
-        return tuple(filled)
+        return tuple(replaced(given, positions, value if several else (value,)))
 
     return Bound(kept, names, lambda leaves: spread(leaves, [None] * len(flat)), fill)
 

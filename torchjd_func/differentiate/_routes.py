@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
 from torchjd_func.differentiate._linearized import Linearized, rows_of
-from torchjd_func.differentiate._pullback import basis, pull_rows, unscaled, vjp
+from torchjd_func.differentiate._pullback import basis, pull_rows, unscaled
 
 PyTree = Any
 
@@ -158,7 +158,8 @@ def _products(
     """
     layers = first.jacobian.layers
     _check.rows_are_here(layers is None or layers.ranks is None)
-    _, push = vjp(first.jacobian.pullback, first.vector.new_zeros(first.vector.shape))
+    origin = first.vector.new_zeros(first.vector.shape)
+    push = torch.func.vjp(first.jacobian.pullback, origin)[1]
 
     def column(cotangent: Tensor) -> Tensor:
         """Return `J_1 J_2^T cotangent` of each group, `(g, m_1)`."""

@@ -19,6 +19,7 @@ from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
+from torchjd_func.differentiate._pullback import replaced
 
 # Places in the graph of autograd, and tensors of the shapes of gradients there
 Places = tuple[Sequence[Any], Sequence[Tensor]]
@@ -36,8 +37,7 @@ class Batch(NamedTuple):
 
     def fill(self, args: tuple[Any, ...], example: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of one example."""
-        parts = dict(zip(self.places, example, strict=True))
-        return tuple(parts.get(place, arg) for place, arg in enumerate(args))
+        return tuple(replaced(args, self.places, example))
 
     def map(self, fn: Callable[..., Any], fixed: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
         """Map `fn(*fixed, *example)` over the batch."""
