@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._instancewise import InstanceWise
+from torchjd_func.differentiate._instancewise import InstanceWise, batched_dim
 from torchjd_func.differentiate._linearized import Jacobian, Linearized, Seen, rows_of
 from torchjd_func.differentiate._objective import (
     Function,
@@ -65,9 +65,7 @@ class Accumulated:
             _check.in_dims(dims, len(args))
         dims = [None if i == self.carry_aux else dim for i, dim in enumerate(dims)]
         parts = [_chunks(arg, dim, self.n) for arg, dim in zip(args, dims, strict=True)]
-        named = {
-            name: _chunks(x, 0 if _is_batched(x) else None, self.n) for name, x in kwargs.items()
-        }
+        named = {name: _chunks(x, batched_dim(x), self.n) for name, x in kwargs.items()}
         return [
             (tuple(part[k] for part in parts), {name: part[k] for name, part in named.items()})
             for k in range(self.n)
@@ -150,12 +148,6 @@ def _microbatch(fn: Objective, request: Request) -> tuple[Linearized, list[Tenso
 def _freed(*cotangent: Tensor) -> list[Tensor]:
     """Stand for the pullback of a graph that is gone."""
     raise AssertionError(cotangent)
-
-
-def _is_batched(value: Any) -> bool:
-    """Say whether a keyword argument is a part of the batch: tensors, but 0-d ones."""
-    leaves = _tree.leaves(value)
-    return bool(leaves) and all(isinstance(x, Tensor) and x.ndim for x in leaves)
 
 
 def accumulate(

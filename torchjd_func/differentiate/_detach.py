@@ -16,8 +16,8 @@ PyTree = Any
 
 def detached(tree: PyTree) -> PyTree:
     """Return a pytree whose tensors keep no graph of plain autograd; as it is, if none does."""
-    if torch.compiler.is_compiling():  # importing this module earlier would load the compiler
-        from torchjd_func.differentiate._detach_compiled import detach
+    if torch.compiler.is_compiling():
+        from torchjd_func.differentiate._compiled import detach
     else:
         detach = detach_plain
     flat, rebuild = _tree.flatten(tree)

@@ -163,7 +163,7 @@ def _problem(
     """Return the objective at one point, and what unpacks the outputs of its latest run."""
     args = request.args
     positions = _check.argnums(request.argnums, len(args))
-    kind, batch = _structure(fn, args, positions)
+    layout, batch = _structure(fn, args, positions)
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
     given = args, dict(request.kwargs)
@@ -199,12 +199,11 @@ def _problem(
     problem = Problem(
         call=partial(call, given, request.present),
         leaves=bound.leaves,
-        kind=kind,
-        size=0 if batch is None else _batch_size(batch),
+        layout=layout,
         inputs=_tree.tensors(given),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call_with),
-        noisy=noisy if kind == "batched" else lambda change: [],
+        noisy=noisy if layout.kind == "batched" else lambda change: [],
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
     )
@@ -218,25 +217,21 @@ def _to_be_proven(fn: Objective, leaves: Sequence[Tensor]) -> bool:
 
 def _structure(
     fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
-) -> tuple[str, Batch | None]:
+) -> tuple[Layout, Batch | None]:
     """Return how the objective treats examples, and how to map over them."""
     if not isinstance(fn, InstanceWise):
-        return "shared", None
+        return Layout("shared", 0), None
     if fn.example is None:
-        return "batched", None
+        return Layout("batched", 0), None
     rest = tuple(place for place in range(len(args)) if place not in positions)
     dims = fn.example.all_dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
     if 0 in _batch_sizes(batch) and fn.ranks is None:
         _check.losses((), ())
-    if _batch_size(batch) and all(dims[position] is None for position in positions):
-        return "vmapped", batch
-    return "batched", None
-
-
-def _batch_size(batch: Batch) -> int:
-    """Return how many examples an objective of one example is mapped over; 0 if none tells."""
-    return next(iter(_batch_sizes(batch)), 0)
+    size = next(iter(_batch_sizes(batch)), 0)
+    if size and all(dims[position] is None for position in positions):
+        return Layout("vmapped", size), batch
+    return Layout("batched", 0), None
 
 
 def _batch_sizes(batch: Batch) -> list[int]:

@@ -49,6 +49,7 @@ def without_losses(run: Callable[..., Any], has_aux: bool) -> Callable[..., Any]
     """Return a transformed function that leaves the losses of another away."""
 
     def transformed(*args: Any, **kwargs: Any) -> Any:
+        """Return what the other does, but the losses."""
         result, out = run(*args, **kwargs)
         return (result, out[1]) if has_aux else result
 

@@ -29,7 +29,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
 )
 from torchjd_func.differentiate._layerwise._pieces import spread
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
 from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
 from torchjd_func.differentiate._layerwise._record import Batch, Recorded
@@ -40,6 +40,7 @@ __all__ = [
     "Larger",
     "Layers",
     "Layout",
+    "Listed",
     "Plan",
     "Problem",
     "Ranks",

@@ -7,7 +7,6 @@ autograd, which is right about everything, one backward pass for each loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +72,7 @@ def derived(
     if not (again and parts and plain) or any(part is x for part in parts for x in given):
         return step, out
     axis = trace.operations.axis_next(out)
-    alone = all(x in trace.sources for x in given) or not any(map(partial(too_deep, trace), parts))
+    alone = all(x in trace.sources for x in given) or not is_nested(trace, parts)
     if alone and (axis is None or (axis == 0 and step.func is Tensor.expand)):
         step = step._replace(derives=True, axis=axis)
         trace.derived(step, args, kwargs, out)
@@ -83,7 +82,7 @@ def derived(
 def used(trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]) -> tuple[Step, Any]:
     """Run an operation, and see whether its output's gradient tells that of its parameters."""
     out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
-    plain = isinstance(out, Tensor) and trace.traced(out) and not too_deep(trace, out)
+    plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
     if not plain or not recognises(trace, step.func, args, kwargs, given, out):
         trace.deny(operation(step.func), set(step.leaves))
         return step, out
@@ -106,13 +105,8 @@ def moved(
 
 
 def is_nested(trace: Trace, tensors: Sequence[Tensor]) -> bool:
-    """Say whether a transform within the objective, such as vmap, renames its tensors."""
+    """Say whether some tensor belongs to a transform within the objective, such as vmap."""
     return any(depth(x) > trace.depth for x in tensors)
-
-
-def too_deep(trace: Trace, out: Tensor) -> bool:
-    """Say whether an output belongs to a transform within the objective."""
-    return depth(out) > trace.depth
 
 
 def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
@@ -145,7 +139,7 @@ def may_move(trace: Trace, func: Callable[..., Any], given: list[Tensor], out: A
     if not is_torchs_own(func) or _rules.rule_of(func) is not None:
         return False
     alone = len({id(x) for x in given if x in trace.sources}) == 1
-    real = alone and out.is_floating_point() and trace.traced(out) and not too_deep(trace, out)
+    real = alone and out.is_floating_point() and trace.traced(out) and not is_nested(trace, [out])
     seen = trace.operations.axis_next(out) not in (None, LOST)
     return real and seen and torch.is_grad_enabled()
 

@@ -62,7 +62,8 @@ def is_local(
     if name_of(func) == "einsum":
         return _einsum_is_local(args, [own for _, own in arrays])
     if name_of(func) == "instance_norm":
-        return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
+        running = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
+        return not any(isinstance(x, (Source, Place)) for x in running)
     if name_of(func) == "scaled_dot_product_attention":  # by parameters that are added to scores
         random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
         inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
@@ -167,11 +168,6 @@ def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:
     """Say whether a tensor is repeated along the examples of an elementwise operation."""
     place = axis - (out.ndim - x.ndim)
     return place < 0 or x.shape[place] == 1
-
-
-def _running(kwargs: dict[str, Any]) -> list[Any]:
-    """Return running statistics among arguments."""
-    return [kwargs.get("running_mean"), kwargs.get("running_var")]
 
 
 def _einsum_is_local(args: Any, axes: Sequence[int | None]) -> bool:

@@ -52,10 +52,9 @@ class Operations:
         given: list[Tensor] = []
         loose = func in ELEMENTWISE.functions
         index = name == "__getitem__"
-        described = [self._describe(x, loose, index, given) for x in args]
-        if kwargs:
-            described.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), len(given), *described))
+        described = tuple([self._describe(x, loose, index, given) for x in args])
+        named = self._describe(kwargs, loose, False, given) if kwargs else ()
+        self.steps.append((name, torch.is_grad_enabled(), len(given), described, named))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:

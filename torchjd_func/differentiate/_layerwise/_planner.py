@@ -48,8 +48,7 @@ class Problem(NamedTuple):
     Attributes:
         call: `(leaves, *example) -> (outputs, aux tensors)`.
         leaves: The parameters.
-        kind: Of the layout.
-        size: How many examples there are, if `kind` is `"vmapped"`.
+        layout: How it treats examples; how many there are along axes is not known yet.
         inputs: All tensors among the arguments.
         batch: What to map over, for an objective of one example.
         larger: The same with one example more, in ways that may fit its arguments.
@@ -59,8 +58,7 @@ class Problem(NamedTuple):
 
     call: Call
     leaves: Sequence[Tensor]
-    kind: str
-    size: int
+    layout: Layout
     inputs: Sequence[Tensor]
     batch: Batch | None = None
     larger: Callable[[], Iterator[Larger]] = lambda: iter(())
@@ -130,9 +128,8 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             if not recorded.mode.changed:
                 return recorded
             reason = f"it does something else than was planned, from {recorded.mode.changed} on"
-    if problem.kind != "shared":
-        # Importing it earlier would load the compiler.
-        from torchjd_func.differentiate._layerwise._traced import warn_unplanned
+    if problem.layout.kind != "shared":
+        from torchjd_func.differentiate._compiled import warn_unplanned
 
         warn_unplanned(reason)
     return _run(problem, _by_autograd(problem))
@@ -140,8 +137,9 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     """Watch the objective with two batches, decide, and prove the decisions."""
-    layout, other = Layout(problem.kind, problem.size), None
-    if problem.kind == "batched":
+    layout, other = problem.layout, None
+    batched = layout.kind == "batched"
+    if batched:
         size, other = _observe(problem, draws)
         layout = Layout("batched", size)
     draws.restore()
@@ -155,16 +153,16 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         tuple(mode.operations.steps),
         listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
-        along=mode.operations.along() if problem.kind == "batched" else (),
+        along=mode.operations.along() if batched else (),
     )
     drawn = draws.differ(draws.again())
-    if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
+    if batched and seen.outputs.shape[0] % max(layout.size, 1):
         return _by_autograd(problem, layout)
     order = mode.order
     if order is not None and order.broken:
         reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, layout, reason)._replace(proven=True)
-    if problem.kind == "batched" and other is None:
+    if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
     alike = any(other.proven and differ_in_sizes(other, plan) for other in known)
@@ -215,9 +213,9 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
     for larger in problem.larger():
         sizes.append(larger.size)
         draws.restore()
+        plan = _by_autograd(problem, Layout("batched", larger.size + 1))
         try:
-            layout = Layout("batched", larger.size + 1)
-            seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
+            seen = record(larger.call, problem.leaves, plan.layout, larger.inputs, None, plan)
         except REFUSALS:
             continue  # sizes that the objective checks, or constants of the batch's size
         if seen.outputs.shape[0] % (larger.size + 1) == 0:
@@ -255,8 +253,7 @@ def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:
 def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _UNSEEN) -> Plan:
     """Return the plan to have all rows by autograd."""
     opaque = tuple(range(len(problem.leaves)))
-    layout = layout or Layout(problem.kind, problem.size)
-    return Plan(layout, (), opaque, dict.fromkeys(opaque, reason), ())
+    return Plan(layout or problem.layout, (), opaque, dict.fromkeys(opaque, reason), ())
 
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
@@ -276,4 +273,4 @@ def _every(plans: dict[Any, list[Plan]]) -> list[Plan]:
 def _key(problem: Problem) -> Any:
     """Return what a plan depends on, besides the code: shapes."""
     tensors = (*problem.leaves, *problem.inputs)
-    return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
+    return problem.layout.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)

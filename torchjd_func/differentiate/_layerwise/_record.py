@@ -103,7 +103,8 @@ def record(
         # In graphs, what torch.func is handed does not say that it is traced (torch 2.13)
         handles = [x.view_as(x) for x in primals] if compiling else primals
         seen = inputs if batch is None else _tree.tensors(args)
-        if compiling and plan is not None:
+        if compiling:
+            assert plan is not None
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
             operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)

@@ -84,11 +84,11 @@ class Trace(TorchFunctionMode):
         self.perturbations = perturbations
         self.count = len(handles)
         self.constants: list[Tensor] = []
-        self.sources = {handle: of_leaf(i) for i, handle in enumerate(handles)}
-        self.versions = {handle: version_of(handle) for handle in handles}
-        self.ids: set[int] = set()  # of what has a source
-        for handle in handles:
-            self.note(handle)
+        self.sources: dict[Tensor, Source] = {}
+        self.versions: dict[Tensor, int] = {}  # of what has a source
+        self.ids: set[int] = set()
+        for leaf, handle in enumerate(handles):
+            self.note(handle, of_leaf(leaf))
         self.depth = 0
         if plan is None:
             self.depth = _decide.common_depth([*handles, *operations.known])
@@ -150,14 +150,16 @@ class Trace(TorchFunctionMode):
             return False
         return any([x in self.sources and self.source(x) is not None for x in given])
 
-    def note(self, x: Tensor) -> None:
-        """Note that a tensor has a source."""
+    def note(self, x: Tensor, source: Source) -> None:
+        """Note what a tensor is made of."""
+        self.sources[x] = source
+        self.versions[x] = x._version
         self.ids.add(id(x))
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
         found = self.sources.get(x)
-        if found is not None and self.versions[x] != version_of(x):
+        if found is not None and self.versions[x] != x._version:
             del self.sources[x]
             return None
         return found
@@ -253,9 +255,7 @@ class Trace(TorchFunctionMode):
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
             if self.traced(part):
-                self.sources[part] = source if part is out else pick(source, index)
-                self.versions[part] = version_of(part)
-                self.note(part)
+                self.note(part, source if part is out else pick(source, index))
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
@@ -263,7 +263,7 @@ class Trace(TorchFunctionMode):
         if self.order is not None:
             self.order.close(outputs)
         for place, leaves, versions in self.kept:
-            if any(version_of(x) != version for x, version in versions):
+            if any(x._version != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
 
     def deny(self, name: str, leaves: set[int]) -> None:
@@ -281,8 +281,3 @@ def has_floats(args: Any) -> bool:
     if isinstance(args, (list, tuple)):
         return any(map(has_floats, args))
     return type(args) is float
-
-
-def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; where a graph differs, a plan says."""
-    return 0 if torch.compiler.is_compiling() else x._version
