@@ -72,7 +72,6 @@ def _call(
     known: dict[Tensor, Tensor] = {}
 
     def cast_argument(value: PyTree) -> PyTree:
-        """Cast the leaves of one argument."""
         flat, rebuild = _tree.flatten(value)
         pairs = zip(_tree.paths(value), flat, strict=True)
         return rebuild([leaf if keep(path) else _cast(leaf, dtype, known) for path, leaf in pairs])

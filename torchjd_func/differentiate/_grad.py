@@ -195,7 +195,6 @@ def _scalarized(linear: Linearized, rule: Scalarizer, state: Any) -> tuple[PyTre
     """Weigh by the derivative of the one loss that `rule` makes of all: one backward pass."""
 
     def loss_fn(vector: Tensor) -> tuple[Tensor, Any]:
-        """Return the loss, and the next state."""
         loss, after = rule(vector, state, present=linear.present)
         _check.dependent_loss(rule.name, loss.requires_grad)
         return loss, after

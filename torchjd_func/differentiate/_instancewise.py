@@ -220,7 +220,6 @@ def per_example(
     example = Example(fn, in_dims, randomness)
 
     def batched(*args: Any) -> Any:
-        """Map the loss of one example over the batch."""
         return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
 
     return InstanceWise(batched, example)

@@ -16,7 +16,6 @@ from torchjd_func.differentiate._filled import grow
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
-    Larger,
     Layers,
     Layout,
     Problem,
@@ -73,11 +72,9 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     places = tuple(range(len(bound.paths)))
 
     def pullback(weights: Tensor) -> list[Tensor]:
-        """Return the leaves of `J^T weights`."""
         return unscaled(combine(found, weights.unsqueeze(0), (places,)), request.scale)
 
     def rows() -> list[Tensor]:
-        """Return the rows of all leaves."""
         return unscaled([jacobian(found, leaf) for leaf in places], request.scale)
 
     if ranks is not None:
@@ -245,7 +242,7 @@ def _larger(
     args: tuple[Any, ...],
     positions: tuple[int, ...],
     call_with: Callable[[tuple[Any, ...]], Call],
-) -> Iterator[Larger]:
+) -> Iterator[tuple[int, Call, list[Tensor]]]:
     """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
     in_dims = fn.in_dims if isinstance(fn, InstanceWise) else None
@@ -268,7 +265,7 @@ def _larger(
             for place in places:
                 more = partial(_one_more, dim=dims[place], size=size)
                 grown[place] = _tree.map(more, args[place])
-            yield Larger(size, call_with(tuple(grown)), _tree.tensors(tuple(grown)))
+            yield size, call_with(tuple(grown)), _tree.tensors(grown)
 
 
 def _one_more(leaf: Any, *, dim: int, size: int) -> Any:

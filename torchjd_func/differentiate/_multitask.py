@@ -92,7 +92,6 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
     partly = by_leaves is not None and request.route in ("auto", "jacobian")
 
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
-        """Return features and auxiliary output."""
         with as_called(request.autocast):
             z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
         if request.route != "layerwise":  # which runs it for its shapes, too
@@ -173,7 +172,6 @@ def _run_trunk(
     _check.dependent(recorded.dependent)
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
-        """Pull one cotangent of the features back."""
         found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
         return combine(found, flat[0].real.new_ones(1, 1), (tuple(range(len(flat))),))
 

@@ -110,7 +110,6 @@ def packing(
     restore: list[Callable[[list[Tensor]], Any]] = []
 
     def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
-        """Return the value, and the tensors of the auxiliary output."""
         value, aux = fn(primals)
         tensors, unpack = pack(aux)
         restore.append(unpack)

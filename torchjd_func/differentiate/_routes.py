@@ -115,7 +115,6 @@ def _jacobian(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) 
     blocks = _tree.blocks(flat, groups)
 
     def pullback(weights: Tensor) -> PyTree:
-        """Return `J^T weights`."""
         sums = _tree.weighted_sums(blocks, groups, weights, flat)
         return linear.leaves.rebuild(_tree.in_order(sums))
 
@@ -127,7 +126,6 @@ def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | Non
     a, b = rows_of(first), rows_of(second)
 
     def route(groups: _tree.Groups) -> Gramian:
-        """Contract the leaves of each group."""
         chosen = [([a[i] for i in group], [b[i] for i in group]) for group in groups]
         products = torch.stack([_tree.cross_gramian(*pair) for pair in chosen])
         return Gramian(products, pullback_of(second, groups))

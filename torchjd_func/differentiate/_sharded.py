@@ -164,7 +164,6 @@ def _contract_seen(
     """Return the Gramian of rows of which each process has parts."""
 
     def route(groups: Groups) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
-        """Contract the leaves of each group."""
         return _tree.gramians(_tree.blocks(rows, groups), groups), lambda weights: weights
 
     return contract(route, (tuple(range(len(rows))),))[0][0]

@@ -30,14 +30,13 @@ from torchjd_func.differentiate._layerwise._layers import (
 )
 from torchjd_func.differentiate._layerwise._pieces import spread
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
-from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
+from torchjd_func.differentiate._layerwise._planner import plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
-from torchjd_func.differentiate._layerwise._record import Batch, Recorded
+from torchjd_func.differentiate._layerwise._record import Batch, Problem, Recorded
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 
 __all__ = [
     "Batch",
-    "Larger",
     "Layers",
     "Layout",
     "Listed",

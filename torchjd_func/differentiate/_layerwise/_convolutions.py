@@ -48,24 +48,24 @@ def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Argumen
         left = outputs.reshape(outputs.shape[0], -1, *outputs.shape[-dims - 1 :]).flatten(3)
         return Outer(_channels(left, groups), _channels(cut, groups), shape)
 
-    def total() -> Tensor:
+    def convolve(images: Tensor, outputs: Tensor, copies: int) -> Tensor:
         """Convolve, as a plain backward pass does; padding on both sides alike needs no copy."""
         even = before == after
-        images = _images(image, dims) if even else F.pad(_images(image, dims), around)
-        options = (stride, before if even else 0, dilation, groups)
-        return _CONV_GRADS[dims - 1](images, shape, _images(maps, dims), *options)
+        images = images if even else F.pad(images, around)
+        options = (stride, before if even else 0, dilation, copies * groups)
+        return _CONV_GRADS[dims - 1](images, (copies * shape[0], *shape[1:]), outputs, *options)
+
+    def total() -> Tensor:
+        return convolve(_images(image, dims), _images(maps, dims), 1)
 
     def rows() -> Tensor:
         """Convolve, with the channels of each example as groups of their own."""
-        even, e = before == after, len(image)
+        e = len(image)
         images, outputs = (
             _tree.wide(x).reshape(e, -1, *x.shape[-dims - 1 :]).transpose(0, 1).flatten(1, 2)
             for x in (image, maps)
         )
-        images = images if even else F.pad(images, around)
-        options = (stride, before if even else 0, dilation, e * groups)
-        wide = (e * shape[0], *shape[1:])
-        return _CONV_GRADS[dims - 1](images, wide, outputs, *options).reshape(e, *shape)
+        return convolve(images, outputs, e).reshape(e, *shape)
 
     e, p = max(image.shape[0], maps.shape[0]), shape[1] * math.prod(shape[2:])
     # Torch's kernels for few channels on CPU, and for many groups on GPU, are slower than patches.

@@ -220,7 +220,7 @@ def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
     weights = weights.to(cotangent.dtype)
     if found.layout.kind == "shared":
         return torch.tensordot(weights, cotangent, dims=1).unsqueeze(0)
-    return cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+    return cotangent * _tree.per_row(weights, cotangent)
 
 
 def _nothing(a: Layers, b: Layers) -> Tensor:

@@ -99,10 +99,8 @@ def rows(
     parts = [x if dim == 0 else x.squeeze(0) for x, dim in zip(arrays, dims, strict=True)]
 
     def one(cotangent: Tensor, *parts: Tensor) -> Tensor:
-        """Return the gradient of one example."""
 
         def run(value: Tensor) -> Tensor:
-            """Run the operation with a value of the chosen parameter."""
             filled = [value if i == chosen else other for i, other in enumerate(made)]
             copies = cotangent.shape[0] if cotangent.ndim else 1
             spread = [
@@ -138,7 +136,6 @@ def _broadcast(
         return Dense(field.sum_to_size(shape).reshape(-1, *value.shape))
 
     def run(value: Tensor) -> Tensor:
-        """Run the operation with a value for each example."""
         filled = [value if i == chosen else other for i, other in enumerate(made)]
         args, kwargs = _fill(given, filled, fields)
         return func(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +46,35 @@ class Batch(NamedTuple):
         return vmap(fn, in_dims=(*dims, *rest), randomness=self.randomness)(*fixed, *given)
 
 
+class Problem(NamedTuple):
+    """An objective at one point.
+
+    Attributes:
+        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        leaves: The parameters.
+        layout: How it treats examples; how many lie along axes is seen when it is planned.
+        inputs: All tensors among the arguments.
+        batch: What to map over, for an objective of one example.
+        larger: How many examples there are, the call and the inputs with one more, in ways that
+            may fit the arguments.
+        noisy: The call and the inputs with other data; nothing where that makes no difference.
+        check: Whether a plan must prove itself.
+        names: Of the parameters.
+    """
+
+    call: Call
+    leaves: Sequence[Tensor]
+    layout: Layout
+    inputs: Sequence[Tensor]
+    batch: Batch | None = None
+    larger: Callable[[], Iterator[tuple[int, Call, Sequence[Tensor]]]] = lambda: iter(())
+    noisy: Callable[[Callable[[Tensor], Tensor]], Sequence[tuple[Call, Sequence[Tensor]]]] = (
+        lambda change: ()
+    )
+    check: bool = False
+    names: Sequence[str] = ()
+
+
 class Recorded(NamedTuple):
     """One run of an objective."""
 
@@ -61,11 +90,7 @@ class Recorded(NamedTuple):
 
 
 def record(
-    call: Call,
-    leaves: Sequence[Tensor],
-    layout: Layout,
-    inputs: Sequence[Tensor],
-    batch: Batch | None,
+    problem: Problem,
     plan: Plan | None = None,
     other: Operations | None = None,
     *,
@@ -74,11 +99,7 @@ def record(
     """Run the objective, and keep what the pullback and the forms need.
 
     Args:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        layout: How the objective treats examples.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
+        problem: The objective.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
         noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
@@ -87,6 +108,8 @@ def record(
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
         and by leaves.
     """
+    call, leaves, layout, inputs, batch, *_ = problem
+    layout = layout if plan is None else plan.layout
     compiling = torch.compiler.is_compiling()
     watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
@@ -120,7 +143,6 @@ def record(
         return outputs, [*mode.constants, *arrays, *aux]
 
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
-        """Run over all examples."""
         if batch is None:
             out = run(perturbations, primals)
         else:

@@ -90,7 +90,6 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
         return rows.reshape(-1, *values[leaf].shape)
 
     def make(value: Tensor) -> Tensor:
-        """Make the source from a value of the leaf."""
         return build(source, [value if i == leaf else other for i, other in enumerate(values)])
 
     made, pullback = torch.func.vjp(make, values[leaf])[:2]
