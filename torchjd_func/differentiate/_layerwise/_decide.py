@@ -7,7 +7,7 @@ autograd, which is right about everything, one backward pass for each loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,31 +21,98 @@ from torchjd_func.differentiate._layerwise._functions import (
     is_torchs_own,
     name_of,
 )
-from torchjd_func.differentiate._layerwise._plan import LOST, Step
+from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._order import Order
+from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
 from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
+from torchjd_func.differentiate._layerwise._trace import Trace
 
-if TYPE_CHECKING:
-    from torchjd_func.differentiate._layerwise._trace import Trace
+# The place of a use, its leaves, and what must not be overwritten until it is differentiated
+Kept = tuple[int, set[int], list[tuple[Tensor, int]]]
+
+
+class Decider(Trace):
+    """Watches a run without a plan, and decides from what it sees there.
+
+    Args:
+        handles: The parameters, as they are handed to the objective.
+        layout: How the objective treats examples.
+        operations: Numbers tensors, and knows where their examples lie.
+        order: Knows which operations may change the order of examples.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[Tensor],
+        layout: Layout,
+        operations: Operations,
+        order: Order | None,
+    ) -> None:
+        super().__init__(handles, layout, operations)
+        self.order = order
+        self.depth = common_depth([*handles, *operations.known])
+        self.kept: list[Kept] = []
+        self.denied: set[int] = set()
+        self.reasons: dict[int, str] = {}
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation, and see whether it may change the order of examples."""
+        if self.order is None:
+            return super().apply(func, *args, **kwargs)
+        given = self.operations.begin(func, args, kwargs)
+        copies = self.order.copies(args, kwargs, given)
+        if self.on_sources(given):
+            out = self.on_parameters(func, args, kwargs, given)
+        else:
+            out = self.run(func, *args, **kwargs)
+        self.operations.end(out, given)
+        self.order.hold(func, copies, given, out)
+        self.order.compare(func, args, kwargs, given, out)
+        return out
+
+    def on_parameters(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    ) -> Any:
+        """Run an operation with parameters, and decide what it becomes."""
+        return decide(self, func, args, kwargs, given)
+
+    def finish(self, outputs: list[Tensor]) -> None:
+        """Deny the uses whose arguments were overwritten after them."""
+        super().finish(outputs)
+        if self.order is not None:
+            self.order.close(outputs)
+        for place, leaves, versions in self.kept:
+            if any(x._version != version for x, version in versions):
+                self.deny(name_of(self.steps[place].func), leaves)
+
+    def deny(self, name: str, leaves: set[int]) -> None:
+        """Let leaves have rows by autograd."""
+        self.denied |= leaves
+        self.explain(name, leaves)
+
+    def explain(self, name: str, leaves: set[int]) -> None:
+        """Note the first operation without a known form."""
+        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
 
 
 def decide(
-    trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
+    trace: Decider, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
 ) -> Any:
     """Run an operation, and decide what it becomes when it runs again."""
     sources = [trace.sources[x] for x in given if x in trace.sources]
     leaves = {leaf for source in sources for leaf in source.leaves}
     step = Step(func, leaves=tuple(leaves), place=len(trace.operations.names) - 1)
-    nested = is_nested(trace, given)
-    if not nested and may_derive(trace, func, given, sources):
+    seen = torch.is_grad_enabled() and not is_nested(trace, given)
+    if seen and may_derive(trace, func, given, sources):
         step, out = derived(trace, step, args, kwargs, given)
-    elif not nested and may_be_use(trace, func):
+    elif seen and may_be_use(trace, func):
         step, out = used(trace, step, args, kwargs, given)
     else:
         out = trace.run(func, *args, **kwargs)
     if not (tensors_in(out) or func in READERS or is_getter(func)):
         trace.deny(operation(func), leaves)
-    if not (nested or step.use or step.derives) and may_move(trace, func, given, out):
+    if seen and not (step.use or step.derives) and may_move(trace, func, given, out):
         step, out = moved(trace, step, args, kwargs, given, out)
     if tensors_in(out):
         trace.steps.append(step)
@@ -55,7 +122,7 @@ def decide(
 
 
 def derived(
-    trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]
+    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor]
 ) -> tuple[Step, Any]:
     """Run an operation, and see whether its output can be made again at will from the same.
 
@@ -79,7 +146,9 @@ def derived(
     return step, out
 
 
-def used(trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]) -> tuple[Step, Any]:
+def used(
+    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor]
+) -> tuple[Step, Any]:
     """Run an operation, and see whether its output's gradient tells that of its parameters."""
     out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
     plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
@@ -90,7 +159,7 @@ def used(trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor]) 
 
 
 def moved(
-    trace: Trace, step: Step, args: Any, kwargs: Any, given: list[Tensor], out: Tensor
+    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor], out: Tensor
 ) -> tuple[Step, Any]:
     """See whether an operation did no more than move entries of a parameter, and run it as such."""
     parameter = next(x for x in given if x in trace.sources)
@@ -104,15 +173,13 @@ def moved(
     return use(trace, step, given, out)._replace(moves=moves), out
 
 
-def is_nested(trace: Trace, tensors: Sequence[Tensor]) -> bool:
+def is_nested(trace: Decider, tensors: Sequence[Tensor]) -> bool:
     """Say whether some tensor belongs to a transform within the objective, such as vmap."""
     return any(depth(x) > trace.depth for x in tensors)
 
 
-def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
+def may_be_use(trace: Decider, func: Callable[..., Any]) -> bool:
     """Say whether an operation has a known form, if its arguments fit."""
-    if not torch.is_grad_enabled():
-        return False
     if _rules.rule_of(func) is not None:
         return True
     kinds = _local.is_deterministic if trace.layout.kind != "batched" else _local.may_be_local
@@ -120,11 +187,11 @@ def may_be_use(trace: Trace, func: Callable[..., Any]) -> bool:
 
 
 def may_derive(
-    trace: Trace, func: Callable[..., Any], given: list[Tensor], sources: list[Source]
+    trace: Decider, func: Callable[..., Any], given: list[Tensor], sources: list[Source]
 ) -> bool:
     """Say whether the output may be a function of parameters and constants alone."""
     constant = [x for x in given if x not in trace.sources]
-    if any(s.expanded for s in sources) or not torch.is_grad_enabled():
+    if any(s.expanded for s in sources):
         return False
     if constant and (trace.layout.kind != "batched" or any(trace.traced(x) for x in constant)):
         return False
@@ -132,7 +199,7 @@ def may_derive(
     return alone and is_torchs_own(func)
 
 
-def may_move(trace: Trace, func: Callable[..., Any], given: list[Tensor], out: Any) -> bool:
+def may_move(trace: Decider, func: Callable[..., Any], given: list[Tensor], out: Any) -> bool:
     """Say whether the output may be entries of one parameter, some for each example."""
     if trace.layout.kind != "batched" or not isinstance(out, Tensor):
         return False
@@ -141,11 +208,16 @@ def may_move(trace: Trace, func: Callable[..., Any], given: list[Tensor], out: A
     alone = len({id(x) for x in given if x in trace.sources}) == 1
     real = alone and out.is_floating_point() and trace.traced(out) and not is_nested(trace, [out])
     seen = trace.operations.axis_next(out) not in (None, LOST)
-    return real and seen and torch.is_grad_enabled()
+    return real and seen
 
 
 def recognises(
-    trace: Trace, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], out: Tensor
+    trace: Decider,
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    given: list[Tensor],
+    out: Tensor,
 ) -> bool:
     """Say whether the gradient of the parameters is known from the output's."""
     axis = trace.operations.axis_next(out) if trace.layout.kind == "batched" else 0
@@ -170,7 +242,7 @@ def recognises(
     )
 
 
-def use(trace: Trace, step: Step, given: list[Tensor], out: Tensor) -> Step:
+def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
     """Return the step of a recognised operation, what it is applied to being kept."""
     versions = [(x, x._version) for x in given]
     trace.kept.append((len(trace.steps), set(step.leaves), versions))

@@ -196,16 +196,6 @@ class Replay(Trace):
 
     operations: Followed
 
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation; in few steps, which a compiler traces."""
-        given = self.operations.begin(func, args, kwargs)
-        if self.on_sources(given):
-            out = self.on_parameters(func, args, kwargs, given)
-        else:
-            out = self.run(func, *args, **kwargs)
-        self.operations.end(out, given)
-        return out
-
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
         return self.operations.place in self.operations.planned and not self.operations.reads

@@ -10,6 +10,7 @@ import torch
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
+from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
@@ -108,6 +109,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     draws.restore()
     seen = record(problem, other=other)
     mode = seen.mode
+    assert isinstance(mode, Decider)
     plan = Plan(
         problem.layout,
         tuple(mode.steps),

@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
     Attributes:
         problem: The objective there.
-        noisy: What gets noise besides, as of `Trace`.
+        noisy: What gets noise besides, as of `Disturbed`.
         shifted: Whether other random numbers are drawn.
     """
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._decide import Decider
+from torchjd_func.differentiate._layerwise._disturbed import Disturbed
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
@@ -102,7 +104,7 @@ def record(
         problem: The objective.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
-        noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
+        noisy: What gets noise, where autograd's graph is at hand, as of `Disturbed`.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
@@ -132,8 +134,13 @@ def record(
         else:
             operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
             shifts = perturbations if hidden else None
-            order = None if other is None else Order(operations, seen)
-            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
+            if plan is None:
+                order = None if other is None else Order(operations, seen)
+                mode = Decider(handles, layout, operations, order)
+            elif noisy and not hidden:
+                mode = Disturbed(handles, layout, operations, plan, noisy)
+            else:
+                mode = Trace(handles, layout, operations, plan, shifts)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
