@@ -115,7 +115,7 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
     else:
         z, pull, aux, pull_layers = _run_trunk(trunk, bound.leaves, batch, request.route)
         pulled = heads(z)
-        layers = pull_layers(pulled.cotangents, pulled.vector) if pull_layers else None
+        layers = pull_layers(pulled.cotangents, len(pulled.vector)) if pull_layers else None
         by_features = Seen(rows=unscaled(_tree.leaves(pulled.cotangents), request.scale))
         seen = by_features if where is features else Seen(places) if places else None
     return Linearized(
@@ -172,15 +172,15 @@ def _run_trunk(
     _check.dependent(recorded.dependent)
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
-        found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
+        found = _layers(recorded, _tree.stack([cotangent]), 1)
         return combine(found, flat[0].real.new_ones(1, 1), (tuple(range(len(flat))),))
 
     return recorded.outputs, pull_back, unpack(recorded.aux), partial(_layers, recorded)
 
 
-def _layers(recorded: Any, cotangents: PyTree, vector: Tensor) -> Layers:
-    """Pull the gradients by the features back, layer by layer."""
-    return in_one_precision(layers(recorded, cotangents, None, len(vector)))
+def _layers(recorded: Any, cotangents: PyTree, m: int) -> Layers:
+    """Pull `m` cotangents of the features back, layer by layer."""
+    return in_one_precision(layers(recorded, cotangents, None, m))
 
 
 def multitask(

@@ -186,16 +186,13 @@ def _pairs(a: Layers, b: Layers, leaves: Sequence[int]) -> Iterator[Pair]:
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
     value = found.values[leaf]
-    parts = [_combine_piece(found, weights, leaf, piece) for piece in found.pieces.get(leaf, [])]
+    parts = []
+    for piece in found.pieces.get(leaf, []):
+        part = _forms.total(form_of(found, piece, _weigh(found, piece.use, weights)))
+        parts.append(pull(piece.source, leaf, found.values, part.unsqueeze(0))[0])
     if leaf in found.rows:
         parts.append(_tree.weighted_sum(found.rows[leaf], weights))
     return sum(parts[1:], parts[0]).to(value.dtype) if parts else torch.zeros_like(value)
-
-
-def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
-    """Return what one use gives to the weighted sum of the rows of one leaf."""
-    part = _forms.total(form_of(found, piece, _weigh(found, piece.use, weights)))
-    return pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:

@@ -207,12 +207,12 @@ _DETERMINISTIC = (
     | named(
         "neg exp log log1p expm1 sqrt rsqrt square abs reciprocal sigmoid tanh relu gelu silu elu "
         "softplus leaky_relu hardtanh softmax log_softmax logsumexp logsigmoid sin cos sum mean "
-        "prod amax amin var std norm vector_norm matrix_norm normalize clone to float "
-        "double half bfloat16 type type_as stack chunk split unbind narrow select __getitem__ "
-        "expand expand_as repeat repeat_interleave tile einsum matmul mm bmm mv addmm baddbmm dot "
-        "vdot inner outer tensordot kron diag diag_embed diagonal tril triu cumsum cumprod flip "
-        "roll gather index_select pad inv inverse solve cholesky matrix_exp _weight_norm linear "
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
-        "layer_norm rms_norm group_norm bilinear prelu masked_fill __getitem__ tril triu"
+        "prod amax amin var std norm vector_norm matrix_norm normalize type type_as stack chunk "
+        "split unbind narrow select __getitem__ expand expand_as repeat repeat_interleave tile "
+        "einsum matmul mm bmm mv addmm baddbmm dot vdot inner outer tensordot kron diag diag_embed "
+        "diagonal tril triu cumsum cumprod flip roll gather index_select pad inv inverse solve "
+        "cholesky matrix_exp _weight_norm linear conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d embedding layer_norm rms_norm group_norm bilinear prelu "
+        "masked_fill"
     )
 )
