@@ -203,6 +203,7 @@ def _problem(
         noisy=noisy if layout.kind == "batched" else lambda change: [],
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
+        generators={},
     )
     return problem, unpackers
 

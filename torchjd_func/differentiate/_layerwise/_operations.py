@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
@@ -26,13 +27,19 @@ class Operations:
         inputs: Tensors that are there before the run.
         size: How many examples there are.
         other: The operations of a run with another batch, if axes are wanted.
+        generators: Takes the states of random generators before operations are handed these.
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor], size: int = 0, other: Operations | None = None
+        self,
+        inputs: Sequence[Tensor],
+        size: int = 0,
+        other: Operations | None = None,
+        generators: States | None = None,
     ) -> None:
         self.size = size
         self.other = other
+        self.generators = {} if generators is None else generators
         self.inputs = len(inputs)
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes: list[Any] = [x.shape for x in inputs]
@@ -158,6 +165,8 @@ class Operations:
             return (kind, *(self._describe(part, False, False, given) for part in ends))
         if isinstance(x, Integral):  # of numpy, or of an enumeration
             return self._describe(int(x), loose, index, given)
+        if isinstance(x, torch.Generator) and x not in self.generators:
+            self.generators[x] = x.get_state()
         return _value(x)
 
 

@@ -47,7 +47,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -218,7 +218,7 @@ def _by_autograd(problem: Problem, reason: str = _UNSEEN) -> Plan:
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, _every(plans)))

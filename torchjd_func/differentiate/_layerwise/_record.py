@@ -15,6 +15,7 @@ from torch.func import vmap
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._disturbed import Disturbed
+from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
@@ -62,6 +63,8 @@ class Problem(NamedTuple):
         noisy: The call and the inputs with other data; nothing where that makes no difference.
         check: Whether a plan must prove itself.
         names: Of the parameters.
+        generators: The states that random generators had before operations were handed these;
+            filled as it runs.
     """
 
     call: Call
@@ -75,6 +78,7 @@ class Problem(NamedTuple):
     )
     check: bool = False
     names: Sequence[str] = ()
+    generators: States | None = None
 
 
 class Recorded(NamedTuple):
@@ -132,7 +136,8 @@ def record(
             assert plan is not None
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
-            operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+            size = layout.size if layout.kind == "batched" else 0
+            operations = Operations(seen, size, other, problem.generators)
             shifts = perturbations if hidden else None
             if plan is None:
                 order = None if other is None else Order(operations, seen)
