@@ -11,6 +11,7 @@ from torchjd_func.differentiate._layerwise._functions import named
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._sources import instances_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 
@@ -49,7 +50,8 @@ class Disturbed(Trace):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        if not given and _has_floats(args) and isinstance(out, Tensor) and out.is_floating_point():
+        named = not given and instances_in(float, args)
+        if named and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
         self.operations.end(out, given)
         return out
@@ -75,13 +77,6 @@ class Disturbed(Trace):
 def _elsewhere(x: Any) -> Any:
     """Return other numbers."""
     return 1.1 * x + 0.1
-
-
-def _has_floats(args: Any) -> bool:
-    """Say whether Python's numbers are among arguments, or in lists of these."""
-    if isinstance(args, (list, tuple)):
-        return any(map(_has_floats, args))
-    return type(args) is float
 
 
 _ARITHMETIC = named(

@@ -15,7 +15,12 @@ from torch import Tensor
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
 from torchjd_func.differentiate._layerwise._operations import HALF, Operations, unknown
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
-from torchjd_func.differentiate._layerwise._sources import Source, substitute, tensors_in
+from torchjd_func.differentiate._layerwise._sources import (
+    Source,
+    instances_in,
+    substitute,
+    tensors_in,
+)
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 
@@ -66,7 +71,7 @@ def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
     """
     readers: dict[float, list[int]] = {}  # the places of what reads each tensor
     for place, entry in enumerate(listed):
-        for number in _numbers(entry.values):
+        for number in instances_in(float, entry.values):
             readers.setdefault(number, []).append(place)
     found: set[int] = set()
     for place in reversed(range(len(listed))):
@@ -76,13 +81,6 @@ def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
         if listed[place].head[0] in READERS.names or unused:
             found.add(place)
     return tuple(entry._replace(idle=place in found) for place, entry in enumerate(listed))
-
-
-def _numbers(part: Any) -> list[float]:
-    """Return the numbers of tensors in what is listed of an operation."""
-    if isinstance(part, tuple):
-        return [x for inner in part for x in _numbers(inner)]
-    return [part] if isinstance(part, float) else []
 
 
 class Followed(Operations):

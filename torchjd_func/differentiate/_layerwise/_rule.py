@@ -30,8 +30,8 @@ def rule(
     arguments: str, batched: str, forms: dict[str, FormOf], accepts: Accepts, expanded: str = ""
 ) -> Rule:
     """Return a rule; names are separated by spaces."""
-    names = (tuple(part.split()) for part in (arguments, batched, expanded))
-    return Rule(*names, forms, accepts)
+    names = [tuple(part.split()) for part in (arguments, batched, expanded)]
+    return Rule(names[0], names[1], names[2], forms, accepts)
 
 
 def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.func import vmap
 
 from torchjd_func.differentiate._layerwise._functions import attribute_of, named
 from torchjd_func.differentiate._layerwise._spelled import spelled
+
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -116,32 +119,23 @@ def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
     return parts if isinstance(tree, list) else tuple(parts)
 
 
-def sources_in(tree: Any) -> list[Source]:
-    """Return the sources among arguments, in order."""
-    found: list[Source] = []
-    for part in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(part, Source):
-            found.append(part)
-        elif isinstance(part, _NESTED):
-            found.extend(sources_in(part))
-    return found
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors among arguments or outputs, in order."""
-    if isinstance(tree, Tensor):
+def instances_in(kind: type[T], tree: Any) -> list[T]:
+    """Return what is of a kind among arguments or outputs, in order."""
+    if isinstance(tree, kind):
         return [tree]
     if not isinstance(tree, _NESTED):
         return []
-    found: list[Tensor] = []
+    found: list[T] = []
     for part in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(part, Tensor):
+        if isinstance(part, kind):
             found.append(part)
         elif isinstance(part, _NESTED):  # few calls, since a compiler is slow to trace one
-            found.extend(tensors_in(part))
+            found.extend(instances_in(kind, part))
     return found
 
 
+tensors_in = partial(instances_in, Tensor)
+sources_in = partial(instances_in, Source)
 _NESTED = (dict, list, tuple)
 _REPLACED = (Tensor, Source, Place)
 
