@@ -57,12 +57,7 @@ def cast_floating(
         tensor([[1., 1.]])
     """
     _check.floating_dtype("dtype", dtype)
-    return as_objective(fn).wrap(partial(_cast_function, dtype, keep))
-
-
-def _cast_function(dtype: torch.dtype, keep: Callable[[str], bool], fn: Function) -> Function:
-    """Return one function in the other precision."""
-    return partial(_call, fn, dtype, keep)
+    return as_objective(fn).wrap(lambda fn: partial(_call, fn, dtype, keep))
 
 
 def _call(

@@ -102,8 +102,11 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
         return pull_heads(fn.heads, head_params, z, batch, kwargs, request)
 
     def jacobian(pulled: Pulled, pull: Callable[[PyTree], list[Tensor]]) -> Jacobian:
-        pullback = partial(_through, pull, pulled.cotangents, request.scale)
-        return by_pullback(pullback, pulled.vector, request.chunk_size)
+        def through(weights: Tensor) -> list[Tensor]:
+            """Pull a combination of the losses' gradients by the features back."""
+            return unscaled(pull(_tree.weighted_sum(pulled.cotangents, weights)), request.scale)
+
+        return by_pullback(through, pulled.vector, request.chunk_size)
 
     def look(z: PyTree, pull: Callable[[PyTree], list[Tensor]]) -> tuple[Pulled, list[Tensor]]:
         pulled = heads(z)
@@ -145,16 +148,6 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
     shared, head_params = _check.multitask_params(request.args[0], fn.heads)
     _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
     return shared, head_params, batch[0], kwargs
-
-
-def _through(
-    pull: Callable[[PyTree], list[Tensor]],
-    cotangents: PyTree,
-    scale: Tensor | None,
-    weights: Tensor,
-) -> list[Tensor]:
-    """Pull a combination of the losses' gradients by the features back through the trunk."""
-    return unscaled(pull(_tree.weighted_sum(cotangents, weights)), scale)
 
 
 def _run_trunk(

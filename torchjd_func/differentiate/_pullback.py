@@ -127,14 +127,9 @@ def scaled(
     pullback: Callable[[Tensor], list[Tensor]], scale: Tensor | None
 ) -> Callable[[Tensor], list[Tensor]]:
     """Return the same map, run on numbers that are `scale` times as large."""
-    return pullback if scale is None else partial(_pull_scaled, pullback, scale)
-
-
-def _pull_scaled(
-    pullback: Callable[[Tensor], list[Tensor]], scale: Tensor, cotangent: Tensor
-) -> list[Tensor]:
-    """Pull a larger cotangent back, and undo its scale."""
-    return unscaled(pullback(enlarged(cotangent, scale)), scale)
+    if scale is None:
+        return pullback
+    return lambda cotangent: unscaled(pullback(enlarged(cotangent, scale)), scale)
 
 
 def unscaled(tree: PyTree, scale: Tensor | None) -> PyTree:

@@ -90,12 +90,9 @@ def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor
         rows = torch.diag_embed(cotangents.reshape(-1, each), dim1=0, dim2=2).flatten(1).unbind()
     pulled = [pull(row, True, ())[0] for row in rows]
     pairs = zip(zip(*pulled, strict=True), recorded.uses, strict=True)
-    return [_by_loss([spread(x, use.step.axis, plan.layout) for x in xs]) for xs, use in pairs]
-
-
-def _by_loss(grads: Sequence[Tensor]) -> Tensor:
-    """Order gradients by example, then by loss."""
-    return grads[0] if len(grads) == 1 else torch.stack(list(grads), 1).flatten(0, 1)
+    by_loss = [[spread(x, use.step.axis, plan.layout) for x in xs] for xs, use in pairs]
+    # By example, then by loss
+    return [xs[0] if each == 1 else torch.stack(xs, 1).flatten(0, 1) for xs in by_loss]
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:

@@ -121,7 +121,10 @@ def record(
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     steps = [] if plan is None else [step for step in plan.steps if step.use]
     front = () if batch is None else (layout.size,)
-    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    zeros = [  # without memory
+        torch.zeros((), dtype=step.dtype, device=step.device).expand((*front, *step.shape))
+        for step in steps
+    ]
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
@@ -246,8 +249,3 @@ def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> se
         else:
             found.add(number.get(id(getattr(node, "variable", None)), -1))
     return found - {-1}
-
-
-def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros without memory."""
-    return torch.zeros((), dtype=step.dtype, device=step.device).expand(shape)

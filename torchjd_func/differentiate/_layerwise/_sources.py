@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import getitem
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -66,7 +67,7 @@ def derive(
 
 def pick(parent: Source, index: int) -> Source:
     """Return one of several outputs of a source, as of `chunk`."""
-    return Source(parent.leaves, -1, _item, (parent, index), None, False)
+    return Source(parent.leaves, -1, getitem, (parent, index), None, False)
 
 
 def is_reordered(source: Source) -> bool:
@@ -138,11 +139,6 @@ tensors_in = partial(instances_in, Tensor)
 sources_in = partial(instances_in, Source)
 _NESTED = (dict, list, tuple)
 _REPLACED = (Tensor, Source, Place)
-
-
-def _item(outputs: Any, index: int) -> Any:
-    """Return one of several outputs."""
-    return outputs[index]
 
 
 _TRANSPOSED = ("T", "mT")
