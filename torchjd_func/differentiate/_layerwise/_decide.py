@@ -21,7 +21,7 @@ from torchjd_func.differentiate._layerwise._functions import (
     is_torchs_own,
     name_of,
 )
-from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
@@ -61,21 +61,22 @@ class Decider(Trace):
         if self.order is None:
             return super().apply(func, *args, **kwargs)
         given = self.operations.begin(func, args, kwargs)
-        copies = self.order.copies(args, kwargs, given)
+        operation = Operation(func, args, kwargs, given)
+        copies = self.order.copies(operation)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
-        self.order.hold(func, copies, given, out)
-        self.order.compare(func, args, kwargs, given, out)
+        self.order.hold(operation, copies, out)
+        self.order.compare(operation, out)
         return out
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
     ) -> Any:
         """Run an operation with parameters, and decide what it becomes."""
-        return decide(self, func, args, kwargs, given)
+        return decide(self, Operation(func, args, kwargs, given))
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Deny the uses whose arguments were overwritten after them."""
@@ -96,34 +97,31 @@ class Decider(Trace):
         self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
 
 
-def decide(
-    trace: Decider, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
-) -> Any:
+def decide(trace: Decider, operation: Operation) -> Any:
     """Run an operation, and decide what it becomes when it runs again."""
+    func, args, kwargs, given = operation
     sources = [trace.sources[x] for x in given if x in trace.sources]
     leaves = {leaf for source in sources for leaf in source.leaves}
     step = Step(func, leaves=tuple(leaves), place=len(trace.operations.names) - 1)
     seen = torch.is_grad_enabled() and not is_nested(trace, given)
-    if seen and may_derive(trace, func, given, sources):
-        step, out = derived(trace, step, args, kwargs, given)
+    if seen and may_derive(trace, operation, sources):
+        step, out = derived(trace, step, operation)
     elif seen and may_be_use(trace, func):
-        step, out = used(trace, step, args, kwargs, given)
+        step, out = used(trace, step, operation)
     else:
         out = trace.run(func, *args, **kwargs)
     if not (tensors_in(out) or func in READERS or is_getter(func)):
-        trace.deny(operation(func), leaves)
-    if seen and not (step.use or step.derives) and may_move(trace, func, given, out):
-        step, out = moved(trace, step, args, kwargs, given, out)
+        trace.deny(display_name(func), leaves)
+    if seen and not (step.use or step.derives) and may_move(trace, operation, out):
+        step, out = moved(trace, step, operation, out)
     if tensors_in(out):
         trace.steps.append(step)
         if not (step.use or step.derives):
-            trace.explain(operation(func), leaves)
+            trace.explain(display_name(func), leaves)
     return out
 
 
-def derived(
-    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor]
-) -> tuple[Step, Any]:
+def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     """Run an operation, and see whether its output can be made again at will from the same.
 
     It can unless random numbers were drawn, or something was written to.
@@ -131,8 +129,9 @@ def derived(
     Returns:
         What becomes of the operation, and its output.
     """
+    func, args, kwargs, given = operation
     before, versions = draws(given), [x._version for x in given]
-    out = trace.run(step.func, *args, **kwargs)
+    out = trace.run(func, *args, **kwargs)
     parts = tensors_in(out)
     again = not before.differ(before.again()) and versions == [x._version for x in given]
     plain = isinstance(out, Tensor) or (isinstance(out, (list, tuple)) and len(parts) == len(out))
@@ -140,36 +139,33 @@ def derived(
         return step, out
     axis = trace.operations.axis_next(out)
     alone = all(x in trace.sources for x in given) or not is_nested(trace, parts)
-    if alone and (axis is None or (axis == 0 and step.func is Tensor.expand)):
+    if alone and (axis is None or (axis == 0 and func is Tensor.expand)):
         step = step._replace(derives=True, axis=axis)
         trace.derived(step, args, kwargs, out)
     return step, out
 
 
-def used(
-    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor]
-) -> tuple[Step, Any]:
+def used(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     """Run an operation, and see whether its output's gradient tells that of its parameters."""
-    out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
+    func, args, kwargs, given = operation
+    out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
     plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
-    if not plain or not recognises(trace, step.func, args, kwargs, given, out):
-        trace.deny(operation(step.func), set(step.leaves))
+    if not plain or not recognises(trace, operation, out):
+        trace.deny(display_name(func), set(step.leaves))
         return step, out
     return use(trace, step, given, out), out
 
 
-def moved(
-    trace: Decider, step: Step, args: Any, kwargs: Any, given: list[Tensor], out: Tensor
-) -> tuple[Step, Any]:
+def moved(trace: Decider, step: Step, operation: Operation, out: Tensor) -> tuple[Step, Any]:
     """See whether an operation did no more than move entries of a parameter, and run it as such."""
+    func, args, kwargs, given = operation
     parameter = next(x for x in given if x in trace.sources)
     expanded, axis = trace.sources[parameter].expanded, trace.operations.axis_next(out)
     assert axis is not None
-    call = (step.func, args, kwargs)
-    moves = _moves.moves(call, parameter, expanded, axis, trace.layout.size)
+    moves = _moves.moves((func, args, kwargs), parameter, expanded, axis, trace.layout.size)
     if not moves:
         return step, out
-    out = trace.run(step.func, *trace.alias(args), **trace.alias(kwargs))
+    out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
     return use(trace, step, given, out)._replace(moves=moves), out
 
 
@@ -186,21 +182,20 @@ def may_be_use(trace: Decider, func: Callable[..., Any]) -> bool:
     return kinds(func)
 
 
-def may_derive(
-    trace: Decider, func: Callable[..., Any], given: list[Tensor], sources: list[Source]
-) -> bool:
+def may_derive(trace: Decider, operation: Operation, sources: list[Source]) -> bool:
     """Say whether the output may be a function of parameters and constants alone."""
-    constant = [x for x in given if x not in trace.sources]
+    constant = [x for x in operation.given if x not in trace.sources]
     if any(s.expanded for s in sources):
         return False
     if constant and (trace.layout.kind != "batched" or any(trace.traced(x) for x in constant)):
         return False
     alone = all(trace.operations.axis(x) is None for x in constant)
-    return alone and is_torchs_own(func)
+    return alone and is_torchs_own(operation.func)
 
 
-def may_move(trace: Decider, func: Callable[..., Any], given: list[Tensor], out: Any) -> bool:
+def may_move(trace: Decider, operation: Operation, out: Any) -> bool:
     """Say whether the output may be entries of one parameter, some for each example."""
+    func, _, _, given = operation
     if trace.layout.kind != "batched" or not isinstance(out, Tensor):
         return False
     if not is_torchs_own(func) or _rules.rule_of(func) is not None:
@@ -211,35 +206,27 @@ def may_move(trace: Decider, func: Callable[..., Any], given: list[Tensor], out:
     return real and seen
 
 
-def recognises(
-    trace: Decider,
-    func: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    given: list[Tensor],
-    out: Tensor,
-) -> bool:
+def recognises(trace: Decider, operation: Operation, out: Tensor) -> bool:
     """Say whether the gradient of the parameters is known from the output's."""
-    axis = trace.operations.axis_next(out) if trace.layout.kind == "batched" else 0
+    func, batched = operation.func, trace.layout.kind == "batched"
+    axis = trace.operations.axis_next(out) if batched else 0
     if out.is_complex() or axis is None or axis is LOST:
         return False
-    args, kwargs, arrays = trace.mark(args, kwargs)
+    args, kwargs, arrays = trace.mark(operation.args, operation.kwargs)
     axes = [trace.operations.axis(x) for x in arrays]
-    if trace.layout.kind == "batched" and LOST in axes:
+    if batched and LOST in axes:
         return False
-    pairs = [(x, trace.sources[x]) for x in given if x in trace.sources]
+    pairs = [(x, trace.sources[x]) for x in operation.given if x in trace.sources]
     rule = _rules.rule_of(func)
     if rule is not None:
         arguments = bind(rule, args, kwargs)
         shapes = {id(source): tuple(x.shape) for x, source in pairs}
         named = {n: shapes[id(s)] for n, s in arguments.items() if isinstance(s, Source)}
-        visible = axis if trace.layout.kind == "batched" else None
-        return fits(rule, arguments, arrays, axes, visible, named)
-    if trace.layout.kind != "batched":
+        return fits(rule, arguments, arrays, axes, axis if batched else None, named)
+    if not batched:
         return True
-    return _local.is_local(
-        func, (args, kwargs), pairs, list(zip(arrays, axes, strict=True)), axis, out
-    )
+    places = list(zip(arrays, axes, strict=True))
+    return _local.is_local(func, (args, kwargs), pairs, places, axis, out)
 
 
 def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
@@ -256,7 +243,7 @@ def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
     )
 
 
-def operation(func: Callable[..., Any]) -> str:
+def display_name(func: Callable[..., Any]) -> str:
     """Return the name of an operation, also of a getter such as `.T`."""
     return attribute_of(func) or name_of(func)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
+
+
+class Operation(NamedTuple):
+    """An operation of a run, and the tensors that it is applied to."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Tensor]
 
 
 class Operations:
