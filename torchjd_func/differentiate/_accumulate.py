@@ -89,7 +89,6 @@ class Accumulated:
         return replace(self, fn=as_objective(self.fn.wrap(change)))
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
-        """Return the placeholders of the objective."""
         return self.fn.rows_like(primals, m)
 
     def plan(self, request: Request) -> None:
@@ -97,11 +96,9 @@ class Accumulated:
 
     @property
     def spans_processes(self) -> bool:
-        """Whether the objective does."""
         return self.fn.spans_processes
 
     def __repr__(self) -> str:
-        """Return the inner objective in one line."""
         return f"Accumulated({name_of(self.fn)}, {self.n})"
 
 

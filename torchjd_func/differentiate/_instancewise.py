@@ -141,7 +141,6 @@ class InstanceWise:
         return self.ranks is not None
 
     def __repr__(self) -> str:
-        """Return the name of the function in one line."""
         return f"InstanceWise({name_of(self.fn)})"
 
 

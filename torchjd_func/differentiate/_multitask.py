@@ -74,11 +74,9 @@ class MultiTask:
 
     @property
     def spans_processes(self) -> bool:
-        """It does not."""
         return False
 
     def __repr__(self) -> str:
-        """Return the tasks in one line."""
         return f"MultiTask({', '.join(self.heads)})"
 
 

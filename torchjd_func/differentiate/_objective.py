@@ -27,28 +27,22 @@ class Objective(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses (and `aux`, if there is one)."""
-        ...
 
     def linearize(self, request: Request) -> Linearized:
         """Run once, and keep what is needed to pull weights back."""
-        ...
 
     def wrap(self, change: Callable[[Function], Function]) -> Function:
         """Return the objective of changed functions, with the same structure."""
-        ...
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows that a rule is given, of `m` losses of this process."""
-        ...
 
     def plan(self, request: Request) -> None:
         """Find out before the first call what is worth remembering; it changes no result."""
-        ...
 
     @property
     def spans_processes(self) -> bool:
         """Whether losses or parameters are those of several processes."""
-        ...
 
 
 def as_objective(fn: Function | Objective) -> Any:
@@ -74,7 +68,6 @@ class Plain:
     fn: Function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function returns."""
         return self.fn(*args, **kwargs)
 
     def linearize(self, request: Request) -> Linearized:
@@ -84,7 +77,6 @@ class Plain:
         return linearize_whole(self.fn, request)
 
     def wrap(self, change: Callable[[Function], Function]) -> Function:
-        """Return the changed function."""
         return change(self.fn)
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
@@ -96,11 +88,9 @@ class Plain:
 
     @property
     def spans_processes(self) -> bool:
-        """It does not."""
         return False
 
     def __repr__(self) -> str:
-        """Return the name of the function."""
         return name_of(self.fn)
 
 

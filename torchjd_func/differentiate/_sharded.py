@@ -96,11 +96,9 @@ class Sharded:
 
     @property
     def spans_processes(self) -> bool:
-        """It does."""
         return True
 
     def __repr__(self) -> str:
-        """Return the inner objective in one line."""
         return f"Sharded({name_of(self.fn)})"
 
 
