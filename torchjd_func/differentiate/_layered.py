@@ -224,9 +224,10 @@ def _structure(
     rest = tuple(place for place in range(len(args)) if place not in positions)
     dims = fn.example.all_dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
-    if 0 in _batch_sizes(batch) and fn.ranks is None:
+    sizes = _batch_sizes(batch)
+    if 0 in sizes and fn.ranks is None:
         _check.losses((), ())
-    size = next(iter(_batch_sizes(batch)), 0)
+    size = sizes[0] if sizes else 0
     if size and all(dims[position] is None for position in positions):
         return Layout("vmapped", size), batch
     return Layout("batched", 0), None
