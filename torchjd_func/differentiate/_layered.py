@@ -189,7 +189,8 @@ def _problem(
 
     def noisy(change: Callable[[Tensor], Tensor]) -> list[tuple[Call, list[Tensor]]]:
         """Return the objective with other data, and the tensors among these."""
-        moved = {x: change(x) for x in problem.inputs}
+        own = set(bound.leaves)  # which modules may look at, too
+        moved = {x: change(x) for x in problem.inputs if x not in own}
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
         return [(partial(call, data, request.present), _tree.tensors(data))]
 

@@ -14,6 +14,10 @@ from torchjd_func import _check, _tree
 from torchjd_func._pack import pack
 
 PyTree = Any
+_EXPLAINED = (
+    *(RuntimeError, TypeError, ValueError),
+    *(AttributeError, LookupError, AssertionError),
+)
 
 
 def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -22,7 +26,7 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any
         return fn(*args, **kwargs)
     try:
         return fn(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except _EXPLAINED as error:
         given = (args, dict(kwargs))
         _check.explain(error, _tree.paths(given), _tree.leaves(given))
 

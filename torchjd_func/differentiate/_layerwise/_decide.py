@@ -25,7 +25,7 @@ from torchjd_func.differentiate._layerwise._operations import Operation, Operati
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
-from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
+from torchjd_func.differentiate._layerwise._sources import Source, tensors_in, version_of
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 # The place of a use, its leaves, and what must not be overwritten until it is differentiated
@@ -84,7 +84,7 @@ class Decider(Trace):
         if self.order is not None:
             self.order.close(outputs)
         for place, leaves, versions in self.kept:
-            if any(x._version != version for x, version in versions):
+            if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
 
     def deny(self, name: str, leaves: set[int]) -> None:
@@ -130,10 +130,10 @@ def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any
         What becomes of the operation, and its output.
     """
     func, args, kwargs, given = operation
-    before, versions = draws(given), [x._version for x in given]
+    before, versions = draws(given), list(map(version_of, given))
     out = trace.run(func, *args, **kwargs)
     parts = tensors_in(out)
-    again = not before.differ(before.again()) and versions == [x._version for x in given]
+    again = not before.differ(before.again()) and versions == list(map(version_of, given))
     plain = isinstance(out, Tensor) or (isinstance(out, (list, tuple)) and len(parts) == len(out))
     if not (again and parts and plain) or any(part is x for part in parts for x in given):
         return step, out
@@ -231,7 +231,7 @@ def recognises(trace: Decider, operation: Operation, out: Tensor) -> bool:
 
 def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
     """Return the step of a recognised operation, what it is applied to being kept."""
-    versions = [(x, x._version) for x in given]
+    versions = [(x, version_of(x)) for x in given]
     trace.kept.append((len(trace.steps), set(step.leaves), versions))
     batched = trace.layout.kind == "batched"
     axis = trace.operations.axis_next(out) if batched else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -169,7 +169,8 @@ def record(
         return out
 
     primals = [leaf.view_as(leaf) for leaf in frozen]
-    result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
+    with _differentiated(compiling):
+        result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
     rest = iter(rest)
@@ -194,6 +195,16 @@ def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
         return nullcontext()
     # It hides what they do, and would compile what watches them (torch 2.13).
     return torch.compiler.set_stance("force_eager")
+
+
+def _differentiated(compiling: bool = False) -> AbstractContextManager[object]:
+    """Leave inference mode, where tensors do not know what was written to them."""
+    if compiling or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
 
 
 def _pull_compiled(
@@ -229,8 +240,9 @@ def _gradients(
     if not pairs or not places:
         return [None] * len(places)
     heads, grads = zip(*pairs, strict=True)
-    options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
-    return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
+    with _differentiated():
+        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
+        return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
 
 
 def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:

@@ -32,6 +32,7 @@ from torchjd_func.differentiate._layerwise._sources import (
     pick,
     substitute,
     tensors_in,
+    version_of,
 )
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
@@ -119,13 +120,13 @@ class Trace(TorchFunctionMode):
     def note(self, x: Tensor, source: Source) -> None:
         """Note what a tensor is made of."""
         self.sources[x] = source
-        self.versions[x] = x._version
+        self.versions[x] = version_of(x)
         self.ids.add(id(x))
 
     def source(self, x: Tensor) -> Source | None:
         """Return what a tensor is made of, unless it was written to since."""
         found = self.sources.get(x)
-        if found is not None and self.versions[x] != x._version:
+        if found is not None and self.versions[x] != version_of(x):
             del self.sources[x]
             return None
         return found
