@@ -111,7 +111,12 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
     """Return means over processes, of which this process has its parts."""
     present, part, seen = linear.present, request.part, linear.seen
     after = parts.agree(step_of(part, present, losses=linear.vector))
-    pull = partial(_pull_after, after, linear.jacobian.pullback)
+
+    def agreed(cotangent: Tensor) -> list[Tensor]:
+        """Pull back once all processes agree."""
+        return linear.jacobian.pullback(after(cotangent))
+
+    pull = agreed
     known = [] if seen is None or seen.rows is None else seen.rows
     vector, known = after((linear.vector, known))
     if present is not None or part.size is not None:
@@ -137,15 +142,6 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
         seen=seen,
         shards=Shards(parts.contract, partial(_contract_seen, seen_parts.contract), parts.by_rows),
     )
-
-
-def _pull_after(
-    after: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor], list[Tensor]],
-    cotangent: Tensor,
-) -> list[Tensor]:
-    """Pull back once all processes agree."""
-    return pull(after(cotangent))
 
 
 def _pull_share(

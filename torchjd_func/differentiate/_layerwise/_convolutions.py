@@ -34,8 +34,8 @@ def conv_transpose_weight(given: Arguments, cotangent: Tensor, shape: tuple[int,
 def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Arguments) -> Form:
     """Return the outer products of the positions of maps, and the patches of an image there."""
     dims, groups = len(shape) - 2, given.get("groups", 1)
-    stride = numbers(given.get("stride", 1), dims)
-    dilation = numbers(given.get("dilation", 1), dims)
+    stride = per_dim(given.get("stride", 1), dims)
+    dilation = per_dim(given.get("dilation", 1), dims)
     before, after = _padding(given.get("padding", 0), shape[2:], dilation)
     around = [pad for pair in zip(reversed(before), reversed(after), strict=True) for pad in pair]
     t = math.prod(maps.shape[1 : -dims - 1]) * math.prod(maps.shape[-dims:])
@@ -99,7 +99,7 @@ def _channels(x: Tensor, groups: int) -> Tensor:
     return split.flatten(1, 2)
 
 
-def numbers(value: Any, dims: int) -> tuple[int, ...]:
+def per_dim(value: Any, dims: int) -> tuple[int, ...]:
     """Return one number for each dimension."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     return numbers * dims if len(numbers) == 1 else numbers
@@ -112,7 +112,7 @@ def _padding(
     if value == "same":
         both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple(pad // 2 for pad in both), tuple(pad - pad // 2 for pad in both)
-    each = numbers(0 if value == "valid" else value, len(kernel))
+    each = per_dim(0 if value == "valid" else value, len(kernel))
     return each, each
 
 

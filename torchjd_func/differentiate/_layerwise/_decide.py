@@ -106,7 +106,7 @@ def decide(trace: Decider, operation: Operation) -> Any:
     seen = torch.is_grad_enabled() and not is_nested(trace, given)
     if seen and may_derive(trace, operation, sources):
         step, out = derived(trace, step, operation)
-    elif seen and may_be_use(trace, func):
+    elif seen and may_be_use(func, trace.layout.kind == "batched"):
         step, out = used(trace, step, operation)
     else:
         out = trace.run(func, *args, **kwargs)
@@ -174,12 +174,9 @@ def is_nested(trace: Decider, tensors: Sequence[Tensor]) -> bool:
     return any(depth(x) > trace.depth for x in tensors)
 
 
-def may_be_use(trace: Decider, func: Callable[..., Any]) -> bool:
+def may_be_use(func: Callable[..., Any], batched: bool) -> bool:
     """Say whether an operation has a known form, if its arguments fit."""
-    if _rules.rule_of(func) is not None:
-        return True
-    kinds = _local.is_deterministic if trace.layout.kind != "batched" else _local.may_be_local
-    return kinds(func)
+    return _rules.rule_of(func) is not None or _local.may_be_local(func, batched)
 
 
 def may_derive(trace: Decider, operation: Operation, sources: list[Source]) -> bool:

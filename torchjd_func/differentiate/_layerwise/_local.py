@@ -22,13 +22,10 @@ from torchjd_func.differentiate._layerwise._sources import (
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
-def is_deterministic(func: Callable[..., Any]) -> bool:
-    """Say whether `func` is known to compute the same again from the same arguments."""
-    return func in _DETERMINISTIC
-
-
-def may_be_local(func: Callable[..., Any]) -> bool:
-    """Say whether `func` treats examples one by one, if its arguments are such."""
+def may_be_local(func: Callable[..., Any], batched: bool) -> bool:
+    """Say whether `func` treats examples one by one, or the only one, if its arguments are such."""
+    if not batched:  # the same again from the same arguments
+        return func in _DETERMINISTIC
     return (
         func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == "einsum"
     )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._convolutions import numbers
+from torchjd_func.differentiate._layerwise._convolutions import per_dim
 from torchjd_func.differentiate._layerwise._forms import Arguments, FormOf
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 
@@ -83,7 +83,7 @@ def _options(given: Arguments) -> bool:
     if any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
         return False
     extra, stride = given.get("output_padding", 0), given.get("stride", 1)
-    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
+    return max(per_dim(extra, 1)) < min(per_dim(stride, 1)) or max(per_dim(extra, 1)) == 0
 
 
 # Which shapes of arguments, and which axes of examples, the forms are for

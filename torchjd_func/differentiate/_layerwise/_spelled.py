@@ -67,7 +67,13 @@ def _prelu(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Spell `F.prelu` out where it is mapped, since its gradient is wrong mapped twice (2.13)."""
     # Nowhere else: at 0 torch pushes forward as for positive numbers, and back as for negative.
     given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-    return prelu(**given) if any(map(_is_mapped, given.values())) else func(*args, **kwargs)
+    if not any(map(_is_mapped, given.values())):
+        return func(*args, **kwargs)
+    x, weight = given["input"], given["weight"]
+    shape = [1] * x.ndim
+    if weight.numel() > 1:
+        shape[1] = weight.numel()
+    return torch.where(x > 0, x, weight.reshape(shape) * x)
 
 
 def _is_mapped(x: Tensor) -> bool:
@@ -76,14 +82,6 @@ def _is_mapped(x: Tensor) -> bool:
         return True
     inner = torch.func.debug_unwrap(x, recurse=False)
     return inner is not x and (inner.ndim > x.ndim or _is_mapped(inner))
-
-
-def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Return what `F.prelu` does."""
-    shape = [1] * input.ndim
-    if weight.numel() > 1:
-        shape[1] = weight.numel()
-    return torch.where(input > 0, input, weight.reshape(shape) * input)
 
 
 def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
