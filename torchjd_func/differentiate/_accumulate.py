@@ -17,7 +17,7 @@ from torchjd_func.differentiate._objective import (
     Objective,
     as_objective,
     linearize_whole,
-    name_of,
+    shown,
 )
 from torchjd_func.differentiate._request import Request, chosen
 from torchjd_func.differentiate._where import features
@@ -99,7 +99,7 @@ class Accumulated:
         return self.fn.spans_processes
 
     def __repr__(self) -> str:
-        return f"Accumulated({name_of(self.fn)}, {self.n})"
+        return f"Accumulated({shown(self.fn)}, {self.n})"
 
 
 def _linearize(fn: Accumulated, request: Request) -> Linearized:

@@ -28,12 +28,8 @@ def detached(tree: PyTree) -> PyTree:
 
 
 def detach_plain(x: Tensor) -> Tensor:
-    """Detach a tensor that requires a gradient of plain autograd alone."""
-    return x.detach() if _is_plain(x) else x
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients."""
+    """Detach a tensor, or one of the batch in `vmap`, that requires plain gradients alone."""
     # What grad, vjp and jvp wrap is left alone, since detaching would cut what is tracked.
     batch = whole_batch(x)
-    return debug_unwrap(batch, recurse=False) is batch and batch.requires_grad
+    plain = debug_unwrap(batch, recurse=False) is batch and batch.requires_grad
+    return x.detach() if plain else x

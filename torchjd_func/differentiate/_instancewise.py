@@ -19,9 +19,9 @@ from torchjd_func.differentiate._objective import (
     Function,
     linearize_by_layers,
     linearize_whole,
-    name_of,
     plan_by_layers,
     rows_like,
+    shown,
 )
 from torchjd_func.differentiate._request import Request
 
@@ -141,7 +141,7 @@ class InstanceWise:
         return self.ranks is not None
 
     def __repr__(self) -> str:
-        return f"InstanceWise({name_of(self.fn)})"
+        return f"InstanceWise({shown(self.fn)})"
 
 
 def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:

@@ -50,7 +50,7 @@ def as_objective(fn: Function | Objective) -> Any:
     return fn if hasattr(fn, "linearize") else Plain(fn)
 
 
-def name_of(fn: Any) -> str:
+def shown(fn: Any) -> str:
     """Return the name of a function, or how an objective shows itself."""
     return getattr(fn, "__name__", repr(fn))
 
@@ -91,7 +91,7 @@ class Plain:
         return False
 
     def __repr__(self) -> str:
-        return name_of(self.fn)
+        return shown(self.fn)
 
 
 def linearize_by_layers(fn: Objective, request: Request) -> Linearized:

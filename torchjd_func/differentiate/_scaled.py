@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func.differentiate._linearized import Linearized
-from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._request import Request
 
 
@@ -43,4 +43,4 @@ class Scaled:
         return self.fn.spans_processes
 
     def __repr__(self) -> str:
-        return f"Scaled({name_of(self.fn)})"
+        return f"Scaled({shown(self.fn)})"

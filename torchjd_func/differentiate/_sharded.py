@@ -23,7 +23,7 @@ from torchjd_func.differentiate._linearized import (
     Linearized,
     Shards,
 )
-from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._pullback import basis, pull_rows
 from torchjd_func.differentiate._request import Request, bind, chosen
 
@@ -99,7 +99,7 @@ class Sharded:
         return True
 
     def __repr__(self) -> str:
-        return f"Sharded({name_of(self.fn)})"
+        return f"Sharded({shown(self.fn)})"
 
 
 def _placed(leaves: Leaves, parts: Parts) -> Leaves:
