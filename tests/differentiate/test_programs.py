@@ -61,3 +61,19 @@ def test_a_graph_that_goes_another_way_than_planned_says_so(name):
         found = compiled(params, x, 1)
     expected = jd.gramian(objective, route="jacobian")(params, x, 1)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_graph_knows_which_functions_of_parameters_have_no_derivative():
+    params, x = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(p, x):
+        sizes, places = p[0].sort(dim=1)
+        chosen = torch.where(p[1] > 0, p[1], 2 * p[1]).gather(1, places)
+        return (x @ chosen).tanh() @ (sizes * p[1].detach())[0]
+
+    objective = jd.instancewise(loss)
+    expected = jd.gramian(objective, route="jacobian")(params, x)
+    torch.testing.assert_close(jd.gramian(objective)(params, x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(jd.gramian(objective), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, x), expected, rtol=1e-10, atol=1e-12)
