@@ -104,6 +104,7 @@ from torchjd_func._check._objectives import (
     carry_aux,
     dependent,
     divisible,
+    each_dependent,
     in_dims,
     like_losses,
     losses,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchjd_func import _tree
@@ -147,6 +149,18 @@ def dependent(tracked: bool) -> None:
             "not model(...), and detach nothing on the way."
         )
         fail(ValueError, "`losses`", rule, got, remedy)
+
+
+def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
+    """Warn of losses that are constants, which no step can improve."""
+    constant = [path for path, kept in zip(paths, tracked, strict=True) if not kept]
+    if constant and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"Losses {constant} are constants of the differentiated argument, so their gradients "
+            "are 0, and nothing trains them. Compute them by apply(params, ...), detach nothing on "
+            "the way, or say by `present` that a batch does not have them.",
+            stacklevel=2,
+        )
 
 
 def one_for_each_example(losses: Any, several: bool = False) -> None:

@@ -130,7 +130,11 @@ def linearize_whole(
 
     def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
         """Return the losses as one vector, for torch.func to differentiate."""
-        return _evaluate(fn, request, bound.fill(leaves), check)
+        vector, out = _evaluate(fn, request, bound.fill(leaves), check)
+        tracked = [leaf.requires_grad for leaf in _tree.leaves(out[0])]
+        if request.present is None and not all(tracked):
+            _check.each_dependent(_tree.paths(out[0]), tracked)
+        return vector, out
 
     vector, pull, out = vjp_aux(from_leaves, bound.leaves)
     seen = None if where is None else Seen(chosen(where, bound.paths))
