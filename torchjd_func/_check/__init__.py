@@ -33,6 +33,7 @@ from torchjd_func._check._interop import (
     independent_feature,
     leaf_parameter,
     local,
+    optimizer,
     owned,
     reaches,
     trainable,

@@ -45,7 +45,10 @@ _ARGUMENTS = (
 def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
     """Check that what an objective returned can be differentiated."""
     if some and not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
-        remedy = "Return a tensor, or a pytree of tensors, from the objective."
+        remedy = (
+            "Return a tensor, or a pytree of tensors, from the objective, and leave the step out "
+            "where a batch is empty."
+        )
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):

@@ -103,10 +103,11 @@ def backward_(
     """
     _check_options(rule, chunk_size, where, scaler, size)
     part, target = Part(size), _targets.listed(target)
+    tree = _targets.trainable(target)
     rule = rule if rule.processes is None else rule.processes.of_part(part)
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
-        parts = _parts(features, batch, target, rule, part)
+        parts = _parts(features, batch, target, tree, rule, part)
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -117,10 +118,14 @@ def backward_(
 
 
 def _parts(
-    features: PyTree, batch: Batch, target: PyTree, rule: Aggregator | Scalarizer, part: Part
+    features: PyTree,
+    batch: Batch,
+    target: PyTree,
+    tree: PyTree,
+    rule: Aggregator | Scalarizer,
+    part: Part,
 ) -> Split:
     """Tell what losses share from their heads, if there are features."""
-    tree = _targets.trainable(target)
     if features is None or isinstance(rule, Scalarizer):
         return _heads.no_heads(batch, tree)
     return _heads.split(features, batch, target, tree, _factors(rule, batch, part))
