@@ -64,7 +64,15 @@ def test_an_error_says_what_came_and_what_to_do(call, kind, message):
         call()
 
 
-PREFERRED = [jd.upgrad, jd.dualproj, jd.config, jd.aligned_mtl, jd.geometric_median, jd.epo, jd.pmgda]
+PREFERRED = [
+    jd.upgrad,
+    jd.dualproj,
+    jd.config,
+    jd.aligned_mtl,
+    jd.geometric_median,
+    jd.epo,
+    jd.pmgda,
+]
 
 
 @pytest.mark.parametrize("factory", PREFERRED)

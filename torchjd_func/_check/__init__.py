@@ -89,12 +89,14 @@ from torchjd_func._check._multitask import (
     multitask_params,
 )
 from torchjd_func._check._numbers import (
+    axes,
     axis_names,
     flags,
     in_the_plane,
     linear_program,
     metric,
     points,
+    records,
     same_size,
     shape,
     whole,
