@@ -50,6 +50,7 @@ def test_losses_that_are_not_finite_are_seen_and_leave_the_state(name, bad):
     jac, losses = matrix("gaussian", m, 5), losses_for(method, m)
     aggregator, state = fresh(method, jac, m)
     _, state = aggregator(jac, state, losses=losses)
+    assert losses is not None
     losses[1] = bad
     grads, after = aggregator(jac, state, losses=losses)
     assert not grads.isfinite().all()

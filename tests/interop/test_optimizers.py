@@ -163,7 +163,7 @@ def test_schedules_of_hyper_parameters_do_not_recompile():
 
 def test_several_optimizers_are_told_apart():
     model = nn.Linear(2, 1)
-    optimizers = [torch.optim.SGD([param], lr=0.1) for param in model.parameters()]
+    optimizers: Any = [torch.optim.SGD([param], lr=0.1) for param in model.parameters()]
     with pytest.raises(TypeError, match=r"`optimizer` must be.*got list\. Call it once for each"):
         jd.interop.assign_grads_(model, like(model), optimizer=optimizers)
     for optimizer, name in zip(optimizers, ["weight", "bias"], strict=True):

@@ -46,8 +46,7 @@ def backward_(
 
     For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing
     (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN,
-    custom functions and kernels, `torch.autograd.grad` inside of a loss. Rules, states and numbers
-    are those of `jd.grad`.
+    custom functions and kernels, inner `torch.autograd.grad`. Rules and numbers are `jd.grad`'s.
 
     It costs `m` backward passes, one after the other, and holds `m` gradients at once; the Gramian
     is summed parameter by parameter. A Scalarizer, and an Aggregator that looks at no gradient
@@ -56,10 +55,10 @@ def backward_(
     (`jd.instancewise`), and can be vmapped and differentiated.
 
     Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
-    that of the batch: add their losses, and call it once. It leaves alone what no loss depends
-    on. It runs hooks of tensors and modules once for each pass, and those after accumulation, such
-    as DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
-    compiled by itself needs `torch._functorch.config.donated_buffer = False`.
+    that of the batch: add their losses, and call it once. What no loss depends on is left alone.
+    Hooks of tensors and modules run once for each pass, those after accumulation, as in
+    DistributedDataParallel, not at all; sparse gradients are made dense. A model that was compiled
+    by itself needs `torch._functorch.config.donated_buffer = False`.
 
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
