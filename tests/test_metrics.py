@@ -166,6 +166,13 @@ def test_stationarity_gap_by_hand():
     close(jd.metrics.stationarity_gap(zero, relative=True), 0.0)
 
 
+def test_the_gap_keeps_its_digits_under_autocast():
+    gramian = torch.tensor([[3000.1, -1000.3], [-1000.3, 2000.7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = jd.metrics.stationarity_gap(gramian)
+    close(got, jd.metrics.stationarity_gap(gramian.double()).float(), atol=1e-4)
+
+
 def test_metrics_of_gradients_are_batched():
     jacs = torch.stack([matrix("gaussian", 3, 4, seed) for seed in range(4)])
     gramians = (jacs @ jacs.mT).unflatten(0, (2, 2))

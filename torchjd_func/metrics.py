@@ -225,10 +225,11 @@ def stationarity_gap(gramian: Tensor, *, relative: bool = False) -> Tensor:
         >>> jd.metrics.stationarity_gap(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
         tensor(2.4000)
     """
-    weights = min_norm_point(gramian).value
-    square = ((gramian @ weights.unsqueeze(-1)).squeeze(-1) * weights).sum(-1)
-    longest = gramian.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return (ratio(square, longest) if relative else square).clamp(min=0).sqrt()
+    weights, wide = min_norm_point(gramian).value.double(), gramian.double()
+    square = ((wide @ weights.unsqueeze(-1)).squeeze(-1) * weights).sum(-1)
+    longest = wide.diagonal(dim1=-2, dim2=-1).amax(-1)
+    gap = (ratio(square, longest) if relative else square).clamp(min=0).sqrt()
+    return gap.to(gramian.dtype)
 
 
 def _gain(values: Tensor, baseline: Tensor, higher_is_better: Flags) -> Tensor:
