@@ -50,8 +50,10 @@ def pull_heads(
             if all_absent(flags)
             else _pull_head(head, params[name], z, request)
         )
-    dependent = any(head.dependent for head in found.values())
-    _check.dependent(dependent or all_absent(request.present))
+    dependent = [head.dependent for head in found.values()]
+    _check.dependent(any(dependent) or all_absent(request.present))
+    if request.present is None:
+        _check.each_dependent(list(found), dependent)
     losses = {name: head.losses for name, head in found.items()}
     vector = torch.cat([head.vector for head in found.values()])
     cotangents = _tree.cat([head.cotangents for head in found.values()])

@@ -118,7 +118,11 @@ def linearize_whole(
     places = None if where is None else chosen(where, bound.paths)
 
     def run(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
-        return _evaluate(fn, request, bound.fill(leaves), check)
+        vector, out = _evaluate(fn, request, bound.fill(leaves), check)
+        tracked = [leaf.requires_grad for leaf in _tree.leaves(out[0])]
+        if request.present is None and not all(tracked):
+            _check.each_dependent(_tree.paths(out[0]), tracked)
+        return vector, out
 
     def jacobian(vector: Tensor, pull: Callable[[Tensor], list[Tensor]]) -> Jacobian:
         return by_pullback(scaled(pull, request.scale), vector, request.chunk_size)
