@@ -23,6 +23,7 @@ from torchjd_func.differentiate._objective import (
     rows_like,
     shown,
 )
+from torchjd_func.differentiate._pullback import tracked_inside
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -219,6 +220,7 @@ def per_example(
     example = Example(fn, in_dims, randomness)
 
     def batched(*args: Any) -> Any:
-        return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
+        dims = example.all_dims(len(args))
+        return vmap(tracked_inside(fn), in_dims=dims, randomness=randomness)(*args)
 
     return InstanceWise(batched, example)

@@ -103,6 +103,46 @@ def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]
     return values
 
 
+def tracked(primals: PyTree) -> PyTree:
+    """Return what `torch.func` hands out so that a graph knows that it is tracked.
+
+    What it does not know to be tracked is plain to it: then the backward of a custom
+    `autograd.Function` is dropped in silence (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return primals
+    return _tree.map(lambda x: x.view_as(x), primals)
+
+
+def tracked_inside(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function, for a graph to map over examples.
+
+    What `vmap` hands out does not say that it is tracked, unless it is tracked inside: a custom
+    `autograd.Function`, which no graph maps, is then refused (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return fn
+
+    def nested(*args: Any) -> Any:
+        """Run inside a level of derivatives that nothing asks for."""
+        flat, rebuild = _tree.flatten(args)
+        places = [place for place, x in enumerate(flat) if _differentiable(x)]
+
+        def run(some: list[Tensor]) -> Any:
+            """Return anything, and all results."""
+            return some[0].sum(), fn(*rebuild(replaced(flat, places, tracked(some))))
+
+        result: Any = torch.func.vjp(run, [flat[place] for place in places], has_aux=True)
+        return result[2]
+
+    return nested
+
+
+def _differentiable(x: Any) -> bool:
+    """Say whether `torch.func` takes derivatives by a value."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def packing(
     fn: Callable[..., Any],
 ) -> tuple[Callable[..., Any], Callable[[list[Tensor]], Any]]:
@@ -114,7 +154,7 @@ def packing(
     restore: list[Callable[[list[Tensor]], Any]] = []
 
     def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
-        value, aux = fn(primals)
+        value, aux = fn(tracked(primals))
         tensors, unpack = pack(aux)
         restore.append(unpack)
         return value, tensors

@@ -114,10 +114,11 @@ def decide(trace: Decider, operation: Operation) -> Any:
         trace.deny(display_name(func), leaves)
     if seen and not (step.use or step.derives) and may_move(trace, operation, out):
         step, out = moved(trace, step, operation, out)
-    if tensors_in(out):
+    parts = tensors_in(out)
+    if parts:
         trace.steps.append(step)
-        if not (step.use or step.derives):
-            trace.explain(display_name(func), leaves)
+    if any(map(trace.traced, parts)) and not (step.use or step.derives):
+        trace.explain(display_name(func), leaves)
     return out
 
 
@@ -139,8 +140,9 @@ def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any
         return step, out
     axis = trace.operations.axis_next(out)
     alone = all(x in trace.sources for x in given) or not is_nested(trace, parts)
-    if alone and (axis is None or (axis == 0 and func is Tensor.expand)):
-        step = step._replace(derives=True, axis=axis)
+    derives = tuple(map(trace.traced, parts))
+    if any(derives) and alone and (axis is None or (axis == 0 and func is Tensor.expand)):
+        step = step._replace(derives=derives, axis=axis)
         trace.derived(step, args, kwargs, out)
     return step, out
 

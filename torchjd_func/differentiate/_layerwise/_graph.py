@@ -209,10 +209,6 @@ class Replay(Trace):
         """Note what a tensor is made of; where a graph writes to it otherwise, a plan says."""
         self.sources[x] = source
 
-    def traced(self, x: Tensor) -> bool:
-        """Trust the plan on what autograd traces."""
-        return True
-
     def alias(self, tree: Any) -> Any:
         """Return the arguments, constants but for leaves with rows by autograd."""
         assert self.plan is not None

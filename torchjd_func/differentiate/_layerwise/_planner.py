@@ -28,8 +28,8 @@ from torchjd_func.differentiate._layerwise._record import Problem, Recorded, rec
 
 _UNSEEN = "examples not seen: fn takes no other batch"
 _FUNCTIONS = (
-    "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
-    "torch.func (2.13); compare with the result that is not compiled"
+    "it applies a custom torch.autograd.Function, into which no graph looks, and whose backward is "
+    "lost in graphs where it is inside another transform, such as vmap (torch 2.13)"
 )
 MOST_PLANS = 8  # remembered for arguments of the same shapes
 
@@ -84,11 +84,11 @@ def _proven_late(
 
 def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     """Run an objective that is compiled as an eager run was planned and proven, or by autograd."""
-    reason = "no run with arguments of these shapes was planned"
-    for known in plans.get(_key(problem), ()):
-        if known.uncompilable:
-            reason = known.uncompilable
-        elif known.proven:
+    planned = plans.get(_key(problem), ())
+    reason = next((known.uncompilable for known in planned if known.uncompilable), "")
+    # Watching a function that no graph looks into is an error of the compiler.
+    for known in () if reason else planned:
+        if known.proven:
             recorded = record(problem, known)
             if not recorded.mode.changed:
                 return recorded
@@ -96,7 +96,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if problem.layout.kind != "shared":
         from torchjd_func.differentiate._compiled import warn_unplanned
 
-        warn_unplanned(reason)
+        warn_unplanned(reason or "no run with arguments of these shapes was planned")
     return record(problem, _by_autograd(problem))
 
 

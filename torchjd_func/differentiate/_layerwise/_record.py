@@ -22,7 +22,7 @@ from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
-from torchjd_func.differentiate._pullback import replaced
+from torchjd_func.differentiate._pullback import replaced, tracked_inside
 
 # Places in the graph of autograd, and tensors of the shapes of gradients there
 Places = tuple[Sequence[Any], Sequence[Tensor]]
@@ -155,7 +155,7 @@ def record(
         if batch is None:
             out = run(perturbations, primals)
         else:
-            out = batch.map(run, (perturbations, primals), (0, None))
+            out = batch.map(tracked_inside(run), (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
         outs = _tree.leaves(out[0])
         inner.append((outs, uses, primals))

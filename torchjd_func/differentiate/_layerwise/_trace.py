@@ -219,7 +219,7 @@ class Trace(TorchFunctionMode):
         source = derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part):
+            if step.derives[index]:
                 self.note(part, source if part is out else pick(source, index))
 
     def finish(self, outputs: list[Tensor]) -> None:
