@@ -235,7 +235,7 @@ METHODS: dict[str, Method] = {
     ),
     "graddrop": Method(lambda m: jd.graddrop(), weighted=False, random=True, cost="m n"),
     "graddrop[leak]": Method(
-        lambda m: jd.graddrop(_preference(m)),
+        lambda m: jd.graddrop(_preference(m).clamp(max=1)),
         weighted=False,
         equivariant=False,
         random=True,

@@ -53,6 +53,13 @@ def test_mean_rank_shares_ties():
     close(jd.metrics.mean_rank(both, torch.tensor([True, False])), want)
 
 
+def test_a_method_that_diverged_has_no_rank():
+    values = double(0.9, 3.0, torch.nan, 1.0, 0.8, 2.0).reshape(3, 2)
+    ranks = jd.metrics.mean_rank(values, [True, False])
+    close(ranks[[0, 2]], [2.0, 2.0])
+    assert ranks[1].isnan()
+
+
 def counted(points: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the volume by inclusion and exclusion: the reference, exponential in the points."""
     boxes = [(reference - point).clamp(min=0) for point in points]
@@ -102,6 +109,18 @@ def test_hypervolume_of_points_that_are_not_finite():
     close(jd.metrics.hypervolume(points[:2], reference), 0.0)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_hypervolume_of_a_reference_that_is_not_finite(m):
+    points, reference = torch.ones(2, m).double(), torch.full((m,), 2.0).double()
+    points[1] = 0.5
+    for value in (torch.inf, torch.nan):
+        reference[-1] = value
+        got = jd.metrics.hypervolume(points, reference)
+        assert torch.equal(got, double(value).squeeze()) or (value != value and got.isnan())
+    points, reference = double(1.0, 2.0).expand(2, 2), double(torch.inf, torch.inf)
+    assert jd.metrics.hypervolume(points, reference) == torch.inf
+
+
 def test_hypervolume_of_the_plane_is_a_torch_function():
     sets = torch.randint(0, 7, (5, 4, 2), generator=torch.Generator().manual_seed(0)).double()
     reference = double(5.0, 6.0)
@@ -145,6 +164,13 @@ def test_stationarity_gap_by_hand():
     close(jd.metrics.stationarity_gap(A @ A.T, relative=True), want / b.norm())
     zero = torch.zeros(2, 2, dtype=torch.float64)
     close(jd.metrics.stationarity_gap(zero, relative=True), 0.0)
+
+
+def test_the_gap_keeps_its_digits_under_autocast():
+    gramian = torch.tensor([[3000.1, -1000.3], [-1000.3, 2000.7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = jd.metrics.stationarity_gap(gramian)
+    close(got, jd.metrics.stationarity_gap(gramian.double()).float(), atol=1e-4)
 
 
 def test_metrics_of_gradients_are_batched():

@@ -4,6 +4,8 @@
 # pyright: reportArgumentType=false
 
 import pytest
+import torch
+from torch.func import vmap
 
 import torchjd_func as jd
 from tests import registry, scalarizer_registry
@@ -48,6 +50,11 @@ def test_an_argument_works_or_is_refused(method, argument):
         (lambda: jd.imtl_g(safe="no"), TypeError, "`safe` must be True or False"),
         (lambda: jd.upgrad(object()), TypeError, "`preference` must be 1-D.*got object"),
         (lambda: jd.upgrad([1.0, float("nan")]), ValueError, "`preference`.*nan"),
+        (lambda: jd.cagrad(torch.tensor(-1.0)), ValueError, r"`c` must be in \[0, inf\), got -1.0"),
+        (lambda: jd.upgrad(torch.tensor([1.0, -1.0])), ValueError, "`preference`.*got -1.0"),
+        (lambda: jd.dualproj({"a": 1.0, "b": torch.tensor(-1.0)}), ValueError, "got -1.0"),
+        (lambda: jd.epo(torch.tensor([1.0, torch.nan])), ValueError, "`preference`.*got nan"),
+        (lambda: jd.clipped_mean(torch.tensor(torch.nan)), ValueError, "`max_norm`.*got nan"),
         (lambda: jd.krum(1.0), ValueError, "`n_byzantine` must be an int"),
         (lambda: jd.graddrop(f=3), TypeError, "`f` must be a function"),
     ],
@@ -55,3 +62,27 @@ def test_an_argument_works_or_is_refused(method, argument):
 def test_an_error_says_what_came_and_what_to_do(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+PREFERRED = [
+    jd.upgrad,
+    jd.dualproj,
+    jd.config,
+    jd.aligned_mtl,
+    jd.geometric_median,
+    jd.epo,
+    jd.pmgda,
+]
+
+
+@pytest.mark.parametrize("factory", PREFERRED)
+def test_a_preference_that_is_not_read_and_not_a_number_is_seen_in_the_result(factory):
+    jac = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
+
+    def step(preference):
+        return factory(preference)(jac, losses=torch.ones(2))[0]
+
+    good = torch.tensor([0.3, 0.7])
+    found = vmap(step)(torch.stack([good, torch.tensor([torch.nan, 0.7])]))
+    torch.testing.assert_close(found[0], step(good))
+    assert found[1].isnan().all()

@@ -194,6 +194,8 @@ ERRORS = {
     "gramian": lambda: plot.conflict_matrix(torch.zeros(2, 3)),
     "names": lambda: plot.conflict_matrix(torch.eye(2), ["a"]),
     "records": lambda: plot.training([]),
+    "records`.*at 1": lambda: plot.training([{"a": torch.ones(3)}, {"a": torch.ones(2)}]),
+    "records`.*at 2": lambda: plot.training([*RECORDS[:2], {"losses": RECORDS[0]["losses"]}]),
     "window": lambda: plot.training(RECORDS, window=0),
     "ax": lambda: plot.training(RECORDS, ax=pyplot.subplots()[1]),
 }
@@ -201,8 +203,14 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_fault(name):
-    with pytest.raises(ValueError, match=rf"`{name}`"):
+    with pytest.raises(ValueError, match=rf"`{name}"):
         ERRORS[name]()
+
+
+@pytest.mark.parametrize("records", [torch.ones(3, 2), {"losses": torch.ones(3)}, [1.0]])
+def test_training_asks_for_a_dict_for_each_step(records):
+    with pytest.raises(TypeError, match="`records` must be a list of dicts"):
+        plot.training(records)
 
 
 def test_front_fills_what_is_not_dominated():

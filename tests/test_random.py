@@ -124,3 +124,11 @@ def test_a_step_is_a_key_and_a_draw_of_other_counters(n):
     mapped = torch.func.vmap(lambda key: _threefry.step(key, n, 52))(key.expand(2, 2))
     assert torch.equal(mapped[0][1], next_key)
     assert torch.equal(mapped[1][1], _host.tensor(words))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_uniform_numbers_of_any_dtype_are_below_one(dtype):
+    draws = jd.random.uniform(jd.random.key(3), (100_000,), dtype=dtype)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.double().mean() - 0.5) < torch.finfo(dtype).eps + 5e-3

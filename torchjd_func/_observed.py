@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._precision import product, squares
 from torchjd_func._present import only
 from torchjd_func._types import Observation
 from torchjd_func.linalg._gramian import rank_tol
@@ -47,5 +48,5 @@ def _update_by_rows(observation: Observation) -> tuple[Tensor, Tensor]:
     """Return `J d` and the length of `d`, of a rule without weights."""
     grads = [_tree.real(leaf).flatten() for leaf in _tree.leaves(observation.grads)]
     pairs = zip(map(_tree.rows, _tree.leaves(observation.jac)), grads, strict=True)
-    inner = torch.stack([(rows @ grad).to(torch.float64) for rows, grad in pairs]).sum(0)
-    return inner, torch.stack([grad.norm().to(torch.float64) for grad in grads]).norm()
+    inner = torch.stack([product(rows, grad.unsqueeze(0))[:, 0] for rows, grad in pairs]).sum(0)
+    return inner, torch.stack([squares(grad) for grad in grads]).sum().sqrt()

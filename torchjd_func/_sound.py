@@ -46,7 +46,11 @@ def without_subnormal(gramian: Tensor) -> Tensor:
     known = _host.numbers(gramian)
     if gramian.dtype != torch.float64 or (known is not None and known.diagonal().min() >= TINY):
         return gramian
-    return torch.nn.functional.hardshrink(gramian, TINY)
+    shrunk = torch.nn.functional.hardshrink(gramian, TINY)
+    if _host.plain(gramian):
+        return shrunk
+    # Its derivative is 0 at 0, where rows are orthogonal, and what follows may have another one.
+    return gramian - torch.where(shrunk == 0, gramian, 0.0).detach()
 
 
 def keep(result: PyTree, after: State, before: State) -> State:

@@ -30,6 +30,8 @@ PyTree = Any
 
 __all__ = ["LossScaleState", "init", "keep", "scaled", "update"]
 
+LIMITS = 2.0**-24, 2.0**126  # the least that float16 holds; one over this is no subnormal float32
+
 
 class LossScaleState(NamedTuple):
     """The scale, and what it is adapted by."""
@@ -100,6 +102,9 @@ def update(
 ) -> LossScaleState:
     """Return the scale of the next step: lower after one that overflowed, higher after many good.
 
+    It stays between `2**-24`, the least that float16 can hold, and `2**126`, so that it comes back
+    after any number of steps that were not finite, or were zero.
+
     Args:
         state: From `init` or `update`.
         grads: Pytree of gradients.
@@ -133,7 +138,7 @@ def update(
     good_steps = torch.where(finite, state.good_steps + 1, 0)
     due = good_steps >= growth_interval
     factor = torch.where(due, growth, torch.where(finite, 1.0, backoff))
-    scale = state.scale * factor.to(state.scale.dtype)
+    scale = (state.scale * factor.to(state.scale.dtype)).clamp(*LIMITS)
     return LossScaleState(scale, torch.where(due, 0, good_steps), finite)
 
 

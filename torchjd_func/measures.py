@@ -129,7 +129,8 @@ def conflict_fraction(observation: Observation) -> Tensor:
     """
     gramian = _observed.gramian(observation)
     m = _observed.count(observation)
-    return (gramian < 0).sum() / (m * (m - 1)).clamp(min=1)
+    conflicts = torch.where(gramian.isnan(), gramian, gramian < 0)
+    return conflicts.sum() / (m * (m - 1)).clamp(min=1)
 
 
 def row_norms(observation: Observation) -> Tensor:

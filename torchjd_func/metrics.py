@@ -106,7 +106,8 @@ def delta_p(
 def mean_rank(values: Tensor, higher_is_better: Flags) -> Tensor:
     """Return the mean over metrics of the rank of each method: 1 is the best, lower is better.
 
-    Equal methods share the mean of their ranks. A rank depends on the set of methods compared.
+    Equal methods share the mean of their ranks. A rank depends on the set of methods compared. That
+    of a method with a metric that is not-a-number is not-a-number.
 
     Args:
         values: `(..., n, K)`, `K` metrics of `n` methods.
@@ -133,7 +134,8 @@ def mean_rank(values: Tensor, higher_is_better: Flags) -> Tensor:
     mine, theirs = score.unsqueeze(-2), score.unsqueeze(-3)
     ahead = (theirs > mine).sum(-2)
     level = (theirs == mine).sum(-2)
-    return (ahead + (level + 1) / 2).mean(-1).to(values.dtype)
+    ranks = torch.where(score.isnan(), torch.nan, ahead + (level + 1) / 2)
+    return ranks.mean(-1).to(values.dtype)
 
 
 def hypervolume(points: Tensor, reference: Tensor) -> Tensor:
@@ -168,15 +170,8 @@ def hypervolume(points: Tensor, reference: Tensor) -> Tensor:
         tensor(11.)
     """
     _check.points(points, reference)
-    if points.shape[1] > 2:
-        return _volume(points, reference)
-    inside = (points < reference).all(-1, keepdim=True)
-    gaps = torch.where(inside, reference - points, 0.0)
-    if points.shape[1] == 1:
-        return torch.cat([gaps.new_zeros(1), gaps[:, 0]]).max()
-    gaps = gaps[gaps[:, 0].argsort(descending=True)]
-    reached = torch.cat([gaps.new_zeros(1), gaps[:, 1]]).cummax(0).values
-    return (gaps[:, 0] * reached.diff()).sum()
+    volume = _volume if points.shape[1] > 2 else _area
+    return torch.where(reference.isnan().any(), torch.nan, volume(points, reference))
 
 
 def pairwise_cosine(gramian: Tensor) -> Tensor:
@@ -230,10 +225,11 @@ def stationarity_gap(gramian: Tensor, *, relative: bool = False) -> Tensor:
         >>> jd.metrics.stationarity_gap(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
         tensor(2.4000)
     """
-    weights = min_norm_point(gramian).value
-    square = ((gramian @ weights.unsqueeze(-1)).squeeze(-1) * weights).sum(-1)
-    longest = gramian.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return (ratio(square, longest) if relative else square).clamp(min=0).sqrt()
+    weights, wide = min_norm_point(gramian).value.double(), gramian.double()
+    square = ((wide @ weights.unsqueeze(-1)).squeeze(-1) * weights).sum(-1)
+    longest = wide.diagonal(dim1=-2, dim2=-1).amax(-1)
+    gap = (ratio(square, longest) if relative else square).clamp(min=0).sqrt()
+    return gap.to(gramian.dtype)
 
 
 def _gain(values: Tensor, baseline: Tensor, higher_is_better: Flags) -> Tensor:
@@ -249,6 +245,17 @@ def _signs(values: Tensor, higher_is_better: Flags) -> Tensor:
     """Return 1 for each metric of which more is better, and -1 for each other."""
     flags = _check.flags("higher_is_better", higher_is_better, values)
     return torch.where(flags, 1.0, -1.0).to(values.dtype)
+
+
+def _area(points: Tensor, reference: Tensor) -> Tensor:
+    """Return the volume in one or two dimensions."""
+    inside = (points < reference).all(-1, keepdim=True)
+    gaps = torch.where(inside, reference - points, 0.0)
+    if points.shape[1] == 1:
+        return torch.cat([gaps.new_zeros(1), gaps[:, 0]]).max()
+    gaps = gaps[gaps[:, 0].argsort(descending=True)]
+    reached = torch.cat([gaps.new_zeros(1), gaps[:, 1]]).cummax(0).values
+    return torch.where(gaps.isinf().any(), torch.inf, (gaps[:, 0] * reached.diff()).sum())
 
 
 def _volume(points: Tensor, reference: Tensor) -> Tensor:

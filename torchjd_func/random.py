@@ -136,7 +136,7 @@ def uniform(
     Args:
         key: `(2,)`.
         shape: Shape of the result.
-        dtype: float64 has 53 random bits, others are rounded from 24.
+        dtype: Its significand has as many random bits: 53 of float64, 24 of float32, 11 of float16.
 
     Returns:
         Tensor of `shape` and `dtype`.
@@ -151,10 +151,11 @@ def uniform(
     _check.floating_dtype("dtype", dtype)
     if dtype == torch.float64:
         return _host.tensor(_threefry.wide_bits(key, shape, 53)).to(dtype) * 2.0**-53
-    words = _threefry.bits(key, shape) >> 8
+    digits = round(1 - math.log2(torch.finfo(dtype).eps))  # more would be rounded up to 1
+    words = _threefry.bits(key, shape) >> (32 - digits)
     if not isinstance(words, Tensor):
         words = torch.from_numpy(np.asarray(words, dtype=np.float32))
-    return (words.to(torch.float32) * 2.0**-24).to(dtype)
+    return (words.to(torch.float32) * 2.0**-digits).to(dtype)
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -86,6 +86,16 @@ def test_excess_mtl_does_not_see_the_scale_of_the_gradients():
             close(got / s, want, atol=1e-12)
 
 
+@pytest.mark.parametrize("s", [1e-35, 1e30])
+def test_excess_mtl_of_float32_squares_no_entry(s):
+    rule, state, scaled = jd.excess_mtl(eps=0.0), None, None
+    for seed in range(4):
+        jac = matrix("zero", 3, 5, seed)
+        want, state = rule(jac, state)
+        got, scaled = rule((s * jac).float(), scaled)
+        close(got.double() / s, want, atol=1e-4)
+
+
 # MoCo
 
 

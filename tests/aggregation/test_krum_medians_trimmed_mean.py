@@ -194,3 +194,12 @@ def test_trimmed_mean_says_how_many_objectives_it_needs():
         jd.trimmed_mean(2)(B)
     with pytest.raises(ValueError, match="`trim_number` must be an int of at least 0, got -1"):
         jd.trimmed_mean(-1)
+
+
+def test_a_median_that_is_not_found_is_not_a_number():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        lengths = 10 ** (120 * torch.rand(5, 1, generator=generator).double() - 60)
+        jac = lengths * torch.randn(5, 4, generator=generator).double()
+        weights, _ = weighting(jd.geometric_median())(jac @ jac.mT)
+        assert weights.isnan().all() or abs(weights.sum() - 1) < 1e-6

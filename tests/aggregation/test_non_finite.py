@@ -43,6 +43,41 @@ def test_rows_that_are_not_finite_are_seen_and_leave_the_state(method, bad):
 
 
 @pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", [name for name in FRAGILE if FRAGILE[name].needs_losses])
+def test_losses_that_are_not_finite_are_seen_and_leave_the_state(name, bad):
+    method = FRAGILE[name]
+    m = max(3, method.min_m)
+    jac, losses = matrix("gaussian", m, 5), losses_for(method, m)
+    aggregator, state = fresh(method, jac, m)
+    _, state = aggregator(jac, state, losses=losses)
+    assert losses is not None
+    losses[1] = bad
+    grads, after = aggregator(jac, state, losses=losses)
+    assert not grads.isfinite().all()
+    for old, new in zip(numbers_of(state), numbers_of(after), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("rule", [jd.moco(prescale=True), jd.db_mtl(), jd.log_losses(jd.mean())])
+def test_losses_that_are_negative_do_not_turn_gradients_round(rule):
+    jac, losses = matrix("gaussian", 3, 5), torch.tensor([0.5, -1.0, 2.0])
+    assert rule(jac, losses=losses)[0].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+@every_method
+def test_a_finite_step_of_any_length_leaves_a_finite_state(method, size):
+    m = max(3, method.min_m)
+    jac, losses = size * matrix("zero", m, 5).float(), losses_for(method, m)
+    aggregator, state = fresh(method, jac, m)
+    for _ in range(2):
+        grads, after = aggregator(jac, state, losses=losses)
+        if grads.isfinite().all():
+            assert all(leaf.isfinite().all() for leaf in numbers_of(after))
+        state = after
+
+
+@pytest.mark.parametrize("bad", BAD)
 @every_method
 def test_gramians_that_are_not_finite_give_no_weights(method, bad):
     m = max(3, method.min_m)

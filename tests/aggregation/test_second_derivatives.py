@@ -93,3 +93,42 @@ def test_two_steps_are_differentiated_twice_by_a_preference(name):
     first = (trained(preference + STEP * along) - trained(preference - STEP * along)) / (2 * STEP)
     torch.testing.assert_close(pulled(trained, preference, along), first, rtol=1e-4, atol=1e-7)
     check_second(trained, preference, along)
+
+
+def orthogonal(m, n):
+    """Return orthogonal rows of different lengths, whose products are 0 to the last bit."""
+    return torch.diag(torch.linspace(1.0, 2.0, n, dtype=torch.float64))[:m]
+
+
+def with_zero(m, n):
+    """Return rows of which the last is zero."""
+    return torch.cat([matrix("gaussian", m - 1, n, 4), torch.zeros(1, n, dtype=torch.float64)])
+
+
+# Of a zero gradient the linear program has many solutions.
+MANY_SOLUTIONS = ("epo", "pmgda")
+
+
+@pytest.mark.parametrize("make", [orthogonal, with_zero])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_derivatives_where_products_of_rows_are_zero(name, make):
+    method = SMOOTH[name]
+    if make is with_zero and name.startswith(MANY_SOLUTIONS):
+        return
+    m = max(3, method.min_m)
+    jac, losses = make(m, 7), losses_for(method, m)
+    aggregator, state = fresh(method, jac, m)
+    _, state = aggregator(matrix("gaussian", m, 7), state, losses=losses)
+    weights = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    along = matrix("gaussian", m, 7, 5)
+
+    def number(jac):
+        return aggregator(jac, state, losses=losses)[0] @ weights
+
+    here = number(jac)
+    right, left = (number(jac + s * STEP * along) - here for s in (1, -1))
+    slopes = right / STEP, -left / STEP
+    got = pushed(number, jac, along)
+    torch.testing.assert_close(pulled(number, jac, along), got)
+    if abs(slopes[0] - slopes[1]) < 1e-3 * (1 + abs(got)):  # no kink
+        torch.testing.assert_close(got, sum(slopes) / 2, rtol=1e-3, atol=1e-3)

@@ -120,6 +120,36 @@ def test_zero_gradients_give_zeros():
             assert_trees_close(value, torch.zeros_like(value))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("m", [2, 4])
+def test_measures_of_gradients_that_are_not_finite_are_not_good(m, bad):
+    jac = matrix("gaussian", m, 6, 1)
+    jac[1, 0] = bad
+    weights = torch.full((m,), 1 / m, dtype=torch.float64)
+    by_weights = jd.Observation(jac @ jac.mT, weights, None, jac, weights @ jac)
+    for seen in (by_weights, by_weights._replace(weights=None)):
+        for name in ROWS if seen.weights is None else ALL.keys() - {"weights", "entropy"}:
+            value = ALL[name](seen)
+            # Signs of infinite products are known.
+            assert not value.isfinite().all() or (name, bad) == ("conflict_fraction", torch.inf)
+    assert ALL["entropy"](by_weights._replace(weights=weights * torch.nan)).isnan()
+
+
+def test_measures_of_a_population_are_those_of_each_member():
+    jacs = torch.stack([matrix("gaussian", 4, 6, 1), torch.full((4, 6), torch.nan).double()])
+    watched = jd.monitored(jd.krum(1), {"condition": measures.condition_number})
+    states = vmap(lambda jac: watched(jac)[1])(jacs)
+    values = vmap(lambda state: jd.read_measures(state)["condition"])(states)
+    close(values[0], jd.read_measures(watched(jacs[0])[1])["condition"])
+
+
+def test_rows_of_float32_do_not_overflow():
+    jac = 1e30 * matrix("gaussian", 4, 6, 1).float()
+    _, state = jd.monitored(jd.trimmed_mean(1), {"cosine": measures.cosine_to_mean})(jac)
+    _, near = jd.monitored(jd.trimmed_mean(1), {"cosine": measures.cosine_to_mean})(jac / 1e30)
+    close(jd.read_measures(state)["cosine"], jd.read_measures(near)["cosine"], atol=1e-5)
+
+
 def test_an_update_that_cancels_has_no_cosine():
     _, state = jd.monitored(jd.mgda(), ROWS)(C)
     values = jd.read_measures(state)

@@ -140,3 +140,29 @@ def test_the_loss_of_one_example_is_one(route):
 
     with pytest.raises(ValueError, match=r"must have shape \((b,)?\), got"):
         jd.gramian(jd.per_example(one), route=route)(params, *args)
+
+
+PARAMS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 1.0])}
+
+
+def test_a_loss_that_is_a_constant_is_named():
+    def losses(params):
+        return {"kept": (params["a"] * params["b"]).sum(), "lost": params["a"].detach().sum()}
+
+    for rule in (jd.mean(), jd.scalarizers.mean()):
+        step = jd.grad(losses, rule)
+        with pytest.warns(UserWarning, match=r"Losses \['lost'\] are constants"):
+            step(None, PARAMS)
+        step(None, PARAMS, present={"kept": True, "lost": False})
+
+
+def test_a_head_that_is_a_constant_is_named():
+    heads = {
+        "kept": lambda params, z, x: (params * z).sum(),
+        "lost": lambda params, z, x: (params * z).sum().detach(),
+    }
+    step = jd.grad(jd.multitask(lambda params, x: params * x, heads), jd.mean())
+    params = PARAMS["a"], {"kept": PARAMS["b"], "lost": PARAMS["b"]}
+    with pytest.warns(UserWarning, match=r"Losses \['lost'\] are constants"):
+        step(None, params, torch.ones(2))
+    step(None, params, torch.ones(2), present={"kept": True, "lost": False})

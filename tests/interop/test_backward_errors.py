@@ -35,6 +35,7 @@ def wrapped():
 
 
 MODEL = network()
+FROZEN = network().requires_grad_(False)
 OUT = MODEL(X)
 BAD = {
     "detached loss": (
@@ -60,6 +61,10 @@ BAD = {
     "parameters of functionalize": (
         lambda: backward(OUT.mean(0), jd.functionalize(MODEL)[1]),
         "`target` must hold parameters that require a gradient, got none. Pass the model itself",
+    ),
+    "frozen": (
+        lambda: backward(FROZEN(X).mean(0), FROZEN),
+        "`target` must hold parameters that require a gradient, got none",
     ),
     "no leaf": (lambda: backward(OUT.mean(0), [OUT]), "`target` at '0' must be a leaf"),
     "no parameter": (lambda: backward(OUT.mean(0), [3]), "`target` at '0' must be a parameter or"),

@@ -159,3 +159,13 @@ def test_schedules_of_hyper_parameters_do_not_recompile():
         slow, _ = step(slow, c, beta, lr, X)
     assert_trees_close(params, slow)
     assert counter.graphs == 1
+
+
+def test_several_optimizers_are_told_apart():
+    model = nn.Linear(2, 1)
+    optimizers: Any = [torch.optim.SGD([param], lr=0.1) for param in model.parameters()]
+    with pytest.raises(TypeError, match=r"`optimizer` must be.*got list\. Call it once for each"):
+        jd.interop.assign_grads_(model, like(model), optimizer=optimizers)
+    for optimizer, name in zip(optimizers, ["weight", "bias"], strict=True):
+        jd.interop.assign_grads_(model, {name: like(model)[name]}, optimizer=optimizer)
+    assert all(param.grad is not None for param in model.parameters())

@@ -152,10 +152,10 @@ def test_what_is_not_a_number_is_seen(make):
     bad = jacs.clone()
     bad[1, 0, 0] = torch.nan
     assert directions(make(3, 2), bad, losses)[1].isnan().any()
-    losses = losses.clone()
-    losses[1, 0] = torch.nan
-    if make not in (RULES["pareto_mtl"], RULES["pareto_mtl[0]"]):
-        assert directions(make(3, 2), jacs, losses)[1].isnan().all()
+    for value in (torch.nan, torch.inf):
+        wrong = losses.clone()
+        wrong[1, 0] = value
+        assert directions(make(3, 2), jacs, wrong)[1].isnan().all()
 
 
 @each_rule
@@ -471,6 +471,14 @@ def test_stages_begin_one_model_at_a_time_and_do_not_return():
     assert seen == [[False, True]] * 3 + [[True, True]]
     _, state = rule(jacs, losses=inside)
     assert rule(jacs, state, losses=outside)[1].descending.tolist() == [True, True]
+
+
+def test_a_model_that_diverged_begins_no_stage():
+    rule = jd.sets.pareto_mtl(double(0.1, 0.9, 0.9, 0.1).reshape(2, 2))
+    jacs, losses = problem(2, 2, 4)[0], double(5.0, 0.1, 0.1, 5.0).reshape(2, 2)
+    _, state = rule(jacs, losses=losses)
+    wrong = losses * double(torch.nan, 1.0).unsqueeze(1)
+    assert torch.equal(rule(jacs, state, losses=wrong)[1].descending, state.descending)
 
 
 def test_equal_preferences_and_margins():

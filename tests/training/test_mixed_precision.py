@@ -155,3 +155,18 @@ def test_a_step_that_overflows_changes_nothing(name):
     assert not scale.finite
     kept = jd.loss_scale.keep(scale, (w - grads, after), (w, state))
     assert_trees_close(kept, (w, state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, 0.0])
+def test_a_loss_scale_comes_back_after_any_number_of_steps(bad):
+    half = jd.cast_floating(lambda w: (2.0**-13 * w).square().sum(), torch.float16)
+    scale, fast = jd.loss_scale.init(), {"growth_interval": 1}
+    for _ in range(300):
+        scale = jd.loss_scale.update(scale, torch.tensor(bad), **fast)
+    assert 0 < scale.scale < torch.inf
+    slopes = []
+    for _ in range(150):
+        slope = jd.grad(jd.loss_scale.scaled(half, scale), jd.mean())(None, torch.ones(1))[0]
+        scale = jd.loss_scale.update(scale, slope, **fast)
+        slopes += [slope] if scale.finite else []
+    torch.testing.assert_close(slopes[-1], torch.full((1,), 2.0**-25), rtol=1e-2, atol=0)

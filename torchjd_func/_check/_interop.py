@@ -88,6 +88,13 @@ def assignable(path: str, param: Tensor, grad: Any) -> None:
         fail(ValueError, "`grads`", rule, tuple(grad.shape), remedy)
 
 
+def optimizer(value: Any) -> None:
+    """Check that there are groups of parameters."""
+    if not hasattr(value, "param_groups"):
+        remedy = "Call it once for each of several optimizers, with the parameters of that one."
+        fail(TypeError, "`optimizer`", "be an optimizer of torch.optim", describe(value), remedy)
+
+
 def owned(path: str, is_owned: bool) -> None:
     """Check that an optimiser steps a parameter."""
     if not is_owned:

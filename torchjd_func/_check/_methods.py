@@ -175,7 +175,11 @@ def state(method: str, field: str, value: Any, shape: Sequence[int]) -> None:
     """Check that a tensor of the state has the size of this problem."""
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
         name, rule = f"`state.{field}` of `{method}`", f"have shape {tuple(shape)}"
-        remedy = "A state belongs to one size of problem: call jd.init_state again."
+        remedy = (
+            "A state belongs to one size of problem: call jd.init_state again, or, if one batch is "
+            "smaller, leave it out (drop_last=True of a DataLoader), or pad it and say so by "
+            "`present`."
+        )
         fail(ValueError, name, rule, describe(value), remedy)
 
 

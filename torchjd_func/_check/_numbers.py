@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,41 @@ def same_size(name: str, got: int, want: int) -> None:
     if got != want:
         rule = f"have one entry for each of the {want} metrics"
         fail(ValueError, f"`{name}`", rule, got, "Metrics are the last axis.")
+
+
+def records(value: Any, window: int) -> list[Any]:
+    """Return the quantities that all records have."""
+    remedy = "Append the same quantities at each step, such as {'losses': losses}."
+    if not isinstance(value, Sequence) or not all(isinstance(step, Mapping) for step in value):
+        fail(
+            TypeError, "`records`", "be a list of dicts, one for each step", describe(value), remedy
+        )
+    if len(value) < window or not value:
+        fail(ValueError, "`records`", "fill the window", len(value), "Record more steps.")
+    first, layout = list(value[0]), _layout(value[0])
+    for place, step in enumerate(value):
+        if _layout(step) != layout:
+            rule, got = f"hold {layout} at each step", f"{_layout(step)} at {place}"
+            fail(ValueError, "`records`", rule, got, remedy)
+    return first
+
+
+def _layout(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names, or the shape, of each quantity."""
+    return {
+        name: sorted(map(str, x)) if isinstance(x, Mapping) else tuple(getattr(x, "shape", ()))
+        for name, x in record.items()
+    }
+
+
+def axes(n_axes: int, n_quantities: int) -> None:
+    """Check that there are as many axes as quantities."""
+    if n_axes != n_quantities:
+        rule, remedy = (
+            f"hold {n_quantities} axes, one for each quantity",
+            "Leave it out for new ones.",
+        )
+        fail(ValueError, "`ax`", rule, n_axes, remedy)
 
 
 def points(value: Any, reference: Any) -> None:

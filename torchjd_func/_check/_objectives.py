@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchjd_func import _tree
@@ -43,7 +45,10 @@ _ARGUMENTS = (
 def losses(paths: Sequence[str], leaves: Sequence[Any], some: bool = True) -> None:
     """Check that what an objective returned can be differentiated."""
     if some and not any(not isinstance(leaf, Tensor) or leaf.numel() > 0 for leaf in leaves):
-        remedy = "Return a tensor, or a pytree of tensors, from the objective."
+        remedy = (
+            "Return a tensor, or a pytree of tensors, from the objective, and leave the step out "
+            "where a batch is empty."
+        )
         fail(ValueError, "`losses`", "hold at least one number", "none", remedy)
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):
@@ -147,6 +152,18 @@ def dependent(tracked: bool) -> None:
             "not model(...), and detach nothing on the way."
         )
         fail(ValueError, "`losses`", rule, got, remedy)
+
+
+def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
+    """Warn of losses that are constants, which no step can improve."""
+    constant = [path for path, kept in zip(paths, tracked, strict=True) if not kept]
+    if constant and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"Losses {constant} are constants of the differentiated argument, so their gradients "
+            "are 0, and nothing trains them. Compute them by apply(params, ...), detach nothing on "
+            "the way, or say by `present` that a batch does not have them.",
+            stacklevel=2,
+        )
 
 
 def one_for_each_example(losses: Any, several: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func import _numbers, _tree
+from torchjd_func import _host, _numbers, _tree
 from torchjd_func._check._messages import describe, fail
 
 
@@ -55,20 +55,43 @@ def interval(
     optional: bool = False,
     plain: bool = False,
 ) -> Any:
-    """Return a number that lies in an interval; a 0-d tensor (not if `plain`) unread."""
+    """Return a number, or a 0-d tensor (not if `plain`), that lies in an interval."""
     if isinstance(value, Tensor) and not plain:
-        return real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
+        real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
+        return _within(name, value, low, high, open_low, open_high)
     if value is None and optional:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         rule = "be a number" if plain else "be a number, or a 0-d tensor"
         fail(TypeError, f"`{name}`", rule, _shown(value), "Make it one, e.g. with float().")
+    _inside(name, value, low, high, open_low, open_high)
+    return value
+
+
+def _inside(
+    name: str, value: float, low: float, high: float, open_low: bool, open_high: bool
+) -> None:
+    """Check that a number lies in an interval."""
     open_high = open_high or high == math.inf
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):
         rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
+
+
+def _within(
+    name: str,
+    value: Tensor,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Tensor:
+    """Return a tensor of numbers in an interval; unread where they are not at hand."""
+    known = _host.numbers(value.detach())
+    for number in () if known is None else known.ravel().tolist():
+        _inside(name, number, low, high, open_low, open_high)
     return value
 
 
@@ -168,16 +191,20 @@ def per_loss(
 ) -> Tensor | _numbers.Named:
     """Return a number for each loss as a vector; Python numbers with names, if it is a dict.
 
-    Numbers have to lie in an interval; tensors are returned unread.
+    Numbers have to lie in an interval.
     """
     if not isinstance(value, Tensor):
         for number in _tree.leaves(value):
             if isinstance(number, int | float):
                 interval(name, number, low, high, open_low=open_low)
+            elif isinstance(number, Tensor):
+                _within(name, number, low, high, open_low)
     if isinstance(value, Mapping):
         return _numbers.named(value)
     numbers = vector(name, value)
-    return numbers if isinstance(value, Tensor) else _numbers.Named((), numbers, {})
+    if isinstance(value, Tensor):
+        return _within(name, numbers, low, high, open_low)
+    return _numbers.Named((), numbers, {})
 
 
 def vector(name: str, value: Tensor | Sequence[float]) -> Tensor:
@@ -201,9 +228,9 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 
 
 def numbers(name: str, value: float | Tensor | Sequence[float]) -> float | Tensor:
-    """Return one number, or a vector of them, none negative; tensors are returned unread."""
+    """Return one number, or a vector of them, none negative."""
     if isinstance(value, Tensor):
-        return real(name, value, (0, 1), "be a number, or a vector of numbers")
+        return _within(name, real(name, value, (0, 1), "be a number, or a vector of numbers"), 0)
     if not isinstance(value, list | tuple):
         return interval(name, value, 0)
     for number in value:

@@ -113,7 +113,7 @@ def stackable(
             fail(ValueError, "`trees`", "have one structure", f"another at {i}", remedy)
         for leaf, other in zip(leaves, others, strict=True):
             if not isinstance(other, Tensor):
-                remedy = "Make a tensor of it."
+                remedy = "Pass the parameters of modules, jd.functionalize(module)[1], and tensors."
                 fail(TypeError, "`trees`", "hold tensors only", f"{describe(other)} at {i}", remedy)
             if leaf.shape != other.shape:
                 got = f"{tuple(leaf.shape)} at 0 and {tuple(other.shape)} at {i}"

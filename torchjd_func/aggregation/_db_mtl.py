@@ -48,7 +48,7 @@ def _update(
     values = _check.losses_present(NAME, losses).to(torch.float64)
     step = state.step + 1
     fresh = 1 - beta * step.to(torch.float64) ** -sigma
-    averages = _rows.interpolate(state.averages, jac, fresh, 1 / (values + eps))
+    averages = _rows.interpolate(state.averages, jac, fresh, _rows.slope_of_log(values + eps))
     averages = _present.renewed(present, averages, state.averages)
 
     norms = _present.only(present, _rows.norms(averages))
@@ -66,10 +66,11 @@ def db_mtl(
     $$\hat g_i \leftarrow \beta_k \hat g_i + (1 - \beta_k) \nabla \log(L_i + \epsilon), \qquad
     d = \max_i \lVert \hat g_i \rVert \sum_i \frac{\hat g_i}{\lVert \hat g_i \rVert + \epsilon},$$
 
-    with $\beta_k = \beta k^{-\sigma}$, $k$ from 1. Losses have to be positive. The scale of a loss
-    does not matter, up to $\epsilon$. The state holds the averages, of the size of the Jacobian;
-    they start at zero and are not corrected for it, so that the first steps are short. What is
-    handed in are gradients of the losses, not of their logarithms. May conflict with objectives.
+    with $\beta_k = \beta k^{-\sigma}$, $k$ from 1. Losses have to be positive: where one is not,
+    the result is not-a-number. The scale of a loss does not matter, up to $\epsilon$. The state
+    holds the averages, of the size of the Jacobian; they start at zero and are not corrected for
+    it, so that the first steps are short. What is handed in are gradients of the losses, not of
+    their logarithms. May conflict with objectives.
 
     Args:
         beta: Share of the past in the averages.

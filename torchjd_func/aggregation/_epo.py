@@ -54,7 +54,8 @@ def _update(
     found, feasible = _solve(goal, gramian, floor, change, limit, size, ones)
     inverse = _present.only(present, 1 / _present.only(present, wanted, 1.0))
     weights = torch.where(feasible, found, inverse / inverse.sum())
-    return torch.where(scaled.sum() > 0, weights, uniform), state
+    weights = torch.where(uneven.isnan(), uneven, weights)
+    return torch.where(scaled.sum() <= 0, uniform, weights), state
 
 
 def _imbalance(scaled: Tensor, preference: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:

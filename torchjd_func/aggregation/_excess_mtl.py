@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _present, _tree
+from torchjd_func import _check, _host, _present, _tree
 from torchjd_func._lift import statistic_like
 from torchjd_func._types import Aggregator, PyTree
 from torchjd_func.aggregation import _rows
@@ -22,9 +22,9 @@ NAME = "excess_mtl"
 
 
 class ExcessMTLState(NamedTuple):
-    """Accumulated squared gradients, and what the excess risks are compared with."""
+    """Accumulated gradients, and what the excess risks are compared with."""
 
-    squares: PyTree  # like the Jacobian, in float32 or better
+    roots: PyTree  # of sums of squares, like the Jacobian, in float32 or better
     log_weights: Tensor  # (m,) float64
     baseline: Tensor  # (m,) float64, excess risks of the warm-up; 0 where none was seen
     visits: Tensor  # (m,) int64, how often each objective was there
@@ -53,14 +53,14 @@ def _update(
 ) -> tuple[PyTree, ExcessMTLState]:
     """Measure the excess risks, and shift weight to the larger ones, relative to their baseline."""
     _check.state_type(NAME, state, ExcessMTLState)
-    _rows.check(NAME, "squares", state.squares, jac)
+    _rows.check(NAME, "roots", state.roots, jac)
     m = (_tree.leading_size(jac),)
     _check.state(NAME, "log_weights", state.log_weights, m)
     _check.state(NAME, "baseline", state.baseline, m)
     _check.state(NAME, "visits", state.visits, m)
 
-    squares = _tree.map(_accumulate, state.squares, jac)
-    excess = _excess(jac, squares, eps)
+    roots = _tree.map(_accumulate, state.roots, jac)
+    excess = _excess(jac, roots, eps)
     # The first call always is a warm-up: nothing precedes it that it could be compared with.
     warm_up = (state.visits < n_warmup_steps) | (state.visits == 0)
     average = state.baseline + (excess - state.baseline) / (state.visits + 1)
@@ -75,30 +75,35 @@ def _update(
     if present is not None:
         before = _present.only(present, state.log_weights, -torch.inf)
         log_weights = log_weights + torch.logsumexp(before, dim=0)
-    after = ExcessMTLState(squares, log_weights, baseline, state.visits + 1)
+    after = ExcessMTLState(roots, log_weights, baseline, state.visits + 1)
     return grads, _present.renewed(present, after, state)
 
 
-def _accumulate(squares: Tensor, leaf: Tensor) -> Tensor:
-    """Add the squared entries of one leaf."""
-    return torch.addcmul(squares, _tree.real(leaf), _tree.real(leaf))
+def _accumulate(roots: Tensor, leaf: Tensor) -> Tensor:
+    """Add the squared entries of one leaf under the root, which neither over- nor underflows."""
+    return _hypot(roots, _tree.real(leaf).to(roots.dtype))
 
 
-def _excess(jac: PyTree, squares: PyTree, eps: float | Tensor) -> Tensor:
+def _hypot(a: Tensor, b: Tensor) -> Tensor:
+    """Return `sqrt(a^2 + b^2)`, with a derivative of 0 at 0."""
+    apart = (a != 0) | (b != 0)
+    return torch.where(apart, torch.hypot(torch.where(apart, a, 1.0), b), 0.0)
+
+
+def _excess(jac: PyTree, roots: PyTree, eps: float | Tensor) -> Tensor:
     """Return `E_i = sum_k J_ik^2 / sqrt(S_ik + eps)`, `(m,)`; the paper's equation 6."""
-    pairs = zip(_tree.leaves(jac), _tree.leaves(squares), strict=True)
+    pairs = zip(_tree.leaves(jac), _tree.leaves(roots), strict=True)
     rows = [(_tree.rows(leaf), _tree.rows(part)) for leaf, part in pairs]
     cut = [block for pair in rows for block in _rows.blocks(*pair)]
     return torch.stack([_excess_of_block(*block, eps=eps) for block in cut]).sum(dim=0)
 
 
-def _excess_of_block(rows: Tensor, squares: Tensor, *, eps: float | Tensor) -> Tensor:
+def _excess_of_block(rows: Tensor, roots: Tensor, *, eps: float | Tensor) -> Tensor:
     """Return the share of some columns in `E`."""
     if isinstance(eps, Tensor) or eps > 0:
-        squares = squares + eps
-    # Where nothing was seen the numerator is 0 as well.
-    scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
-    return (rows.square() * scale).sum(dim=1).to(torch.float64)
+        roots = _hypot(roots, _host.number(eps, roots).sqrt())
+    parts = rows / torch.where(roots > 0, roots, 1.0)  # where nothing was seen, of 0
+    return (parts * rows).sum(dim=1, dtype=torch.float64)
 
 
 def excess_mtl(

@@ -23,6 +23,7 @@ from torchjd_func.linalg._dense import ORDERS, solve
 from torchjd_func.linalg._gramian import rank_tol
 
 MAX_ITER, TOL = 20, 1e-12
+SOLVED = 1e-6  # largest last step of Newton of a solution
 LENGTHS = tuple(2.0**k for k in range(8))  # Newton's step is tried shorter, Weiszfeld's longer
 DAMPING = 1 - 1e-12  # keeps a system regular where all gradients are on one line
 
@@ -76,9 +77,12 @@ def _median(
         if xp is np and abs(steps.newton).sum() <= TOL:
             break
     # At the minimum each further step of Newton has one more derivative of the minimum.
-    refined = point
+    refined, step = point, point
     for _ in range(ORDERS):
-        refined = refined + _steps(xp, near, shares, refined).newton
+        step = _steps(xp, near, shares, refined).newton
+        refined = refined + step
+    solved = abs(_host.constant(step)).sum() <= SOLVED
+    refined = xp.where(solved, refined, xp.nan)
     return xp.where(found, medians / xp.where(found, medians.sum(), 1.0), refined)
 
 
@@ -159,6 +163,8 @@ def geometric_median(preference: Numbers | None = None) -> Aggregator:
     Returns:
         The Aggregator, without state. A row whose square is not finite gets the weight 0, and
         `jd.distributed.across_workers` leaves it out; in one process zero times NaN is NaN.
+        Weights are not-a-number where the iteration does not converge, seen where rows that are
+        not a median differ in length by more than 20 decades.
 
     Raises:
         ValueError: If `preference` is not 1-D, not of the number of objectives, or negative.

@@ -72,9 +72,9 @@ def _update(
 
 
 def _scale(jac: PyTree, losses: Tensor | None) -> Tensor:
-    """Return `L_i / |g_i|`, and 0 for a zero row."""
+    """Return `L_i / |g_i|`, 0 for a zero row, and not-a-number where the loss is negative."""
     values = _check.losses_present("moco(prescale=True)", losses).to(torch.float64)
-    norms = _rows.norms(jac)
+    values, norms = torch.where(values >= 0, values, torch.nan), _rows.norms(jac)
     return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
@@ -107,7 +107,8 @@ def moco(
         beta_sigma: How fast `beta` decays.
         gamma_sigma: How fast `gamma` decays.
         simplex: How the weights return to the simplex, by `"projection"` or `"softmax"`.
-        prescale: Whether to scale each gradient to the length of its loss first; needs `losses=`.
+        prescale: Whether to scale each gradient to the length of its loss first; needs `losses=`,
+            which have to be positive: where one is negative, the result is not-a-number.
 
     Returns:
         The Aggregator, without weighting: `d` combines tracked, not present, gradients.

@@ -61,9 +61,9 @@ def _distance(losses: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     ray = preference / preference.norm()
     across = losses - (losses @ ray) * ray
     square = across @ across
-    apart = square > (ON_THE_RAY**2) * (losses @ losses)
-    h = torch.where(apart, square, 1.0).sqrt()
-    return torch.where(apart, h, 0.0), torch.where(apart, across / h, 0.0)
+    near = square <= (ON_THE_RAY**2) * (losses @ losses)
+    h = torch.where(near, 1.0, square).sqrt()
+    return torch.where(near, 0.0, h), torch.where(near, 0.0, across / h)
 
 
 def _predict(

@@ -65,6 +65,11 @@ def safe_sqrt(squares: Tensor) -> Tensor:
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
 
 
+def slope_of_log(values: Tensor) -> Tensor:
+    """Return `1 / values`, not-a-number where there is no logarithm."""
+    return torch.where((values > 0) & (values < torch.inf), 1 / values, torch.nan)
+
+
 def interpolate(tracked: PyTree, jac: PyTree, share: Tensor, scale: Tensor | None) -> PyTree:
     """Return `tracked + share (scale_i g_i - tracked)`, with `scale` `(m,)` or 1."""
     return _tree.map(partial(_interpolate, share=share, scale=scale), tracked, jac)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._types import Aggregator, PyTree, State, Weighting
+from torchjd_func.aggregation._rows import slope_of_log
 from torchjd_func.combinators._through_weighting import Rule, through_weighting
 
 
@@ -48,9 +48,9 @@ def _update_rows(
 
 
 def _scale(name: str, losses: Tensor | None) -> Tensor:
-    """Return `1 / losses`, not-a-number where there is no logarithm."""
+    """Return what multiplies each row."""
     values = _check.losses_present(name, losses)
-    return torch.where(values > 0, 1 / values, torch.nan)
+    return slope_of_log(values)
 
 
 def _name(inner: Weighting | Aggregator) -> str:

@@ -46,8 +46,7 @@ def backward_(
 
     For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing
     (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN,
-    custom functions and kernels, `torch.autograd.grad` inside of a loss. Rules, states and numbers
-    are those of `jd.grad`.
+    custom functions and kernels, inner `torch.autograd.grad`. Rules and numbers are `jd.grad`'s.
 
     It costs `m` backward passes, one after the other, and holds `m` gradients at once; the Gramian
     is summed parameter by parameter. A Scalarizer, and an Aggregator that looks at no gradient
@@ -56,10 +55,10 @@ def backward_(
     (`jd.instancewise`), and can be vmapped and differentiated.
 
     Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
-    that of the batch: add their losses, and call it once. It leaves alone what no loss depends
-    on. It runs hooks of tensors and modules once for each pass, and those after accumulation, such
-    as DistributedDataParallel's, not at all; sparse gradients are made dense. A model that was
-    compiled by itself needs `torch._functorch.config.donated_buffer = False`.
+    that of the batch: add their losses, and call it once. What no loss depends on is left alone.
+    Hooks of tensors and modules run once for each pass, those after accumulation, as in
+    DistributedDataParallel, not at all; sparse gradients are made dense. A model that was compiled
+    by itself needs `torch._functorch.config.donated_buffer = False`.
 
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
@@ -103,10 +102,11 @@ def backward_(
     """
     _check_options(rule, chunk_size, where, scaler, size)
     part, target = Part(size), _targets.listed(target)
+    tree = _targets.trainable(target)
     rule = rule if rule.processes is None else rule.processes.of_part(part)
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
-        parts = _parts(features, batch, target, rule, part)
+        parts = _parts(features, batch, target, tree, rule, part)
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -117,10 +117,14 @@ def backward_(
 
 
 def _parts(
-    features: PyTree, batch: Batch, target: PyTree, rule: Aggregator | Scalarizer, part: Part
+    features: PyTree,
+    batch: Batch,
+    target: PyTree,
+    tree: PyTree,
+    rule: Aggregator | Scalarizer,
+    part: Part,
 ) -> Split:
     """Tell what losses share from their heads, if there are features."""
-    tree = _targets.trainable(target)
     if features is None or isinstance(rule, Scalarizer):
         return _heads.no_heads(batch, tree)
     return _heads.split(features, batch, target, tree, _factors(rule, batch, part))

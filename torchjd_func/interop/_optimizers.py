@@ -31,6 +31,7 @@ def assign_grads_(
         optimizer: The one that is to step; to check that it has all these parameters.
 
     Raises:
+        TypeError: If `optimizer` is not one, such as a list of several: call it once for each.
         ValueError: If a name is unknown, a structure or shape differs, a parameter is not a leaf
             that requires a gradient, such as those of `jd.functionalize`, which are detached, or is
             not one of `optimizer`. Nothing is assigned then.
@@ -60,6 +61,7 @@ def assign_grads_(
 
 def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
     """Return the identities of the parameters of an optimiser."""
+    _check.optimizer(optimizer)
     return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 

@@ -19,9 +19,12 @@ ORDERS = 2
 
 
 def solve(matrix: Array, vector: Array) -> Array:
-    """Solve `A x = b`, `(..., m, m)` and `(..., m)`."""
+    """Solve `A x = b`, `(..., m, m)` and `(..., m)`; not finite where `A` is singular."""
     if isinstance(matrix, np.ndarray):
-        return np.linalg.solve(matrix, vector[..., None])[..., 0]
+        try:
+            return np.linalg.solve(matrix, vector[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            return _host.lift(np, _by_factors, matrix, vector)
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
         return factorized(matrix, vector)
     inverse = _host.opaque(invert, _invert, matrix.detach())

@@ -29,9 +29,11 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Return eigenvalues `(..., m)`, ascending, differentiably."""
+    """Return eigenvalues `(..., m)`, ascending, differentiably; not-a-number if not finite."""
     if not matrix.is_cuda:
-        return torch.linalg.eigvalsh(matrix)
+        sound = matrix.isfinite().all(-1).all(-1)
+        safe = torch.where(sound[..., None, None], matrix, _host.identity(matrix))
+        return torch.where(sound[..., None], torch.linalg.eigvalsh(safe), torch.nan)
     values, vectors = eigh(matrix)
     if _host.plain(matrix):
         return values

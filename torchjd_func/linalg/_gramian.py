@@ -99,9 +99,9 @@ def _change_of_inverse(gramian: Tensor, inverse: Tensor) -> Tensor:
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide, and give 0 where the denominator is not positive."""
-    positive = denominator > 0
-    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+    """Divide, and give 0 where the denominator is not positive; not-a-number stays."""
+    empty = denominator <= 0
+    return torch.where(empty, 0.0, numerator / torch.where(empty, 1.0, denominator))
 
 
 def sure_inverse(gramian: Array, tol: float) -> Array | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._dense import ORDERS, solve_factored
+from torchjd_func.linalg._dense import ORDERS, solve, solve_factored
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
 from torchjd_func.linalg._search import align
@@ -257,7 +257,7 @@ def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed:
     hessian = hessian + _host.constant(power)[..., None] * _host.identity(hessian)
     residual = target / root - scale * pushed
     if xp is np:
-        return np.linalg.solve(hessian, residual[..., None])[..., 0] / root
+        return solve(hessian, residual) / root
     factor, _ = torch.linalg.cholesky_ex(hessian)
     return solve_factored(factor, residual) / root
 

@@ -43,7 +43,9 @@ def training(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there are no records or fewer than `window`, or the number of axes differs.
+        TypeError: If records are no list of dicts.
+        ValueError: If there are no records or fewer than `window`, if their quantities differ, or
+            the number of axes.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -54,12 +56,11 @@ def training(
         ('weights (1)', ['0', '1'])
     """
     _check.integer("window", window)
-    if len(records) < window:
-        _check.fail(ValueError, "`records`", "fill the window", len(records), "Record more steps.")
-    quantities, losses = list(records[0]), _sorted_keys(records[0].get("losses"))
+    quantities = _check.records(records, window)
+    losses = _sorted_keys(records[0].get("losses"))
     with canvas(ax, (4.2 * len(quantities), 3.2), len(quantities)) as axes:
         axes = tuple(axes) if hasattr(axes, "__len__") else (axes,)
-        _check.same_size("ax", len(axes), len(quantities))
+        _check.axes(len(axes), len(quantities))
         for axis, quantity in zip(axes, quantities, strict=True):
             _panel(axis, [record[quantity] for record in records], losses, window, label)
             unit = f" ({units[quantity]})" if units and quantity in units else ""

@@ -39,7 +39,7 @@ def _update(
     if not normalize:
         return weights, state
     length = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
-    return torch.where(length.isnan(), length, ratio(weights, length)), state
+    return ratio(weights, length), state
 
 
 def facets(losses: Tensor, corner: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def _update(
     _check.state("pareto_mtl", "descending", state.descending, (k,))
     _check.preference_for_each(preferences, k, m)
     rows, active = _constraints(_host.to(preferences, losses), losses, margin)
-    begun = state.descending | ~active.any(-1) | (state.step >= n_feasibility_steps)
+    due = ~active.any(-1) | (state.step >= n_feasibility_steps)
+    begun = state.descending | (due & losses.isfinite().all(-1))
     every = torch.eye(m, dtype=losses.dtype, device=losses.device).expand(k, m, m)
     rows = torch.cat([every, rows], 1)  # (k, m + k, m), times J_i
     chosen = torch.cat([begun.unsqueeze(-1).expand(k, m), active], 1)

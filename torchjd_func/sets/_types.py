@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
@@ -68,14 +69,15 @@ class SetRule:
         Returns:
             `weights`, `(k, m)`: `[i]` are those of model i for its own gradients; or `(k, k, m)`:
             `[i, j]` are those of model i for the gradients of model j. In the dtype of `gramians`.
-            And `state`.
+            Not-a-number for a model whose losses are not finite. And `state`.
         """
         _check.set_gramians(self.name, gramians)
         values = _check.set_losses(self.name, losses, gramians).double()
         state = self.init_fn(gramians, None) if state is None else state
         given = gramians if self.needs == "size" else gramians.double()
         weights, state = self.update_fn(given, values, state)
-        return weights.to(gramians.dtype), state
+        sound = _tree.per_row(values.isfinite().all(-1), weights)
+        return torch.where(sound, weights, torch.nan).to(gramians.dtype), state
 
     def __call__(
         self, jacs: PyTree, state: State = None, *, losses: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
+
+
+class Operation(NamedTuple):
+    """An operation of a run, and the tensors that it is applied to."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Tensor]
 
 
 class Operations:
@@ -59,10 +68,9 @@ class Operations:
         given: list[Tensor] = []
         loose = func in ELEMENTWISE.functions
         index = name == "__getitem__"
-        described = [self._describe(x, loose, index, given) for x in args]
-        if kwargs:
-            described.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), len(given), *described))
+        described = tuple([self._describe(x, loose, index, given) for x in args])
+        named = self._describe(kwargs, loose, False, given) if kwargs else ()
+        self.steps.append((name, torch.is_grad_enabled(), len(given), described, named))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:

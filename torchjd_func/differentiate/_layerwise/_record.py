@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._decide import Decider
+from torchjd_func.differentiate._layerwise._disturbed import Disturbed, Swap
 from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
-from torchjd_func.differentiate._layerwise._noise import Swap
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
+from torchjd_func.differentiate._pullback import replaced, tracked_inside
 
 # Places in the graph of autograd, and tensors of the shapes of gradients there
 Places = tuple[Sequence[Any], Sequence[Tensor]]
@@ -38,14 +40,45 @@ class Batch(NamedTuple):
 
     def fill(self, args: tuple[Any, ...], example: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of one example."""
-        parts = dict(zip(self.places, example, strict=True))
-        return tuple(parts.get(place, arg) for place, arg in enumerate(args))
+        return tuple(replaced(args, self.places, example))
 
     def map(self, fn: Callable[..., Any], fixed: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
         """Map `fn(*fixed, *example)` over the batch."""
         rest = tuple(self.dims[place] for place in self.places)
         given = [self.args[place] for place in self.places]
         return vmap(fn, in_dims=(*dims, *rest), randomness=self.randomness)(*fixed, *given)
+
+
+class Problem(NamedTuple):
+    """An objective at one point.
+
+    Attributes:
+        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        leaves: The parameters.
+        layout: How it treats examples; how many lie along axes is seen when it is planned.
+        inputs: All tensors among the arguments.
+        batch: What to map over, for an objective of one example.
+        larger: How many examples there are, the call and the inputs with one more, in ways that
+            may fit the arguments.
+        noisy: The call and the inputs with other data; nothing where that makes no difference.
+        check: Whether a plan must prove itself.
+        names: Of the parameters.
+        generators: The states that random generators had before operations were handed these;
+            filled as it runs.
+    """
+
+    call: Call
+    leaves: Sequence[Tensor]
+    layout: Layout
+    inputs: Sequence[Tensor]
+    batch: Batch | None = None
+    larger: Callable[[], Iterator[tuple[int, Call, Sequence[Tensor]]]] = lambda: iter(())
+    noisy: Callable[[Callable[[Tensor], Tensor]], Sequence[tuple[Call, Sequence[Tensor]]]] = (
+        lambda change: ()
+    )
+    check: bool = False
+    names: Sequence[str] = ()
+    generators: States | None = None
 
 
 class Recorded(NamedTuple):
@@ -63,42 +96,37 @@ class Recorded(NamedTuple):
 
 
 def record(
-    call: Call,
-    leaves: Sequence[Tensor],
-    layout: Layout,
-    inputs: Sequence[Tensor],
-    batch: Batch | None,
+    problem: Problem,
     plan: Plan | None = None,
     other: Operations | None = None,
     *,
     noisy: int = 0,
     swap: Swap | None = None,
-    generators: States | None = None,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
     Args:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        layout: How the objective treats examples.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
+        problem: The objective.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
-        noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
-        swap: As of `Trace`, too.
-        generators: As of `Operations`.
+        noisy: What gets noise, where autograd's graph is at hand, as of `Disturbed`.
+        swap: As of `Disturbed`, too.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
         and by leaves.
     """
+    call, leaves, layout, inputs, batch, *_ = problem
+    layout = layout if plan is None else plan.layout
     compiling = torch.compiler.is_compiling()
     watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     steps = [] if plan is None else [step for step in plan.steps if step.use]
     front = () if batch is None else (layout.size,)
-    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    zeros = [  # without memory
+        torch.zeros((), dtype=step.dtype, device=step.device).expand((*front, *step.shape))
+        for step in steps
+    ]
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
@@ -109,15 +137,12 @@ def record(
         # In graphs, what torch.func is handed does not say that it is traced (torch 2.13)
         handles = [x.view_as(x) for x in primals] if compiling else primals
         seen = inputs if batch is None else _tree.tensors(args)
-        if compiling and plan is not None:
+        if compiling:
+            assert plan is not None
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
-            size = layout.size if layout.kind == "batched" else 0
-            operations = Operations(seen, size, other, generators)
             shifts = perturbations if hidden else None
-            order = None if other is None else Order(operations, seen)
-            noise: dict[str, Any] = {"noisy": noisy, "swap": swap}
-            mode = Trace(handles, layout, operations, plan, shifts, **noise, order=order)
+            mode = _watcher(problem, plan, other, handles, seen, shifts, noisy, swap)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
@@ -127,11 +152,10 @@ def record(
         return outputs, [*mode.constants, *arrays, *aux]
 
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
-        """Run over all examples."""
         if batch is None:
             out = run(perturbations, primals)
         else:
-            out = batch.map(run, (perturbations, primals), (0, None))
+            out = batch.map(tracked_inside(run), (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
         outs = _tree.leaves(out[0])
         inner.append((outs, uses, primals))
@@ -157,6 +181,28 @@ def record(
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
+
+
+def _watcher(
+    problem: Problem,
+    plan: Plan | None,
+    other: Operations | None,
+    handles: Sequence[Tensor],
+    seen: Sequence[Tensor],
+    perturbations: Sequence[Tensor] | None,
+    noisy: int,
+    swap: Swap | None,
+) -> Trace:
+    """Return what watches a run that is not compiled."""
+    layout = problem.layout if plan is None else plan.layout
+    size = layout.size if layout.kind == "batched" else 0
+    operations = Operations(seen, size, other, problem.generators)
+    if plan is None:
+        order = None if other is None else Order(operations, seen)
+        return Decider(handles, layout, operations, order)
+    if swap is not None and perturbations is None:
+        return Disturbed(handles, layout, operations, plan, noisy, swap)
+    return Trace(handles, layout, operations, plan, perturbations)
 
 
 def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
@@ -231,8 +277,3 @@ def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> se
         else:
             found.add(number.get(id(getattr(node, "variable", None)), -1))
     return found - {-1}
-
-
-def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros without memory."""
-    return torch.zeros((), dtype=step.dtype, device=step.device).expand(shape)
