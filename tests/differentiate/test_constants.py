@@ -1,0 +1,152 @@
+"""What no argument holds may change later: constants, thresholds, random generators, modes."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import torchjd_func as jd
+from tests.differentiate.test_layerwise_kinds import rand
+from tests.programs import by_loops
+
+PARAMS = [rand(4, 3)]
+X = rand(5, 3)
+
+
+def hidden(params, x):
+    """Return what all objectives here put together."""
+    return F.linear(x, params[0]).tanh()
+
+
+def coefficient(params, x, value):
+    h = hidden(params, x)
+    return (h + value * h.roll(1, 0)).square().sum(1)
+
+
+def matrix(params, x, value):
+    size = len(x)
+    mixing = torch.from_numpy(np.eye(size) + value * np.eye(size, k=1))
+    return (mixing @ hidden(params, x)).square().sum(1)
+
+
+def mask(params, x, value):
+    groups = np.arange(len(x)) // (2 if value else 1)
+    h = hidden(params, x)
+    scores = (h @ h.T).masked_fill(~torch.from_numpy(groups[:, None] == groups), -torch.inf)
+    return (scores.softmax(1) @ h).square().sum(1)
+
+
+def hinge(params, x, value):
+    h = hidden(params, x)
+    margin = 100 * value - 50
+    return h.sum(1) + F.relu(margin - (h - h.roll(1, 0)).square().sum(1))
+
+
+CONSTANTS = {
+    "a coefficient": (coefficient, lambda value: torch.full((4,), value).double()),
+    "a matrix of numpy": (matrix, float),
+    "a mask of numpy": (mask, float),
+    "a threshold": (hinge, float),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_examples_that_a_constant_keeps_apart_for_now(name):
+    fn, constant = CONSTANTS[name]
+    held = [constant(0.0)]
+    objective = jd.instancewise(lambda params, x: fn(params, x, held[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jd.gramian(objective)(PARAMS, X)
+        held[0] = constant(1.0)
+        found = jd.gramian(objective)(PARAMS, X)
+    rows = by_loops(fn, PARAMS, X, held[0])
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+class Rolled(nn.Module):
+    """Adds a neighbour times a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(PARAMS[0])
+        self.register_buffer("scale", torch.zeros(4).double())
+
+    def forward(self, x):
+        return coefficient([self.weight], x, self.scale)
+
+
+def test_a_module_is_tried_with_other_buffers():
+    apply, params, buffers = jd.functionalize(Rolled())
+    objective = jd.instancewise(lambda params, buffers, x: apply(params, buffers, x)[0])
+    with pytest.warns(UserWarning, match="depend on other examples"):
+        jd.gramian(objective)(params, buffers, X)
+    scale = torch.ones(4).double()
+    found = jd.gramian(objective)(params, {"scale": scale}, X)
+    rows = by_loops(coefficient, PARAMS, X, scale)
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_the_first_call_draws_what_others_do(closed_over):
+    shared = torch.Generator()
+
+    def losses(params, x, generator):
+        h = hidden(params, x)
+        noise = torch.randn(h.shape, dtype=h.dtype, generator=generator)
+        return (h + noise).square().sum(1)
+
+    def held(params, x):
+        return losses(params, x, shared)
+
+    def drawn():
+        return shared.manual_seed(3) if closed_over else torch.Generator().manual_seed(3)
+
+    fn = held if closed_over else losses
+    objective = jd.instancewise(fn)
+    rest = (X,) if closed_over else (X, drawn())
+    drawn()
+    rows = by_loops(fn, PARAMS, *rest)
+    for _ in range(2):
+        rest = (X,) if closed_over else (X, drawn())
+        drawn()
+        found = jd.gramian(objective)(PARAMS, *rest)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+def squares(params, x):
+    return hidden(params, x).square().sum(1)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
+def test_inference_mode_changes_nothing(route):
+    rows = by_loops(squares, PARAMS, X)
+    step = jd.gramian(jd.instancewise(squares), route=route)
+    with torch.inference_mode():
+        found = step(PARAMS, X)
+        copies = [PARAMS[0].clone()], X.clone()
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step(*copies), rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_without_entries():
+    def losses(params, x):
+        return squares(params, x) + F.linear(x, params[1]).sum(1)
+
+    params = [*PARAMS, rand(0, 3)]
+    rows = by_loops(losses, params, X)
+    found = jd.gramian(jd.instancewise(losses))(params, X)
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
+def test_control_flow_that_torch_does_not_differentiate(route):
+    def losses(params, x):
+        h = hidden(params, x)
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (h,)).sum(1)
+
+    with pytest.raises(ValueError, match=r"no torch\.cond"):
+        jd.gramian(jd.instancewise(losses), route=route)(PARAMS, X)
