@@ -12,7 +12,8 @@ from torchjd_func.aggregation._cagrad_search import find
 from torchjd_func.differentiate._layerwise import gramians
 from torchjd_func.differentiate._layerwise._convolutions import conv_weight
 from torchjd_func.differentiate._layerwise._forms import cross
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._verb import linearize
 from torchjd_func.linalg import _interior
 from torchjd_func.linalg._eigh import eigh
 
@@ -107,7 +108,7 @@ def encoder(depth):
     net = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
     apply, params, buffers = jd.functionalize(net)
     objective = jd.instancewise(lambda p, x: apply(p, buffers, x)[0].square().mean((1, 2)))
-    options = Options(0, False, "auto", None, None)
+    options = Request()
     linear = linearize(objective, (params, torch.randn(4, 5, 16)), {}, options)
     return linear.jacobian.layers, range(len(params))
 

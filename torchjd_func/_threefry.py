@@ -48,7 +48,8 @@ def step(key: Tensor, n: int, n_bits: int) -> tuple[Tensor, Array]:
         return next_key, wide_bits(key, (n,), n_bits)
     first, second = _encrypt_few(plain.tolist(), SPLIT << 64 * n, n, n + 1)
     pairs = _lanes(first << 32 | second, n + 1)
-    return torch.tensor(divmod(int(pairs[n]), 1 << 32)), (pairs[:n] >> (64 - n_bits)).view("i8")
+    next_key = np.array([pairs[n] >> 32, pairs[n] & MASK], dtype="i8")
+    return torch.from_numpy(next_key), (pairs[:n] >> (64 - n_bits)).view("i8")
 
 
 def encrypt(key: Tensor, stream: int, n: int) -> Array:

@@ -69,6 +69,10 @@ def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
 
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply `fn` to corresponding leaves of trees of one structure."""
+    if isinstance(tree, Tensor):
+        return fn(tree, *rest)
+    if _records(tree, *rest):
+        return type(tree)(*[fn(*each) for each in zip(tree, *rest, strict=True)])
     if torch.compiler.is_compiling():
         flat, rebuild = flatten(tree)
         return rebuild([fn(*each) for each in zip(flat, *[leaves(x) for x in rest], strict=True)])
@@ -105,12 +109,22 @@ def names(tree: PyTree) -> list[str]:
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
+    if _records(a, b):
+        return True
     traced = same_traced(a, b) if torch.compiler.is_compiling() else None
     if traced is not None:
         return traced
     holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]
     structures = [optree.tree_structure(tree, is_leaf=hollow) for tree in (a, b)]
     return structures[0] == structures[1] and holes[0] == holes[1]
+
+
+def _records(*trees: PyTree) -> bool:
+    """Say whether trees are named tuples of tensors of one class: so is most states' structure."""
+    kind = type(trees[0])
+    return hasattr(kind, "_fields") and all(
+        [type(tree) is kind and all([isinstance(x, Tensor) for x in tree]) for tree in trees]
+    )
 
 
 def ravel(tree: PyTree) -> Tensor:

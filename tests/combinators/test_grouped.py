@@ -11,8 +11,9 @@ from tests.matrices import A, B, matrix
 from tests.registry import METHODS, key_for, losses_for
 from torchjd_func import _tree
 from torchjd_func.differentiate._jacobian import rows
+from torchjd_func.differentiate._request import Request
 from torchjd_func.differentiate._routes import contract
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._verb import linearize
 
 PATHS = ["embedding", "encoder.bias", "encoder.weight", "head"]
 LAYERS = {"": ["embedding", "head"], "encoder": ["encoder.bias", "encoder.weight"]}
@@ -67,12 +68,12 @@ def loop(aggregator, groups: dict, jacs: list[dict], key, losses) -> list[dict]:
 )
 def test_routes_serve_groups_of_leaves(route, groups):
     params = _tree.map(lambda leaf: leaf[0], jacobian(5))
-    flat = _tree.leaves(rows(linearize(objective, (params,), {}, Options(0, False))))
+    flat = _tree.leaves(rows(linearize(objective, (params,), {}, Request())))
     jacs = [torch.cat([flat[i] for i in group], dim=1) for group in groups]
     weights = matrix("gaussian", len(groups), 5)
 
     def run(point, weights):
-        linear = linearize(objective, (point,), {}, Options(0, False, route))
+        linear = linearize(objective, (point,), {}, Request(route=route))
         matrices, pullback = contract(linear, route, None, groups)
         return matrices, pullback(weights)
 

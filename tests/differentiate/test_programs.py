@@ -24,13 +24,8 @@ def test_programs_at_random_are_right_in_single_precision():
     assert not {seed: result for seed, result in found.items() if result.startswith("wrong")}
 
 
-# It applies a custom autograd.Function where another way of the program did not, which Dynamo does
-# not trace under a function mode (torch 2.13): an error, not a wrong result.
-REFUSED = pytest.param(9012, marks=pytest.mark.xfail(reason="Dynamo refuses"))
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [*range(9000, 9012), REFUSED, *range(9013, 9016)])
+@pytest.mark.parametrize("seed", range(9000, 9016))
 def test_compiled_programs_at_random_are_right(seed):
     assert outcome(seed, compiled=True) in ("right", "warned", "invalid")
 
@@ -66,3 +61,19 @@ def test_a_graph_that_goes_another_way_than_planned_says_so(name):
         found = compiled(params, x, 1)
     expected = jd.gramian(objective, route="jacobian")(params, x, 1)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_graph_knows_which_functions_of_parameters_have_no_derivative():
+    params, x = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(p, x):
+        sizes, places = p[0].sort(dim=1)
+        chosen = torch.where(p[1] > 0, p[1], 2 * p[1]).gather(1, places)
+        return (x @ chosen).tanh() @ (sizes * p[1].detach())[0]
+
+    objective = jd.instancewise(loss)
+    expected = jd.gramian(objective, route="jacobian")(params, x)
+    torch.testing.assert_close(jd.gramian(objective)(params, x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(jd.gramian(objective), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, x), expected, rtol=1e-10, atol=1e-12)

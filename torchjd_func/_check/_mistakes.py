@@ -81,6 +81,11 @@ _KNOWN = (
         "leave checkpoints out and use jd.accumulate or chunk_size.",
     ),
     (
+        ("TransformType", "_higher_order_ops"),
+        "use no torch.cond, and no other control flow that torch.func does not differentiate",
+        "Decide by Python's if, or choose with torch.where; write loops in Python.",
+    ),
+    (
         ("have storage",),
         "not read the memory of tensors, as x.numpy() and packed sequences do",
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func.differentiate._instancewise import InstanceWise
+from torchjd_func.differentiate._instancewise import InstanceWise, batched_dim
 from torchjd_func.differentiate._linearized import Jacobian, Linearized, Seen, rows_of
 from torchjd_func.differentiate._objective import (
     Function,
     Objective,
     as_objective,
     linearize_whole,
-    name_of,
+    shown,
 )
 from torchjd_func.differentiate._request import Request, chosen
 from torchjd_func.differentiate._where import features
@@ -65,9 +65,7 @@ class Accumulated:
             _check.in_dims(dims, len(args))
         dims = [None if i == self.carry_aux else dim for i, dim in enumerate(dims)]
         parts = [_chunks(arg, dim, self.n) for arg, dim in zip(args, dims, strict=True)]
-        named = {
-            name: _chunks(x, 0 if _is_batched(x) else None, self.n) for name, x in kwargs.items()
-        }
+        named = {name: _chunks(x, batched_dim(x), self.n) for name, x in kwargs.items()}
         return [
             (tuple(part[k] for part in parts), {name: part[k] for name, part in named.items()})
             for k in range(self.n)
@@ -91,7 +89,6 @@ class Accumulated:
         return replace(self, fn=as_objective(self.fn.wrap(change)))
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
-        """Return the placeholders of the objective."""
         return self.fn.rows_like(primals, m)
 
     def plan(self, request: Request) -> None:
@@ -99,12 +96,10 @@ class Accumulated:
 
     @property
     def spans_processes(self) -> bool:
-        """Whether the objective does."""
         return self.fn.spans_processes
 
     def __repr__(self) -> str:
-        """Return the inner objective in one line."""
-        return f"Accumulated({name_of(self.fn)}, {self.n})"
+        return f"Accumulated({shown(self.fn)}, {self.n})"
 
 
 def _linearize(fn: Accumulated, request: Request) -> Linearized:
@@ -150,12 +145,6 @@ def _microbatch(fn: Objective, request: Request) -> tuple[Linearized, list[Tenso
 def _freed(*cotangent: Tensor) -> list[Tensor]:
     """Stand for the pullback of a graph that is gone."""
     raise AssertionError(cotangent)
-
-
-def _is_batched(value: Any) -> bool:
-    """Say whether a keyword argument is a part of the batch: tensors, but 0-d ones."""
-    leaves = _tree.leaves(value)
-    return bool(leaves) and all(isinstance(x, Tensor) and x.ndim for x in leaves)
 
 
 def accumulate(

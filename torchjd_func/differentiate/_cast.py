@@ -57,12 +57,7 @@ def cast_floating(
         tensor([[1., 1.]])
     """
     _check.floating_dtype("dtype", dtype)
-    return as_objective(fn).wrap(partial(_cast_function, dtype, keep))
-
-
-def _cast_function(dtype: torch.dtype, keep: Callable[[str], bool], fn: Function) -> Function:
-    """Return one function in the other precision."""
-    return partial(_call, fn, dtype, keep)
+    return as_objective(fn).wrap(lambda fn: partial(_call, fn, dtype, keep))
 
 
 def _call(
@@ -72,7 +67,6 @@ def _call(
     known: dict[Tensor, Tensor] = {}
 
     def cast_argument(value: PyTree) -> PyTree:
-        """Cast the leaves of one argument."""
         flat, rebuild = _tree.flatten(value)
         pairs = zip(_tree.paths(value), flat, strict=True)
         return rebuild([leaf if keep(path) else _cast(leaf, dtype, known) for path, leaf in pairs])

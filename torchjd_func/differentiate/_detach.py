@@ -16,8 +16,8 @@ PyTree = Any
 
 def detached(tree: PyTree) -> PyTree:
     """Return a pytree whose tensors keep no graph of plain autograd; as it is, if none does."""
-    if torch.compiler.is_compiling():  # importing this module earlier would load the compiler
-        from torchjd_func.differentiate._detach_compiled import detach
+    if torch.compiler.is_compiling():
+        from torchjd_func.differentiate._compiled import detach
     else:
         detach = detach_plain
     flat, rebuild = _tree.flatten(tree)
@@ -28,12 +28,8 @@ def detached(tree: PyTree) -> PyTree:
 
 
 def detach_plain(x: Tensor) -> Tensor:
-    """Detach a tensor that requires a gradient of plain autograd alone."""
-    return x.detach() if _is_plain(x) else x
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Say whether a tensor, or the batch that it is one of in `vmap`, requires plain gradients."""
+    """Detach a tensor, or one of the batch in `vmap`, that requires plain gradients alone."""
     # What grad, vjp and jvp wrap is left alone, since detaching would cut what is tracked.
     batch = whole_batch(x)
-    return debug_unwrap(batch, recurse=False) is batch and batch.requires_grad
+    plain = debug_unwrap(batch, recurse=False) is batch and batch.requires_grad
+    return x.detach() if plain else x

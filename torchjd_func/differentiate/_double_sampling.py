@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
 from torchjd_func._types import Weighting
 from torchjd_func.differentiate._detach import detached
-from torchjd_func.differentiate._linearized import Linearized, assemble
-from torchjd_func.differentiate._routes import contract_cross, pullback_of, validate, whole
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._linearized import assemble
+from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._routes import contract_cross, pullback_of_all, validate
+from torchjd_func.differentiate._verb import linearize
 
 PyTree = Any
 
@@ -85,7 +84,7 @@ def double_sampling(
         _check.batches(batches)
         routes = (route, route, "jacobian")  # the third is pulled back only once
         linears = [
-            linearize(fn, (params, *batch), kwargs, Options(0, has_aux, route, chunk_size))
+            linearize(fn, (params, *batch), kwargs, Request(0, has_aux, route, chunk_size))
             for batch, route in zip(batches, routes, strict=False)
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])
@@ -94,15 +93,11 @@ def double_sampling(
         with full_precision():
             statistic = contract_cross(linears[0], linears[1], route, chunk_size)
             weights, state = weighting(statistic, detached(state), losses=seen, present=present)
-            grads = _tree.mean([_direction(linear, weights) for linear in followed])
+            grads = _tree.mean(
+                [assemble(linear, pullback_of_all(linear)(weights), weights) for linear in followed]
+            )
         losses = _tree.mean([linear.losses for linear in followed])
         out = (losses, tuple(linear.aux for linear in linears)) if has_aux else losses
         return detached((grads, out, state))
 
     return step
-
-
-def _direction(linear: Linearized, weights: Tensor) -> PyTree:
-    """Return the weighted gradients of one batch, those of heads included."""
-    pullback = pullback_of(linear, whole(linear))
-    return assemble(linear, pullback(weights.unsqueeze(0)), weights)

@@ -101,7 +101,7 @@ def explain_gramian(
     """
     objective = as_objective(fn)
     check_devices(args)
-    seen = observe(objective, Request(args, argnums, has_aux))
+    seen = observe(objective, Request(argnums, has_aux, args=args))
     found = _layers(seen)
     paths, leaves = seen.bound.paths, seen.bound.leaves
     lines = [
@@ -154,7 +154,7 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         if leaf.is_meta:
             got, remedy = _check.describe(leaf), "Check on a device with memory."
             _check.fail(ValueError, "the arguments of the objective", "hold numbers", got, remedy)
-    seen = observe(as_objective(fn), Request(args, argnums, has_aux), check=False)
+    seen = observe(as_objective(fn), Request(argnums, has_aux, args=args), check=False)
     recorded, m = seen.recorded, seen.vector.shape[0]
     chosen = torch.linspace(0, m - 1, min(n_examples, m), device=seen.vector.device).long()
     found = _layers(seen)

@@ -15,16 +15,16 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._pullback import vjp_aux
-from torchjd_func.differentiate._request import Where
+from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import (
     contract,
     contract_whole,
-    pullback_of,
+    pullback_of_all,
     validate,
     whole,
 )
 from torchjd_func.differentiate._row_norms import squared_norms
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._verb import linearize
 
 PyTree = Any
 
@@ -123,7 +123,7 @@ def grad_and_value(
     validate(route, chunk_size)
 
     scalar, by_name = isinstance(rule, Scalarizer), _names.named_options(rule)
-    options = Options(
+    options = Request(
         argnums,
         has_aux,
         "jacobian" if scalar else route,
@@ -183,14 +183,11 @@ def _statistic(
     """Return what a weighting needs to see, and the pullback that goes with it."""
     if needs == "size" and linear.seen is None:
         m = linear.vector.shape[0]
-        pullback = pullback_of(linear, whole(linear))
-        return _tree.placeholder(linear.vector, (m, m)), lambda w: pullback(w.unsqueeze(0))
+        return _tree.placeholder(linear.vector, (m, m)), pullback_of_all(linear)
     if needs == "norms" and linear.jacobian.layers is not None and route != "jacobian":
-        groups = whole(linear)
-        pullback = pullback_of(linear, groups)
-        places = groups[0] if linear.seen is None else linear.seen.places
+        places = whole(linear)[0] if linear.seen is None else linear.seen.places
         squares = squared_norms(linear, route, chunk_size, places)
-        return torch.diag(squares), lambda w: pullback(w.unsqueeze(0))
+        return torch.diag(squares), pullback_of_all(linear)
     return contract_whole(linear, route, chunk_size)
 
 
@@ -198,11 +195,10 @@ def _scalarized(linear: Linearized, rule: Scalarizer, state: Any) -> tuple[PyTre
     """Weigh by the derivative of the one loss that `rule` makes of all: one backward pass."""
 
     def loss_fn(vector: Tensor) -> tuple[Tensor, Any]:
-        """Return the loss, and the next state."""
         loss, after = rule(vector, state, present=linear.present)
         _check.dependent_loss(rule.name, loss.requires_grad)
         return loss, after
 
     loss, pull, state = vjp_aux(loss_fn, linear.vector)
-    weights = pull(loss.new_ones(()))[0]
-    return pullback_of(linear, whole(linear))(weights.unsqueeze(0)), weights, state
+    weights = pull(loss.new_ones(()))
+    return pullback_of_all(linear)(weights), weights, state

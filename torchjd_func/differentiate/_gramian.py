@@ -11,9 +11,9 @@ from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
-from torchjd_func.differentiate._request import Where
+from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import contract_cross, contract_whole, validate
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._verb import linearize, without_losses
 from torchjd_func.differentiate._where import features
 
 PyTree = Any
@@ -74,17 +74,8 @@ def gramian(
         tensor([[ 2.,  5.],
                 [ 5., 13.]])
     """
-    validate(route, chunk_size)
-
     options = {"has_aux": has_aux, "route": route, "chunk_size": chunk_size, "where": where}
-    run = gramian_and_value(fn, argnums, **options)
-
-    def gramian_fn(*args: Any, **kwargs: Any) -> Any:
-        """Return the Gramian (and aux)."""
-        matrix, out = run(*args, **kwargs)
-        return (matrix, out[1]) if has_aux else matrix
-
-    return gramian_fn
+    return without_losses(gramian_and_value(fn, argnums, **options), has_aux)
 
 
 def gramian_and_value(
@@ -117,7 +108,7 @@ def gramian_and_value(
     """
     validate(route, chunk_size)
 
-    options = Options(argnums, has_aux, route, chunk_size, where, alone=True)
+    options = Request(argnums, has_aux, route, chunk_size, where, alone=True)
 
     def gramian_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Gramian and the losses (and aux)."""
@@ -166,7 +157,7 @@ def gramian_vjp(
     """
     validate(route, chunk_size)
     _check.not_features(where is features, "jd.gramian_vjp")
-    options = Options(argnums, has_aux, route, chunk_size, where)
+    options = Request(argnums, has_aux, route, chunk_size, where)
     linear = linearize(fn, primals, {"present": present}, options)
     with full_precision():
         matrix, pullback = contract_whole(linear, route, chunk_size)
@@ -215,7 +206,7 @@ def cross_gramian(
     """
     validate(route, chunk_size)
 
-    options = Options(argnums, has_aux, route, chunk_size, where, alone=True)
+    options = Request(argnums, has_aux, route, chunk_size, where, alone=True)
 
     def cross_gramian_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the cross-Gramian (and both aux)."""

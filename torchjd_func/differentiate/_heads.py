@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func.differentiate._autocast import Autocast, as_called
 from torchjd_func.differentiate._mask import all_absent, masked
-from torchjd_func.differentiate._pullback import basis, call, pull_rows, times, unscaled, vjp_aux
+from torchjd_func.differentiate._pullback import basis, call, enlarged, pull_rows, unscaled, vjp_aux
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -104,10 +104,8 @@ def _pull_head(
 ) -> _Head:
     """Run a head, and pull unit cotangents of its losses back."""
     vector, pull, (losses, present, dependent) = vjp_aux(head, (params, z))
-    unit = basis(vector) if request.scale is None else times(request.scale, basis(vector))
-    rows, cotangents = pull_rows(
-        lambda row: pull(row)[0], unit, 1 if len(vector) == 1 else request.chunk_size
-    )
+    unit = enlarged(basis(vector), request.scale)
+    rows, cotangents = pull_rows(pull, unit, 1 if len(vector) == 1 else request.chunk_size)
     return _Head(losses, vector, present, cotangents, unscaled(rows, request.scale), dependent)
 
 

@@ -71,7 +71,7 @@ def init_state(
     check_names(_names.named_options(rule), losses)
     count = sum(leaf.numel() for leaf in _tree.leaves(losses))
     if count:
-        objective.plan(Request(args, argnums, has_aux, route))
+        objective.plan(Request(argnums, has_aux, route, args=args))
     jac = objective.rows_like(primals, count)
     m = _tree.leading_size(jac)
     if isinstance(rule, Scalarizer):

@@ -19,10 +19,11 @@ from torchjd_func.differentiate._objective import (
     Function,
     linearize_by_layers,
     linearize_whole,
-    name_of,
     plan_by_layers,
     rows_like,
+    shown,
 )
+from torchjd_func.differentiate._pullback import tracked_inside
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -108,10 +109,10 @@ class InstanceWise:
         plans = every.get(names, {}) if compiling else every.setdefault(names, {})
         change = partial(partial, _call_by_name, names)
         if self.example is None:
-            dims = self.in_dims and (*self.in_dims, *(_batched(x) for x in given[len(args) :]))
+            dims = self.in_dims and (*self.in_dims, *(batched_dim(x) for x in given[len(args) :]))
             return replace(self, fn=change(self.fn), plans=plans, in_dims=dims), given
         fn, _, randomness = self.example
-        dims = (*self.example.dims(len(args)), *(_batched(x) for x in given[len(args) :]))
+        dims = (*self.example.dims(len(args)), *(batched_dim(x) for x in given[len(args) :]))
         mapped = per_example(change(fn), dims, randomness)
         return replace(mapped, ranks=self.ranks, plans=plans), given
 
@@ -141,8 +142,7 @@ class InstanceWise:
         return self.ranks is not None
 
     def __repr__(self) -> str:
-        """Return the name of the function in one line."""
-        return f"InstanceWise({name_of(self.fn)})"
+        return f"InstanceWise({shown(self.fn)})"
 
 
 def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:
@@ -151,8 +151,8 @@ def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any)
     return fn(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
 
-def _batched(value: Any) -> int | None:
-    """Return the dimension of a keyword argument that counts the examples, if it has any."""
+def batched_dim(value: Any) -> int | None:
+    """Return the dimension of a keyword argument that has examples: tensors, but 0-d ones."""
     leaves = _tree.leaves(value)
     return 0 if leaves and all(isinstance(x, Tensor) and x.ndim for x in leaves) else None
 
@@ -220,7 +220,7 @@ def per_example(
     example = Example(fn, in_dims, randomness)
 
     def batched(*args: Any) -> Any:
-        """Map the loss of one example over the batch."""
-        return vmap(fn, in_dims=example.all_dims(len(args)), randomness=randomness)(*args)
+        dims = example.all_dims(len(args))
+        return vmap(tracked_inside(fn), in_dims=dims, randomness=randomness)(*args)
 
     return InstanceWise(batched, example)

@@ -9,8 +9,8 @@ from torchjd_func import _check
 from torchjd_func._precision import full_precision
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, rows_of, value
-from torchjd_func.differentiate._request import Where
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._request import Request, Where
+from torchjd_func.differentiate._verb import linearize, without_losses
 
 PyTree = Any
 
@@ -63,16 +63,8 @@ def jac(
         tensor([[1., 1.],
                 [3., 2.]])
     """
-    _check.chunk_size(chunk_size)
-
     run = jac_and_value(fn, argnums, has_aux=has_aux, chunk_size=chunk_size, where=where)
-
-    def jac_fn(*args: Any, **kwargs: Any) -> Any:
-        """Return the Jacobian (and aux)."""
-        jacobian, out = run(*args, **kwargs)
-        return (jacobian, out[1]) if has_aux else jacobian
-
-    return jac_fn
+    return without_losses(run, has_aux)
 
 
 def jac_and_value(
@@ -104,7 +96,7 @@ def jac_and_value(
     """
     _check.chunk_size(chunk_size)
 
-    options = Options(argnums, has_aux, "auto", chunk_size, where, alone=True)
+    options = Request(argnums, has_aux, "auto", chunk_size, where, alone=True)
 
     def jac_and_value_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian and the losses (and aux)."""

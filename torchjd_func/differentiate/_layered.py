@@ -16,7 +16,6 @@ from torchjd_func.differentiate._filled import grow
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
-    Larger,
     Layers,
     Layout,
     Problem,
@@ -31,7 +30,7 @@ from torchjd_func.differentiate._layerwise import plan as plan_run
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Objective
-from torchjd_func.differentiate._pullback import basis, times, unscaled
+from torchjd_func.differentiate._pullback import basis, enlarged, unscaled
 from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
@@ -55,16 +54,14 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     recorded, vector, losses, aux, bound = observe(fn, request)
     _check.dependent(recorded.dependent or all_absent(request.present))
     ranks = fn.ranks if isinstance(fn, InstanceWise) else None
-    vector, present = masked(vector, _flat_flags(losses, request.present))
+    present = None if request.present is None else masked(losses, request.present)[1]
+    vector = masked(vector, present)[0]
     shared = recorded.plan.layout.kind == "shared"
     unit = torch.ones_like(vector) if present is None else present.to(vector.dtype)
-    cotangents = basis(vector) if shared else unit
-    if request.scale is not None:
-        cotangents = times(request.scale, cotangents)
     found = layers(
         recorded,
-        cotangents,
-        lambda: _rows_cotangents(vector, request),
+        enlarged(basis(vector) if shared else unit, request.scale),
+        lambda: enlarged(basis(vector), request.scale),
         len(vector),
         ranks,
         request.chunk_size,
@@ -75,11 +72,9 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
     places = tuple(range(len(bound.paths)))
 
     def pullback(weights: Tensor) -> list[Tensor]:
-        """Return the leaves of `J^T weights`."""
         return unscaled(combine(found, weights.unsqueeze(0), (places,)), request.scale)
 
     def rows() -> list[Tensor]:
-        """Return the rows of all leaves."""
         return unscaled([jacobian(found, leaf) for leaf in places], request.scale)
 
     if ranks is not None:
@@ -95,17 +90,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         jacobian=Jacobian(pullback, rows, found, request.scale),
         seen=None if where is None else Seen(chosen(where, bound.paths)),
     )
-
-
-def _rows_cotangents(vector: Tensor, request: Request) -> Tensor:
-    """Return a unit cotangent for each loss."""
-    unit = basis(vector)
-    return unit if request.scale is None else times(request.scale, unit)
-
-
-def _flat_flags(losses: PyTree, present: Any) -> Any:
-    """Return which losses there are, in leaf order."""
-    return None if present is None else masked(losses, present)[1]
 
 
 def in_one_precision(found: Layers) -> Layers:
@@ -176,7 +160,7 @@ def _problem(
     """Return the objective at one point, and what unpacks the outputs of its latest run."""
     args = request.args
     positions = _check.argnums(request.argnums, len(args))
-    kind, batch = _structure(fn, args, positions)
+    layout, batch = _structure(fn, args, positions)
     inner = fn if batch is None else batch.fn
     unpackers: list[Callable[[list[Tensor]], Any]] = []
     given = args, dict(request.kwargs)
@@ -205,21 +189,22 @@ def _problem(
 
     def noisy(change: Callable[[Tensor], Tensor]) -> list[tuple[Call, list[Tensor]]]:
         """Return the objective with other data, and the tensors among these."""
-        moved = {x: change(x) for x in problem.inputs}
+        own = set(bound.leaves)  # which modules may look at, too
+        moved = {x: change(x) for x in problem.inputs if x not in own}
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
         return [(partial(call, data, request.present), _tree.tensors(data))]
 
     problem = Problem(
         call=partial(call, given, request.present),
         leaves=bound.leaves,
-        kind=kind,
-        size=0 if batch is None else _batch_size(batch),
+        layout=layout,
         inputs=_tree.tensors(given),
         batch=batch,
         larger=partial(_larger, fn, args, positions, call_with),
-        noisy=noisy if kind == "batched" else lambda change: [],
+        noisy=noisy if layout.kind == "batched" else lambda change: [],
         check=check and _to_be_proven(fn, bound.leaves),
         names=bound.paths,
+        generators={},
     )
     return problem, unpackers
 
@@ -231,25 +216,22 @@ def _to_be_proven(fn: Objective, leaves: Sequence[Tensor]) -> bool:
 
 def _structure(
     fn: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
-) -> tuple[str, Batch | None]:
+) -> tuple[Layout, Batch | None]:
     """Return how the objective treats examples, and how to map over them."""
     if not isinstance(fn, InstanceWise):
-        return "shared", None
+        return Layout("shared", 0), None
     if fn.example is None:
-        return "batched", None
+        return Layout("batched", 0), None
     rest = tuple(place for place in range(len(args)) if place not in positions)
     dims = fn.example.all_dims(len(args))
     batch = Batch(fn.example.fn, rest, args, dims, fn.example.randomness)
-    if 0 in _batch_sizes(batch) and fn.ranks is None:
+    sizes = _batch_sizes(batch)
+    if 0 in sizes and fn.ranks is None:
         _check.losses((), ())
-    if _batch_size(batch) and all(dims[position] is None for position in positions):
-        return "vmapped", batch
-    return "batched", None
-
-
-def _batch_size(batch: Batch) -> int:
-    """Return how many examples an objective of one example is mapped over; 0 if none tells."""
-    return next(iter(_batch_sizes(batch)), 0)
+    size = sizes[0] if sizes else 0
+    if size and all(dims[position] is None for position in positions):
+        return Layout("vmapped", size), batch
+    return Layout("batched", 0), None
 
 
 def _batch_sizes(batch: Batch) -> list[int]:
@@ -263,7 +245,7 @@ def _larger(
     args: tuple[Any, ...],
     positions: tuple[int, ...],
     call_with: Callable[[tuple[Any, ...]], Call],
-) -> Iterator[Larger]:
+) -> Iterator[tuple[int, Call, list[Tensor]]]:
     """Yield the objective with the last example twice, as far as arguments tell which have some."""
     rest = [place for place in range(len(args)) if place not in positions]
     in_dims = fn.in_dims if isinstance(fn, InstanceWise) else None
@@ -286,7 +268,7 @@ def _larger(
             for place in places:
                 more = partial(_one_more, dim=dims[place], size=size)
                 grown[place] = _tree.map(more, args[place])
-            yield Larger(size, call_with(tuple(grown)), _tree.tensors(tuple(grown)))
+            yield size, call_with(tuple(grown)), _tree.tensors(grown)
 
 
 def _one_more(leaf: Any, *, dim: int, size: int) -> Any:

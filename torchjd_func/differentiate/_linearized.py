@@ -93,7 +93,6 @@ def counting(linear: Linearized, part: Part) -> Linearized:
     pull, heads = linear.jacobian.pullback, linear.heads
 
     def only(tree: PyTree) -> PyTree:
-        """Return zeros without examples."""
         return _tree.map(lambda leaf: torch.where(some, leaf, 0), tree)
 
     return linear._replace(

@@ -13,16 +13,15 @@ from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._heads import Pulled, pull_heads
 from torchjd_func.differentiate._layered import in_one_precision
-from torchjd_func.differentiate._layerwise import Layers, Problem, combine, layers, run
-from torchjd_func.differentiate._linearized import Heads, Leaves, Linearized, Seen
-from torchjd_func.differentiate._objective import Function, by_pullback, filled, rows_like
+from torchjd_func.differentiate._layerwise import Layers, Layout, Problem, combine, layers, run
+from torchjd_func.differentiate._linearized import Heads, Jacobian, Leaves, Linearized, Seen
+from torchjd_func.differentiate._objective import Function, by_pullback, rows_like
 from torchjd_func.differentiate._pullback import (
-    basis,
     call,
     packing,
-    pull_rows,
     unscaled,
     vjp_aux,
+    vjp_nested,
 )
 from torchjd_func.differentiate._request import Request, bind, chosen
 from torchjd_func.differentiate._where import features
@@ -75,11 +74,9 @@ class MultiTask:
 
     @property
     def spans_processes(self) -> bool:
-        """It does not."""
         return False
 
     def __repr__(self) -> str:
-        """Return the tasks in one line."""
         return f"MultiTask({', '.join(self.heads)})"
 
 
@@ -93,7 +90,6 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
     partly = by_leaves is not None and request.route in ("auto", "jacobian")
 
     def trunk(leaves: list[Tensor]) -> tuple[PyTree, PyTree]:
-        """Return features and auxiliary output."""
         with as_called(request.autocast):
             z, aux = fn.features(bound.fill(leaves)[0], batch, kwargs)
         if request.route != "layerwise":  # which runs it for its shapes, too
@@ -101,27 +97,35 @@ def _linearize(fn: MultiTask, request: Request) -> Linearized:
         return z, aux
 
     def heads(z: PyTree) -> Pulled:
-        """Pull back through all heads."""
         return pull_heads(fn.heads, head_params, z, batch, kwargs, request)
 
+    def jacobian(pulled: Pulled, pull: Callable[[PyTree], list[Tensor]]) -> Jacobian:
+        def through(weights: Tensor) -> list[Tensor]:
+            """Pull a combination of the losses' gradients by the features back."""
+            return unscaled(pull(_tree.weighted_sum(pulled.cotangents, weights)), request.scale)
+
+        return by_pullback(through, pulled.vector, request.chunk_size)
+
+    def look(z: PyTree, pull: Callable[[PyTree], list[Tensor]]) -> tuple[Pulled, list[Tensor]]:
+        pulled = heads(z)
+        return pulled, jacobian(pulled, pull).rows()
+
     if partly:
-        pull, aux, pulled, rows = _nested(trunk, heads, bound.leaves, places, request)
+        _, pull, aux, (pulled, rows) = vjp_nested(trunk, bound.leaves, places, look)
         seen, layers = Seen(places, rows), None
     else:
         z, pull, aux, pull_layers = _run_trunk(trunk, bound.leaves, batch, request.route)
         pulled = heads(z)
-        layers = pull_layers(pulled.cotangents, pulled.vector) if pull_layers else None
+        layers = pull_layers(pulled.cotangents, len(pulled.vector)) if pull_layers else None
         by_features = Seen(rows=unscaled(_tree.leaves(pulled.cotangents), request.scale))
         seen = by_features if where is features else Seen(places) if places else None
-    pullback = partial(_through, pull, pulled.cotangents, request.scale)
-    jacobian = by_pullback(pullback, pulled.vector, request.chunk_size)
     return Linearized(
         losses=pulled.losses,
         aux=aux,
         vector=pulled.vector,
         present=pulled.present,
         leaves=Leaves(bound.paths, bound.rebuild),
-        jacobian=jacobian._replace(layers=layers, scale=request.scale),
+        jacobian=jacobian(pulled, pull)._replace(layers=layers, scale=request.scale),
         seen=seen,
         heads=Heads(pulled.rows, pulled.counts, fn.scale_heads or not request.rows),
     )
@@ -144,38 +148,6 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
     return shared, head_params, batch[0], kwargs
 
 
-def _nested(
-    trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
-    heads: Callable[[PyTree], Pulled],
-    leaves: list[Tensor],
-    places: tuple[int, ...],
-    request: Request,
-) -> tuple[Callable[[PyTree], list[Tensor]], PyTree, Pulled, list[Tensor]]:
-    """Pull rows back to some leaves, inside what is pulled back to all of them once."""
-
-    def from_leaves(leaves: list[Tensor]) -> tuple[PyTree, Any]:
-        """Return the features, and the rows of the chosen leaves beside them."""
-        some = [leaves[place] for place in places]
-        z, pull, aux = vjp_aux(lambda some: trunk(filled(leaves, places, some)), some)
-        pulled = heads(z)
-        through = partial(_through, lambda x: pull(x)[0], pulled.cotangents, request.scale)
-        rows = pull_rows(through, basis(pulled.vector), request.chunk_size)
-        return z, (aux, pulled, rows)
-
-    _, pull, (aux, pulled, rows) = vjp_aux(from_leaves, leaves)
-    return lambda cotangent: pull(cotangent)[0], aux, pulled, rows
-
-
-def _through(
-    pull: Callable[[PyTree], list[Tensor]],
-    cotangents: PyTree,
-    scale: Tensor | None,
-    weights: Tensor,
-) -> list[Tensor]:
-    """Pull a combination of the losses' gradients by the features back through the trunk."""
-    return unscaled(pull(_tree.weighted_sum(cotangents, weights)), scale)
-
-
 def _run_trunk(
     trunk: Callable[[list[Tensor]], tuple[PyTree, PyTree]],
     flat: list[Tensor],
@@ -184,24 +156,22 @@ def _run_trunk(
 ) -> tuple[PyTree, Callable[[PyTree], list[Tensor]], PyTree, Callable[..., Layers] | None]:
     """Return features, the trunk's pullback, auxiliary output, and its layers if wanted."""
     if route != "layerwise":
-        z, pull, aux = vjp_aux(trunk, flat)
-        return z, lambda cotangent: pull(cotangent)[0], aux, None
+        return (*vjp_aux(trunk, flat), None)
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
-    recorded = run(Problem(packed, flat, "shared", 0, inputs), {})
+    recorded = run(Problem(packed, flat, Layout("shared", 0), inputs), {})
     _check.dependent(recorded.dependent)
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:
-        """Pull one cotangent of the features back."""
-        found = in_one_precision(layers(recorded, _tree.stack([cotangent]), None, 1))
+        found = _layers(recorded, _tree.stack([cotangent]), 1)
         return combine(found, flat[0].real.new_ones(1, 1), (tuple(range(len(flat))),))
 
     return recorded.outputs, pull_back, unpack(recorded.aux), partial(_layers, recorded)
 
 
-def _layers(recorded: Any, cotangents: PyTree, vector: Tensor) -> Layers:
-    """Pull the gradients by the features back, layer by layer."""
-    return in_one_precision(layers(recorded, cotangents, None, len(vector)))
+def _layers(recorded: Any, cotangents: PyTree, m: int) -> Layers:
+    """Pull `m` cotangents of the features back, layer by layer."""
+    return in_one_precision(layers(recorded, cotangents, None, m))
 
 
 def multitask(

@@ -15,8 +15,8 @@ from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import all_absent, masked
-from torchjd_func.differentiate._pullback import basis, call, pull_rows, scaled, vjp_aux
-from torchjd_func.differentiate._request import Bound, Request, bind, chosen
+from torchjd_func.differentiate._pullback import basis, call, pull_rows, scaled, vjp_aux, vjp_nested
+from torchjd_func.differentiate._request import Request, bind, chosen
 
 PyTree = Any
 Function = Callable[..., Any]
@@ -27,28 +27,22 @@ class Objective(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses (and `aux`, if there is one)."""
-        ...
 
     def linearize(self, request: Request) -> Linearized:
         """Run once, and keep what is needed to pull weights back."""
-        ...
 
     def wrap(self, change: Callable[[Function], Function]) -> Function:
         """Return the objective of changed functions, with the same structure."""
-        ...
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows that a rule is given, of `m` losses of this process."""
-        ...
 
     def plan(self, request: Request) -> None:
         """Find out before the first call what is worth remembering; it changes no result."""
-        ...
 
     @property
     def spans_processes(self) -> bool:
         """Whether losses or parameters are those of several processes."""
-        ...
 
 
 def as_objective(fn: Function | Objective) -> Any:
@@ -56,7 +50,7 @@ def as_objective(fn: Function | Objective) -> Any:
     return fn if hasattr(fn, "linearize") else Plain(fn)
 
 
-def name_of(fn: Any) -> str:
+def shown(fn: Any) -> str:
     """Return the name of a function, or how an objective shows itself."""
     return getattr(fn, "__name__", repr(fn))
 
@@ -74,7 +68,6 @@ class Plain:
     fn: Function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function returns."""
         return self.fn(*args, **kwargs)
 
     def linearize(self, request: Request) -> Linearized:
@@ -84,7 +77,6 @@ class Plain:
         return linearize_whole(self.fn, request)
 
     def wrap(self, change: Callable[[Function], Function]) -> Function:
-        """Return the changed function."""
         return change(self.fn)
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
@@ -96,12 +88,10 @@ class Plain:
 
     @property
     def spans_processes(self) -> bool:
-        """It does not."""
         return False
 
     def __repr__(self) -> str:
-        """Return the name of the function."""
-        return name_of(self.fn)
+        return shown(self.fn)
 
 
 def linearize_by_layers(fn: Objective, request: Request) -> Linearized:
@@ -125,40 +115,30 @@ def linearize_whole(
     """Run the objective once under `torch.func.vjp`."""
     bound = bind(request)
     where = None if request.alone else request.where
-    if where is not None and request.route != "product":
-        return _linearize_nested(fn, request, bound, chosen(where, bound.paths), check)
+    places = None if where is None else chosen(where, bound.paths)
 
-    def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
-        """Return the losses as one vector, for torch.func to differentiate."""
-        vector, out = _evaluate(fn, request, bound.fill(leaves), check)
-        tracked = [leaf.requires_grad for leaf in _tree.leaves(out[0])]
-        if request.present is None and not all(tracked):
-            _check.each_dependent(_tree.paths(out[0]), tracked)
-        return vector, out
+    def run(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
+        return _evaluate(fn, request, bound.fill(leaves), check)
 
-    vector, pull, out = vjp_aux(from_leaves, bound.leaves)
-    seen = None if where is None else Seen(chosen(where, bound.paths))
-    return _linearized(request, bound, vector, pull, out, seen)
+    def jacobian(vector: Tensor, pull: Callable[[Tensor], list[Tensor]]) -> Jacobian:
+        return by_pullback(scaled(pull, request.scale), vector, request.chunk_size)
 
-
-def _linearized(
-    request: Request,
-    bound: Bound,
-    vector: Tensor,
-    pull: Callable[[Tensor], Any],
-    out: tuple[PyTree, PyTree, Any],
-    seen: Seen | None,
-) -> Linearized:
-    """Return what was run, with the rows that its pullback gives."""
+    if places is None or request.route == "product":
+        vector, pull, out = vjp_aux(run, bound.leaves)
+        seen = None if places is None else Seen(places)
+    else:
+        vector, pull, out, rows = vjp_nested(
+            run, bound.leaves, places, lambda vector, pull: jacobian(vector, pull).rows()
+        )
+        seen = Seen(places, rows)
     losses, aux, present = out
-    pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
     return Linearized(
         losses=losses,
         aux=aux,
         vector=vector,
         present=present,
         leaves=Leaves(bound.paths, bound.rebuild),
-        jacobian=by_pullback(pullback, vector, request.chunk_size),
+        jacobian=jacobian(vector, pull),
         seen=seen,
     )
 
@@ -184,39 +164,7 @@ def _evaluate(
     vector, present = masked(losses, request.present)
     # Inside torch.func.vjp, also where the losses depend on tensors of plain autograd.
     _check.dependent(vector.requires_grad or all_absent(request.present))
+    tracked = [leaf.requires_grad for leaf in _tree.leaves(losses)]
+    if request.present is None and not all(tracked):
+        _check.each_dependent(_tree.paths(losses), tracked)
     return vector, (losses, aux, present)
-
-
-def _linearize_nested(
-    fn: Function,
-    request: Request,
-    bound: Bound,
-    places: tuple[int, ...],
-    check: Callable[[PyTree], None] | None,
-) -> Linearized:
-    """Pull rows back to some leaves, inside what is pulled back to all of them once."""
-
-    def from_leaves(leaves: list[Tensor]) -> tuple[Tensor, Any]:
-        """Return the losses, and the rows of the chosen leaves beside them."""
-
-        def from_some(some: list[Tensor]) -> tuple[Tensor, Any]:
-            """Return the losses as a function of the chosen leaves."""
-            args = bound.fill(filled(leaves, places, some))
-            return _evaluate(fn, request, args, check)
-
-        some = [leaves[place] for place in places]
-        vector, pull, out = vjp_aux(from_some, some)
-        pullback = scaled(lambda cotangent: pull(cotangent)[0], request.scale)
-        rows = pull_rows(pullback, basis(vector), request.chunk_size)
-        return vector, (out, rows)
-
-    vector, pull, (out, rows) = vjp_aux(from_leaves, bound.leaves)
-    return _linearized(request, bound, vector, pull, out, Seen(places, rows))
-
-
-def filled(leaves: list[Tensor], places: tuple[int, ...], some: list[Tensor]) -> list[Tensor]:
-    """Return leaves with others in some places."""
-    filled = list(leaves)
-    for place, leaf in zip(places, some, strict=True):
-        filled[place] = leaf
-    return filled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,10 @@ from torchjd_func import _check, _tree
 from torchjd_func._pack import pack
 
 PyTree = Any
+_EXPLAINED = (
+    *(RuntimeError, TypeError, ValueError),
+    *(AttributeError, LookupError, AssertionError),
+)
 
 
 def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -22,7 +26,7 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any
         return fn(*args, **kwargs)
     try:
         return fn(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except _EXPLAINED as error:
         given = (args, dict(kwargs))
         _check.explain(error, _tree.paths(given), _tree.leaves(given))
 
@@ -56,18 +60,87 @@ def _mapped(pullback: Callable[[Any], Any], cotangents: PyTree) -> PyTree:
         _check.unmapped(error)
 
 
-def vjp(fn: Callable[..., Any], *primals: PyTree) -> tuple[Any, Callable[..., Any]]:
-    """Return the value of `fn` and its pullback."""
-    value, pullback = torch.func.vjp(fn, *primals)[:2]
-    return value, pullback
-
-
-def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[..., Any], Any]:
+def vjp_aux(fn: Callable[..., Any], primals: PyTree) -> tuple[Any, Callable[[Any], Any], Any]:
     """Return the value of `fn`, its pullback, and its auxiliary output."""
     packed, unpack = packing(fn)
     result: Any = torch.func.vjp(packed, primals, has_aux=True)
     value, pullback, tensors = result
-    return value, pullback, unpack(tensors)
+    return value, lambda cotangent: pullback(cotangent)[0], unpack(tensors)
+
+
+def vjp_nested(
+    fn: Callable[..., Any],
+    primals: list[Tensor],
+    places: tuple[int, ...],
+    look: Callable[[Any, Callable[[Any], list[Tensor]]], Any],
+) -> tuple[Any, Callable[[Any], list[Tensor]], Any, Any]:
+    """Look at the pullback to some primals, inside what is pulled back to all of them once.
+
+    Args:
+        fn: `primals -> (value, aux)`.
+        primals: Where to evaluate it.
+        places: Some of the primals.
+        look: `(value, pullback to these) -> what is to be known of them`.
+
+    Returns:
+        The value, the pullback to all primals, `aux`, and what was seen.
+    """
+
+    def outer(primals: list[Tensor]) -> tuple[Any, Any]:
+        some = [primals[place] for place in places]
+        value, pull, aux = vjp_aux(lambda some: fn(replaced(primals, places, some)), some)
+        return value, (aux, look(value, pull))
+
+    value, pull, (aux, seen) = vjp_aux(outer, primals)
+    return value, pull, aux, seen
+
+
+def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """Return values with others in some places."""
+    values = list(values)
+    for place, other in zip(places, others, strict=True):
+        values[place] = other
+    return values
+
+
+def tracked(primals: PyTree) -> PyTree:
+    """Return what `torch.func` hands out so that a graph knows that it is tracked.
+
+    What it does not know to be tracked is plain to it: then the backward of a custom
+    `autograd.Function` is dropped in silence (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return primals
+    return _tree.map(lambda x: x.view_as(x), primals)
+
+
+def tracked_inside(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function, for a graph to map over examples.
+
+    What `vmap` hands out does not say that it is tracked, unless it is tracked inside: a custom
+    `autograd.Function`, which no graph maps, is then refused (torch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return fn
+
+    def nested(*args: Any) -> Any:
+        """Run inside a level of derivatives that nothing asks for."""
+        flat, rebuild = _tree.flatten(args)
+        places = [place for place, x in enumerate(flat) if _differentiable(x)]
+
+        def run(some: list[Tensor]) -> Any:
+            """Return anything, and all results."""
+            return some[0].sum(), fn(*rebuild(replaced(flat, places, tracked(some))))
+
+        result: Any = torch.func.vjp(run, [flat[place] for place in places], has_aux=True)
+        return result[2]
+
+    return nested
+
+
+def _differentiable(x: Any) -> bool:
+    """Say whether `torch.func` takes derivatives by a value."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def packing(
@@ -81,8 +154,7 @@ def packing(
     restore: list[Callable[[list[Tensor]], Any]] = []
 
     def packed(primals: PyTree) -> tuple[Any, list[Tensor]]:
-        """Return the value, and the tensors of the auxiliary output."""
-        value, aux = fn(primals)
+        value, aux = fn(tracked(primals))
         tensors, unpack = pack(aux)
         restore.append(unpack)
         return value, tensors
@@ -99,21 +171,16 @@ def scaled(
     pullback: Callable[[Tensor], list[Tensor]], scale: Tensor | None
 ) -> Callable[[Tensor], list[Tensor]]:
     """Return the same map, run on numbers that are `scale` times as large."""
-    return pullback if scale is None else partial(_pull_scaled, pullback, scale)
-
-
-def _pull_scaled(
-    pullback: Callable[[Tensor], list[Tensor]], scale: Tensor, cotangent: Tensor
-) -> list[Tensor]:
-    """Pull a larger cotangent back, and undo its scale."""
-    return unscaled(pullback(times(scale, cotangent)), scale)
+    if scale is None:
+        return pullback
+    return lambda cotangent: unscaled(pullback(enlarged(cotangent, scale)), scale)
 
 
 def unscaled(tree: PyTree, scale: Tensor | None) -> PyTree:
     """Undo the scale of all leaves, if there is one."""
-    return tree if scale is None else _tree.map(partial(times, 1 / scale), tree)
+    return tree if scale is None else _tree.map(partial(enlarged, scale=1 / scale), tree)
 
 
-def times(scale: Tensor, leaf: Tensor) -> Tensor:
-    """Multiply a leaf in its own dtype."""
-    return scale.to(leaf.dtype) * leaf
+def enlarged(leaf: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply a leaf by a scale, if there is one, in its own dtype."""
+    return leaf if scale is None else scale.to(leaf.dtype) * leaf

@@ -10,28 +10,29 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func._shares import Part
 from torchjd_func.differentiate._autocast import Autocast
+from torchjd_func.differentiate._pullback import replaced
 
 PyTree = Any
 Where = Callable[[str], bool]
 
 
 class Request(NamedTuple):
-    """One call of a transformed function."""
+    """What a transform was made with, and one call of the transformed function."""
 
-    args: tuple[Any, ...]
     argnums: int | tuple[int, ...] = 0
     has_aux: bool = False
-    route: str = "jacobian"
+    route: str = "auto"
     chunk_size: int | None = None
-    kwargs: Mapping[str, Any] = {}
     where: Where | None = None  # the leaves that weights come from; `None` for all
     alone: bool = False  # whether these leaves are all that is differentiated
+    rows: bool = True  # whether anybody looks at rows, or one combination of them is all
+    spans: bool = False  # whether the rule works over processes
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
     present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all
     part: Part = Part()  # what this process has of a batch that several have
-    spans: bool = False  # whether the rule works over processes
-    scale: Tensor | None = None  # a factor of the losses in the backward pass alone
     autocast: Autocast = ()  # where the transformed function was called
-    rows: bool = True  # whether anybody looks at rows, or one combination of them is all
+    scale: Tensor | None = None  # a factor of the losses in the backward pass alone
 
 
 class Bound(NamedTuple):
@@ -59,19 +60,11 @@ def bind(request: Request) -> Bound:
     _check.params(f"argument {argnums}", names, kept)
 
     def spread(leaves: Sequence[Any], others: Sequence[Any]) -> PyTree:
-        """Put leaves in their places among others."""
-        filled = list(others)
-        for place, leaf in zip(places, leaves, strict=True):
-            filled[place] = leaf
-        return rebuild(filled)
+        return rebuild(replaced(others, places, leaves))
 
     def fill(leaves: Sequence[Tensor], given: tuple[Any, ...] = args) -> tuple[Any, ...]:
-        """Return all arguments."""
         value = spread(leaves, flat)
-        filled = list(given)
-        for position, part in zip(positions, value if several else (value,), strict=True):
-            filled[position] = part
-        return tuple(filled)
+        return tuple(replaced(given, positions, value if several else (value,)))
 
     return Bound(kept, names, lambda leaves: spread(leaves, [None] * len(flat)), fill)
 

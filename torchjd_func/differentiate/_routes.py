@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func.differentiate._layerwise import combine, cross_gramians, gramians
 from torchjd_func.differentiate._linearized import Linearized, rows_of
-from torchjd_func.differentiate._pullback import basis, pull_rows, unscaled, vjp
+from torchjd_func.differentiate._pullback import basis, pull_rows, unscaled
 
 PyTree = Any
 
@@ -28,7 +28,7 @@ def contract(
     linear: Linearized, route: str, chunk_size: int | None, groups: _tree.Groups
 ) -> Gramian:
     """Return the Gramian of each group of leaves of a linearized objective, by the chosen route."""
-    by_route = partial(_routes(linear, route)[0], linear, chunk_size)
+    by_route = partial(_gramian, _chosen(linear, route), linear, chunk_size)
     matrices, pullback = _over_shards(linear, by_route, groups)
     if linear.present is not None:
         matrices = _present.statistic(matrices, linear.present)
@@ -39,12 +39,10 @@ def contract_whole(
     linear: Linearized, route: str, chunk_size: int | None
 ) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
     """Return the Gramian `(m, m)` that weights come from, and the pullback of weights `(m,)`."""
-    groups = whole(linear)
     if linear.seen is None:
-        matrices, pullback = contract(linear, route, chunk_size, groups)
+        matrices, pullback = contract(linear, route, chunk_size, whole(linear))
         return matrices[0], lambda weights: pullback(weights.unsqueeze(0))
-    pullback = pullback_of(linear, groups)
-    return _contract_seen(linear, route, chunk_size), lambda w: pullback(w.unsqueeze(0))
+    return _contract_seen(linear, route, chunk_size), pullback_of_all(linear)
 
 
 def _contract_seen(linear: Linearized, route: str, chunk_size: int | None) -> Tensor:
@@ -66,19 +64,20 @@ def contract_cross(
     first: Linearized, second: Linearized, route: str, chunk_size: int | None
 ) -> Tensor:
     """Return the cross-Gramian of two linearized objectives, by the chosen route."""
-    matrix = _routes(first, route)[1](first, second, chunk_size)
+    products = _PRODUCTS[_chosen(first, route)]
+    matrix = products(first, second, chunk_size, whole(first))[0]
     if first.present is None or second.present is None:
         return matrix
     return torch.where(first.present.unsqueeze(-1) & second.present, matrix, 0)
 
 
-def _routes(linear: Linearized, route: str) -> tuple[Callable[..., Gramian], Callable[..., Tensor]]:
+def _chosen(linear: Linearized, route: str) -> str:
     """Return how to contract; rows that are known, or were recorded as factors, are used so."""
     if linear.jacobian.known:
-        return _ROUTES["jacobian"]
+        return "jacobian"
     if route == "auto":
-        return _ROUTES["jacobian" if linear.jacobian.layers is None else "layerwise"]
-    return _ROUTES[route]
+        return "jacobian" if linear.jacobian.layers is None else "layerwise"
+    return route
 
 
 def _over_shards(
@@ -90,67 +89,49 @@ def _over_shards(
     return Gramian(*linear.shards.contract(route, groups))
 
 
-def _layerwise(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Multiply factors of rows, one layer at a time."""
-    assert linear.jacobian.layers is not None
-    matrices = gramians(linear.jacobian.layers, groups)
-    return Gramian(_unsquared(matrices, linear), pullback_of(linear, groups))
-
-
-def _layerwise_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Multiply factors of rows of both, one layer at a time."""
-    assert first.jacobian.layers is not None
-    assert second.jacobian.layers is not None
-    products = cross_gramians(first.jacobian.layers, second.jacobian.layers, whole(first))
-    return _unsquared(products, first)[0]
-
-
-def _unsquared(products: Tensor, linear: Linearized) -> Tensor:
-    """Undo the scale of products of rows."""
-    scale = linear.jacobian.scale
-    return unscaled(unscaled(products, scale), scale)
-
-
-def _jacobian(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Build the Jacobian; its rows also serve the pullback."""
+def _gramian(
+    route: str, linear: Linearized, chunk_size: int | None, groups: _tree.Groups
+) -> Gramian:
+    """Contract one objective; rows, if they are built, also serve the pullback."""
+    if route != "jacobian":
+        products = _PRODUCTS[route](linear, linear, chunk_size, groups)
+        return Gramian(products, pullback_of(linear, groups))
     flat = rows_of(linear)
     blocks = _tree.blocks(flat, groups)
 
     def pullback(weights: Tensor) -> PyTree:
-        """Return `J^T weights`."""
         sums = _tree.weighted_sums(blocks, groups, weights, flat)
         return linear.leaves.rebuild(_tree.in_order(sums))
 
     return Gramian(_tree.gramians(blocks, groups), pullback)
 
 
-def _jacobian_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Contract the two Jacobians."""
+def _by_rows(
+    first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
+) -> Tensor:
+    """Build both Jacobians, and contract them."""
     a, b = rows_of(first), rows_of(second)
 
     def route(groups: _tree.Groups) -> Gramian:
-        """Contract the leaves of each group."""
         chosen = [([a[i] for i in group], [b[i] for i in group]) for group in groups]
         products = torch.stack([_tree.cross_gramian(*pair) for pair in chosen])
         return Gramian(products, pullback_of(second, groups))
 
-    return _over_shards(first, route, whole(first)).matrices[0]
+    return _over_shards(first, route, groups).matrices
 
 
-def _product(linear: Linearized, chunk_size: int | None, groups: _tree.Groups) -> Gramian:
-    """Never build the Jacobian."""
-    products = _products(linear, linear, chunk_size, groups)
-    # Of two roundings of one number, in the precision of the objective, the mean: solvers take no
-    # matrix that is not symmetric.
-    return Gramian((products + products.mT) / 2, pullback_of(linear, groups))
+def _by_layers(
+    first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
+) -> Tensor:
+    """Multiply factors of rows of both, one layer at a time."""
+    a, b, scale = first.jacobian.layers, second.jacobian.layers, first.jacobian.scale
+    assert a is not None
+    assert b is not None
+    products = gramians(a, groups) if a is b else cross_gramians(a, b, groups)
+    return unscaled(unscaled(products, scale), scale)
 
 
-def _product_cross(first: Linearized, second: Linearized, chunk_size: int | None) -> Tensor:
-    """Build neither of the two Jacobians."""
-    return _products(first, second, chunk_size, whole(first))[0]
-
-
-def _products(
+def _by_columns(
     first: Linearized, second: Linearized, chunk_size: int | None, groups: _tree.Groups
 ) -> Tensor:
     """Return `J_1 J_2^T` column by column: pull a unit cotangent back, and push the result forward.
@@ -160,7 +141,8 @@ def _products(
     """
     layers = first.jacobian.layers
     _check.rows_are_here(layers is None or layers.ranks is None)
-    _, push = vjp(first.jacobian.pullback, first.vector.new_zeros(first.vector.shape))
+    origin = first.vector.new_zeros(first.vector.shape)
+    push = torch.func.vjp(first.jacobian.pullback, origin)[1]
 
     def column(cotangent: Tensor) -> Tensor:
         """Return `J_1 J_2^T cotangent` of each group, `(g, m_1)`."""
@@ -168,7 +150,10 @@ def _products(
         return torch.stack([push(_only(pulled, group))[0] for group in groups])
 
     columns = pull_rows(column, basis(second.vector), chunk_size or 1)
-    return columns.permute(1, 2, 0).to(_tree.accumulation_dtype(columns.dtype))
+    products = columns.permute(1, 2, 0).to(_tree.accumulation_dtype(columns.dtype))
+    # Of two roundings of one number, in the precision of the objective, the mean: solvers take no
+    # matrix that is not symmetric.
+    return (products + products.mT) / 2 if first is second else products
 
 
 def _only(leaves: list[Tensor], group: tuple[int, ...]) -> list[Tensor]:
@@ -194,14 +179,16 @@ def pullback_of(linear: Linearized, groups: _tree.Groups) -> Callable[[Tensor], 
     return pullback
 
 
+def pullback_of_all(linear: Linearized) -> Callable[[Tensor], PyTree]:
+    """Return the pullback for weights `(m,)` that all leaves share."""
+    pullback = pullback_of(linear, whole(linear))
+    return lambda weights: pullback(weights.unsqueeze(0))
+
+
 def validate(route: str, chunk_size: int | None) -> None:
     """Check the options that all transforms to Gramians share."""
-    _check.choice("route", route, ("auto", *_ROUTES))
+    _check.choice("route", route, ("auto", *_PRODUCTS))
     _check.chunk_size(chunk_size)
 
 
-_ROUTES = {
-    "jacobian": (_jacobian, _jacobian_cross),
-    "layerwise": (_layerwise, _layerwise_cross),
-    "product": (_product, _product_cross),
-}
+_PRODUCTS = {"jacobian": _by_rows, "layerwise": _by_layers, "product": _by_columns}

@@ -14,9 +14,9 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._layerwise import jacobian, joined
 from torchjd_func.differentiate._linearized import Linearized, rows_of
 from torchjd_func.differentiate._pullback import unscaled
-from torchjd_func.differentiate._request import Where
+from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import contract, validate
-from torchjd_func.differentiate._verb import Options, linearize
+from torchjd_func.differentiate._verb import linearize
 
 
 def row_norms(
@@ -63,7 +63,7 @@ def row_norms(
         tensor([5., 1.])
     """
     validate(route, chunk_size)
-    options = Options(argnums, has_aux, route, chunk_size, where, alone=True)
+    options = Request(argnums, has_aux, route, chunk_size, where, alone=True)
 
     def row_norms_fn(*args: Any, **kwargs: Any) -> Any:
         """Return the norms (and aux)."""

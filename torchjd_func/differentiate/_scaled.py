@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func.differentiate._linearized import Linearized
-from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._request import Request
 
 
@@ -21,7 +21,6 @@ class Scaled:
     scale: Tensor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the losses as they are."""
         return self.fn(*args, **kwargs)
 
     def linearize(self, request: Request) -> Linearized:
@@ -34,18 +33,14 @@ class Scaled:
         return Scaled(as_objective(self.fn.wrap(change)), self.scale)
 
     def rows_like(self, primals: Any, m: int) -> Any:
-        """Return the placeholders of the objective."""
         return self.fn.rows_like(primals, m)
 
     def plan(self, request: Request) -> None:
-        """Let the objective plan."""
         self.fn.plan(request)
 
     @property
     def spans_processes(self) -> bool:
-        """Whether the objective does."""
         return self.fn.spans_processes
 
     def __repr__(self) -> str:
-        """Return the inner objective in one line."""
-        return f"Scaled({name_of(self.fn)})"
+        return f"Scaled({shown(self.fn)})"

@@ -23,7 +23,7 @@ from torchjd_func.differentiate._linearized import (
     Linearized,
     Shards,
 )
-from torchjd_func.differentiate._objective import Function, Objective, as_objective, name_of
+from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._pullback import basis, pull_rows
 from torchjd_func.differentiate._request import Request, bind, chosen
 
@@ -96,12 +96,10 @@ class Sharded:
 
     @property
     def spans_processes(self) -> bool:
-        """It does."""
         return True
 
     def __repr__(self) -> str:
-        """Return the inner objective in one line."""
-        return f"Sharded({name_of(self.fn)})"
+        return f"Sharded({shown(self.fn)})"
 
 
 def _placed(leaves: Leaves, parts: Parts) -> Leaves:
@@ -113,7 +111,12 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
     """Return means over processes, of which this process has its parts."""
     present, part, seen = linear.present, request.part, linear.seen
     after = parts.agree(step_of(part, present, losses=linear.vector))
-    pull = partial(_pull_after, after, linear.jacobian.pullback)
+
+    def agreed(cotangent: Tensor) -> list[Tensor]:
+        """Pull back once all processes agree."""
+        return linear.jacobian.pullback(after(cotangent))
+
+    pull = agreed
     known = [] if seen is None or seen.rows is None else seen.rows
     vector, known = after((linear.vector, known))
     if present is not None or part.size is not None:
@@ -141,15 +144,6 @@ def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearize
     )
 
 
-def _pull_after(
-    after: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor], list[Tensor]],
-    cotangent: Tensor,
-) -> list[Tensor]:
-    """Pull back once all processes agree."""
-    return pull(after(cotangent))
-
-
 def _pull_share(
     pull: Callable[[Tensor], list[Tensor]], factors: Tensor, cotangent: Tensor
 ) -> list[Tensor]:
@@ -164,7 +158,6 @@ def _contract_seen(
     """Return the Gramian of rows of which each process has parts."""
 
     def route(groups: Groups) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
-        """Contract the leaves of each group."""
         return _tree.gramians(_tree.blocks(rows, groups), groups), lambda weights: weights
 
     return contract(route, (tuple(range(len(rows))),))[0][0]

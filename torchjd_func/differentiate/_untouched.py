@@ -104,7 +104,6 @@ def _refill(container: Any) -> Undo:
     entries = container.copy()
 
     def undo() -> None:
-        """Put them back."""
         container.clear()
         (container.update if isinstance(container, dict) else container.extend)(entries)
 
@@ -116,7 +115,6 @@ def _rewrite(x: Tensor) -> Undo:
     version, values = x._version, x.detach().clone()
 
     def undo() -> None:
-        """Put them back."""
         if x._version != version:
             with torch.no_grad():
                 x.copy_(values)

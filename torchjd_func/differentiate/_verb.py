@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,13 @@ from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, counting
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._request import Request, Where
-
-
-class Options(NamedTuple):
-    """What a transform was made with."""
-
-    argnums: int | tuple[int, ...]
-    has_aux: bool
-    route: str = "auto"
-    chunk_size: int | None = None
-    where: Where | None = None
-    alone: bool = False  # whether nothing but the leaves of `where` is differentiated
-    rows: bool = True  # whether anybody looks at rows
-    spans: bool = False  # whether the rule works over processes
+from torchjd_func.differentiate._request import Request
 
 
 def linearize(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Request
 ) -> Linearized:
-    """Let an objective linearize itself at some arguments."""
+    """Let an objective linearize itself at some arguments, with the options of a transform."""
     _check.flag("has_aux", options.has_aux)
     _check.function("where", options.where)
     objective = as_objective(fn)
@@ -46,24 +33,27 @@ def linearize(
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
     check_devices((args, named))
-    request = Request(
+    request = options._replace(
         args=detached(args),
-        argnums=options.argnums,
-        has_aux=options.has_aux,
-        route=options.route,
-        chunk_size=options.chunk_size,
         kwargs=detached(named),
-        where=options.where,
-        alone=options.alone,
         present=present,
         part=Part(size, _lengths(args, named, options.argnums) if spans else None),
-        spans=options.spans,
         autocast=around(),
-        rows=options.rows,
     )
     with full_precision():
         linear = objective.linearize(request)
         return counting(linear, request.part) if options.spans else linear
+
+
+def without_losses(run: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """Return a transformed function that leaves the losses of another away."""
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        """Return what the other does, but the losses."""
+        result, out = run(*args, **kwargs)
+        return (result, out[1]) if has_aux else result
+
+    return transformed
 
 
 def check_devices(given: Any) -> None:

@@ -33,9 +33,8 @@ def project_simplex(y: Tensor) -> Tensor:
     """
     _check.metric("y", y)
     y = y - y.amax(dim=-1, keepdim=True)  # changes nothing but the rounding
-    ordered = y.sort(dim=-1, descending=True).values
-    ranks = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
-    excess = ordered.cumsum(dim=-1) - 1
-    # Of numbers that are not finite none is in the support.
-    support = (ordered * ranks > excess).sum(dim=-1, keepdim=True).clamp(min=1)
-    return (y - excess.gather(-1, support - 1) / support).clamp(min=0)
+    excess = y.sort(dim=-1, descending=True).values.cumsum(dim=-1) - 1
+    # What lies below the threshold lowers it: of all numbers of largest entries, the right one
+    # gives the largest. Numbers that are not finite give less.
+    thresholds = excess / torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
+    return (y - thresholds.max(dim=-1, keepdim=True).values).clamp(min=0)

@@ -7,11 +7,11 @@ The way of a call:
    `_order` whether integers of the data may change that), and `_decide` what each operation on
    parameters becomes: a use whose derivative has a form, a function of parameters alone
    (`_sources`), or nothing known.
-2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`. Uses take aliases of
-   parameters; a parameter that autograd reaches on another way has all its rows by autograd. A run
-   that goes another way than planned (`_plan`) is planned again.
-3. `_proof` holds a new plan against plain backward passes, where `_noise` leaves nothing to
-   coincidence. What fails is left to autograd.
+2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`, in graphs by `_graph`.
+   Uses take aliases of parameters; a parameter that autograd reaches on another way has all its
+   rows by autograd. A run that goes another way than planned (`_plan`) is planned again.
+3. `_proof` holds a new plan against plain backward passes, at `_points` where noise (`_noise`,
+   `_disturbed`) leaves nothing to coincidence. What fails is left to autograd.
 4. `_layers` pulls ones back through activations alone. The rows of a use (`_pieces`) are a form
    (`_forms`) of what it was applied to (`_rules`, `_products`, `_local`, `_moves`); forms are
    contracted to Gramians, rows and weighted gradients, over processes too (`_ranks`).
@@ -29,17 +29,17 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
 )
 from torchjd_func.differentiate._layerwise._pieces import spread
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._planner import Larger, Problem, plan, run
+from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
+from torchjd_func.differentiate._layerwise._planner import plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
-from torchjd_func.differentiate._layerwise._record import Batch, Recorded
+from torchjd_func.differentiate._layerwise._record import Batch, Problem, Recorded
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 
 __all__ = [
     "Batch",
-    "Larger",
     "Layers",
     "Layout",
+    "Listed",
     "Plan",
     "Problem",
     "Ranks",

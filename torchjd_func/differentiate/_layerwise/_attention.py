@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,39 +14,14 @@ from torch.nn import functional as F
 Apply = Callable[..., Any]
 Given = dict[str, Any]
 
-_NAMES = (
-    "query",
-    "key",
-    "value",
-    "embed_dim_to_check",
-    "num_heads",
-    "in_proj_weight",
-    "in_proj_bias",
-    "bias_k",
-    "bias_v",
-    "add_zero_attn",
-    "dropout_p",
-    "out_proj_weight",
-    "out_proj_bias",
-    "training",
-    "key_padding_mask",
-    "need_weights",
-    "attn_mask",
-    "use_separate_proj_weight",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
-    "static_k",
-    "static_v",
-    "average_attn_weights",
-    "is_causal",
-)
-_DEFAULTS = {"training": True, "need_weights": True, "average_attn_weights": True}
+_PARAMETERS = inspect.signature(F.multi_head_attention_forward).parameters.values()
+_NAMES = tuple([x.name for x in _PARAMETERS])
+_DEFAULTS = {x.name: None if x.default is x.empty else x.default for x in _PARAMETERS}
 
 
 def arguments(args: tuple[Any, ...], kwargs: Given) -> Given:
     """Return the arguments of `F.multi_head_attention_forward` by name."""
-    return dict.fromkeys(_NAMES) | _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | kwargs
+    return _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | kwargs
 
 
 def is_plain(given: Given) -> bool:

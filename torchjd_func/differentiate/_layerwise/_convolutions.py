@@ -15,7 +15,6 @@ from torchjd_func.differentiate._layerwise._forms import (
     Arguments,
     Dense,
     Form,
-    FormOf,
     Lazy,
     Outer,
     at_once,
@@ -35,8 +34,8 @@ def conv_transpose_weight(given: Arguments, cotangent: Tensor, shape: tuple[int,
 def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Arguments) -> Form:
     """Return the outer products of the positions of maps, and the patches of an image there."""
     dims, groups = len(shape) - 2, given.get("groups", 1)
-    stride = numbers(given.get("stride", 1), dims)
-    dilation = numbers(given.get("dilation", 1), dims)
+    stride = per_dim(given.get("stride", 1), dims)
+    dilation = per_dim(given.get("dilation", 1), dims)
     before, after = _padding(given.get("padding", 0), shape[2:], dilation)
     around = [pad for pair in zip(reversed(before), reversed(after), strict=True) for pad in pair]
     t = math.prod(maps.shape[1 : -dims - 1]) * math.prod(maps.shape[-dims:])
@@ -49,24 +48,24 @@ def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Argumen
         left = outputs.reshape(outputs.shape[0], -1, *outputs.shape[-dims - 1 :]).flatten(3)
         return Outer(_channels(left, groups), _channels(cut, groups), shape)
 
-    def total() -> Tensor:
+    def convolve(images: Tensor, outputs: Tensor, copies: int) -> Tensor:
         """Convolve, as a plain backward pass does; padding on both sides alike needs no copy."""
         even = before == after
-        images = _images(image, dims) if even else F.pad(_images(image, dims), around)
-        options = (stride, before if even else 0, dilation, groups)
-        return _CONV_GRADS[dims - 1](images, shape, _images(maps, dims), *options)
+        images = images if even else F.pad(images, around)
+        options = (stride, before if even else 0, dilation, copies * groups)
+        return _CONV_GRADS[dims - 1](images, (copies * shape[0], *shape[1:]), outputs, *options)
+
+    def total() -> Tensor:
+        return convolve(_images(image, dims), _images(maps, dims), 1)
 
     def rows() -> Tensor:
         """Convolve, with the channels of each example as groups of their own."""
-        even, e = before == after, len(image)
+        e = len(image)
         images, outputs = (
             _tree.wide(x).reshape(e, -1, *x.shape[-dims - 1 :]).transpose(0, 1).flatten(1, 2)
             for x in (image, maps)
         )
-        images = images if even else F.pad(images, around)
-        options = (stride, before if even else 0, dilation, e * groups)
-        wide = (e * shape[0], *shape[1:])
-        return _CONV_GRADS[dims - 1](images, wide, outputs, *options).reshape(e, *shape)
+        return convolve(images, outputs, e).reshape(e, *shape)
 
     e, p = max(image.shape[0], maps.shape[0]), shape[1] * math.prod(shape[2:])
     # Torch's kernels for few channels on CPU, and for many groups on GPU, are slower than patches.
@@ -100,7 +99,7 @@ def _channels(x: Tensor, groups: int) -> Tensor:
     return split.flatten(1, 2)
 
 
-def numbers(value: Any, dims: int) -> tuple[int, ...]:
+def per_dim(value: Any, dims: int) -> tuple[int, ...]:
     """Return one number for each dimension."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     return numbers * dims if len(numbers) == 1 else numbers
@@ -113,7 +112,7 @@ def _padding(
     if value == "same":
         both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple(pad // 2 for pad in both), tuple(pad - pad // 2 for pad in both)
-    each = numbers(0 if value == "valid" else value, len(kernel))
+    each = per_dim(0 if value == "valid" else value, len(kernel))
     return each, each
 
 
@@ -124,11 +123,7 @@ _CONV_GRADS: tuple[Callable[..., Tensor], ...] = (
 )
 
 
-def channel_bias(dims: int) -> FormOf:
-    """Return the rule of the bias of a convolution: sum over all but the channels."""
-
-    def form(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-        summed = cotangent.flatten(-dims).sum(-1)
-        return Dense(summed.reshape(summed.shape[0], -1, summed.shape[-1]).sum(1))
-
-    return form
+def channel_bias(dims: int, given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """Sum over all but the channels."""
+    summed = cotangent.flatten(-dims).sum(-1)
+    return Dense(summed.reshape(summed.shape[0], -1, summed.shape[-1]).sum(1))

@@ -9,37 +9,50 @@ import torch
 from torch import Tensor
 
 _SEED = 5
+States = dict[torch.Generator, Tensor]
 
 
 class Draws(NamedTuple):
     """The states of random generators, so that a run is repeated with the same draws."""
 
     states: list[tuple[str, Tensor]]  # by the type of a device
+    own: States  # of generators that operations were handed
 
     def restore(self) -> None:
         """Set the generators back."""
         for kind, state in self.states:
             _home(kind).set_rng_state(state)
+        for generator, state in self.own.items():
+            generator.set_state(state)
 
     def again(self) -> Draws:
         """Return the states that the same generators have now."""
-        return Draws([(kind, _home(kind).get_rng_state()) for kind, _ in self.states])
+        states = [(kind, _home(kind).get_rng_state()) for kind, _ in self.states]
+        return Draws(states, {generator: generator.get_state() for generator in self.own})
 
     def others(self) -> Draws:
         """Return states for other draws."""
-        fresh = [(kind, torch.Generator(kind).manual_seed(_SEED)) for kind, _ in self.states]
-        return Draws([(kind, generator.get_state()) for kind, generator in fresh])
+        states = [(kind, _other(torch.device(kind))) for kind, _ in self.states]
+        return Draws(states, {generator: _other(generator.device) for generator in self.own})
 
     def differ(self, other: Draws) -> bool:
         """Say whether numbers were drawn between the two."""
-        pairs = zip(self.states, other.states, strict=True)
+        pairs = list(zip(self.states, other.states, strict=True))
+        pairs += zip(self.own.items(), other.own.items(), strict=True)
         return any(not torch.equal(a[1], b[1]) for a, b in pairs)
 
 
-def draws(tensors: Sequence[Tensor]) -> Draws:
-    """Return the states of the generators of all devices that are used."""
+def draws(tensors: Sequence[Tensor], own: States | None = None) -> Draws:
+    """Return the states of the generators of all devices that are used, and of others."""
     kinds = sorted({"cpu", *(x.device.type for x in tensors)} - {"meta"})
-    return Draws([(kind, _home(kind).get_rng_state()) for kind in kinds])
+    return Draws(
+        [(kind, _home(kind).get_rng_state()) for kind in kinds], {} if own is None else own
+    )
+
+
+def _other(device: torch.device) -> Tensor:
+    """Return the state of a generator that is seeded."""
+    return torch.Generator(device).manual_seed(_SEED).get_state()
 
 
 def _home(kind: str) -> Any:

@@ -78,7 +78,8 @@ def dense(form: Form) -> Tensor:
     """Return the rows, `(e, *shape)`."""
     if isinstance(form, Outer):
         left, right = form.left.permute(0, 2, 3, 1), form.right.permute(0, 2, 1, 3)
-        return _half.multiply(left, right).reshape(-1, *form.shape)
+        # Not `-1`, which a parameter without entries does not tell
+        return _half.multiply(left, right).reshape(max(len(left), len(right)), *form.shape)
     if isinstance(form, Lookup):
         e, t, q = form.values.shape
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)
@@ -137,7 +138,9 @@ def sizes(form: Form) -> tuple[int, int, int, int, int]:
         return e, t, 1, q, form.shape[0]
     if isinstance(form, Mixed):
         return sizes(form.outer)
-    return form.elements if isinstance(form, Lazy) else (form.rows.shape[0], 0, 1, 1, _numel(form))
+    return (
+        form.elements if isinstance(form, Lazy) else (len(form.rows), 0, 1, 1, form.rows[0].numel())
+    )
 
 
 def inner_is_cheaper(a: Form, b: Form) -> bool:
@@ -241,27 +244,15 @@ def _products(a: Form, b: Form) -> Tensor:
     return first @ (first if a is b else _tree.rows(dense(_widened(b)))).mT
 
 
-def _widened(form: Form) -> Form:
-    """Return the form with factors in float32 or better."""
+def _widened(form: Any) -> Any:
+    """Return the form with factors in float32 or better, or such whose products are."""
     if isinstance(form, Lazy):
         return form._replace(make=lambda examples: _widened(form.make(examples)))
     if isinstance(form, Mixed):
-        return Mixed(_wide_factors(form.outer), _wide_values(form.lookup))
-    if isinstance(form, Outer):
-        return _wide_factors(form)
-    return _wide_values(form) if isinstance(form, Lookup) else form
-
-
-def _wide_factors(form: Outer) -> Outer:
-    """Return factors in float32 or better, or such whose products are."""
-    if _half.serves(form.left, form.right):
-        return form
-    return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
-
-
-def _wide_values(form: Lookup) -> Lookup:
-    """Return what is looked up in float32 or better."""
-    return form._replace(values=_tree.wide(form.values))
+        return Mixed(*map(_widened, form))
+    if isinstance(form, Outer) and not _half.serves(form.left, form.right):
+        return form._replace(left=_tree.wide(form.left), right=_tree.wide(form.right))
+    return form._replace(values=_tree.wide(form.values)) if isinstance(form, Lookup) else form
 
 
 def _parts(form: Lazy) -> list[Outer]:
@@ -279,8 +270,3 @@ def at_once(like: Tensor) -> int:
 # What fits in the cache of a CPU, or is 1 GB on a device, where more parts are more launches.
 _CACHED, _CACHED_ON_DEVICE = 2**19, 2**28
 _MOST_PARTS = 16  # so that graphs of compiled functions stay small
-
-
-def _numel(form: Dense) -> int:
-    """Return how many numbers a row has."""
-    return form.rows[0].numel()

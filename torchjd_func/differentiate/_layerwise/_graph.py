@@ -15,7 +15,12 @@ from torch import Tensor
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
 from torchjd_func.differentiate._layerwise._operations import HALF, Operations, unknown
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
-from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
+from torchjd_func.differentiate._layerwise._sources import (
+    Source,
+    instances_in,
+    substitute,
+    tensors_in,
+)
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 
@@ -38,10 +43,8 @@ def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
         if isinstance(part, int):
             alias = part
         elif part and isinstance(part[0], str):
-            given = _constants(part[3:])
-            named = given[-1] if given and _is_by_name(given[-1]) else ()
-            values = (*(given[:-1] if named else given), *dict(named).values())
-            found.append(Entry(part[:3], values, named, [], []))
+            values, named = _constants(part[3:])
+            found.append(Entry(part[:3], (*values, *dict(named).values()), named, [], []))
         else:
             found[-1].shapes.append(tuple(part))
             found[-1].aliased.append(alias)
@@ -68,7 +71,7 @@ def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
     """
     readers: dict[float, list[int]] = {}  # the places of what reads each tensor
     for place, entry in enumerate(listed):
-        for number in _numbers(entry.values):
+        for number in instances_in(float, entry.values):
             readers.setdefault(number, []).append(place)
     found: set[int] = set()
     for place in reversed(range(len(listed))):
@@ -80,28 +83,13 @@ def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
     return tuple(entry._replace(idle=place in found) for place, entry in enumerate(listed))
 
 
-def _is_by_name(part: Any) -> bool:
-    """Say whether a part of what is listed of an operation is its keyword arguments."""
-    return isinstance(part, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in part
-    )
-
-
-def _numbers(part: Any) -> list[float]:
-    """Return the numbers of tensors in what is listed of an operation."""
-    if isinstance(part, tuple):
-        return [x for inner in part for x in _numbers(inner)]
-    return [part] if isinstance(part, float) else []
-
-
 class Followed(Operations):
     """Holds operations against those of a plan; tensors have the numbers that they had there."""
 
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
         self.count = len(inputs)
-        # Importing it earlier would load the compiler.
-        from torchjd_func.differentiate._layerwise._traced import entries_of
+        from torchjd_func.differentiate._compiled import entries_of
 
         self.entries: tuple[Entry, ...] = entries_of(plan.listed)
         self.planned = {step.place: step for step in plan.steps}
@@ -206,16 +194,6 @@ class Replay(Trace):
 
     operations: Followed
 
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation; in few steps, which a compiler traces."""
-        given = self.operations.begin(func, args, kwargs)
-        if self.on_sources(given):
-            out = self.on_parameters(func, args, kwargs, given)
-        else:
-            out = self.run(func, *args, **kwargs)
-        self.operations.end(out, given)
-        return out
-
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
         return self.operations.place in self.operations.planned and not self.operations.reads
@@ -227,12 +205,9 @@ class Replay(Trace):
         same = not self.operations.changed and sorted(leaves) == sorted(step.leaves)
         return step if same else None
 
-    def note(self, x: Tensor) -> None:
-        """Note nothing: graphs have no identities."""
-
-    def traced(self, x: Tensor) -> bool:
-        """Trust the plan on what autograd traces."""
-        return True
+    def note(self, x: Tensor, source: Source) -> None:
+        """Note what a tensor is made of; where a graph writes to it otherwise, a plan says."""
+        self.sources[x] = source
 
     def alias(self, tree: Any) -> Any:
         """Return the arguments, constants but for leaves with rows by autograd."""

@@ -90,12 +90,9 @@ def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor
         rows = torch.diag_embed(cotangents.reshape(-1, each), dim1=0, dim2=2).flatten(1).unbind()
     pulled = [pull(row, True, ())[0] for row in rows]
     pairs = zip(zip(*pulled, strict=True), recorded.uses, strict=True)
-    return [_by_loss([spread(x, use.step.axis, plan.layout) for x in xs]) for xs, use in pairs]
-
-
-def _by_loss(grads: Sequence[Tensor]) -> Tensor:
-    """Order gradients by example, then by loss."""
-    return grads[0] if len(grads) == 1 else torch.stack(list(grads), 1).flatten(0, 1)
+    by_loss = [[spread(x, use.step.axis, plan.layout) for x in xs] for xs, use in pairs]
+    # By example, then by loss
+    return [xs[0] if each == 1 else torch.stack(xs, 1).flatten(0, 1) for xs in by_loss]
 
 
 def gramians(found: Layers, groups: Groups) -> Tensor:
@@ -186,16 +183,13 @@ def _pairs(a: Layers, b: Layers, leaves: Sequence[int]) -> Iterator[Pair]:
 def _combine_leaf(found: Layers, weights: Tensor, leaf: int) -> Tensor:
     """Return the weighted sum of the rows of one leaf."""
     value = found.values[leaf]
-    parts = [_combine_piece(found, weights, leaf, piece) for piece in found.pieces.get(leaf, [])]
+    parts = []
+    for piece in found.pieces.get(leaf, []):
+        part = _forms.total(form_of(found, piece, _weigh(found, piece.use, weights)))
+        parts.append(pull(piece.source, leaf, found.values, part.unsqueeze(0))[0])
     if leaf in found.rows:
         parts.append(_tree.weighted_sum(found.rows[leaf], weights))
     return sum(parts[1:], parts[0]).to(value.dtype) if parts else torch.zeros_like(value)
-
-
-def _combine_piece(found: Layers, weights: Tensor, leaf: int, piece: Piece) -> Tensor:
-    """Return what one use gives to the weighted sum of the rows of one leaf."""
-    part = _forms.total(form_of(found, piece, _weigh(found, piece.use, weights)))
-    return pull(piece.source, leaf, found.values, part.unsqueeze(0))[0]
 
 
 def _rows(found: Layers, leaf: int) -> Tensor | None:
@@ -220,7 +214,7 @@ def _weigh(found: Layers, use: int, weights: Tensor) -> Tensor:
     weights = weights.to(cotangent.dtype)
     if found.layout.kind == "shared":
         return torch.tensordot(weights, cotangent, dims=1).unsqueeze(0)
-    return cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+    return cotangent * _tree.per_row(weights, cotangent)
 
 
 def _nothing(a: Layers, b: Layers) -> Tensor:

@@ -22,13 +22,10 @@ from torchjd_func.differentiate._layerwise._sources import (
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
 
-def is_deterministic(func: Callable[..., Any]) -> bool:
-    """Say whether `func` is known to compute the same again from the same arguments."""
-    return func in _DETERMINISTIC
-
-
-def may_be_local(func: Callable[..., Any]) -> bool:
-    """Say whether `func` treats examples one by one, if its arguments are such."""
+def may_be_local(func: Callable[..., Any], batched: bool) -> bool:
+    """Say whether `func` treats examples one by one, or the only one, if its arguments are such."""
+    if not batched:  # the same again from the same arguments
+        return func in _DETERMINISTIC
     return (
         func in ELEMENTWISE or func in _JOINS or func in _EXAMPLEWISE or name_of(func) == "einsum"
     )
@@ -62,7 +59,8 @@ def is_local(
     if name_of(func) == "einsum":
         return _einsum_is_local(args, [own for _, own in arrays])
     if name_of(func) == "instance_norm":
-        return not any(isinstance(x, (Source, Place)) for x in (*args[1:3], *_running(kwargs)))
+        running = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
+        return not any(isinstance(x, (Source, Place)) for x in running)
     if name_of(func) == "scaled_dot_product_attention":  # by parameters that are added to scores
         random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
         inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
@@ -98,10 +96,8 @@ def rows(
     parts = [x if dim == 0 else x.squeeze(0) for x, dim in zip(arrays, dims, strict=True)]
 
     def one(cotangent: Tensor, *parts: Tensor) -> Tensor:
-        """Return the gradient of one example."""
 
         def run(value: Tensor) -> Tensor:
-            """Run the operation with a value of the chosen parameter."""
             filled = [value if i == chosen else other for i, other in enumerate(made)]
             copies = cotangent.shape[0] if cotangent.ndim else 1
             spread = [
@@ -137,7 +133,6 @@ def _broadcast(
         return Dense(field.sum_to_size(shape).reshape(-1, *value.shape))
 
     def run(value: Tensor) -> Tensor:
-        """Run the operation with a value for each example."""
         filled = [value if i == chosen else other for i, other in enumerate(made)]
         args, kwargs = _fill(given, filled, fields)
         return func(*args, **kwargs)
@@ -167,11 +162,6 @@ def _repeated(x: Tensor, axis: int, out: Tensor) -> bool:
     """Say whether a tensor is repeated along the examples of an elementwise operation."""
     place = axis - (out.ndim - x.ndim)
     return place < 0 or x.shape[place] == 1
-
-
-def _running(kwargs: dict[str, Any]) -> list[Any]:
-    """Return running statistics among arguments."""
-    return [kwargs.get("running_mean"), kwargs.get("running_var")]
 
 
 def _einsum_is_local(args: Any, axes: Sequence[int | None]) -> bool:
@@ -214,12 +204,12 @@ _DETERMINISTIC = (
     | named(
         "neg exp log log1p expm1 sqrt rsqrt square abs reciprocal sigmoid tanh relu gelu silu elu "
         "softplus leaky_relu hardtanh softmax log_softmax logsumexp logsigmoid sin cos sum mean "
-        "prod amax amin var std norm vector_norm matrix_norm normalize clone to float "
-        "double half bfloat16 type type_as stack chunk split unbind narrow select __getitem__ "
-        "expand expand_as repeat repeat_interleave tile einsum matmul mm bmm mv addmm baddbmm dot "
-        "vdot inner outer tensordot kron diag diag_embed diagonal tril triu cumsum cumprod flip "
-        "roll gather index_select pad inv inverse solve cholesky matrix_exp _weight_norm linear "
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
-        "layer_norm rms_norm group_norm bilinear prelu masked_fill __getitem__ tril triu"
+        "prod amax amin var std norm vector_norm matrix_norm normalize type type_as stack chunk "
+        "split unbind narrow select __getitem__ expand expand_as repeat repeat_interleave tile "
+        "einsum matmul mm bmm mv addmm baddbmm dot vdot inner outer tensordot kron diag diag_embed "
+        "diagonal tril triu cumsum cumprod flip roll gather index_select pad inv inverse solve "
+        "cholesky matrix_exp _weight_norm linear conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d embedding layer_norm rms_norm group_norm bilinear prelu "
+        "masked_fill"
     )
 )

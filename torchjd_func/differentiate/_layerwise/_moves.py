@@ -42,7 +42,6 @@ def moves(call: Call, parameter: Tensor, expanded: bool, axis: int, size: int) -
         """Run it on a value of the parameter, and on copies of all else."""
 
         def replace(x: Tensor) -> Tensor:
-            """Put tensors in."""
             if x is parameter:
                 return value
             others.append(x)
@@ -76,7 +75,6 @@ def origins(call: Call, arrays: Sequence[Tensor], numbers: Tensor) -> Tensor:
     """
 
     def replace(part: Any) -> Any:
-        """Put tensors in."""
         return numbers if isinstance(part, Source) else arrays[part.number]
 
     func, args, kwargs = substitute(call, replace)

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._plan import LOST, Axis
 from torchjd_func.differentiate._layerwise._sources import tensors_in
+
+
+class Operation(NamedTuple):
+    """An operation of a run, and the tensors that it is applied to."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Tensor]
 
 
 class Operations:
@@ -26,13 +36,19 @@ class Operations:
         inputs: Tensors that are there before the run.
         size: How many examples there are.
         other: The operations of a run with another batch, if axes are wanted.
+        generators: Takes the states of random generators before operations are handed these.
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor], size: int = 0, other: Operations | None = None
+        self,
+        inputs: Sequence[Tensor],
+        size: int = 0,
+        other: Operations | None = None,
+        generators: States | None = None,
     ) -> None:
         self.size = size
         self.other = other
+        self.generators = {} if generators is None else generators
         self.inputs = len(inputs)
         self.known = {x: number for number, x in enumerate(inputs)}
         self.shapes: list[Any] = [x.shape for x in inputs]
@@ -52,10 +68,9 @@ class Operations:
         given: list[Tensor] = []
         loose = func in ELEMENTWISE.functions
         index = name == "__getitem__"
-        described = [self._describe(x, loose, index, given) for x in args]
-        if kwargs:
-            described.append(self._describe(kwargs, loose, False, given))
-        self.steps.append((name, torch.is_grad_enabled(), len(given), *described))
+        described = tuple([self._describe(x, loose, index, given) for x in args])
+        named = self._describe(kwargs, loose, False, given) if kwargs else ()
+        self.steps.append((name, torch.is_grad_enabled(), len(given), described, named))
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
@@ -159,6 +174,8 @@ class Operations:
             return (kind, *(self._describe(part, False, False, given) for part in ends))
         if isinstance(x, Integral):  # of numpy, or of an enumeration
             return self._describe(int(x), loose, index, given)
+        if isinstance(x, torch.Generator) and x not in self.generators:
+            self.generators[x] = x.get_state()
         return _value(x)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._noise import near
-from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 
 # What torch raises where an operation does not take its arguments.
@@ -48,8 +48,9 @@ class Order:
         self.own = False  # whether the operation has a generator of its own
         self.passed: list[str] = []  # what put together what it is applied to
 
-    def copies(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Any] | None:
+    def copies(self, operation: Operation) -> tuple[Any, Any] | None:
         """Return arguments to try an operation with, and where examples lie; `None` mostly."""
+        _, args, kwargs, given = operation
         self.own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
         numbers = [self.operations.number(x) for x in given if x.requires_grad]
         self.passed = [self.pooled[number] for number in numbers if number in self.pooled]
@@ -62,14 +63,13 @@ class Order:
             return None
         return _copied(args, kwargs, axes)
 
-    def compare(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, given: Sequence[Tensor], out: Any
-    ) -> None:
+    def compare(self, operation: Operation, out: Any) -> None:
         """Find out whether an operation on what is made of parameters compares examples.
 
         Where a schedule or a threshold keeps that out of the losses, or examples are sorted, no
         proof on one batch shows it.
         """
+        func, args, kwargs, given = operation
         number, axis, results = self.operations.number, self.operations.axis, tensors_in(out)
         traced = [x for x in given if x.requires_grad]
         if self.passed:
@@ -84,7 +84,7 @@ class Order:
         if alike and self._puts_together(func, *_copied(args, kwargs, axes)):
             self.pooled |= {number(x): name_of(func) for x in alike}
         elif any(is_integer(x) and isinstance(axis(x), int) for x in results):  # such as sort
-            self.hold(func, _copied(args, kwargs, axes), given, out)
+            self.hold(operation, _copied(args, kwargs, axes), out)
 
     def _puts_together(
         self, func: Callable[..., Any], arguments: Any, where: dict[Tensor, int]
@@ -103,14 +103,9 @@ class Order:
         names = [self.pooled.get(self.operations.number(x), "") for x in outputs]
         self.mixed = next(filter(None, names), "")
 
-    def hold(
-        self,
-        func: Callable[..., Any],
-        copies: tuple[Any, Any] | None,
-        given: Sequence[Tensor],
-        out: Any,
-    ) -> None:
+    def hold(self, operation: Operation, copies: tuple[Any, Any] | None, out: Any) -> None:
         """Hold what an operation returned, or wrote to, against what it does with other data."""
+        func, _, _, given = operation
         results = tensors_in(out) or list(given[:1])
         if self._drawn() or any(self.operations.number(x) in self.data for x in given):
             self.data.update(map(self.operations.number, results))

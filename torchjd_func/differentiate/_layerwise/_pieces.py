@@ -59,8 +59,7 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     arguments = bind(rule, use.args, use.kwargs)
     for name, part in arguments.items():
         if isinstance(part, Place):
-            batched = name in rule.batched
-            x = arrays[part.number] if batched else _shared(found, use, part.number)
+            x = arrays[part.number] if name in rule.batched else arrays[part.number][0]
             arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
     shape = tuple(build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
@@ -94,9 +93,3 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
 def _repeated(x: Tensor, each: int, axis: int | None) -> Tensor:
     """Return an array once for each loss of an example; what all share stays."""
     return x if each == 1 or axis is None else x.repeat_interleave(each, 0)
-
-
-def _shared(found: Layers, use: Use, place: int) -> Tensor:
-    """Return an array that all examples share as it is."""
-    x = use.arrays[place]
-    return x[0] if found.layout.kind == "vmapped" else x

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     func: Callable[..., Any]
     use: bool = False  # its derivative has a known form: its output is perturbed
     moves: str = ""  # what it only moves, see `_moves`
-    derives: bool = False  # its output is again a function of parameters alone
+    derives: tuple[bool, ...] = ()  # which outputs are again functions of parameters alone
     axis: Axis = None  # where the examples of the output lie
     axes: tuple[Axis, ...] = ()  # where those of the arrays lie; None for what all share
     shape: tuple[int, ...] = ()

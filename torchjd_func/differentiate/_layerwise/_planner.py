@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._layerwise import _proof
+from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
@@ -24,51 +24,14 @@ from torchjd_func.differentiate._layerwise._plan import (
     without,
 )
 from torchjd_func.differentiate._layerwise._points import Point, points
-from torchjd_func.differentiate._layerwise._record import Batch, Call, Recorded, record
+from torchjd_func.differentiate._layerwise._record import Problem, Recorded, record
 
 _UNSEEN = "examples not seen: fn takes no other batch"
 _FUNCTIONS = (
-    "it applies a custom torch.autograd.Function, whose backward may be lost where torch compiles "
-    "torch.func (2.13); compare with the result that is not compiled"
+    "it applies a custom torch.autograd.Function, into which no graph looks, and whose backward is "
+    "lost in graphs where it is inside another transform, such as vmap (torch 2.13)"
 )
 MOST_PLANS = 8  # remembered for arguments of the same shapes
-
-
-class Larger(NamedTuple):
-    """The same objective with one example more."""
-
-    size: int  # how many examples there are without it
-    call: Call
-    inputs: Sequence[Tensor]
-
-
-class Problem(NamedTuple):
-    """An objective at one point.
-
-    Attributes:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        kind: Of the layout.
-        size: How many examples there are, if `kind` is `"vmapped"`.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
-        larger: The same with one example more, in ways that may fit its arguments.
-        noisy: The same with other data; nothing where that makes no difference.
-        check: Whether a plan must prove itself.
-    """
-
-    call: Call
-    leaves: Sequence[Tensor]
-    kind: str
-    size: int
-    inputs: Sequence[Tensor]
-    batch: Batch | None = None
-    larger: Callable[[], Iterator[Larger]] = lambda: iter(())
-    noisy: Callable[[Callable[[Tensor], Tensor]], Sequence[tuple[Call, Sequence[Tensor]]]] = (
-        lambda change: ()
-    )
-    check: bool = False
-    names: Sequence[str] = ()
 
 
 def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
@@ -84,7 +47,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     if torch.compiler.is_compiling():
         return _in_graph(problem, plans)
     key = _key(problem)
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(key, [])
     recorded = None
     for _ in range(2):
@@ -92,19 +55,19 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         if plan is None:
             break
         draws.restore()
-        recorded = _run(problem, plan)
+        recorded = record(problem, plan)
         if _fits(recorded):
             return recorded if plan.proven else _proven_late(problem, plan, draws, known, recorded)
     for _ in range(2):
         plan = make(problem, draws, _every(plans))
         draws.restore()
-        recorded = _run(problem, plan)
+        recorded = record(problem, plan)
         if _fits(recorded):
             known.insert(0, plan)
             del known[MOST_PLANS:]
             return recorded
     draws.restore()
-    return _run(problem, _by_autograd(problem))
+    return record(problem, _by_autograd(problem))
 
 
 def _proven_late(
@@ -116,55 +79,55 @@ def _proven_late(
     late = _proven(problem, plan, draws)
     known[known.index(plan)] = late
     draws.restore()
-    return _run(problem, late)
+    return record(problem, late)
 
 
 def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     """Run an objective that is compiled as an eager run was planned and proven, or by autograd."""
-    reason = "no run with arguments of these shapes was planned"
-    for known in plans.get(_key(problem), ()):
-        if known.uncompilable:
-            reason = known.uncompilable
-        elif known.proven:
-            recorded = _run(problem, known)
+    planned = plans.get(_key(problem), ())
+    reason = next((known.uncompilable for known in planned if known.uncompilable), "")
+    # Watching a function that no graph looks into is an error of the compiler.
+    for known in () if reason else planned:
+        if known.proven:
+            recorded = record(problem, known)
             if not recorded.mode.changed:
                 return recorded
             reason = f"it does something else than was planned, from {recorded.mode.changed} on"
-    if problem.kind != "shared":
-        # Importing it earlier would load the compiler.
-        from torchjd_func.differentiate._layerwise._traced import warn_unplanned
+    if problem.layout.kind != "shared":
+        from torchjd_func.differentiate._compiled import warn_unplanned
 
-        warn_unplanned(reason)
-    return _run(problem, _by_autograd(problem))
+        warn_unplanned(reason or "no run with arguments of these shapes was planned")
+    return record(problem, _by_autograd(problem))
 
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     """Watch the objective with two batches, decide, and prove the decisions."""
-    layout, other = Layout(problem.kind, problem.size), None
-    if problem.kind == "batched":
+    other, batched = None, problem.layout.kind == "batched"
+    if batched:
         size, other = _observe(problem, draws)
-        layout = Layout("batched", size)
+        problem = problem._replace(layout=Layout("batched", size))
     draws.restore()
-    seen = record(problem.call, problem.leaves, layout, problem.inputs, problem.batch, other=other)
+    seen = record(problem, other=other)
     mode = seen.mode
+    assert isinstance(mode, Decider)
     plan = Plan(
-        layout,
+        problem.layout,
         tuple(mode.steps),
         (),
         mode.reasons,
         tuple(mode.operations.steps),
         listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
-        along=mode.operations.along() if problem.kind == "batched" else (),
+        along=mode.operations.along() if batched else (),
     )
     drawn = draws.differ(draws.again())
-    if problem.kind == "batched" and seen.outputs.shape[0] % max(layout.size, 1):
-        return _by_autograd(problem, layout)
+    if batched and seen.outputs.shape[0] % max(problem.layout.size, 1):
+        return _by_autograd(problem)
     order = mode.order
     if order is not None and order.broken:
         reason = f"the order of examples depends on data at {order.broken}"
-        return _by_autograd(problem, layout, reason)._replace(proven=True)
-    if problem.kind == "batched" and other is None:
+        return _by_autograd(problem, reason)._replace(proven=True)
+    if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
     alike = any(other.proven and differ_in_sizes(other, plan) for other in known)
@@ -192,7 +155,7 @@ def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     (draws.others() if point.shifted else draws).restore()
     try:
-        recorded = _run(point.problem, plan, noisy=point.noisy)
+        recorded = record(point.problem, plan, noisy=point.noisy)
     except Exception:
         if point.noisy:  # such as of data that leave an interval, or that a table does not have
             return None
@@ -212,23 +175,18 @@ def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
 def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
     """Run the objective with one example more, and list what it does."""
     sizes = []
-    for larger in problem.larger():
-        sizes.append(larger.size)
+    for size, call, inputs in problem.larger():
+        sizes.append(size)
         draws.restore()
+        layout = Layout("batched", size + 1)
+        larger = problem._replace(call=call, inputs=inputs, layout=layout)
         try:
-            layout = Layout("batched", larger.size + 1)
-            seen = record(larger.call, problem.leaves, layout, larger.inputs, None)
+            seen = record(larger, _by_autograd(larger))
         except REFUSALS:
             continue  # sizes that the objective checks, or constants of the batch's size
-        if seen.outputs.shape[0] % (larger.size + 1) == 0:
-            return larger.size, seen.mode.operations
+        if seen.outputs.shape[0] % (size + 1) == 0:
+            return size, seen.mode.operations
     return (sizes or [0])[0], None
-
-
-def _run(problem: Problem, plan: Plan, *, noisy: int = 0) -> Recorded:
-    """Run the objective as planned."""
-    call, leaves, *_ = problem
-    return record(call, leaves, plan.layout, problem.inputs, problem.batch, plan, noisy=noisy)
 
 
 def _fits(recorded: Recorded) -> bool:
@@ -252,16 +210,15 @@ def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:
     return next((plan for plan in known if plan.operations == operations), None)
 
 
-def _by_autograd(problem: Problem, layout: Layout | None = None, reason: str = _UNSEEN) -> Plan:
+def _by_autograd(problem: Problem, reason: str = _UNSEEN) -> Plan:
     """Return the plan to have all rows by autograd."""
     opaque = tuple(range(len(problem.leaves)))
-    layout = layout or Layout(problem.kind, problem.size)
-    return Plan(layout, (), opaque, dict.fromkeys(opaque, reason), ())
+    return Plan(problem.layout, (), opaque, dict.fromkeys(opaque, reason), ())
 
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = draws_of(problem.leaves)
+    draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, _every(plans)))
@@ -276,4 +233,4 @@ def _every(plans: dict[Any, list[Plan]]) -> list[Plan]:
 def _key(problem: Problem) -> Any:
     """Return what a plan depends on, besides the code: shapes."""
     tensors = (*problem.leaves, *problem.inputs)
-    return problem.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
+    return problem.layout.kind, tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)

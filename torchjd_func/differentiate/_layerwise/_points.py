@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from torchjd_func.differentiate._layerwise._noise import near, scattered
 from torchjd_func.differentiate._layerwise._order import is_integer, moved_on
 from torchjd_func.differentiate._layerwise._plan import LOST, Plan
-
-if TYPE_CHECKING:
-    from torchjd_func.differentiate._layerwise._planner import Problem
+from torchjd_func.differentiate._layerwise._record import Problem
 
 SMALLER = 0.2
 
@@ -23,7 +21,7 @@ class Point(NamedTuple):
 
     Attributes:
         problem: The objective there.
-        noisy: What gets noise besides, as of `Trace`.
+        noisy: What gets noise besides, as of `Disturbed`.
         shifted: Whether other random numbers are drawn.
     """
 
@@ -60,7 +58,7 @@ def _changes(problem: Problem, plan: Plan) -> list[Callable[[Tensor], Tensor]]:
     """Return what puts examples in another order, and what makes other integers."""
     size = plan.layout.size
     pairs = zip(problem.inputs, plan.along, strict=False)
-    axes = {x: axis for x, axis in pairs if axis not in (None, LOST) and _is_dense(x)}
+    axes = {x: axis for x, axis in pairs if axis not in (None, LOST) and x.layout == torch.strided}
 
     def roll(x: Tensor) -> Tensor:
         return near(moved_on(x, axes[x], size) if x in axes else x)
@@ -82,8 +80,3 @@ def others(x: Tensor) -> Tensor:
         return places > 0
     limit = max(int(torch.func.debug_unwrap(x, recurse=True).amax()) + 1, 1)
     return ((places + 1) / 2 * limit).floor().clamp(max=limit - 1).to(x.dtype)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Say whether a tensor is not sparse."""
-    return x.layout == torch.strided

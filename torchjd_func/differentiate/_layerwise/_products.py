@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._forms import Arguments, Dense, Form, FormOf, Outer
+from torchjd_func.differentiate._layerwise._forms import Arguments, Dense, Form, Outer
 
 
 def linear_weight(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
@@ -17,9 +17,9 @@ def last(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     return Dense(cotangent.flatten(1, -2).sum(1) if cotangent.ndim > 2 else cotangent)
 
 
-def right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """`x @ W`: the row of W is the sum of `x_t s_t^T`."""
-    x = given["input"]
+def right_factor(name: str, given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """`x @ W`, with x under a name: the row of W is the sum of `x_t s_t^T`."""
+    x = given[name]
     if len(shape) == 1:
         rows = cotangent.unsqueeze(-1) * x
         return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
@@ -28,14 +28,18 @@ def right_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) ->
     return Outer(_positions(x), _positions(cotangent), shape)
 
 
-def second_batch(name: str) -> FormOf:
-    """Return the rule of matrices that batches of rows, under a name, are multiplied with."""
-    return lambda given, cotangent, shape: _batches(given[name], cotangent, shape)
-
-
-def first_batch(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """The mirror image."""
-    return _batches(cotangent.mT, given["mat2"].mT, shape)
+def left_factor(name: str, given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    """`W @ x`, with x under a name: the row of W is the sum of `s_t x_t^T`, over the columns t."""
+    x = given[name]
+    if len(shape) == 1:  # a vector for W
+        rows = x * (cotangent.unsqueeze(-1) if x.ndim == 2 else cotangent.unsqueeze(-2))
+        rows = rows if x.ndim == 2 else rows.sum(-1)
+        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
+    if len(shape) == 3:
+        return _batches(cotangent.mT, x.mT, shape)
+    if x.ndim == 2:  # one vector for each example
+        return Outer(_positions(cotangent), _positions(x), shape)
+    return Outer(_positions(cotangent.mT), _positions(x.mT), shape)
 
 
 def _batches(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Form:
@@ -49,25 +53,7 @@ def added(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """What is added to matrices of examples, and repeated to their shape."""
     rows = cotangent.sum(1)
     size = (*(1,) * (3 - len(shape)), *shape)
-    return Dense(rows.sum_to_size((len(rows), *size[1:])).reshape(-1, *shape))
-
-
-def second_matrix(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    return Outer(_positions(given["mat1"]), _positions(cotangent), shape)
-
-
-def left_factor(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-    """`W @ x`: the row of W is the sum of `s_t x_t^T`, over the columns t."""
-    x = given["other"]
-    if len(shape) == 1:  # a vector for W
-        rows = x * (cotangent.unsqueeze(-1) if x.ndim == 2 else cotangent.unsqueeze(-2))
-        rows = rows if x.ndim == 2 else rows.sum(-1)
-        return Dense(rows.reshape(rows.shape[0], -1, *shape).sum(1))
-    if len(shape) == 3:
-        return _batches(cotangent.mT, x.mT, shape)
-    if x.ndim == 2:  # one vector for each example
-        return Outer(_positions(cotangent), _positions(x), shape)
-    return Outer(_positions(cotangent.mT), _positions(x.mT), shape)
+    return Dense(rows.sum_to_size((len(rows), *size[1:])).reshape(len(rows), *shape))
 
 
 def bilinear(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.func import vmap
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._decide import Decider
+from torchjd_func.differentiate._layerwise._disturbed import Disturbed
+from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
+from torchjd_func.differentiate._pullback import replaced, tracked_inside
 
 # Places in the graph of autograd, and tensors of the shapes of gradients there
 Places = tuple[Sequence[Any], Sequence[Tensor]]
@@ -36,14 +40,45 @@ class Batch(NamedTuple):
 
     def fill(self, args: tuple[Any, ...], example: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of one example."""
-        parts = dict(zip(self.places, example, strict=True))
-        return tuple(parts.get(place, arg) for place, arg in enumerate(args))
+        return tuple(replaced(args, self.places, example))
 
     def map(self, fn: Callable[..., Any], fixed: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
         """Map `fn(*fixed, *example)` over the batch."""
         rest = tuple(self.dims[place] for place in self.places)
         given = [self.args[place] for place in self.places]
         return vmap(fn, in_dims=(*dims, *rest), randomness=self.randomness)(*fixed, *given)
+
+
+class Problem(NamedTuple):
+    """An objective at one point.
+
+    Attributes:
+        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        leaves: The parameters.
+        layout: How it treats examples; how many lie along axes is seen when it is planned.
+        inputs: All tensors among the arguments.
+        batch: What to map over, for an objective of one example.
+        larger: How many examples there are, the call and the inputs with one more, in ways that
+            may fit the arguments.
+        noisy: The call and the inputs with other data; nothing where that makes no difference.
+        check: Whether a plan must prove itself.
+        names: Of the parameters.
+        generators: The states that random generators had before operations were handed these;
+            filled as it runs.
+    """
+
+    call: Call
+    leaves: Sequence[Tensor]
+    layout: Layout
+    inputs: Sequence[Tensor]
+    batch: Batch | None = None
+    larger: Callable[[], Iterator[tuple[int, Call, Sequence[Tensor]]]] = lambda: iter(())
+    noisy: Callable[[Callable[[Tensor], Tensor]], Sequence[tuple[Call, Sequence[Tensor]]]] = (
+        lambda change: ()
+    )
+    check: bool = False
+    names: Sequence[str] = ()
+    generators: States | None = None
 
 
 class Recorded(NamedTuple):
@@ -61,11 +96,7 @@ class Recorded(NamedTuple):
 
 
 def record(
-    call: Call,
-    leaves: Sequence[Tensor],
-    layout: Layout,
-    inputs: Sequence[Tensor],
-    batch: Batch | None,
+    problem: Problem,
     plan: Plan | None = None,
     other: Operations | None = None,
     *,
@@ -74,25 +105,26 @@ def record(
     """Run the objective, and keep what the pullback and the forms need.
 
     Args:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
-        leaves: The parameters.
-        layout: How the objective treats examples.
-        inputs: All tensors among the arguments.
-        batch: What to map over, for an objective of one example.
+        problem: The objective.
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
-        noisy: What gets noise, where autograd's graph is at hand, as of `Trace`.
+        noisy: What gets noise, where autograd's graph is at hand, as of `Disturbed`.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
         and by leaves.
     """
+    call, leaves, layout, inputs, batch, *_ = problem
+    layout = layout if plan is None else plan.layout
     compiling = torch.compiler.is_compiling()
     watched = not compiling or plan is None or len(plan.opaque) < len(leaves)
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     steps = [] if plan is None else [step for step in plan.steps if step.use]
     front = () if batch is None else (layout.size,)
-    zeros = [_zeros(step, (*front, *step.shape)) for step in steps]
+    zeros = [  # without memory
+        torch.zeros((), dtype=step.dtype, device=step.device).expand((*front, *step.shape))
+        for step in steps
+    ]
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     modes: list[Trace] = []
     inner: list[Any] = []
@@ -103,13 +135,20 @@ def record(
         # In graphs, what torch.func is handed does not say that it is traced (torch 2.13)
         handles = [x.view_as(x) for x in primals] if compiling else primals
         seen = inputs if batch is None else _tree.tensors(args)
-        if compiling and plan is not None:
+        if compiling:
+            assert plan is not None
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
-            operations = Operations(seen, layout.size if layout.kind == "batched" else 0, other)
+            size = layout.size if layout.kind == "batched" else 0
+            operations = Operations(seen, size, other, problem.generators)
             shifts = perturbations if hidden else None
-            order = None if other is None else Order(operations, seen)
-            mode = Trace(handles, layout, operations, plan, shifts, noisy=noisy, order=order)
+            if plan is None:
+                order = None if other is None else Order(operations, seen)
+                mode = Decider(handles, layout, operations, order)
+            elif noisy and not hidden:
+                mode = Disturbed(handles, layout, operations, plan, noisy)
+            else:
+                mode = Trace(handles, layout, operations, plan, shifts)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
@@ -119,11 +158,10 @@ def record(
         return outputs, [*mode.constants, *arrays, *aux]
 
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
-        """Run over all examples."""
         if batch is None:
             out = run(perturbations, primals)
         else:
-            out = batch.map(run, (perturbations, primals), (0, None))
+            out = batch.map(tracked_inside(run), (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
         outs = _tree.leaves(out[0])
         inner.append((outs, uses, primals))
@@ -131,7 +169,8 @@ def record(
         return out
 
     primals = [leaf.view_as(leaf) for leaf in frozen]
-    result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
+    with _differentiated(compiling):
+        result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
     rest = iter(rest)
@@ -156,6 +195,16 @@ def _uncompiled(compiling: bool) -> AbstractContextManager[object]:
         return nullcontext()
     # It hides what they do, and would compile what watches them (torch 2.13).
     return torch.compiler.set_stance("force_eager")
+
+
+def _differentiated(compiling: bool = False) -> AbstractContextManager[object]:
+    """Leave inference mode, where tensors do not know what was written to them."""
+    if compiling or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
 
 
 def _pull_compiled(
@@ -191,8 +240,9 @@ def _gradients(
     if not pairs or not places:
         return [None] * len(places)
     heads, grads = zip(*pairs, strict=True)
-    options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
-    return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
+    with _differentiated():
+        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
+        return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
 
 
 def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:
@@ -211,8 +261,3 @@ def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> se
         else:
             found.add(number.get(id(getattr(node, "variable", None)), -1))
     return found - {-1}
-
-
-def _zeros(step: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros without memory."""
-    return torch.zeros((), dtype=step.dtype, device=step.device).expand(shape)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._convolutions import numbers
+from torchjd_func.differentiate._layerwise._convolutions import per_dim
 from torchjd_func.differentiate._layerwise._forms import Arguments, FormOf
 from torchjd_func.differentiate._layerwise._sources import Place, Source
 
@@ -19,12 +19,19 @@ Accepts = Callable[[Shapes, int | None, list[str]], bool]
 class Rule(NamedTuple):
     """The gradient of one operation by each of its parameters."""
 
-    name: str
     arguments: tuple[str, ...]  # all arguments, in order
     batched: tuple[str, ...]  # those that carry examples
+    expanded: tuple[str, ...]  # those that `expand` may have repeated for each example
     forms: dict[str, FormOf]  # parameter -> (arguments, cotangent, shape) -> rows
     accepts: Accepts
-    expanded: tuple[str, ...] = ()  # those that `expand` may have repeated for each example
+
+
+def rule(
+    arguments: str, batched: str, forms: dict[str, FormOf], accepts: Accepts, expanded: str = ""
+) -> Rule:
+    """Return a rule; names are separated by spaces."""
+    names = [tuple(part.split()) for part in (arguments, batched, expanded)]
+    return Rule(names[0], names[1], names[2], forms, accepts)
 
 
 def bind(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -76,7 +83,7 @@ def _options(given: Arguments) -> bool:
     if any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
         return False
     extra, stride = given.get("output_padding", 0), given.get("stride", 1)
-    return max(numbers(extra, 1)) < min(numbers(stride, 1)) or max(numbers(extra, 1)) == 0
+    return max(per_dim(extra, 1)) < min(per_dim(stride, 1)) or max(per_dim(extra, 1)) == 0
 
 
 # Which shapes of arguments, and which axes of examples, the forms are for
@@ -104,9 +111,8 @@ def before_weight(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
     return axis is None or axis < len(shapes["input"]) - trailing
 
 
-def images_first(dims: int) -> Accepts:
-    """Return the condition of convolutions: a batch of images."""
-    return lambda shapes, axis, _: axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
+def images_first(dims: int, shapes: Shapes, axis: int | None, sources: list[str]) -> bool:
+    return axis is None or (axis == 0 and len(shapes["input"]) == dims + 2)
 
 
 def matrix_plus_row(shapes: Shapes, axis: int | None, sources: list[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,10 @@ from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._products import (
     added,
     bilinear,
-    first_batch,
     last,
     left_factor,
     linear_weight,
     right_factor,
-    second_batch,
-    second_matrix,
 )
 from torchjd_func.differentiate._layerwise._rule import (
     Rule,
@@ -54,6 +52,7 @@ from torchjd_func.differentiate._layerwise._rule import (
     images_first,
     matrix,
     matrix_plus_row,
+    rule,
     vector_or_matrix,
 )
 
@@ -68,17 +67,17 @@ def check_batch_norm(layout: str, args: Any, kwargs: Any) -> None:
     given = bind(RULES[F.batch_norm], args, kwargs)
     batch = given.get("training") or given.get("running_mean") is None
     if layout == "batched" and batch:
-        rule = "treat each example by itself"
+        must = "treat each example by itself"
         remedy = "Use `model.eval()`, GroupNorm, or leave `jd.instancewise` away."
         got = "batch normalisation in training mode, which mixes examples"
-        _check.fail(ValueError, "an instance-wise objective", rule, got, remedy)
+        _check.fail(ValueError, "an instance-wise objective", must, got, remedy)
 
 
 def _prelu(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """The slope of all entries, or of each channel, is multiplied with the negative ones."""
     field = cotangent * given["input"].clamp(max=0)
     if math.prod(shape) == 1:
-        return Dense(field.flatten(1).sum(1).reshape(-1, *shape))
+        return Dense(field.flatten(1).sum(1).reshape(len(field), *shape))
     return _summed(field, shape, trailing=False)
 
 
@@ -131,18 +130,18 @@ def _batch_norm(given: Arguments) -> Tensor:
     return F.batch_norm(x.flatten(0, 1), mean, var, eps=eps).reshape(x.shape)
 
 
-def _scale(normalize: Callable[[Arguments], Tensor], *, trailing: bool) -> FormOf:
-    """Return the rule of the scale of a normalisation."""
+def _scale(
+    normalize: Callable[[Arguments], Tensor],
+    trailing: bool,
+    given: Arguments,
+    cotangent: Tensor,
+    shape: tuple[int, ...],
+) -> Form:
+    return _summed(cotangent * normalize(given), shape, trailing)
 
-    def form(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
-        return _summed(cotangent * normalize(given), shape, trailing)
 
-    return form
-
-
-def _shift(*, trailing: bool) -> FormOf:
-    """Return the rule of the shift of a normalisation."""
-    return lambda given, cotangent, shape: _summed(cotangent, shape, trailing)
+def _shift(trailing: bool, given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
+    return _summed(cotangent, shape, trailing)
 
 
 def _summed(field: Tensor, shape: tuple[int, ...], trailing: bool) -> Form:
@@ -152,135 +151,86 @@ def _summed(field: Tensor, shape: tuple[int, ...], trailing: bool) -> Form:
     return Dense(field.flatten(3).sum((1, 3)) if field.ndim > 3 else field.sum(1))
 
 
-def _norm(
-    name: str, arguments: str, normalize: Callable[[Arguments], Tensor], trailing: bool
-) -> Rule:
+def _norm(arguments: str, normalize: Callable[[Arguments], Tensor], *, trailing: bool) -> Rule:
     """Return the rule of a normalisation."""
-    forms = {"weight": _scale(normalize, trailing=trailing), "bias": _shift(trailing=trailing)}
-    accepts = before_weight if trailing else first
-    return Rule(name, tuple(arguments.split()), ("input",), forms, accepts)
+    forms = {"weight": partial(_scale, normalize, trailing), "bias": partial(_shift, trailing)}
+    return rule(arguments, "input", forms, before_weight if trailing else first)
 
 
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONV_TRANSPOSE = (*_CONV[:5], "output_padding", "groups", "dilation")
-_LINEAR = Rule(
-    "linear",
-    ("input", "weight", "bias"),
-    ("input",),
-    {"weight": linear_weight, "bias": last},
-    matrix,
-)
-_MATMUL = Rule(
-    "matmul",
-    ("input", "other"),
-    ("input", "other"),
-    {"other": right_factor, "input": left_factor},
-    vector_or_matrix,
-    expanded=("input", "other"),
-)
-_EMBEDDING = (
-    "input",
-    "weight",
-    "padding_idx",
-    "max_norm",
-    "norm_type",
-    "scale_grad_by_freq",
-    "sparse",
-)
+def _images(arguments: str, weight: FormOf, dims: int) -> Rule:
+    """Return the rule of a convolution."""
+    forms = {"weight": weight, "bias": partial(channel_bias, dims)}
+    return rule(arguments, "input", forms, partial(images_first, dims))
+
+
+_CONV = "input weight bias stride padding dilation groups"
+_CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
+_EMBEDDING = "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
 _BAG = (
-    "input",
-    "weight",
-    "offsets",
-    "max_norm",
-    "norm_type",
-    "scale_grad_by_freq",
-    "mode",
-    "sparse",
-    "per_sample_weights",
-    "include_last_offset",
-    "padding_idx",
+    "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights "
+    "include_last_offset padding_idx"
 )
-
-_ADDMM = Rule(
-    "addmm",
-    ("input", "mat1", "mat2", "beta", "alpha"),
-    ("mat1",),
-    {"input": last, "mat2": second_matrix},
+_RMS_NORM = _norm("input normalized_shape weight eps", _rms_norm, trailing=True)
+_MATMUL = rule(
+    "input other",
+    "input other",
+    {"other": partial(right_factor, "input"), "input": partial(left_factor, "other")},
+    vector_or_matrix,
+    expanded="input other",
+)
+_ADDMM = rule(
+    "input mat1 mat2 beta alpha",
+    "mat1",
+    {"input": last, "mat2": partial(right_factor, "mat1")},
     matrix_plus_row,
 )
-_BMM = Rule(
-    "bmm",
-    ("input", "mat2"),
-    ("input", "mat2"),
-    {"mat2": second_batch("input"), "input": first_batch},
+_BMM = rule(
+    "input mat2",
+    "input mat2",
+    {"mat2": partial(right_factor, "input"), "input": partial(left_factor, "mat2")},
     batches,
-    expanded=("input", "mat2"),
+    expanded="input mat2",
 )
-_BADDBMM = Rule(
-    "baddbmm",
-    ("input", "batch1", "batch2", "beta", "alpha"),
-    ("batch1",),
-    {"input": added, "batch2": second_batch("batch1")},
+_BADDBMM = rule(
+    "input batch1 batch2 beta alpha",
+    "batch1",
+    {"input": added, "batch2": partial(right_factor, "batch1")},
     batches_plus,
-    expanded=("input", "batch2"),
+    expanded="input batch2",
 )
-_METHODS = (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__)
+_BILINEAR = rule(
+    "input1 input2 weight bias",
+    "input1 input2",
+    {"weight": bilinear, "bias": last},
+    before_last,
+)
 RULES: dict[Callable[..., Any], Rule] = {
-    F.linear: _LINEAR,
-    F.bilinear: Rule(
-        "bilinear",
-        ("input1", "input2", "weight", "bias"),
-        ("input1", "input2"),
-        {"weight": bilinear, "bias": last},
-        before_last,
-    ),
-    F.embedding: Rule("embedding", _EMBEDDING, ("input",), {"weight": _embedding}, anywhere),
-    F.embedding_bag: Rule("embedding_bag", _BAG, ("input",), {"weight": _embedding_bag}, bags),
-    F.layer_norm: _norm(
-        "layer_norm", "input normalized_shape weight bias eps", _layer_norm, trailing=True
-    ),
-    **dict.fromkeys(
-        (F.rms_norm, torch.rms_norm),
-        _norm("rms_norm", "input normalized_shape weight eps", _rms_norm, trailing=True),
-    ),
-    F.group_norm: _norm(
-        "group_norm", "input num_groups weight bias eps", _group_norm, trailing=False
-    ),
+    F.linear: rule("input weight bias", "input", {"weight": linear_weight, "bias": last}, matrix),
+    F.bilinear: _BILINEAR,
+    F.embedding: rule(_EMBEDDING, "input", {"weight": _embedding}, anywhere),
+    F.embedding_bag: rule(_BAG, "input", {"weight": _embedding_bag}, bags),
+    F.layer_norm: _norm("input normalized_shape weight bias eps", _layer_norm, trailing=True),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _RMS_NORM),
+    F.group_norm: _norm("input num_groups weight bias eps", _group_norm, trailing=False),
     F.batch_norm: _norm(
-        "batch_norm",
         "input running_mean running_var weight bias training momentum eps",
         _batch_norm,
         trailing=False,
     ),
-    **{
-        func: Rule(
-            "conv",
-            _CONV,
-            ("input",),
-            {"weight": conv_weight, "bias": channel_bias(dims)},
-            images_first(dims),
-        )
-        for dims, func in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)
-    },
-    **{
-        func: Rule(
-            "conv_transpose",
-            _CONV_TRANSPOSE,
-            ("input",),
-            {"weight": conv_transpose_weight, "bias": channel_bias(dims)},
-            images_first(dims),
-        )
-        for dims, func in enumerate(
-            (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
-        )
-    },
-    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _ADDMM),
-    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _BMM),
-    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _BADDBMM),
+    F.conv1d: _images(_CONV, conv_weight, 1),
+    F.conv2d: _images(_CONV, conv_weight, 2),
+    F.conv3d: _images(_CONV, conv_weight, 3),
+    F.conv_transpose1d: _images(_CONV_TRANSPOSE, conv_transpose_weight, 1),
+    F.conv_transpose2d: _images(_CONV_TRANSPOSE, conv_transpose_weight, 2),
+    F.conv_transpose3d: _images(_CONV_TRANSPOSE, conv_transpose_weight, 3),
     **dict.fromkeys(
-        (F.prelu, torch.prelu, torch.Tensor.prelu),
-        Rule("prelu", ("input", "weight"), ("input",), {"weight": _prelu}, first),
+        (F.prelu, torch.prelu, Tensor.prelu),
+        rule("input weight", "input", {"weight": _prelu}, first),
     ),
-    **{func: _MATMUL for func in (torch.matmul, torch.mm, torch.mv, *_METHODS)},
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _ADDMM),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), _BMM),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _BADDBMM),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.mv), _MATMUL),
+    **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__), _MATMUL),
 }
 _BY_NAME = {name_of(func): rule for func, rule in RULES.items()}

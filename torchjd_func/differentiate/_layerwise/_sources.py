@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from operator import getitem
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch.func import vmap
 
 from torchjd_func.differentiate._layerwise._functions import attribute_of, named
 from torchjd_func.differentiate._layerwise._spelled import spelled
+
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -63,7 +67,7 @@ def derive(
 
 def pick(parent: Source, index: int) -> Source:
     """Return one of several outputs of a source, as of `chunk`."""
-    return Source(parent.leaves, -1, _item, (parent, index), None, False)
+    return Source(parent.leaves, -1, getitem, (parent, index), None, False)
 
 
 def is_reordered(source: Source) -> bool:
@@ -90,7 +94,6 @@ def pull(source: Source, leaf: int, values: Sequence[Tensor], rows: Tensor) -> T
         return rows.reshape(-1, *values[leaf].shape)
 
     def make(value: Tensor) -> Tensor:
-        """Make the source from a value of the leaf."""
         return build(source, [value if i == leaf else other for i, other in enumerate(values)])
 
     made, pullback = torch.func.vjp(make, values[leaf])[:2]
@@ -117,39 +120,30 @@ def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
     return parts if isinstance(tree, list) else tuple(parts)
 
 
-def sources_in(tree: Any) -> list[Source]:
-    """Return the sources among arguments, in order."""
-    found: list[Source] = []
-    for part in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(part, Source):
-            found.append(part)
-        elif isinstance(part, _NESTED):
-            found.extend(sources_in(part))
-    return found
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors among arguments or outputs, in order."""
-    if isinstance(tree, Tensor):
+def instances_in(kind: type[T], tree: Any) -> list[T]:
+    """Return what is of a kind among arguments or outputs, in order."""
+    if isinstance(tree, kind):
         return [tree]
     if not isinstance(tree, _NESTED):
         return []
-    found: list[Tensor] = []
+    found: list[T] = []
     for part in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(part, Tensor):
+        if isinstance(part, kind):
             found.append(part)
         elif isinstance(part, _NESTED):  # few calls, since a compiler is slow to trace one
-            found.extend(tensors_in(part))
+            found.extend(instances_in(kind, part))
     return found
 
 
+tensors_in = partial(instances_in, Tensor)
+sources_in = partial(instances_in, Source)
 _NESTED = (dict, list, tuple)
 _REPLACED = (Tensor, Source, Place)
-
-
-def _item(outputs: Any, index: int) -> Any:
-    """Return one of several outputs."""
-    return outputs[index]
 
 
 _TRANSPOSED = ("T", "mT")

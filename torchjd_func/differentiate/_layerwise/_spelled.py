@@ -52,7 +52,13 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
-def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+def _distances(
+    func: Callable[..., Any],
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str | None = None,
+) -> Tensor:
     """Spell `torch.cdist` out, whose gradient is wrong under vmap (torch 2.13)."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
 
@@ -61,7 +67,13 @@ def _prelu(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Spell `F.prelu` out where it is mapped, since its gradient is wrong mapped twice (2.13)."""
     # Nowhere else: at 0 torch pushes forward as for positive numbers, and back as for negative.
     given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-    return prelu(**given) if any(map(_is_mapped, given.values())) else func(*args, **kwargs)
+    if not any(map(_is_mapped, given.values())):
+        return func(*args, **kwargs)
+    x, weight = given["input"], given["weight"]
+    shape = [1] * x.ndim
+    if weight.numel() > 1:
+        shape[1] = weight.numel()
+    return torch.where(x > 0, x, weight.reshape(shape) * x)
 
 
 def _is_mapped(x: Tensor) -> bool:
@@ -70,14 +82,6 @@ def _is_mapped(x: Tensor) -> bool:
         return True
     inner = torch.func.debug_unwrap(x, recurse=False)
     return inner is not x and (inner.ndim > x.ndim or _is_mapped(inner))
-
-
-def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Return what `F.prelu` does."""
-    shape = [1] * input.ndim
-    if weight.numel() > 1:
-        shape[1] = weight.numel()
-    return torch.where(input > 0, input, weight.reshape(shape) * input)
 
 
 def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -94,7 +98,7 @@ def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     return fixed + (out - fixed) / counts[index].unsqueeze(-1)
 
 
-def written(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+def _written(func: Callable[..., Any], input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Spell `torch.select_scatter` out, whose gradient is wrong where it is mapped (torch 2.13)."""
     place = index % input.shape[dim]
     return torch.slice_scatter(input, src.unsqueeze(dim % input.ndim), dim, place, place + 1)
@@ -119,9 +123,9 @@ def _moved(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     return func(*args, **kwargs) if x.ndim else x.clone()
 
 
-def _instead(other: Callable[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return another function."""
-    return other
+def _unflattened(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Call the function; a compiler cannot trace the method (torch 2.13)."""
+    return torch.unflatten(*args, **kwargs)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -157,24 +161,17 @@ _MAPPED = {
     "bilinear": bilinear,
     "_weight_norm": weight_norm,
 }
-_INSTEAD: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(named("select_scatter").functions, written),
-    torch.cdist: distances,
-    Tensor.unflatten: torch.unflatten,  # a compiler cannot trace the method (torch 2.13)
-}
-_AROUND: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
+_BY_FUNCTION: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
+    torch.cdist: _distances,
+    Tensor.unflatten: _unflattened,
+    F.embedding: _embedding,
     **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(named("select_scatter").functions, _written),
     **dict.fromkeys(named("prelu").functions, _prelu),
     **dict.fromkeys(_AT_INDEX.functions, _at_index),
     **dict.fromkeys(named("flip roll").functions, _moved),
-    F.embedding: _embedding,
 }
-_BY_FUNCTION = {func: functools.partial(_instead, other) for func, other in _INSTEAD.items()} | {
-    func: functools.partial(functools.partial, other) for func, other in _AROUND.items()
-}
-_SPELLED: dict[Any, Callable[..., Any]] = _BY_FUNCTION | {
-    name_of(func): spell for func, spell in _BY_FUNCTION.items()
-}
+_SPELLED = _BY_FUNCTION | {name_of(func): spell for func, spell in _BY_FUNCTION.items()}
 
 
 def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
@@ -183,7 +180,7 @@ def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     name = name_of(func) if compiling or mapped else ""
     spell = _SPELLED.get(name if compiling else func)
     if spell is not None:
-        return spell(func)
+        return functools.partial(spell, func)
     return _MAPPED.get(name, func) if mapped else func
 
 

@@ -19,11 +19,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchjd_func.differentiate._layerwise import _attention, _decide, _rules
+from torchjd_func.differentiate._layerwise import _attention, _rules
 from torchjd_func.differentiate._layerwise._functions import attribute_of, name_of
-from torchjd_func.differentiate._layerwise._noise import elsewhere, moved, near
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Place,
@@ -34,6 +32,7 @@ from torchjd_func.differentiate._layerwise._sources import (
     pick,
     substitute,
     tensors_in,
+    version_of,
 )
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
@@ -47,21 +46,15 @@ class Use(NamedTuple):
     arrays: list[Tensor]  # what lies at the places
 
 
-# The place of a use, its leaves, and what must not be overwritten until it is differentiated
-Kept = tuple[int, set[int], list[tuple[Tensor, int]]]
-
-
 class Trace(TorchFunctionMode):
-    """Watches one run, and decides from what it sees there.
+    """Watches one run, and does as planned.
 
     Args:
         handles: The parameters, as they are handed to the objective.
         layout: How the objective treats examples.
         operations: Numbers tensors, and knows where their examples lie.
-        plan: What operations become; `None` to decide it.
+        plan: What operations become, where that is decided.
         perturbations: Zeros to add to the outputs of uses; `None` to note their places.
-        noisy: 1 if these outputs get a little noise, 2 if numbers that the code names do as well.
-        order: Knows which operations may change the order of examples.
     """
 
     def __init__(
@@ -71,34 +64,23 @@ class Trace(TorchFunctionMode):
         operations: Operations,
         plan: Plan | None = None,
         perturbations: Sequence[Tensor] | None = None,
-        *,
-        noisy: int = 0,
-        order: Order | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
-        self.noisy = noisy
         self.operations = operations
-        self.order = order
         self.plan = plan
         self.perturbations = perturbations
         self.count = len(handles)
         self.constants: list[Tensor] = []
-        self.sources = {handle: of_leaf(i) for i, handle in enumerate(handles)}
-        self.versions = {handle: version_of(handle) for handle in handles}
-        self.ids: set[int] = set()  # of what has a source
-        for handle in handles:
-            self.note(handle)
-        self.depth = 0
-        if plan is None:
-            self.depth = _decide.common_depth([*handles, *operations.known])
+        self.sources: dict[Tensor, Source] = {}
+        self.versions: dict[Tensor, int] = {}  # of what has a source
+        self.ids: set[int] = set()
+        for leaf, handle in enumerate(handles):
+            self.note(handle, of_leaf(leaf))
         self.aliases: set[Any] = set()  # nodes of autograd where uses begin
         self.steps: list[Step] = []
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []  # the outputs of uses
-        self.kept: list[Kept] = []
-        self.denied: set[int] = set()
-        self.reasons: dict[int, str] = {}
         self.changed = ""  # the first operation that is not as planned
         self.checked = 0  # how many operations were held against the plan
 
@@ -120,29 +102,14 @@ class Trace(TorchFunctionMode):
         return self.apply(func, *args, **kwargs)
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation."""
+        """Run one operation; in few steps, which a compiler traces."""
         given = self.operations.begin(func, args, kwargs)
-        if self.noisy > 1 and any(x.is_floating_point() for x in given):
-            args, kwargs = moved(func, list(filter(self.is_number, given)), args, kwargs)
-        copies = None if self.order is None else self.order.copies(args, kwargs, given)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        if self.noisy > 1 and not given and has_floats(args) and isinstance(out, Tensor):
-            out = elsewhere(out) if out.is_floating_point() else out
         self.operations.end(out, given)
-        if self.order is not None:
-            self.order.hold(func, copies, given, out)
-            self.order.compare(func, args, kwargs, given, out)
         return out
-
-    def is_number(self, x: Tensor) -> bool:
-        """Say whether a tensor is a number that came from without."""
-        if x.numel() != 1 or x.requires_grad or not x.is_floating_point():
-            return False
-        number = self.operations.number(x)
-        return number is None or number < self.operations.inputs
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether some tensor is made of parameters."""
@@ -150,8 +117,10 @@ class Trace(TorchFunctionMode):
             return False
         return any([x in self.sources and self.source(x) is not None for x in given])
 
-    def note(self, x: Tensor) -> None:
-        """Note that a tensor has a source."""
+    def note(self, x: Tensor, source: Source) -> None:
+        """Note what a tensor is made of."""
+        self.sources[x] = source
+        self.versions[x] = version_of(x)
         self.ids.add(id(x))
 
     def source(self, x: Tensor) -> Source | None:
@@ -176,9 +145,7 @@ class Trace(TorchFunctionMode):
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
     ) -> Any:
-        """Run an operation with parameters: as planned, or decide what it is."""
-        if self.plan is None:
-            return _decide.decide(self, func, args, kwargs, given)
+        """Run an operation with parameters as planned."""
         step = self.next_step(func, given)
         if step is None:
             out = self.run(func, *args, **kwargs)
@@ -200,7 +167,7 @@ class Trace(TorchFunctionMode):
         if self.perturbations is not None:
             return out + self.perturbations[len(self.uses) - 1]
         self.edges.append(get_gradient_edge(out))
-        return near(out) if self.noisy else out
+        return out
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if the run is the same up to it."""
@@ -252,37 +219,9 @@ class Trace(TorchFunctionMode):
         source = derive(step.func, given[0], given[1], expanded=step.axis == 0)
         parts = [out] if isinstance(out, Tensor) else list(out)
         for index, part in enumerate(parts):
-            if self.traced(part):
-                self.sources[part] = source if part is out else pick(source, index)
-                self.versions[part] = version_of(part)
-                self.note(part)
+            if step.derives[index]:
+                self.note(part, source if part is out else pick(source, index))
 
     def finish(self, outputs: list[Tensor]) -> None:
-        """Deny the uses whose arguments were overwritten after them."""
+        """Note what the run returns."""
         self.operations.close(outputs)
-        if self.order is not None:
-            self.order.close(outputs)
-        for place, leaves, versions in self.kept:
-            if any(version_of(x) != version for x, version in versions):
-                self.deny(name_of(self.steps[place].func), leaves)
-
-    def deny(self, name: str, leaves: set[int]) -> None:
-        """Let leaves have rows by autograd."""
-        self.denied |= leaves
-        self.explain(name, leaves)
-
-    def explain(self, name: str, leaves: set[int]) -> None:
-        """Note the first operation without a known form."""
-        self.reasons |= {leaf: f"no rule for {name}" for leaf in leaves - set(self.reasons)}
-
-
-def has_floats(args: Any) -> bool:
-    """Say whether Python's numbers are among arguments, or in lists of these."""
-    if isinstance(args, (list, tuple)):
-        return any(map(has_floats, args))
-    return type(args) is float
-
-
-def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; where a graph differs, a plan says."""
-    return 0 if torch.compiler.is_compiling() else x._version

@@ -1,12 +1,23 @@
-"""What a graph has done once, while it is traced; importing this loads the compiler."""
+"""What graphs cannot look into, or do once while they are traced; it loads the compiler.
+
+So it is imported where something is compiled, and nowhere else (torch 2.13).
+"""
 
 import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchjd_func import _check
-from torchjd_func.differentiate._layerwise._plan import Listed
+from torchjd_func.differentiate._detach import detach_plain
+from torchjd_func.differentiate._layerwise import Listed
+
+
+@torch.compiler.allow_in_graph
+def detach(x: Tensor) -> Tensor:
+    """Detach a tensor that requires a gradient of plain autograd alone."""
+    return detach_plain(x)
 
 
 @torch.compiler.assume_constant_result
