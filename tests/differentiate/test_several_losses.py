@@ -156,6 +156,14 @@ def test_a_loss_that_is_a_constant_is_named():
         step(None, PARAMS, present={"kept": True, "lost": False})
 
 
+def test_a_loss_of_other_parameters_than_those_that_weights_come_from_is_no_constant():
+    def losses(params):
+        return {"both": (params["a"] * params["b"]).sum(), "other": params["b"].square().sum()}
+
+    for options in ({}, {"where": lambda path: path == "a"}):
+        jd.grad(losses, jd.upgrad(), **options)(None, PARAMS)
+
+
 def test_a_head_that_is_a_constant_is_named():
     heads = {
         "kept": lambda params, z, x: (params * z).sum(),

@@ -172,5 +172,5 @@ def test_several_optimizers_are_told_apart():
 
 
 def test_a_gradient_of_a_real_parameter_is_real():
-    with pytest.raises(TypeError, match="`grads` must be real at 'bias'.*complex64"):
+    with pytest.raises(TypeError, match=r"`grads` must be real at 'bias'.*complex64"):
         jd.interop.assign_grads_(nn.Linear(2, 1), {"bias": torch.ones(1, dtype=torch.complex64)})
