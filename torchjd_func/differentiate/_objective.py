@@ -165,6 +165,7 @@ def _evaluate(
     # Inside torch.func.vjp, also where the losses depend on tensors of plain autograd.
     _check.dependent(vector.requires_grad or all_absent(request.present))
     tracked = [leaf.requires_grad for leaf in _tree.leaves(losses)]
-    if request.present is None and request.where is None and not all(tracked):
+    stepping = not request.alone and request.where is None and request.present is None
+    if stepping and not all(tracked):
         _check.each_dependent(_tree.paths(losses), tracked)
     return vector, (losses, aux, present)
