@@ -189,7 +189,7 @@ def _problem(
 
     def noisy(change: Callable[[Tensor], Tensor]) -> list[tuple[Call, list[Tensor]]]:
         """Return the objective with other data, and the tensors among these."""
-        own = set(bound.leaves)  # which modules may look at, too
+        own = set(_tree.tensors([args[i] for i in positions]))  # which modules may look at, too
         moved = {x: change(x) for x in problem.inputs if x not in own}
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
         return [(partial(call, data, request.present), _tree.tensors(data))]

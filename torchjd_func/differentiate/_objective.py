@@ -27,22 +27,28 @@ class Objective(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the losses (and `aux`, if there is one)."""
+        ...
 
     def linearize(self, request: Request) -> Linearized:
         """Run once, and keep what is needed to pull weights back."""
+        ...
 
     def wrap(self, change: Callable[[Function], Function]) -> Function:
         """Return the objective of changed functions, with the same structure."""
+        ...
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows that a rule is given, of `m` losses of this process."""
+        ...
 
     def plan(self, request: Request) -> None:
         """Find out before the first call what is worth remembering; it changes no result."""
+        ...
 
     @property
     def spans_processes(self) -> bool:
         """Whether losses or parameters are those of several processes."""
+        ...
 
 
 def as_objective(fn: Function | Objective) -> Any:

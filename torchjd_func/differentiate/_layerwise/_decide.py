@@ -211,6 +211,8 @@ def recognises(trace: Decider, operation: Operation, out: Tensor) -> bool:
     axis = trace.operations.axis_next(out) if batched else 0
     if out.is_complex() or axis is None or axis is LOST:
         return False
+    if not all(x.numel() for x in operation.given):
+        return False
     args, kwargs, arrays = trace.mark(operation.args, operation.kwargs)
     axes = [trace.operations.axis(x) for x in arrays]
     if batched and LOST in axes:

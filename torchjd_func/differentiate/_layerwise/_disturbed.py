@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._decide import common_depth, depth
 from torchjd_func.differentiate._layerwise._functions import named
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._sources import instances_in
+from torchjd_func.differentiate._layerwise._sources import instances_in, substitute
 from torchjd_func.differentiate._layerwise._trace import Trace
+
+_LARGE = 2**20
+
+
+class Swap:
+    """Puts others in the place of data, wherever it comes from, and of constants.
+
+    Args:
+        change: What becomes of constants, the same of the same.
+        pairs: The tensors among the arguments, and what came in their place.
+    """
+
+    def __init__(
+        self, change: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.change = change
+        self.known = dict(pairs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what stands for a tensor; large ones take long, and hold no coefficients."""
+        if x not in self.known:
+            self.known[x] = self.change(x) if x.numel() <= _LARGE else x
+        return self.known[x]
 
 
 class Disturbed(Trace):
@@ -23,7 +47,9 @@ class Disturbed(Trace):
         layout: How the objective treats examples.
         operations: Numbers tensors.
         plan: What operations become.
-        noisy: 1 if the outputs of uses get noise, 2 if numbers that the code names do as well.
+        noisy: 1 if the outputs of uses get noise, 2 if numbers that the code names do as well, 3 if
+            thresholds let something through instead.
+        swap: What takes the place of data and constants.
     """
 
     def __init__(
@@ -33,28 +59,43 @@ class Disturbed(Trace):
         operations: Operations,
         plan: Plan,
         noisy: int,
+        swap: Swap,
     ) -> None:
         super().__init__(handles, layout, operations, plan)
         self.noisy = noisy
+        self.swap = swap
+        self.depth = common_depth([*handles, *operations.known])
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one operation, with other numbers in the place of those that the code names."""
-        # A schedule may change them, and they may be zero at first: plans do not say what they are.
-        if self.noisy < 2:
-            return super().apply(func, *args, **kwargs)
+        """Run one operation, on other data, constants and numbers, and past thresholds."""
+        args, kwargs = substitute((args, kwargs), self.swapped)
         given = self.operations.begin(func, args, kwargs)
-        if func in _ARITHMETIC and any(x.is_floating_point() for x in given):
+        constant = self.noisy == 2 and not given and instances_in(float, args)
+        # A schedule may change them, and they may be zero at first: plans do not say what they are.
+        if self.noisy == 2 and func in _ARITHMETIC and any(x.is_floating_point() for x in given):
             args = tuple(map(self.elsewhere, args))
             kwargs = {name: self.elsewhere(x) for name, x in kwargs.items()}
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
-        named = not given and instances_in(float, args)
-        if named and isinstance(out, Tensor) and out.is_floating_point():
+        if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
+        if self.noisy == 3 and func in THRESHOLDS and not any(out is x for x in given):
+            out = _leaky(out, [x for x in given if x not in self.sources])
         self.operations.end(out, given)
         return out
+
+    def swapped(self, x: Any) -> Any:
+        """Return what takes the place of an argument, if it is data or a constant."""
+        if not isinstance(x, Tensor) or (x not in self.swap.known and not self.is_constant(x)):
+            return x
+        return self.swap(x)
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Say whether a tensor came from without."""
+        made = self.operations.number(x) is not None or x in self.sources or x.requires_grad
+        return not made and depth(x) <= self.depth
 
     def elsewhere(self, x: Any) -> Any:
         """Return another number for a number, or for a tensor of one that came from without."""
@@ -79,6 +120,15 @@ def _elsewhere(x: Any) -> Any:
     return 1.1 * x + 0.1
 
 
+def _leaky(out: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """Let something of each argument through, where a threshold keeps all of it back for now."""
+    for x in given:
+        if x.shape == out.shape and x.is_floating_point():
+            out = out + 0.1 * x
+    return out
+
+
+THRESHOLDS = named("relu relu6 clamp clamp_min clamp_max clip hardtanh threshold maximum minimum")
 _ARITHMETIC = named(
     "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
 )

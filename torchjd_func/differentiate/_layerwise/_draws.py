@@ -37,9 +37,9 @@ class Draws(NamedTuple):
 
     def differ(self, other: Draws) -> bool:
         """Say whether numbers were drawn between the two."""
-        pairs = list(zip(self.states, other.states, strict=True))
-        pairs += zip(self.own.items(), other.own.items(), strict=True)
-        return any(not torch.equal(a[1], b[1]) for a, b in pairs)
+        states = zip(self.states, other.states, strict=True)
+        own = zip(self.own.items(), other.own.items(), strict=True)
+        return any(not torch.equal(a[1], b[1]) for a, b in (*states, *own))
 
 
 def draws(tensors: Sequence[Tensor], own: States | None = None) -> Draws:

@@ -78,8 +78,7 @@ def dense(form: Form) -> Tensor:
     """Return the rows, `(e, *shape)`."""
     if isinstance(form, Outer):
         left, right = form.left.permute(0, 2, 3, 1), form.right.permute(0, 2, 1, 3)
-        # Not `-1`, which a parameter without entries does not tell
-        return _half.multiply(left, right).reshape(max(len(left), len(right)), *form.shape)
+        return _half.multiply(left, right).reshape(-1, *form.shape)
     if isinstance(form, Lookup):
         e, t, q = form.values.shape
         index = form.indices.expand(e, t).unsqueeze(2).expand(e, t, q)

@@ -96,15 +96,9 @@ def rows(
     parts = [x if dim == 0 else x.squeeze(0) for x, dim in zip(arrays, dims, strict=True)]
 
     def one(cotangent: Tensor, *parts: Tensor) -> Tensor:
-
         def run(value: Tensor) -> Tensor:
             filled = [value if i == chosen else other for i, other in enumerate(made)]
-            copies = cotangent.shape[0] if cotangent.ndim else 1
-            spread = [
-                x.expand(copies, *x.shape[1:]) if source.expanded else x
-                for x, source in zip(filled, sources, strict=True)
-            ]
-            args, kwargs = _fill(given, spread, parts)
+            args, kwargs = _fill(given, filled, parts)
             return func(*args, **kwargs)
 
         out, pullback = torch.func.vjp(run, made[chosen])[:2]

@@ -15,7 +15,7 @@ from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._order import REFUSALS
+from torchjd_func.differentiate._layerwise._order import REFUSALS, is_integer
 from torchjd_func.differentiate._layerwise._plan import (
     Layout,
     Listed,
@@ -120,7 +120,10 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if batched else (),
     )
-    drawn = draws.differ(draws.again())
+    besides = {
+        "drawn": draws.differ(draws.again()),
+        "integers": any(map(is_integer, mode.operations.strangers)),
+    }
     if batched and seen.outputs.shape[0] % max(problem.layout.size, 1):
         return _by_autograd(problem)
     order = mode.order
@@ -133,14 +136,20 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     alike = any(other.proven and differ_in_sizes(other, plan) for other in known)
     if alike or not problem.check or len(plan.opaque) == len(problem.leaves):
         return plan._replace(proven=True)
-    return _proven(problem, plan, draws, "" if order is None else order.mixed, drawn=drawn)
+    return _proven(problem, plan, draws, "" if order is None else order.mixed, **besides)
 
 
 def _proven(
-    problem: Problem, plan: Plan, draws: Draws, mixed: str = "", *, drawn: bool = False
+    problem: Problem,
+    plan: Plan,
+    draws: Draws,
+    mixed: str = "",
+    *,
+    drawn: bool = False,
+    integers: bool = False,
 ) -> Plan:
     """Return a plan without what fails the proof, at the first points where there is one."""
-    for group in points(problem, plan, drawn=drawn):
+    for group in points(problem, plan, drawn=drawn, integers=integers):
         tried = [_failing(point, plan, draws) for point in group]
         found = [failing for failing in tried if failing is not None]
         if found or mixed:
@@ -155,7 +164,7 @@ def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     """Return what fails the proof at a point; `None` if nothing is known there."""
     (draws.others() if point.shifted else draws).restore()
     try:
-        recorded = record(point.problem, plan, noisy=point.noisy)
+        recorded = record(point.problem, plan, noisy=point.noisy, swap=point.swap)
     except Exception:
         if point.noisy:  # such as of data that leave an interval, or that a table does not have
             return None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchjd_func.differentiate._layerwise._disturbed import THRESHOLDS, Swap
 from torchjd_func.differentiate._layerwise._noise import near, scattered
 from torchjd_func.differentiate._layerwise._order import is_integer, moved_on
 from torchjd_func.differentiate._layerwise._plan import LOST, Plan
@@ -22,41 +23,66 @@ class Point(NamedTuple):
     Attributes:
         problem: The objective there.
         noisy: What gets noise besides, as of `Disturbed`.
+        swap: What takes the place of data and constants.
         shifted: Whether other random numbers are drawn.
     """
 
     problem: Problem
     noisy: int = 0
+    swap: Swap | None = None
     shifted: bool = False
 
 
-def points(problem: Problem, plan: Plan, *, drawn: bool) -> Iterator[list[Point]]:
+def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iterator[list[Point]]:
     """Yield the points of a proof, and others for where nothing is known at the first.
 
-    These have noise in parameters, data and what uses return, since of a batch of zeros, or of
-    equal examples, nothing tells which row is whose. Then smaller parameters, since nothing tells
-    it where activations saturate; other numbers in the code, since nothing tells it where a
-    coefficient is zero; other draws, examples in another order and other integers, since nothing
-    tells it where examples are sorted.
+    These have noise in parameters, data, constants and what uses return, since of a batch of zeros,
+    or of equal examples, nothing tells which row is whose. Then smaller parameters, since nothing
+    tells it where activations saturate; other numbers in the code, since nothing tells it where a
+    coefficient is zero; thresholds that let something through, since nothing tells it where none is
+    reached; other draws, examples in another order and other integers, since nothing tells it where
+    examples are sorted.
+
+    Args:
+        problem: The objective.
+        plan: What is tried.
+        drawn: Whether random numbers were drawn.
+        integers: Whether integers were used that are not among the arguments.
+
+    Yields:
+        Points, of which at least one must show something, or the next are asked for.
     """
     moved = problem._replace(leaves=[near(leaf) for leaf in problem.leaves])
-    for call, inputs in problem.noisy(near):
-        noisy = moved._replace(call=call, inputs=inputs)
-        smaller = noisy._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
-        first = [Point(noisy, 1), Point(smaller, 1), Point(noisy, 2)]
-        changed = [
-            Point(moved._replace(call=call, inputs=inputs), 1)
-            for change in _changes(problem, plan)
-            for call, inputs in problem.noisy(change)
-        ]
-        yield [*first, *changed, *([Point(noisy, 1, shifted=True)] if drawn else [])]
+    smaller = problem._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
+    first = [*_at(moved, near), *_at(smaller, near), *_at(moved, near, 2)]
+    if first:
+        if any(entry.head[0] in THRESHOLDS.names for entry in plan.listed.entries):
+            first += _at(moved, near, 3)
+        for change in _changes(problem, plan, integers):
+            first += _at(moved, change)
+        yield [*first, *(_at(moved, near, shifted=True) if drawn else [])]
     yield [Point(moved)]
     yield [Point(problem)]
 
 
-def _changes(problem: Problem, plan: Plan) -> list[Callable[[Tensor], Tensor]]:
+def _at(
+    problem: Problem, change: Callable[[Tensor], Tensor], noisy: int = 1, *, shifted: bool = False
+) -> list[Point]:
+    """Return the point where data and constants are changed, if that makes a difference."""
+    return [
+        Point(
+            problem._replace(call=call, inputs=inputs),
+            noisy,
+            Swap(change, zip(problem.inputs, inputs, strict=True)),
+            shifted,
+        )
+        for call, inputs in problem.noisy(change)
+    ]
+
+
+def _changes(problem: Problem, plan: Plan, integers: bool) -> list[Callable[[Tensor], Tensor]]:
     """Return what puts examples in another order, and what makes other integers."""
-    size = plan.layout.size
+    size, inputs = plan.layout.size, set(problem.inputs)
     pairs = zip(problem.inputs, plan.along, strict=False)
     axes = {x: axis for x, axis in pairs if axis not in (None, LOST) and x.layout == torch.strided}
 
@@ -64,13 +90,13 @@ def _changes(problem: Problem, plan: Plan) -> list[Callable[[Tensor], Tensor]]:
         return near(moved_on(x, axes[x], size) if x in axes else x)
 
     def renumber(x: Tensor) -> Tensor:
-        return others(x) if x in axes and is_integer(x) else near(x)
+        return others(x) if is_integer(x) and (x in axes or x not in inputs) else near(x)
 
     if not axes or size < 2:
         return []
     # On the CPU an index that is out of bounds is an error, and no more.
     safe = all(x.device.type == "cpu" for x in axes)
-    return [roll, renumber] if safe and any(map(is_integer, axes)) else [roll]
+    return [roll, renumber] if safe and (integers or any(map(is_integer, axes))) else [roll]
 
 
 def others(x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def added(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """What is added to matrices of examples, and repeated to their shape."""
     rows = cotangent.sum(1)
     size = (*(1,) * (3 - len(shape)), *shape)
-    return Dense(rows.sum_to_size((len(rows), *size[1:])).reshape(len(rows), *shape))
+    return Dense(rows.sum_to_size((len(rows), *size[1:])).reshape(-1, *shape))
 
 
 def bilinear(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:

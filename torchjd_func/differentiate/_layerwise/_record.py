@@ -14,7 +14,7 @@ from torch.func import vmap
 
 from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._decide import Decider
-from torchjd_func.differentiate._layerwise._disturbed import Disturbed
+from torchjd_func.differentiate._layerwise._disturbed import Disturbed, Swap
 from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -101,6 +101,7 @@ def record(
     other: Operations | None = None,
     *,
     noisy: int = 0,
+    swap: Swap | None = None,
 ) -> Recorded:
     """Run the objective, and keep what the pullback and the forms need.
 
@@ -109,6 +110,7 @@ def record(
         plan: What operations become; `None` to decide it, without perturbations.
         other: The operations of a run with another batch.
         noisy: What gets noise, where autograd's graph is at hand, as of `Disturbed`.
+        swap: As of `Disturbed`, too.
 
     Returns:
         The run. `pull(cotangents, uses, leaves)` gives gradients by the outputs of uses, if wanted,
@@ -139,16 +141,8 @@ def record(
             assert plan is not None
             mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
         else:
-            size = layout.size if layout.kind == "batched" else 0
-            operations = Operations(seen, size, other, problem.generators)
             shifts = perturbations if hidden else None
-            if plan is None:
-                order = None if other is None else Order(operations, seen)
-                mode = Decider(handles, layout, operations, order)
-            elif noisy and not hidden:
-                mode = Disturbed(handles, layout, operations, plan, noisy)
-            else:
-                mode = Trace(handles, layout, operations, plan, shifts)
+            mode = _watcher(problem, plan, other, handles, seen, shifts, noisy, swap)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
             outputs, aux = call(handles, *args)
@@ -187,6 +181,28 @@ def record(
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
+
+
+def _watcher(
+    problem: Problem,
+    plan: Plan | None,
+    other: Operations | None,
+    handles: Sequence[Tensor],
+    seen: Sequence[Tensor],
+    perturbations: Sequence[Tensor] | None,
+    noisy: int,
+    swap: Swap | None,
+) -> Trace:
+    """Return what watches a run that is not compiled."""
+    layout = problem.layout if plan is None else plan.layout
+    size = layout.size if layout.kind == "batched" else 0
+    operations = Operations(seen, size, other, problem.generators)
+    if plan is None:
+        order = None if other is None else Order(operations, seen)
+        return Decider(handles, layout, operations, order)
+    if swap is not None and perturbations is None:
+        return Disturbed(handles, layout, operations, plan, noisy, swap)
+    return Trace(handles, layout, operations, plan, perturbations)
 
 
 def _uncompiled(compiling: bool) -> AbstractContextManager[object]:

@@ -77,7 +77,7 @@ def _prelu(given: Arguments, cotangent: Tensor, shape: tuple[int, ...]) -> Form:
     """The slope of all entries, or of each channel, is multiplied with the negative ones."""
     field = cotangent * given["input"].clamp(max=0)
     if math.prod(shape) == 1:
-        return Dense(field.flatten(1).sum(1).reshape(len(field), *shape))
+        return Dense(field.flatten(1).sum(1).reshape(-1, *shape))
     return _summed(field, shape, trailing=False)
 
 
