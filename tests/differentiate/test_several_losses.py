@@ -1,5 +1,7 @@
 """Several losses for each example: `(b, k)`."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -160,6 +162,7 @@ def test_a_loss_of_other_parameters_than_those_that_weights_come_from_is_no_cons
     def losses(params):
         return {"both": (params["a"] * params["b"]).sum(), "other": params["b"].square().sum()}
 
+    options: Any
     for options in ({}, {"where": lambda path: path == "a"}):
         jd.grad(losses, jd.upgrad(), **options)(None, PARAMS)
 
