@@ -1,5 +1,7 @@
 """Several losses for each example: `(b, k)`."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,15 @@ def test_a_loss_that_is_a_constant_is_named():
         with pytest.warns(UserWarning, match=r"Losses \['lost'\] are constants"):
             step(None, PARAMS)
         step(None, PARAMS, present={"kept": True, "lost": False})
+
+
+def test_a_loss_of_other_parameters_than_those_that_weights_come_from_is_no_constant():
+    def losses(params):
+        return {"both": (params["a"] * params["b"]).sum(), "other": params["b"].square().sum()}
+
+    options: Any
+    for options in ({}, {"where": lambda path: path == "a"}):
+        jd.grad(losses, jd.upgrad(), **options)(None, PARAMS)
 
 
 def test_a_head_that_is_a_constant_is_named():

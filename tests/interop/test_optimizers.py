@@ -169,3 +169,8 @@ def test_several_optimizers_are_told_apart():
     for optimizer, name in zip(optimizers, ["weight", "bias"], strict=True):
         jd.interop.assign_grads_(model, {name: like(model)[name]}, optimizer=optimizer)
     assert all(param.grad is not None for param in model.parameters())
+
+
+def test_a_gradient_of_a_real_parameter_is_real():
+    with pytest.raises(TypeError, match=r"`grads` must be real at 'bias'.*complex64"):
+        jd.interop.assign_grads_(nn.Linear(2, 1), {"bias": torch.ones(1, dtype=torch.complex64)})

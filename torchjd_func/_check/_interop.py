@@ -86,6 +86,9 @@ def assignable(path: str, param: Tensor, grad: Any) -> None:
             "Pass what belongs to these parameters and losses.",
         )
         fail(ValueError, "`grads`", rule, tuple(grad.shape), remedy)
+    if grad.is_complex() and not param.is_complex():
+        rule, remedy = f"be real at {path!r}, as the parameter is", "Pass its real part, grad.real."
+        fail(TypeError, "`grads`", rule, grad.dtype, remedy)
 
 
 def optimizer(value: Any) -> None:

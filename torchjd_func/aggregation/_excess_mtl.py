@@ -86,6 +86,8 @@ def _accumulate(roots: Tensor, leaf: Tensor) -> Tensor:
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
     """Return `sqrt(a^2 + b^2)`, with a derivative of 0 at 0."""
+    if _host.plain(a, b):
+        return torch.hypot(a, b)
     apart = (a != 0) | (b != 0)
     return torch.where(apart, torch.hypot(torch.where(apart, a, 1.0), b), 0.0)
 
@@ -102,7 +104,8 @@ def _excess_of_block(rows: Tensor, roots: Tensor, *, eps: float | Tensor) -> Ten
     """Return the share of some columns in `E`."""
     if isinstance(eps, Tensor) or eps > 0:
         roots = _hypot(roots, _host.number(eps, roots).sqrt())
-    parts = rows / torch.where(roots > 0, roots, 1.0)  # where nothing was seen, of 0
+    # Where nothing was seen the numerator is 0 as well.
+    parts = rows / roots.clamp(min=torch.finfo(roots.dtype).tiny)
     return (parts * rows).sum(dim=1, dtype=torch.float64)
 
 

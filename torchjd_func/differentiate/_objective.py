@@ -124,11 +124,7 @@ def linearize_whole(
     places = None if where is None else chosen(where, bound.paths)
 
     def run(leaves: list[Tensor]) -> tuple[Tensor, tuple[PyTree, PyTree, Any]]:
-        vector, out = _evaluate(fn, request, bound.fill(leaves), check)
-        tracked = [leaf.requires_grad for leaf in _tree.leaves(out[0])]
-        if request.present is None and not all(tracked):
-            _check.each_dependent(_tree.paths(out[0]), tracked)
-        return vector, out
+        return _evaluate(fn, request, bound.fill(leaves), check)
 
     def jacobian(vector: Tensor, pull: Callable[[Tensor], list[Tensor]]) -> Jacobian:
         return by_pullback(scaled(pull, request.scale), vector, request.chunk_size)
@@ -174,4 +170,8 @@ def _evaluate(
     vector, present = masked(losses, request.present)
     # Inside torch.func.vjp, also where the losses depend on tensors of plain autograd.
     _check.dependent(vector.requires_grad or all_absent(request.present))
+    tracked = [leaf.requires_grad for leaf in _tree.leaves(losses)]
+    stepping = not request.alone and request.where is None and request.present is None
+    if stepping and not all(tracked):
+        _check.each_dependent(_tree.paths(losses), tracked)
     return vector, (losses, aux, present)

@@ -31,7 +31,8 @@ def assign_grads_(
         optimizer: The one that is to step; to check that it has all these parameters.
 
     Raises:
-        TypeError: If `optimizer` is not one, such as a list of several: call it once for each.
+        TypeError: If `optimizer` is not one, such as a list of several: call it once for each; or
+            if the gradient of a real parameter is complex.
         ValueError: If a name is unknown, a structure or shape differs, a parameter is not a leaf
             that requires a gradient, such as those of `jd.functionalize`, which are detached, or is
             not one of `optimizer`. Nothing is assigned then.
