@@ -219,9 +219,10 @@ def _rotated(x: Tensor) -> Tensor:
     x, t = _tree.wide(x), x.shape[1]
     if t == 1:
         return x
-    mean = x.sum(1, keepdim=True) / math.sqrt(t)
-    rest = torch.add(x[:, 1:], x[:, :1] - mean, alpha=1 / (math.sqrt(t) - 1))
-    return torch.cat([mean, rest], 1)
+    mean = x.sum(1) / math.sqrt(t)
+    rotated = torch.add(x, (x[:, 0] - mean).unsqueeze(1), alpha=1 / (math.sqrt(t) - 1))
+    rotated[:, 0] = mean  # faster than to put them together
+    return rotated
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
