@@ -20,7 +20,7 @@ ROUNDS, PRODUCTS = 40, 60
 # Residuals to which systems are solved for a guess of the support, one after another.
 LOOSE = (3e-2, 1e-3, 1e-5)
 # From this size on products also polish a solution faster than a factorisation; to this residual.
-LARGE, POLISHED = 384, 1e-13
+LARGE, POLISHED = 40, 1e-13
 # Part of the problems that may be solved before the others go on without them.
 CROWD = 0.8
 # Products pay from this size on, if that of all vectors with the matrix takes so many operations.
