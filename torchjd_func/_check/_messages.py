@@ -45,25 +45,27 @@ def holds_numbers(value: Tensor) -> bool:
 
 def one_device(name: str, leaves: Sequence[Any], paths: Sequence[str] | None = None) -> None:
     """Check that all tensors among `leaves` are on one device."""
+    known = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if all([leaf.device == known[0][1].device for _, leaf in known]):
+        return  # before any text is made, as below: a call takes microseconds
     devices: dict[str, str] = {}
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            where = "" if paths is None else f" at {paths[place]!r}"
-            devices.setdefault(str(leaf.device), f"{leaf.device}{where}")
-    if len(devices) > 1:
-        got, remedy = " and ".join(devices.values()), "Move them: x.to(device)."
-        fail(ValueError, name, "be on one device", got, remedy)
+    for place, leaf in known:
+        where = "" if paths is None else f" at {paths[place]!r}"
+        devices.setdefault(str(leaf.device), f"{leaf.device}{where}")
+    got, remedy = " and ".join(devices.values()), "Move them: x.to(device)."
+    fail(ValueError, name, "be on one device", got, remedy)
 
 
 def differentiable(name: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str) -> None:
     """Check that all leaves are dense floating or complex tensors."""
     for path, leaf in zip(paths, leaves, strict=True):
+        floating = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        if floating and holds_numbers(leaf):
+            continue
         got = f"{describe(leaf)} at {path!r}" if path else describe(leaf)
-        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        if not floating:
             fail(TypeError, name, "hold floating-point tensors only", got, remedy)
-        if not holds_numbers(leaf):
-            remedy = "Use .to_dense(), or .to()."
-            fail(TypeError, name, "hold dense tensors with numbers", got, remedy)
+        fail(TypeError, name, "hold dense tensors with numbers", got, "Use .to_dense(), or .to().")
     one_device(name, leaves)
 
 
