@@ -58,40 +58,29 @@ def interval(
     """Return a number, or a 0-d tensor (not if `plain`), that lies in an interval."""
     if isinstance(value, Tensor) and not plain:
         real(name, value, (0,), "be a number, or a 0-d tensor of a real dtype")
-        return _within(name, value, low, high, open_low, open_high)
-    if value is None and optional:
+    elif value is None and optional:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, int | float):
         rule = "be a number" if plain else "be a number, or a 0-d tensor"
         fail(TypeError, f"`{name}`", rule, _shown(value), "Make it one, e.g. with float().")
-    _inside(name, value, low, high, open_low, open_high)
-    return value
-
-
-def _inside(
-    name: str, value: float, low: float, high: float, open_low: bool, open_high: bool
-) -> None:
-    """Check that a number lies in an interval."""
-    open_high = open_high or high == math.inf
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if not (above and below):
-        rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
-        fail(ValueError, f"`{name}`", rule, value, "Pass a number of that range.")
+    return _within(name, value, low, high, open_low, open_high)
 
 
 def _within(
-    name: str,
-    value: Tensor,
-    low: float,
-    high: float = math.inf,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> Tensor:
-    """Return a tensor of numbers in an interval; unread where they are not at hand."""
-    known = _host.numbers(value.detach())
-    for number in () if known is None else known.ravel().tolist():
-        _inside(name, number, low, high, open_low, open_high)
+    name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> Any:
+    """Return a number, or a tensor of such, in an interval; unread where they are not at hand."""
+    open_high = open_high or high == math.inf
+    numbers = [value]
+    if isinstance(value, Tensor):
+        known = _host.numbers(value.detach())
+        numbers = [] if known is None else known.ravel().tolist()
+    for number in numbers:
+        above = number > low if open_low else number >= low
+        below = number < high if open_high else number <= high
+        if not (above and below):
+            rule = f"be in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+            fail(ValueError, f"`{name}`", rule, number, "Pass a number of that range.")
     return value
 
 
@@ -230,7 +219,9 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 def numbers(name: str, value: float | Tensor | Sequence[float]) -> float | Tensor:
     """Return one number, or a vector of them, none negative."""
     if isinstance(value, Tensor):
-        return _within(name, real(name, value, (0, 1), "be a number, or a vector of numbers"), 0)
+        return _within(
+            name, real(name, value, (0, 1), "be a number, or a vector of numbers"), 0, math.inf
+        )
     if not isinstance(value, list | tuple):
         return interval(name, value, 0)
     for number in value:
