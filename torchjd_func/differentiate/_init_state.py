@@ -121,5 +121,13 @@ def _empty_like(leaf: Any) -> Any:
 
 
 def _whole(leaf: Any) -> Any:
-    """Return a tensor of which other processes may have parts."""
-    return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
+    """Return numbers of a whole tensor: what this process has of it, over and over.
+
+    The numbers of others are not asked for, since others may not come here: what one process reads,
+    and so whether it runs for real, is up to its batch.
+    """
+    if not hasattr(leaf, "to_local"):
+        return leaf
+    own = leaf.to_local().flatten()
+    own = own if len(own) else own.new_ones(1)
+    return own.repeat(-(-leaf.numel() // len(own)))[: leaf.numel()].reshape(leaf.shape)

@@ -82,5 +82,6 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
         partial(total, group=group),
         partial(_handshake.numbers_of_all, groups=(group,)) if check else None,
         agree=partial(_handshake.agreed, groups=(group,), check=check),
+        differ=partial(_handshake.differing, groups=(group,)) if check else None,
     )
     return replace(objective, ranks=ranks)

@@ -151,6 +151,18 @@ def numbers_of_all(numbers: list[int], tree: PyTree, groups: Sequence[Group]) ->
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+def differing(briefs: dict[str, str], groups: Sequence[Group]) -> set[str]:
+    """Return the names of what is not the same on all processes of a mesh; not in a graph."""
+    number = digest(briefs)
+    high, low = _collectives.largest([number, -number], groups)
+    if high == -low:
+        return set()
+    every = _of_all(briefs, groups)
+    if len({tuple(other) for other in every}) > 1:
+        _compare(briefs, groups)
+    return {name for name in briefs if len({other[name] for other in every}) > 1}
+
+
 def digest(briefs: dict[str, str]) -> int:
     """Return a number that is the same in all processes, and another for other names or values."""
     return int.from_bytes(hashlib.blake2b(repr(briefs).encode(), digest_size=7).digest())
@@ -158,16 +170,21 @@ def digest(briefs: dict[str, str]) -> int:
 
 def _compare(briefs: dict[str, str], groups: Sequence[Group]) -> None:
     """Say which process is the first to differ, and in what."""
-    every = [briefs]
-    for group in reversed(groups):  # last dimension first: the processes in the order of the mesh
-        parts = _collectives.gather_texts(json.dumps(every), group)
-        every = [part for text in parts for part in json.loads(text)]
-    first, *others = every
+    first, *others = _of_all(briefs, groups)
     for number, other in enumerate(others, start=1):
         paths = [*first, *(path for path in other if path not in first)]
         for path in sorted(paths, key=_is_of_the_batch):  # last: there is none with a size
             pair = first.get(path, "nothing"), other.get(path, "nothing")
             _check.same_everywhere(path, number, *pair)
+
+
+def _of_all(briefs: dict[str, str], groups: Sequence[Group]) -> list[dict[str, str]]:
+    """Return what each process of a mesh says."""
+    every = [briefs]
+    for group in reversed(groups):  # last dimension first: the processes in the order of the mesh
+        parts = _collectives.gather_texts(json.dumps(every), group)
+        every = [part for text in parts for part in json.loads(text)]
+    return every
 
 
 def _is_of_the_batch(path: str) -> bool:

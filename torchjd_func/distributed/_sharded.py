@@ -144,6 +144,7 @@ def _ranks(places: list[Place], check: bool) -> Ranks:
         partial(_mesh.scatter_sums, places=places),
         partial(_handshake.numbers_of_all, groups=groups) if check else None,
         agree=partial(_handshake.agreed, groups=groups, check=check),
+        differ=partial(_handshake.differing, groups=groups) if check else None,
     )
 
 

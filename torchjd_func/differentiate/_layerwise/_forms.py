@@ -97,6 +97,12 @@ def made(form: Form) -> Form:
     return form.make(slice(None)) if isinstance(form, Lazy) else form
 
 
+def outline(form: Form) -> str:
+    """Return the kind of a form and the shapes of its parts."""
+    parts = [(*x.shape, x.dtype) if isinstance(x, Tensor) else x for x in form if not callable(x)]
+    return f"{type(form).__name__}{parts}"
+
+
 def merged(forms: Sequence[Form]) -> Form | None:
     """Return several uses of one weight as one with more positions, if they are alike."""
     parts = [made(form) for form in forms]

@@ -40,6 +40,7 @@ class Layers(NamedTuple):
     size: int  # how many rows there are
     each: int = 1  # how many losses an example has
     ranks: Ranks | None = None  # which processes have the rows of other examples
+    apart: frozenset[int] = frozenset()  # leaves that processes use in different ways
 
 
 def layers(
@@ -103,6 +104,8 @@ def gramians(found: Layers, groups: Groups) -> Tensor:
 
 def cross_gramians(a: Layers, b: Layers, groups: Groups) -> Tensor:
     """Return the products of the rows of each group of leaves, `(g, m_a, m_b)`."""
+    first = _alike(a, groups)
+    a, b = first, first if a is b else _alike(b, groups)
     products = torch.stack([_cross_group(a, b, leaves) for leaves in groups])
     return (
         products if a.ranks is None or b.ranks is None else _ranks.stack(products, a.ranks, b.ranks)
@@ -133,8 +136,10 @@ def leaf_form(found: Layers, leaf: int, *, ordered: bool = False) -> Form | None
     pieces = found.pieces.get(leaf, [])
     moved = any(is_reordered(piece.source) for piece in pieces)
     entrywise = all(piece.source.entrywise for piece in pieces)
-    if leaf in found.rows or (ordered and moved) or not entrywise:
+    if leaf in found.apart or leaf in found.rows or (ordered and moved) or not entrywise:
         rows = _rows(found, leaf)
+        if rows is None and leaf in found.apart:
+            rows = jacobian(found._replace(ranks=None), leaf)
         return None if rows is None else Dense(rows)
     forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in pieces]
     if len(forms) < 2:
@@ -160,6 +165,35 @@ def leaf_costs(found: Layers, leaf: int) -> tuple[str, int]:
     assert form is not None
     held = _forms.held(form, form) * _tree.real(found.values[leaf]).element_size()
     return "factors" if _forms.inner_is_cheaper(form, form) else "rows", held
+
+
+def _alike(found: Layers, groups: Groups) -> Layers:
+    """Let all processes exchange the same: rows of leaves that they use in different ways."""
+    ranks = found.ranks
+    if ranks is None or ranks.agree is None or ranks.differ is None:
+        return found
+    order = [leaf for leaves in groups for leaf in leaves]
+    kinds = {
+        f"operations.{leaf} {tuple(found.values[leaf].shape)}": _kind(found, leaf)
+        for leaf in order
+    }
+    if torch.compiler.is_compiling():
+        gather, after = ranks.gather, ranks.agree({"params": found.values[0], **kinds})
+        return found._replace(ranks=ranks._replace(gather=lambda x: gather(after(x))))
+    different = ranks.differ(kinds)
+    apart = [leaf for leaf, path in zip(order, kinds, strict=True) if path in different]
+    return found._replace(apart=frozenset(apart))
+
+
+def _kind(found: Layers, leaf: int) -> str:
+    """Say how a leaf is used, and in which form its rows are."""
+    if leaf in found.rows:
+        return "rows"
+    names = rule_names(found, leaf)
+    if torch.compiler.is_compiling():  # whose shapes may be symbols
+        return names
+    forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in found.pieces.get(leaf, [])]
+    return " ".join([names, *map(_forms.outline, forms)])
 
 
 def _cross_group(a: Layers, b: Layers, leaves: Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ class Ranks(NamedTuple):
     padded: int = 0  # how many losses each process has then
     whole: bool = False  # whether all that counts is present
     agree: Callable[[PyTree], Callable[[PyTree], PyTree]] | None = None  # as `_handshake.agreed`
+    differ: Callable[[dict[str, str]], set[str]] | None = None  # as `_handshake.differing`
 
 
 def joined(values: Tensor, ranks: Ranks) -> Tensor:
