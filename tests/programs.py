@@ -161,7 +161,7 @@ def _masked(h: Tensor, body: Body) -> Tensor:
 
 
 def _overwritten(h: Tensor, body: Body) -> Tensor:
-    return F.relu(body(h) + 0.1, inplace=True)
+    return F.relu(body(h).add_(0.1), inplace=True)
 
 
 def _by_function(h: Tensor, body: Body) -> Tensor:

@@ -79,6 +79,43 @@ def scattered(p: Any, x: Tensor) -> Tensor:
     return total(torch.zeros_like(x).index_put((torch.arange(len(x)),), x * p[0]))
 
 
+def doubled(h: Tensor) -> Tensor:
+    return h.mul_(2)
+
+
+def first_replaced(h: Tensor) -> Tensor:
+    h[:, 0] = 0.5
+    return h
+
+
+def slice_doubled(h: Tensor) -> Tensor:
+    h[..., 1:].mul_(2)
+    return h
+
+
+def added_to(h: Tensor) -> Tensor:
+    h += torch.ones_like(h)
+    return h
+
+
+USED = {  # some of which return views
+    "einsum": lambda p, x: torch.einsum("bti,ji->btj", x, p[0]),
+    "einsum of features": lambda p, x: torch.einsum("bti,ji->btj", F.linear(x, p[0]), p[0]),
+    "einsum of products": lambda p, x: torch.einsum("bti,ji->btj", x, p[0] * 3),
+    "tensordot": lambda p, x: torch.tensordot(x, p[0], 1),
+    "inner": lambda p, x: torch.inner(x, p[0]),
+    "linear": lambda p, x: F.linear(x, p[0]),
+    "matmul": lambda p, x: x @ p[0].T,
+    "mul": lambda p, x: x * p[0][0],
+    "expanded": lambda p, x: p[0].expand(len(x), 2, 2) * 1,
+}
+OVERWRITTEN = {
+    f"{name} then {write.__name__}": (use, write)
+    for name, use in USED.items()
+    for write in (doubled, first_replaced, slice_doubled, added_to)
+}
+
+
 # Grad mode, hooks, functions of one's own
 
 
@@ -285,6 +322,12 @@ KINDS: dict[str, Kind] = {
     "a weight masked in place": Kind(masked_in_place, ((2, 2),)),
     "a weight overwritten after its use": Kind(written_after_its_use, ((2, 2),)),
     "written by index_put": Kind(scattered, ((2,),)),
+    **{
+        name: Kind(
+            lambda p, x, use=use, write=write: total(write(use(p, x))), ((2, 2),), (rand(B, 2, 2),)
+        )
+        for name, (use, write) in OVERWRITTEN.items()
+    },
     "frozen by no_grad": Kind(frozen, ((2, 2),)),
     "a target network": Kind(target_network, ((2, 2),)),
     "detached": Kind(detached, ((2, 2),)),

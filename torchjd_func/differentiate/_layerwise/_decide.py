@@ -53,6 +53,7 @@ class Decider(Trace):
         self.order = order
         self.depth = common_depth([*handles, *operations.known])
         self.kept: list[Kept] = []
+        self.views: list[tuple[int, Tensor, int]] = []  # uses, their outputs, and versions of these
         self.denied: set[int] = set()
         self.reasons: dict[int, str] = {}
 
@@ -79,13 +80,16 @@ class Decider(Trace):
         return decide(self, Operation(func, args, kwargs, given))
 
     def finish(self, outputs: list[Tensor]) -> None:
-        """Deny the uses whose arguments were overwritten after them."""
+        """Deny the uses whose arguments were overwritten after them; see which outputs were."""
         super().finish(outputs)
         if self.order is not None:
             self.order.close(outputs)
         for place, leaves, versions in self.kept:
             if any(version_of(x) != version for x, version in versions):
                 self.deny(name_of(self.steps[place].func), leaves)
+        for place, out, version in self.views:
+            if version_of(out) != version:
+                self.steps[place] = self.steps[place]._replace(copied=True)
 
     def deny(self, name: str, leaves: set[int]) -> None:
         """Let leaves have rows by autograd."""
@@ -234,6 +238,8 @@ def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
     """Return the step of a recognised operation, what it is applied to being kept."""
     versions = [(x, version_of(x)) for x in given]
     trace.kept.append((len(trace.steps), set(step.leaves), versions))
+    if out._is_view():
+        trace.views.append((len(trace.steps), out, version_of(out)))
     batched = trace.layout.kind == "batched"
     axis = trace.operations.axis_next(out) if batched else 0
     arrays = [x for x in given if x not in trace.sources]

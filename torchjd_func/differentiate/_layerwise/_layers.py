@@ -174,8 +174,7 @@ def _alike(found: Layers, groups: Groups) -> Layers:
         return found
     order = [leaf for leaves in groups for leaf in leaves]
     kinds = {
-        f"operations.{leaf} {tuple(found.values[leaf].shape)}": _kind(found, leaf)
-        for leaf in order
+        f"operations.{leaf} {tuple(found.values[leaf].shape)}": _kind(found, leaf) for leaf in order
     }
     if torch.compiler.is_compiling():
         gather, after = ranks.gather, ranks.agree({"params": found.values[0], **kinds})
@@ -192,7 +191,9 @@ def _kind(found: Layers, leaf: int) -> str:
     names = rule_names(found, leaf)
     if torch.compiler.is_compiling():  # whose shapes may be symbols
         return names
-    forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in found.pieces.get(leaf, [])]
+    forms = [
+        form_of(found, piece, found.cotangents[piece.use]) for piece in found.pieces.get(leaf, [])
+    ]
     return " ".join([names, *map(_forms.outline, forms)])
 
 

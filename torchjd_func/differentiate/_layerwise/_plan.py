@@ -39,6 +39,7 @@ class Step(NamedTuple):
     device: torch.device = torch.device("cpu")
     leaves: tuple[int, ...] = ()  # that it is applied to
     place: int = 0  # among the operations of the run
+    copied: bool = False  # its output is a view, and written to: autograd forgets where it was
 
 
 @dataclass(frozen=True, eq=False)

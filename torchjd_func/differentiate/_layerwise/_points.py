@@ -60,7 +60,8 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
             first += _at(moved, near, 3)
         for change in _changes(problem, plan, integers):
             first += _at(moved, change)
-        yield [*first, *(_at(moved, near, shifted=True) if drawn else [])]
+        # Last as it is: what noise is added to is a new tensor, and no view that is written to.
+        yield [*first, *(_at(moved, near, shifted=True) if drawn else []), Point(moved)]
     yield [Point(moved)]
     yield [Point(problem)]
 

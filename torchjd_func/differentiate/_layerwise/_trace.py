@@ -160,6 +160,7 @@ class Trace(TorchFunctionMode):
                 self.derived(step, args, kwargs, out)
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
+        out = out.clone() if step.copied else out
         if out.shape != step.shape or (self.perturbations is None and not out.requires_grad):
             self.changed = name_of(func)
             return out
