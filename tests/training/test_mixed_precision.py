@@ -170,3 +170,41 @@ def test_a_loss_scale_comes_back_after_any_number_of_steps(bad):
         scale = jd.loss_scale.update(scale, slope, **fast)
         slopes += [slope] if scale.finite else []
     torch.testing.assert_close(slopes[-1], torch.full((1,), 2.0**-25), rtol=1e-2, atol=0)
+
+
+def attended(params, x):
+    """Return losses of attention with scores that are learned, by position."""
+    q, k, v = (torch.nn.functional.linear(x, w) for w in params[:3])
+    bias = params[3].expand(len(x), -1, -1)
+    h = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return h.square().mean((1, 2))
+
+
+def attended_alone(params, x):
+    return attended(params, x.unsqueeze(0)).squeeze(0)
+
+
+ATTENTION = {
+    "by rows": (attended, {}),
+    "one by one": (attended, {"chunk_size": 1}),
+    "by layers": (jd.instancewise(attended), {}),
+    "per example": (jd.per_example(attended_alone), {}),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_with_learned_scores_under_autocast(name, compiled):
+    shapes = [(4, 4), (4, 4), (4, 4), (5, 5)]
+    params = [torch.randn(shape, generator=GENERATOR) for shape in shapes]
+    x = torch.randn(3, 5, 4, generator=GENERATOR)
+    objective, options = ATTENTION[name]
+    run = jd.gramian(objective, **options)
+    want = jd.gramian(attended)(params, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(params, x)
+        run = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+        found = run(params, x)
+    torch._dynamo.reset()
+    assert found.dtype == torch.float32
+    assert 0 < (found - want).abs().max() < 0.05 * want.abs().max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         ranks,
         request.chunk_size,
     )
-    found = in_one_precision(found)
     if present is not None and not shared:
         found = _only(found, present)
     places = tuple(range(len(bound.paths)))
@@ -90,23 +89,6 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
         jacobian=Jacobian(pullback, rows, found, request.scale),
         seen=None if where is None else Seen(chosen(where, bound.paths)),
     )
-
-
-def in_one_precision(found: Layers) -> Layers:
-    """Bring what a use was applied to and its cotangent to one precision, as under autocast."""
-    pairs = [_widest(*pair) for pair in zip(found.uses, found.cotangents, strict=True)]
-    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
-    return found._replace(uses=uses, cotangents=cotangents)
-
-
-def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
-    """Return a use and its cotangent in the widest of their precisions."""
-    floating = [x.dtype for x in (cotangent, *use.arrays) if x.is_floating_point()]
-    if all(dtype == cotangent.dtype for dtype in floating):
-        return use, cotangent
-    wide = reduce(torch.promote_types, floating)
-    arrays = [x.to(wide) if x.is_floating_point() else x for x in use.arrays]
-    return use._replace(arrays=arrays), cotangent.to(wide)
 
 
 def _only(found: Layers, present: Tensor) -> Layers:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._heads import Pulled, pull_heads
-from torchjd_func.differentiate._layered import in_one_precision
 from torchjd_func.differentiate._layerwise import Layers, Layout, Problem, combine, layers, run
 from torchjd_func.differentiate._linearized import Heads, Jacobian, Leaves, Linearized, Seen
 from torchjd_func.differentiate._objective import Function, by_pullback, rows_like
@@ -171,7 +170,7 @@ def _run_trunk(
 
 def _layers(recorded: Any, cotangents: PyTree, m: int) -> Layers:
     """Pull `m` cotangents of the features back, layer by layer."""
-    return in_one_precision(layers(recorded, cotangents, None, m))
+    return layers(recorded, cotangents, None, m)
 
 
 def multitask(

@@ -7,6 +7,7 @@ activations alone, yields the gradient by each use's output. All else is product
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +77,28 @@ def layers(
             by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
     pieces = index(recorded.uses, frozenset(plan.opaque))
-    return Layers(
-        plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
+    return _in_one_precision(
+        Layers(
+            plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
+        )
     )
+
+
+def _in_one_precision(found: Layers) -> Layers:
+    """Bring what a use was applied to and its cotangent to one precision, as under autocast."""
+    pairs = [_widest(*pair) for pair in zip(found.uses, found.cotangents, strict=True)]
+    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
+    return found._replace(uses=uses, cotangents=cotangents)
+
+
+def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
+    """Return a use and its cotangent in the widest of their precisions."""
+    floating = [x.dtype for x in (cotangent, *use.arrays) if x.is_floating_point()]
+    if all(dtype == cotangent.dtype for dtype in floating):
+        return use, cotangent
+    wide = reduce(torch.promote_types, floating)
+    arrays = [x.to(wide) if x.is_floating_point() else x for x in use.arrays]
+    return use._replace(arrays=arrays), cotangent.to(wide)
 
 
 def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor]:

@@ -40,6 +40,18 @@ def scores_and_values(
     return (F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights) @ value
 
 
+def _attention(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """Cast as autocast does, of whose casts of a mask no gradient can be taken (torch 2.13)."""
+    given: dict[str, Any] = dict(zip(_QUERY, args, strict=False)) | kwargs
+    mask, kind = given.get("attn_mask"), given["query"].device.type
+    if mask is None or not mask.is_floating_point() or not torch.is_autocast_enabled(kind):
+        return func(*args, **kwargs)
+    dtype = torch.get_autocast_dtype(kind)
+    given |= {name: given[name].to(dtype) for name in _QUERY_TO_MASK}
+    with torch.autocast(kind, enabled=False):
+        return func(**given)
+
+
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Spell `F.bilinear` out, which does not vmap (2.13)."""
     out = torch.einsum("...i,kij,...j->...k", input1, weight, input2)
@@ -155,6 +167,8 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 _NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+_QUERY_TO_MASK = ("query", "key", "value", "attn_mask")
+_QUERY = (*_QUERY_TO_MASK, "dropout_p", "is_causal")
 _AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ index_reduce")
 _MAPPED = {
     "scaled_dot_product_attention": scores_and_values,
@@ -163,6 +177,7 @@ _MAPPED = {
 }
 _BY_FUNCTION: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
     torch.cdist: _distances,
+    F.scaled_dot_product_attention: _attention,
     Tensor.unflatten: _unflattened,
     F.embedding: _embedding,
     **dict.fromkeys(_NORMS, _norm),
@@ -179,9 +194,9 @@ def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     compiling = torch.compiler.is_compiling()
     name = name_of(func) if compiling or mapped else ""
     spell = _SPELLED.get(name if compiling else func)
-    if spell is not None:
-        return functools.partial(spell, func)
-    return _MAPPED.get(name, func) if mapped else func
+    if mapped and name in _MAPPED:
+        return _MAPPED[name]
+    return func if spell is None else functools.partial(spell, func)
 
 
 class Spelled(TorchFunctionMode):
