@@ -304,7 +304,7 @@ def test_what_is_known_once_is_not_proven_again(monkeypatch):
     step = jd.gramian(jd.instancewise(lambda p, x: F.linear(x, p[0]).tanh().sum(1)))
     for _ in range(3):
         step(PARAMS, rand(3, 2))
-    assert len(proofs) == 4
+    assert len(proofs) == 5
 
 
 def attention(p, x):
@@ -338,7 +338,7 @@ def test_other_sizes_are_not_proven_again(monkeypatch):
         x = rand(*sizes)
         rows = by_loops(attention, params, x)
         torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
-        assert len(proofs) == 4
+        assert len(proofs) == 5
 
 
 def test_keywords_have_plans_of_their_own():
@@ -549,3 +549,54 @@ def test_integers_that_an_outer_transform_maps_over():
         found = vmap(lambda i: jd.gramian(jd.instancewise(fn))(PARAMS, x, i))(orders)
     rows = torch.stack([by_loops(fn, PARAMS, x, i) for i in orders])
     torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-9, atol=1e-12)
+
+
+def cast_attention(dtype):
+    """Return losses of attention in some precision, as its fused kernels want it."""
+
+    def losses(p, x):
+        q, k, v = (F.linear(x, w).unflatten(-1, (2, -1)).transpose(1, 2).to(dtype) for w in p[:3])
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(x.dtype)
+        return F.linear(h, p[3]).square().mean((1, 2))
+
+    return losses
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [(torch.float32, HALF[0]), (torch.float32, HALF[1]), (torch.float64, torch.float32)],
+)
+def test_what_is_rounded_inside_is_held_to_that_precision(wide, narrow):
+    for seed in range(5):
+        params = [rand(8, 8, seed=4 * seed + k).to(wide) / 3 for k in range(4)]
+        jd.gramian(jd.instancewise(cast_attention(narrow)))(params, rand(6, 5, 8).to(wide))
+
+
+def standardised(p, x):
+    """Return losses of what is divided by the spread over the batch."""
+    h = F.linear(x, p[0])
+    return total(h / (h.std(0) + 0.1))
+
+
+MIXED_IN_HALF = {
+    "sums over examples": lambda p, x: total(F.linear(x, p[0]).cumsum(0)),
+    "standardised": standardised,
+    "a small part": lambda p, x: (
+        total(F.linear(x, p[0])) + 0.2 * total(F.linear(x, p[1]).cumsum(0))
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [*HALF, "autocast"], ids=str)
+@pytest.mark.parametrize("name", MIXED_IN_HALF)
+def test_examples_that_mix_in_half_precision_are_refused(name, how):
+    dtype, around = (torch.float32, True) if how == "autocast" else (how, False)
+    params, x = [rand(4, 3, seed=k).to(dtype) for k in range(2)], rand(6, 3).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        with pytest.warns(UserWarning, match="is not the sum over uses"):
+            found = jd.gramian(jd.instancewise(MIXED_IN_HALF[name]))(params, x)
+        rows = by_loops(MIXED_IN_HALF[name], params, x).float()
+    assert (found - rows @ rows.T).abs().max() < 0.05 * (rows @ rows.T).abs().max()

@@ -55,12 +55,19 @@ class Decider(Trace):
         self.kept: list[Kept] = []
         self.views: list[tuple[int, Tensor, int]] = []  # uses, their outputs, and versions of these
         self.denied: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
         self.reasons: dict[int, str] = {}
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation, and see in which precision."""
+        run = super().apply if self.order is None else self.compared
+        out = run(func, *args, **kwargs)
+        self.dtypes.update([x.dtype for x in tensors_in(out) if self.traced(x)])
+        return out
+
+    def compared(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation, and see whether it may change the order of examples."""
-        if self.order is None:
-            return super().apply(func, *args, **kwargs)
+        assert self.order is not None
         given = self.operations.begin(func, args, kwargs)
         operation = Operation(func, args, kwargs, given)
         copies = self.order.copies(operation)

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     listed: Listed = Listed()  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
+    dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:

@@ -119,6 +119,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if batched else (),
+        dtypes=frozenset(mode.dtypes),
     )
     besides = {
         "drawn": draws.differ(draws.again()),

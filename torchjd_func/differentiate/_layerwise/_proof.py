@@ -50,8 +50,8 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
         return None
     guilty = {}
     for leaf, gap, scale in zip(places, gaps, scales, strict=True):
-        tol, eps = _tolerance(found, leaf)
-        if _any(gap > tol * scale + 1e3 * eps * total.to(gap.device)):
+        tol, floor = _tolerance(recorded, found, leaf)
+        if _any(gap > tol * scale + floor * total.to(gap.device)):
             guilty[leaf] = rule_names(found, leaf) or "an operation that was not seen"
     return guilty
 
@@ -61,15 +61,21 @@ def _any(flags: Tensor) -> bool:
     return bool(torch.func.debug_unwrap(flags, recurse=True).any())
 
 
-def _tolerance(found: Layers, leaf: int) -> tuple[float, float]:
-    """Return the tolerance of the least precise dtype of the run, as autocast mixes them."""
+def _tolerance(recorded: Recorded, found: Layers, leaf: int) -> tuple[float, float]:
+    """Return the tolerances of the least precise dtype of the run, as autocast mixes them.
+
+    Returns:
+        Parts of the leaf's terms, and of the largest leaf's: a gradient of zero is rounding alone.
+    """
     tensors = [
         found.values[leaf],
         *found.cotangents,
         *(x for use in found.uses for x in use.arrays),
     ]
     dtypes = {x.dtype for x in tensors if x.is_floating_point() or x.is_complex()}
-    return max((_TOLERANCES.get(dtype, 1e-3), torch.finfo(dtype).eps) for dtype in dtypes)
+    dtype = max(dtypes | recorded.plan.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    tol = _TOLERANCES.get(dtype, 1e-3)
+    return tol, min(1e3 * torch.finfo(dtype).eps, tol)
 
 
 def _gap(weights: Tensor, matrix: Tensor, own: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
