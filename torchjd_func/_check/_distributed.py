@@ -45,6 +45,7 @@ def collective(name: str, process: int, world: int, error: Exception) -> NoRetur
 
 
 _REMEDIES = {
+    "operations": "Call it eager, where processes may use parameters in different ways.",
     "present": "Pass `present` on all processes, or on none.",
     "size": "Pass `size`, the number of examples, on all processes, or on none.",
     "batch": (

@@ -141,7 +141,7 @@ _KNOWN = (
         "Name it for each argument in `in_dims`; None stands for an argument that is shared.",
     ),
     (
-        ("in-place", "inplace", "mutate a captured", "match the broadcast shape"),
+        ("in-place", "inplace", "mutate a captured", "match the broadcast shape", "`.data`"),
         "not overwrite parameters, arguments or what it closes over",
         "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",
     ),

@@ -41,11 +41,12 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
 
     Args:
         objective: Of `jd.instancewise` or `jd.per_example`; called by itself it returns the losses
-            of this process, as before. All processes use the same operations on the same
-            parameters.
+            of this process, as before. Where the data decide, processes may use parameters in
+            different ways, not in a compiled function; rows of these travel, and not factors.
         group: The processes; by default all.
         check: Whether each call compares, by a small all-gather, the lengths of the batches and
-            whether there is `present` or `size`. Without it all batches must have one length.
+            whether there is `present` or `size`, and by a small all-reduce how parameters are used.
+            Without it all batches must have one length, and operations must be the same.
 
     Returns:
         The objective for `jd.gramian`, `jd.gramian_vjp`, `jd.cross_gramian`, `jd.grad`,

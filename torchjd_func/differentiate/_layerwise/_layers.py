@@ -208,7 +208,7 @@ def _kind(found: Layers, leaf: int) -> str:
     """Say how a leaf is used, and in which form its rows are."""
     if leaf in found.rows:
         return "rows"
-    names = rule_names(found, leaf)
+    names = rule_names(found, leaf) or "nothing"
     if torch.compiler.is_compiling():  # whose shapes may be symbols
         return names
     forms = [
