@@ -600,3 +600,17 @@ def test_examples_that_mix_in_half_precision_are_refused(name, how):
             found = jd.gramian(jd.instancewise(MIXED_IN_HALF[name]))(params, x)
         rows = by_loops(MIXED_IN_HALF[name], params, x).float()
     assert (found - rows @ rows.T).abs().max() < 0.05 * (rows @ rows.T).abs().max()
+
+
+def test_where_a_parameter_is_refused_small_ones_are_held_to_their_own_size():
+    def losses(p, x):
+        first, second = (F.linear(x, w).cumsum(0) for w in p)
+        return total(first) + 1e-5 * total(second)
+
+    params, x = [rand(4, 3, seed=k).float() for k in range(2)], rand(6, 3).float()
+    objective = jd.instancewise(losses)
+    with pytest.warns(UserWarning, match="of '0' .linear., '1' .linear."):
+        jd.gramian(objective)(params, x)
+    jac = jd.jac(objective)(params, x)[1].flatten(1)
+    rows = by_loops(lambda p, x: losses([params[0], *p], x), params[1:], x)
+    torch.testing.assert_close(jac, rows, rtol=1e-4, atol=1e-10)
