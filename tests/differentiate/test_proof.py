@@ -604,13 +604,13 @@ def test_examples_that_mix_in_half_precision_are_refused(name, how):
 
 def test_where_a_parameter_is_refused_small_ones_are_held_to_their_own_size():
     def losses(p, x):
-        first, second = (F.linear(x, w).cumsum(0) for w in p)
-        return total(first) + 1e-5 * total(second)
+        first, second = (F.linear(x, w).cumsum(0) for w in p[:2])
+        return total(first) + p[2] * total(second)
 
-    params, x = [rand(4, 3, seed=k).float() for k in range(2)], rand(6, 3).float()
-    objective = jd.instancewise(losses)
+    params = [rand(4, 3, seed=k).float() for k in range(2)] + [torch.tensor(1e-5)]
+    objective, x = jd.instancewise(losses), rand(6, 3).float()
     with pytest.warns(UserWarning, match="of '0' .linear., '1' .linear."):
         jd.gramian(objective)(params, x)
     jac = jd.jac(objective)(params, x)[1].flatten(1)
-    rows = by_loops(lambda p, x: losses([params[0], *p], x), params[1:], x)
+    rows = by_loops(lambda p, x: losses([params[0], *p, params[2]], x), params[1:2], x)
     torch.testing.assert_close(jac, rows, rtol=1e-4, atol=1e-10)
