@@ -208,12 +208,11 @@ def _kind(found: Layers, leaf: int) -> str:
     """Say how a leaf is used, and in which form its rows are."""
     if leaf in found.rows:
         return "rows"
-    names = rule_names(found, leaf) or "nothing"
+    pieces = found.pieces.get(leaf, [])
+    names = ", ".join([name_of(found.uses[piece.use].step.func) for piece in pieces]) or "nothing"
     if torch.compiler.is_compiling():  # whose shapes may be symbols
         return names
-    forms = [
-        form_of(found, piece, found.cotangents[piece.use]) for piece in found.pieces.get(leaf, [])
-    ]
+    forms = [form_of(found, piece, found.cotangents[piece.use]) for piece in pieces]
     return " ".join([names, *map(_forms.outline, forms)])
 
 
