@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import torchjd_func as jd
 from tests.registry import METHODS, exported
@@ -83,6 +84,12 @@ def test_core_types_are_frozen_dataclasses(kind):
 def test_methods_can_be_pickled(name):
     aggregator = METHODS[name].make(3)
     assert pickle.loads(pickle.dumps(aggregator)).name == aggregator.name
+
+
+@pytest.mark.parametrize("declare", [jd.instancewise, jd.per_example])
+def test_objectives_can_be_pickled(declare):
+    objective = declare(torch.dot if declare is jd.per_example else torch.mv)
+    assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
 
 
 def test_files_are_short():

@@ -142,7 +142,7 @@ class InstanceWise:
         return self.ranks is not None
 
     def __repr__(self) -> str:
-        return f"InstanceWise({shown(self.fn)})"
+        return f"InstanceWise({shown(self.fn if self.example is None else self.example.fn)})"
 
 
 def _call_by_name(names: tuple[str, ...], fn: Callable[..., Any], /, *args: Any) -> Any:
@@ -218,9 +218,10 @@ def per_example(
         _check.in_dims(in_dims)
 
     example = Example(fn, in_dims, randomness)
+    return InstanceWise(partial(_batched, example), example)
 
-    def batched(*args: Any) -> Any:
-        dims = example.all_dims(len(args))
-        return vmap(tracked_inside(fn), in_dims=dims, randomness=randomness)(*args)
 
-    return InstanceWise(batched, example)
+def _batched(example: Example, /, *args: Any) -> Any:
+    """Map the loss of one example over a batch."""
+    fn, dims = tracked_inside(example.fn), example.all_dims(len(args))
+    return vmap(fn, in_dims=dims, randomness=example.randomness)(*args)
