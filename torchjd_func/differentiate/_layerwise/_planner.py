@@ -92,7 +92,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             recorded = record(problem, known)
             if not recorded.mode.changed:
                 return recorded
-            reason = f"it does something else than was planned, from {recorded.mode.changed} on"
+            reason = f"it does something else than was planned, from {recorded.mode.changed[0]} on"
     if problem.layout.kind != "shared":
         from torchjd_func.differentiate._compiled import warn_unplanned
 
