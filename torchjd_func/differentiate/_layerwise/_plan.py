@@ -62,6 +62,7 @@ class Plan(NamedTuple):
     uncompilable: str = ""  # why no graph can replay it, if so
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
+    on_host: bool = False  # whether the generator of Python or NumPy draws numbers
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
