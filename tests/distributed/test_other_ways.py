@@ -1,5 +1,7 @@
 """Objectives that decide by their data, so that each process uses parameters in its own way."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,4 +148,22 @@ def test_graphs_that_go_other_ways_are_an_error():
     first, other = workers.run(2, compiled)
     assert first == other
     assert first.startswith("ValueError: `operations.0 (3, 3)` must be the same on all processes")
-    assert "got linear on process 0 and nothing on process 1. Call it eager" in first
+    assert "got linear on process 0 and nothing on process 1. Give each" in first
+
+
+def another_order():
+    """Return what is said of parameters in another order on each process."""
+    process, x = dist.get_rank(), part(dist.get_rank(), 4)
+    turned = OrderedDict(sorted(parameters().items(), reverse=bool(process)))
+    step = jd.grad(
+        lambda p, x: F.linear(x, p["a"] * p["b"] * p["c"]).mean(0),
+        jd.distributed.data_parallel(jd.upgrad()),
+    )
+    return said(lambda: step(None, turned, x)), said(lambda: jd.distributed.mean(turned))
+
+
+def test_another_order_is_an_error():
+    first, other = workers.run(2, another_order)
+    assert first == other
+    for message in first:
+        assert message.startswith("ValueError: `order` must be the same on all processes, got ")

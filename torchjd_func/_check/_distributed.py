@@ -45,7 +45,10 @@ def collective(name: str, process: int, world: int, error: Exception) -> NoRetur
 
 
 _REMEDIES = {
-    "operations": "Call it eager, where processes may use parameters in different ways.",
+    "operations": (
+        "Give each process the same parameters; call it eager where these are used in other ways."
+    ),
+    "order": "Give parameters and losses names, in dicts, which are sorted, or one order.",
     "present": "Pass `present` on all processes, or on none.",
     "size": "Pass `size`, the number of examples, on all processes, or on none.",
     "batch": (

@@ -176,6 +176,8 @@ def _compare(briefs: dict[str, str], groups: Sequence[Group]) -> None:
         for path in sorted(paths, key=_is_of_the_batch):  # last: there is none with a size
             pair = first.get(path, "nothing"), other.get(path, "nothing")
             _check.same_everywhere(path, number, *pair)
+        for pair in zip(first, other, strict=True):  # what travels has no names
+            _check.same_everywhere("order", number, *pair)
 
 
 def _of_all(briefs: dict[str, str], groups: Sequence[Group]) -> list[dict[str, str]]:
