@@ -18,7 +18,6 @@ from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
 from torchjd_func.linalg._gramian import rank_tol
-from torchjd_func.linalg._search import align_all
 
 
 class GradVacState(NamedTuple):
@@ -98,20 +97,7 @@ def _on_device(
 
 
 def _launch(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the coordinates of the corrected gradients, and the cosines that were seen."""
-    from torchjd_func._kernels.surgery import raise_kernel  # needs Triton
-
-    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
-    flat = gramian.reshape(k, m, m), targets.reshape(k, m, m), orders.reshape(k, m, m - 1)
-    coordinates, seen = raise_kernel(*flat, tol)
-    return coordinates.reshape(gramian.shape), seen.reshape(gramian.shape)
-
-
-@torch.library.custom_op("torchjd_func::gradvac", mutates_args=())
-def raise_cosines(
-    gramian: Tensor, targets: Tensor, orders: Tensor, tol: float
-) -> tuple[Tensor, Tensor]:
-    """Correct all rows on a CUDA device; opaque, without derivatives.
+    """Correct all rows on a CUDA device.
 
     Args:
         gramian: `(..., m, m)` float64.
@@ -123,19 +109,20 @@ def raise_cosines(
         The coordinates `(..., m, m)` of the corrected gradients, and the cosines `(..., m, m)`
         that were seen.
     """
-    return _launch(gramian, targets, orders, tol)
+    from torchjd_func._kernels.surgery import raise_kernel  # needs Triton
+
+    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
+    flat = gramian.reshape(k, m, m), targets.reshape(k, m, m), orders.reshape(k, m, m - 1)
+    coordinates, seen = raise_kernel(*flat, tol)
+    return coordinates.reshape(gramian.shape), seen.reshape(gramian.shape)
 
 
-@raise_cosines.register_fake
 def _fake(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """Tell the shapes."""
     return torch.empty_like(gramian), torch.empty_like(gramian)
 
 
-@raise_cosines.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Correct those of all problems."""
-    return raise_cosines(*align_all(info.batch_size, in_dims, *args[:3]), args[3]), (0, 0)
+raise_cosines = _host.operation("gradvac", _launch, _fake)
 
 
 def _root(xp: Any, square: Array) -> Array:

@@ -16,7 +16,6 @@ from torchjd_func._host import Array
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
-from torchjd_func.linalg._search import align_all
 
 
 class PCGradState(NamedTuple):
@@ -66,17 +65,7 @@ def _on_device(gramian: Tensor, orders: Tensor) -> Tensor:
 
 
 def _launch(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Return the coordinates of the projected gradients."""
-    from torchjd_func._kernels.surgery import project_kernel  # needs Triton
-
-    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
-    found = project_kernel(gramian.reshape(k, m, m), orders.reshape(k, m, m - 1))
-    return found.reshape(gramian.shape)
-
-
-@torch.library.custom_op("torchjd_func::pcgrad", mutates_args=())
-def project(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Project all rows on a CUDA device; opaque, without derivatives.
+    """Project all rows on a CUDA device.
 
     Args:
         gramian: `(..., m, m)` float64.
@@ -85,19 +74,19 @@ def project(gramian: Tensor, orders: Tensor) -> Tensor:
     Returns:
         The coordinates `(..., m, m)` of the projected gradients.
     """
-    return _launch(gramian, orders)
+    from torchjd_func._kernels.surgery import project_kernel  # needs Triton
+
+    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
+    found = project_kernel(gramian.reshape(k, m, m), orders.reshape(k, m, m - 1))
+    return found.reshape(gramian.shape)
 
 
-@project.register_fake
 def _fake(gramian: Tensor, orders: Tensor) -> Tensor:
     """Tell the shape."""
     return torch.empty_like(gramian)
 
 
-@project.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Tensor) -> tuple[Tensor, int]:
-    """Project those of all problems."""
-    return project(*align_all(info.batch_size, in_dims, *args)), 0
+project = _host.operation("pcgrad", _launch, _fake)
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,16 +77,7 @@ def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _invert(matrix: Tensor) -> Tensor:
-    """Invert in a kernel."""
-    from torchjd_func._kernels.systems import inverse_kernel  # needs Triton
-
-    m = matrix.shape[-1]
-    return inverse_kernel(matrix.reshape(-1, m, m)).reshape(matrix.shape)
-
-
-@torch.library.custom_op("torchjd_func::inverse", mutates_args=())
-def invert(matrix: Tensor) -> Tensor:
-    """Invert on a CUDA device; opaque to compilers.
+    """Invert on a CUDA device.
 
     Args:
         matrix: `(..., m, m)` float64.
@@ -95,16 +85,15 @@ def invert(matrix: Tensor) -> Tensor:
     Returns:
         `(..., m, m)`; not-a-number where it is singular.
     """
-    return _invert(matrix).contiguous()
+    from torchjd_func._kernels.systems import inverse_kernel  # needs Triton
+
+    m = matrix.shape[-1]
+    return inverse_kernel(matrix.reshape(-1, m, m)).reshape(matrix.shape).contiguous()
 
 
-@invert.register_fake
 def _fake(matrix: Tensor) -> Tensor:
-    """Tell the compiler the shape."""
+    """Tell the shape."""
     return matrix.new_empty(matrix.shape)
 
 
-@invert.register_vmap
-def _vmap(info: Any, in_dims: Any, matrix: Tensor) -> tuple[Tensor, int]:
-    """Invert one larger batch."""
-    return invert(matrix.movedim(in_dims[0], 0)), 0
+invert = _host.operation("inverse", _invert, _fake)

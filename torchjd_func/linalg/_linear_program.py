@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from torchjd_func import _check, _host
 from torchjd_func.linalg._dense import factorized
 from torchjd_func.linalg._nnqp import Solution
-from torchjd_func.linalg._search import align_all
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Up to this many bases all are tried; beyond, the simplex method walks.
@@ -129,8 +127,7 @@ def _enumerate(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Te
     return chosen.sum(-2), torch.full_like(best, len(choices))
 
 
-@torch.library.custom_op("torchjd_func::lp_basis", mutates_args=(), tags=_host.WAITS)
-def lp_basis(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
+def _bases(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
     """Find the basis of an optimal vertex for each problem of a batch, by the simplex method.
 
     Args:
@@ -156,7 +153,6 @@ def lp_basis(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tens
     return torch.from_numpy(bases).to(a.device), torch.from_numpy(counts).to(a.device)
 
 
-@lp_basis.register_fake
 def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
     """Tell the compiler the shapes."""
     return (
@@ -165,10 +161,7 @@ def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]
     )
 
 
-@lp_basis.register_vmap
-def _vmap(info: Any, in_dims: Any, c: Tensor, a: Tensor, b: Tensor, n_free: int) -> Any:
-    """Solve one larger batch."""
-    return lp_basis(*align_all(info.batch_size, in_dims, c, a, b), n_free), (0, 0)
+lp_basis = _host.operation("lp_basis", _bases, _fake, waits=True)
 
 
 def _simplex(c: np.ndarray, a: np.ndarray, b: np.ndarray, n_free: int) -> tuple[np.ndarray, int]:

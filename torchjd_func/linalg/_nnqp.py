@@ -10,7 +10,7 @@ from torch import Tensor
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._dense import factor_on, solve_on, times
-from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
+from torchjd_func.linalg._search import dispatch, nearest_on_host, on_host, search
 
 # What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
 # computed; see `_pivoting.py`. The eigenvalues of the rounding of float32 are up to 1.5e-8 m, seen
@@ -111,11 +111,11 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
     matrix, start = gramian.double(), coordinates.double()
     eps, ridge = torch.finfo(gramian.dtype).eps, ridge_of(gramian)
-    arrays = _host.numbers(matrix), _host.numbers(start)
-    if arrays[0] is not None and arrays[1] is not None:
+    known = _host.arrays(matrix, start)
+    if known is not None:
         with np.errstate(all="ignore"):  # what is not finite is seen in the result
-            products = products_with(*arrays, eps, np)
-        solution = _solved(on_host(arrays[0], products, ridge, solver))
+            products = products_with(*known, eps, np)
+        solution = _solved(on_host(known[0], products, ridge, solver))
     else:
         solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
     return cast(solution._replace(value=start + solution.value), dtype)
@@ -191,9 +191,9 @@ def _solved(parts: Any) -> Solution:
 
 def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve a float64 problem, differentiably."""
-    arrays = _host.numbers(matrix), _host.numbers(vector)
-    if arrays[0] is not None and arrays[1] is not None:
-        return _solved(on_host(*arrays, ridge, solver))
+    known = _host.arrays(matrix, vector)
+    if known is not None:
+        return _solved(on_host(*known, ridge, solver))
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
@@ -272,7 +272,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Solve one larger batch."""
-        return _Differentiable.apply(*align(in_dims, *args[:2]), *args[2:]), (0,) * 5
+        return _Differentiable.apply(*_host.aligned(1, in_dims, *args)), (0,) * 5
 
 
 # `apply` asks for the signature at each call; deriving it takes longer than a small problem.
