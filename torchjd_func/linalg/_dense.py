@@ -20,15 +20,20 @@ ORDERS = 2
 def solve(matrix: Array, vector: Array) -> Array:
     """Solve `A x = b`, `(..., m, m)` and `(..., m)`; not finite where `A` is singular."""
     if isinstance(matrix, np.ndarray):
-        try:
-            return np.linalg.solve(matrix, vector[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            return _host.lift(np, _by_factors, matrix, vector)
+        return solve_arrays(matrix, vector[..., None])[..., 0]
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
         return factorized(matrix, vector)
     inverse = _host.opaque(invert, _invert, matrix.detach())
     plain = _host.plain(matrix, vector)
     return _refined(matrix, vector, partial(times, inverse), 1 if plain else ORDERS)
+
+
+def solve_arrays(matrix: Array, right: Array) -> Array:
+    """Solve `A X = B`, `(..., m, m)` and `(..., m, k)`; not finite where `A` is singular."""
+    try:
+        return np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:
+        return torch.linalg.solve_ex(*map(torch.from_numpy, (matrix, right)))[0].numpy()
 
 
 def factorized(matrix: Tensor, vector: Tensor) -> Tensor:
