@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 def find(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find two candidates `(..., 2, m)`, as constants."""
-    operation = _IN_KERNEL if takes(shares, "auto") else _ON_HOST
+    operation = _IN_KERNEL if takes(shares) else _ON_HOST
     return _host.opaque(operation, _candidates, gramian, shares, pushed, c, ridge)
 
 
@@ -50,7 +50,7 @@ def _candidates(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridg
     Returns:
         `(..., 2, m)`, see `_search`.
     """
-    if not takes(shares, "auto"):
+    if not takes(shares):
         arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
         return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
     from torchjd_func._kernels.cagrad import search_kernel  # needs Triton

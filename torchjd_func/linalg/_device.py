@@ -13,9 +13,9 @@ from torchjd_func.linalg._systems import KKT_TOL
 LARGEST = 128  # unknowns of a problem that a kernel takes; more do not fit in its registers
 
 
-def takes(vector: Tensor, solver: str) -> bool:
-    """Say whether the kernel serves problems: on CUDA, of a size that fits in its registers."""
-    return vector.is_cuda and solver == "auto" and 0 < vector.shape[-1] <= LARGEST
+def takes(vector: Tensor) -> bool:
+    """Say whether a kernel serves problems: on CUDA, of a size that fits in its registers."""
+    return vector.is_cuda and 0 < vector.shape[-1] <= LARGEST
 
 
 def in_kernel(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, ...]:

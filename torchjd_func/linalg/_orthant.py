@@ -99,7 +99,7 @@ def _find(
     """Search, and take the last steps differentiably."""
     shape, m = _shape(gramian, power, shares), gramian.shape[-1]
     fixed = gramian.detach(), power.detach().expand(*shape, 1), shares.detach().expand(*shape, m)
-    search = _IN_KERNEL if takes(gramian, "auto") else _ON_HOST
+    search = _IN_KERNEL if takes(gramian) else _ON_HOST
     value, converged, iterations = _host.opaque(search, _dispatch, *fixed, tol, max_iter)
     if not _host.plain(gramian, power, shares):
         value = value + _change(gramian, power, shares, value, converged)
@@ -126,7 +126,7 @@ def _dispatch(
     Returns:
         The root `(..., m)`, `converged` `(...,)` bool, and `iterations` `(...,)` int64.
     """
-    if not takes(gramian, "auto"):
+    if not takes(gramian):
         return _host.in_numpy(_search, gramian, power, shares, tol, max_iter)
     from torchjd_func._kernels.orthant import root_kernel  # needs Triton
 

@@ -49,7 +49,7 @@ def dispatch(
         The fields of `Answer`, for each problem.
     """
     if vector.is_cuda and solver == "auto" and vector.shape[-1] > 0:
-        solve = in_kernel if takes(vector, solver) else minimise
+        solve = in_kernel if takes(vector) else minimise
         return on_device(solve, matrix.detach(), vector.detach(), ridge)
     return _host.in_numpy(on_host, matrix, vector, ridge, solver)
 
@@ -94,7 +94,7 @@ def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answe
 def nearest_on_host(gramians: Array, ridge: float, solver: str = "auto") -> Answer:
     """Find min-norm points of Gramians `(..., m, m)`; see `nearest`."""
     diagonal = gramians.diagonal(0, -2, -1)
-    shortest = np.where(diagonal > 0, diagonal, np.inf).min(axis=-1, initial=np.inf)[..., None]
+    shortest = np.where(diagonal > 0, diagonal, np.inf).min(axis=-1)[..., None]
     kappa = np.where(shortest < np.inf, shortest, 1.0)
     answer = on_host(gramians + kappa[..., None], 0 * diagonal - kappa, ridge, solver)
     return answer._replace(value=answer.value / answer.value.sum(axis=-1)[..., None])
