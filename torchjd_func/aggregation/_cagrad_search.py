@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchjd_func import _host, _present
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import times
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._search import nearest_on_host, on_host
 from torchjd_func.linalg._systems import KKT_TOL
@@ -146,5 +147,5 @@ def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
-    square = ((gramian @ weights[..., None])[..., 0] * weights).sum(axis=-1)
+    square = (times(gramian, weights) * weights).sum(axis=-1)
     return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))

@@ -33,7 +33,7 @@ def solve_arrays(matrix: Array, right: Array) -> Array:
     try:
         return np.linalg.solve(matrix, right)
     except np.linalg.LinAlgError:
-        return torch.linalg.solve_ex(*map(torch.from_numpy, (matrix, right)))[0].numpy()
+        return torch.linalg.solve_ex(torch.from_numpy(matrix), torch.from_numpy(right))[0].numpy()
 
 
 def factorized(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def _by_factors(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.linalg.solve_ex(matrix, vector)[0]
 
 
-def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return `A x`."""
-    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+def times(matrix: Array, x: Array) -> Array:
+    """Return `A x` over batches."""
+    return (matrix @ x[..., None])[..., 0]
 
 
 def factor_on(matrix: Tensor, support: Tensor) -> Tensor:

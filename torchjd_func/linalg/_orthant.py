@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._dense import ORDERS, solve
+from torchjd_func.linalg._dense import ORDERS, solve, times
 from torchjd_func.linalg._device import takes
 from torchjd_func.linalg._nnqp import RIDGES, Solution, cast
 from torchjd_func.linalg._search import nearest_on_host
@@ -153,14 +153,14 @@ def _search(gramian: Array, power: Array, shares: Array, tol: float, max_iter: i
     """Return the root, 0 where there is none, whether it converged, and the number of steps."""
     active, lengths, unit = _unit_rows(np, gramian)
     hull = nearest_on_host(unit, RIDGES[torch.float64]).value
-    distance = (hull * _apply(unit, hull)).sum(-1)
+    distance = (hull * times(unit, hull)).sum(-1)
     exists = (distance > tol) & active.any(-1)
     # Where there is no root the iteration would diverge.
     unit = np.where(exists[..., None, None], unit, _host.identity(unit))
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) p^power x^(-power).
     log_gain = (power - 1) * np.log(lengths) + power * np.log(shares)
     x, iterations = _iterate(unit, log_gain, power, max_iter)
-    correction = _newton(np, unit, power, x, _target(np, log_gain, power, x), _apply(unit, x))
+    correction = _newton(np, unit, power, x, _target(np, log_gain, power, x), times(unit, x))
     left = np.abs(correction).max(axis=-1)
     small = left <= KKT_TOL
     # Rounding of nearly stationary rows leaves more, however many steps are taken.
@@ -192,7 +192,7 @@ def _change(
     moved = x
     for _ in range(ORDERS):
         target = _target(torch, log_gain, power, moved)
-        moved = moved * (1 + _newton(torch, unit, power, moved, target, _apply(unit, moved)))
+        moved = moved * (1 + _newton(torch, unit, power, moved, target, times(unit, moved)))
         moved = x + (moved - moved.detach())  # the value stays, and with it what is constant
     change = (moved - x) / lengths
     return torch.where(inside, change, 0.0)
@@ -208,7 +208,7 @@ def _iterate(unit: Array, log_gain: Array, power: Array, max_iter: int) -> tuple
     done = x[..., 0] < 0
     iterations = done.astype(np.int64)
     for _ in range(max_iter):
-        target, pushed = _target(np, log_gain, power, x), _apply(unit, x)
+        target, pushed = _target(np, log_gain, power, x), times(unit, x)
         relative = _newton(np, unit, power, x, target, pushed)
         done = done | (np.abs(relative).max(axis=-1) <= STEP_TOL)
         if done.all():
@@ -222,7 +222,7 @@ def _iterate(unit: Array, log_gain: Array, power: Array, max_iter: int) -> tuple
 def _start(unit: Array, log_gain: Array, power: Array) -> Array:
     """Return the root for orthogonal rows, scaled to the best point on its ray."""
     x = np.exp(log_gain / (1 + power))
-    curvature = (x * _apply(unit, x)).sum(axis=-1, keepdims=True)
+    curvature = (x * times(unit, x)).sum(axis=-1, keepdims=True)
     target = _target(np, log_gain, power, x).sum(axis=-1, keepdims=True)
     ratio = target / np.where(curvature > 0, curvature, target)
     return x * ratio ** (1 / (1 + power))
@@ -238,7 +238,7 @@ def _step_length(
     lowest = relative.min(axis=-1, keepdims=True)
     step = np.where(lowest < -BOUNDARY, -BOUNDARY / np.where(lowest < 0, lowest, -1.0), 1.0)
     constant = (relative * x * pushed).sum(axis=-1, keepdims=True)
-    linear = (relative * x * _apply(unit, relative * x)).sum(axis=-1, keepdims=True)
+    linear = (relative * x * times(unit, relative * x)).sum(axis=-1, keepdims=True)
     gain = relative * target
     limit = 0.5 * (gain.sum(axis=-1, keepdims=True) - constant)
     for _ in range(HALVINGS - 1):
@@ -266,8 +266,3 @@ def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed:
 def _target(xp: Any, log_gain: Array, power: Array, x: Array) -> Array:
     """Return `gain x^(1 - power)`, which `x * (unit @ x)` equals at the root."""
     return xp.exp(log_gain + (1 - power) * xp.log(x))
-
-
-def _apply(matrix: Array, x: Array) -> Array:
-    """Return `matrix @ x` over batches."""
-    return (matrix @ x[..., None])[..., 0]
