@@ -53,7 +53,8 @@ def call_there_and_back(fn: Callable[..., Array], *values: Array) -> Tensor:
 def in_numpy(fn: Callable[..., Any], *values: Any) -> Any:
     """Return a tuple of what a function of arrays returns, as tensors on the first one's device."""
     found = fn(*(x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in values))
-    return tuple(torch.from_numpy(np.asarray(x)).to(values[0].device) for x in found)
+    tensors = (torch.from_numpy(np.asarray(x)).contiguous() for x in found)
+    return tuple(x.to(values[0].device) for x in tensors)
 
 
 def plain(*values: Any) -> bool:

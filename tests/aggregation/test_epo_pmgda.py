@@ -212,6 +212,19 @@ def test_linear_program_agrees_with_a_general_solver(n_free):
     assert True in outcomes
 
 
+@pytest.mark.parametrize("n_free", [0, 1])
+def test_linear_programs_of_a_batch_are_solved_as_each_alone(n_free):
+    programs = [random_program(seed, 4, n_free) for seed in range(40)]
+    c, a, b = (torch.stack(parts) for parts in zip(*programs, strict=True))
+    a[7, 0, 0], b[11, 1], c[13, 0] = torch.nan, torch.inf, torch.nan
+    together = jd.linalg.linear_program(c, a, b, n_free=n_free)
+    assert not together.converged[[7, 11]].any() and not together.value[[7, 11]].any()
+    for i in set(range(40)) - {7, 11, 13}:
+        alone = jd.linalg.linear_program(*programs[i], n_free=n_free)
+        assert together.converged[i] == alone.converged
+        close(together.value[i], alone.value, 9)
+
+
 def test_linear_program_is_differentiable_at_a_vertex():
     c, a, b = random_program(1, 3, 0)
     inputs = (a.requires_grad_(), b.requires_grad_())

@@ -105,13 +105,13 @@ def _optimal(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tens
 def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, ...]:
     """Tell the compiler the shapes."""
     flag = b.new_empty(b.shape[:-1], dtype=torch.bool)
-    return torch.empty_like(c), b.new_empty(b.shape, dtype=torch.int64), flag, flag.long()
+    return c.new_empty(c.shape), b.new_empty(b.shape, dtype=torch.int64), flag, flag.long()
 
 
 lp_vertex = _host.operation("lp_vertex", _optimal, _fake, waits=True)
 
 
-@np.errstate(all="ignore")  # what is not finite is in no basis that is feasible
+@np.errstate(all="ignore")  # what is not finite is seen in the result
 def _simplex(c: Array, a: Array, b: Array, n_free: int) -> tuple[Array, Array, Array, Array]:
     """Start from artificial unknowns, one for each equation, and read what `_walk` ends at.
 
@@ -132,15 +132,21 @@ def _simplex(c: Array, a: Array, b: Array, n_free: int) -> tuple[Array, Array, A
     lone = (columns == 1) & (np.count_nonzero(columns, axis=2) == 1)[:, :, None]
     basis, right = lone.argmax(axis=1), np.abs(b)
     level, pivots = _walk(columns, goals, right, basis, n_real)
-    real = basis < n_real
-    feasible = np.abs(np.where(real, 0.0, level)).max(axis=1) <= KKT_TOL * (1 + right.max(axis=1))
-    feasible &= (~real | (level >= -SIGN_TOL * np.abs(level).max(axis=1)[:, None])).all(axis=1)
+    feasible = np.isfinite(columns.sum(axis=2) + goals.sum(axis=2)).all(axis=1)
+    feasible &= _is_vertex(level, basis < n_real, right)
     x = np.zeros((len(b), size))
     np.put_along_axis(x, basis, np.where(feasible[:, None], level.clip(min=0), 0.0), axis=1)
     x[:, n - n_free : n] -= x[:, n:n_real]
     value, basis = x[:, :n], np.where(basis < n, basis, basis - n_free)
     flags = feasible.reshape(leading), pivots.reshape(leading)
     return value.reshape(*leading, n), basis.reshape(*leading, k), *flags
+
+
+def _is_vertex(level: Array, real: Array, right: Array) -> Array:
+    """Say whether unknowns in a basis are not negative, or zero if artificial."""
+    left = np.abs(np.where(real, 0.0, level)).max(axis=1)
+    lowest, size = np.where(real, level, 0.0).min(axis=1), np.abs(level).max(axis=1)
+    return (left <= KKT_TOL * (1 + right.max(axis=1))) & (lowest >= -SIGN_TOL * size)
 
 
 def _split(x: Array, n_free: int) -> Array:
