@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def in_kernel(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, 
 
 def on_device(
     solve: Callable[..., tuple[Tensor, ...]], matrix: Tensor, vector: Tensor, ridge: float
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Number matrices and problems, and solve them; see `search` for shapes."""
     m = vector.shape[-1]
     if matrix.ndim == 3 and vector.ndim == 2 and len(matrix) == 1:  # problems share a matrix
