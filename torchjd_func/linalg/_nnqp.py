@@ -106,7 +106,7 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
     known = _host.arrays(matrix, start)
     if known is not None:
         with np.errstate(all="ignore"):  # what is not finite is seen in the result
-            products = products_with(*known, eps, np)
+            products = products_with(*known, eps=eps, xp=np)
         solution = _solved(on_host(known[0], products, ridge, solver))
     else:
         solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
@@ -193,7 +193,7 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
     """Solve a float64 problem, differentiably."""
     known = _host.arrays(matrix, vector)
     if known is not None:
-        return _solved(on_host(*known, ridge, solver))
+        return _solved(on_host(*known, ridge=ridge, solver=solver))
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]

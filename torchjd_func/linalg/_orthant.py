@@ -84,12 +84,12 @@ def orthant_root(
         power = wide.new_full((1,), 1 / alpha)
     shares = wide.new_ones(gramian.shape[-1]) if preference is None else _host.to(preference, wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
-    options = max(STATIONARY_TOL, rounding), max_iter
+    options = {"tol": max(STATIONARY_TOL, rounding), "max_iter": max_iter}
     known = _host.arrays(wide, power, shares)
     if known is not None:
-        value, converged, iterations = map(_host.tensor, _search(*known, *options))
+        value, converged, iterations = map(_host.tensor, _search(*known, **options))
     else:
-        value, converged, iterations = _find(wide, power, shares, *options)
+        value, converged, iterations = _find(wide, power, shares, **options)
     return cast(Solution(value, converged, iterations, converged & False), gramian.dtype)
 
 
