@@ -1,6 +1,8 @@
 """What no argument holds may change later: constants, thresholds, random generators, modes."""
 
+import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -115,6 +117,35 @@ def test_the_first_call_draws_what_others_do(closed_over):
         drawn()
         found = jd.gramian(objective)(PARAMS, *rest)
         torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+def by_python(params, x):
+    for _ in range(4):
+        if random.random() < 0.5:  # a layer is dropped
+            continue
+        x = F.linear(x, params[0] @ params[0].T).tanh()
+    return hidden(params, x).square().sum(1)
+
+
+def by_numpy(params, x):
+    scale = torch.from_numpy(np.random.uniform(0.5, 2.0, len(x)))
+    h = hidden(params, x) * scale.unsqueeze(1)
+    return h.roll(int(np.random.randint(0, 4)), 1).cumsum(1).square().sum(1)
+
+
+@pytest.mark.parametrize("losses", [by_python, by_numpy])
+def test_draws_of_python_and_numpy_are_those_of_plain_autograd(losses):
+    weights, x = [rand(4, 4)], rand(5, 4)
+    objective = jd.instancewise(losses)
+    for seed in (*range(8), *range(4)):
+        found = []
+        for run in (jd.gramian(objective), partial(by_loops, losses)):
+            random.seed(seed)
+            np.random.seed(seed)
+            found.append(run(weights, x))
+            found.append((random.random(), np.random.uniform()))
+        assert found[1] == found[3]
+        torch.testing.assert_close(found[0], found[2] @ found[2].T, rtol=1e-9, atol=1e-12)
 
 
 def squares(params, x):

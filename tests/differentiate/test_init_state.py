@@ -1,7 +1,10 @@
 """The state of a rule for an objective that may read values, and what is left as it was."""
 
 import functools
+import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,17 +106,25 @@ def test_modules_and_generators_are_left_as_they_were(reads):
     model, direct = Rotary(), Rotary()
     apply, params, buffers = jd.functionalize(model)
     generator = torch.Generator().manual_seed(0)
+    numpys, pythons = np.random.default_rng(0), random.Random(0)
 
     def losses(params, x):
         if reads and x.max() < -1e9:
             raise AssertionError
         noise = torch.randn(x.shape, generator=generator)
+        noise = noise + random.random() + np.random.rand() + numpys.random() + pythons.random()
         return apply(params, buffers, x + noise)[0].mean(0) + direct(x).mean().detach()
 
+    def states():
+        found = random.getstate(), np.random.get_state(), numpys.bit_generator.state
+        return pickle.dumps((*found, pythons.getstate()))
+
     before = torch.get_rng_state(), generator.get_state()
+    others = states()
     jd.init_state(jd.upgrad(), losses, params, torch.randn(4, 3, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(generator.get_state(), before[1])
+    assert states() == others
     for module in (model, direct):
         assert module.table is None
         assert module.tables == {}

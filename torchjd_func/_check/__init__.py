@@ -113,6 +113,7 @@ from torchjd_func._check._objectives import (
     losses,
     names,
     not_features,
+    not_hooked,
     not_instancewise,
     objective,
     one_for_each_example,

@@ -154,6 +154,14 @@ def dependent(tracked: bool) -> None:
         fail(ValueError, "`losses`", rule, got, remedy)
 
 
+def not_hooked(hooked: bool) -> None:
+    """Check that no hook is registered where examples are mapped over in a graph."""
+    if hooked:
+        rule = "register no hooks on tensors in a graph that maps over examples"
+        remedy = "Write the losses of a whole batch, for jd.instancewise, or leave the hook out."
+        fail(ValueError, "the objective", rule, "x.register_hook(...)", remedy)
+
+
 def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
     """Warn of losses that are constants, which no step can improve."""
     constant = [path for path, kept in zip(paths, tracked, strict=True) if not kept]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.overrides import TorchFunctionMode
 
 from torchjd_func import _check, _tree
 from torchjd_func._pack import pack
@@ -130,12 +131,28 @@ def tracked_inside(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         def run(some: list[Tensor]) -> Any:
             """Return anything, and all results."""
-            return some[0].sum(), fn(*rebuild(replaced(flat, places, tracked(some))))
+            with _Unhooked():
+                return some[0].sum(), fn(*rebuild(replaced(flat, places, tracked(some))))
 
         result: Any = torch.func.vjp(run, [flat[place] for place in places], has_aux=True)
         return result[2]
 
     return nested
+
+
+class _Unhooked(TorchFunctionMode):
+    """Refuses hooks, which are called in derivatives of the innermost level alone."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation."""
+        _check.not_hooked(func is Tensor.register_hook)
+        return func(*args, **(kwargs or {}))
 
 
 def _differentiable(x: Any) -> bool:

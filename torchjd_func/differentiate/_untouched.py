@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 Undo = Callable[[], None]
+Kept = nn.Module | torch.Generator | random.Random | np.random.Generator
 
 
 @contextmanager
 def untouched(*roots: Any) -> Generator[None]:
     """Put modules and generators back that the roots reach: caches, buffers, random states."""
     undo = [undo for thing in _reachable(roots) for undo in _snapshots(thing)]
+    undo.append(functools.partial(random.setstate, random.getstate()))
+    undo.append(functools.partial(np.random.set_state, np.random.get_state()))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -38,7 +43,7 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module | torch.Generator):
+        if isinstance(value, Kept):
             found[id(value)] = value
         left.extend(_parts(value))
     return list(found.values())
@@ -92,6 +97,11 @@ def _snapshots(thing: Any) -> list[Undo]:
     if isinstance(thing, torch.Generator):
         state = thing.get_state()
         return [lambda: thing.set_state(state) and None]
+    if isinstance(thing, random.Random):
+        return [functools.partial(thing.setstate, thing.getstate())]
+    if isinstance(thing, np.random.Generator):
+        source, drawn = thing.bit_generator, thing.bit_generator.state
+        return [functools.partial(setattr, source, "state", drawn)]
     attributes = thing.__dict__
     held = [*attributes.values(), *attributes.get("_buffers", {}).values()]
     undo = [_refill(attributes)]

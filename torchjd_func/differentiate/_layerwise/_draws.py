@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,7 @@ class Draws(NamedTuple):
 
     states: list[tuple[str, Tensor]]  # by the type of a device
     own: States  # of generators that operations were handed
+    host: tuple[Any, Any] | None = None  # Python's and NumPy's, which take long to read
 
     def restore(self) -> None:
         """Set the generators back."""
@@ -24,6 +28,17 @@ class Draws(NamedTuple):
             _home(kind).set_rng_state(state)
         for generator, state in self.own.items():
             generator.set_state(state)
+        if self.host is not None:
+            random.setstate(self.host[0])
+            np.random.set_state(self.host[1])
+
+    def with_host(self) -> Draws:
+        """Return the same, and the states that the generators of Python and NumPy have now."""
+        return self._replace(host=(random.getstate(), np.random.get_state()))
+
+    def host_drew(self) -> bool:
+        """Say whether the generators of Python or NumPy drew numbers since."""
+        return pickle.dumps(self.host) != pickle.dumps(self.with_host().host)
 
     def again(self) -> Draws:
         """Return the states that the same generators have now."""
@@ -33,7 +48,8 @@ class Draws(NamedTuple):
     def others(self) -> Draws:
         """Return states for other draws."""
         states = [(kind, _other(torch.device(kind))) for kind, _ in self.states]
-        return Draws(states, {generator: _other(generator.device) for generator in self.own})
+        own = {generator: _other(generator.device) for generator in self.own}
+        return Draws(states, own, self.host)
 
     def differ(self, other: Draws) -> bool:
         """Say whether numbers were drawn between the two."""

@@ -84,74 +84,77 @@ def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
 
 
 class Followed(Operations):
-    """Holds operations against those of a plan; tensors have the numbers that they had there."""
+    """Holds operations against those of a plan; tensors have the numbers that they had there.
+
+    What changes is held in lists and dicts: after a hook or a function of higher order is traced,
+    attributes that are set are forgotten (torch 2.13).
+    """
 
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
-        self.count = len(inputs)
         from torchjd_func.differentiate._compiled import entries_of
 
         self.entries: tuple[Entry, ...] = entries_of(plan.listed)
-        self.planned = {step.place: step for step in plan.steps}
-        self.place = -1  # among the entries
-        self.reads = False  # whether the operation here is of no interest
+        self.planned = {step.place: step for step in plan.steps}  # and not done so far
+        self.places = [-1]  # among the entries, of what was done
+        self.begun: list[Entry] = []
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
-        self.changed = ""  # the first operation that is another one
+        self.changed: list[str] = []  # the operations that are other ones
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
         """Find an operation in the plan."""
         parts, name = (*args, *kwargs.values()), name_of(func)
         given = tensors_in(parts)
-        self.reads = name in READERS.names
-        if not self.reads and not self.changed:
-            entry = self.entries[self.place + 1]
+        if name not in READERS.names and not self.changed:
+            entry = self.entries[self.places[-1] + 1]
             if entry.head[0] != name:
                 entry = self.skip(name)
-            self.place += 1
+            self.places.append(self.places[-1] + 1)
+            self.begun.append(entry)
             head = (name, torch.is_grad_enabled(), len(given))
             expected = _expected(entry, args, kwargs)
             if entry.head != head or expected is None or not self._agree(parts, expected):
-                self.changed = name
+                self.changed.append(name)
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
-        if self.reads or self.changed:
+        if self.changed or not self.begun:
             return
-        entry = self.entries[self.place]
+        entry = self.begun.pop()
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
         if len(parts) != len(entry.shapes):
-            self.changed = entry.head[0]
+            self.changed.append(entry.head[0])
         for x, shape, alias in zip(parts, entry.shapes, entry.aliased, strict=False):
             if tuple(x.shape) != shape:
-                self.changed = entry.head[0]
-            self.known[x] = self.count
+                self.changed.append(entry.head[0])
+            self.known[x] = len(self.shapes)
             if alias is not None:
-                self.known[given[alias]] = self.count
-            self.count += 1
+                self.known[given[alias]] = len(self.shapes)
+            self.shapes.append(shape)
 
     def skip(self, name: str) -> Entry:
         """Pass by what a compiler hides or leaves away, unless that uses parameters."""
         while True:
-            entry = self.entries[self.place + 1]
+            place = self.places[-1] + 1
+            entry = self.entries[place]
             if entry.head[0] == name or not (entry.idle or entry.head[0] in HIDDEN):
                 return entry
-            self.place += 1
-            step = self.planned.pop(self.place, None)
-            if step is not None:
-                self.changed = HIDES
-            for _ in entry.shapes:
-                self.hidden.add(self.count + HALF)
-                self.count += 1
+            self.places.append(place)
+            if place in self.planned:
+                self.changed.append(HIDES)
+            for shape in entry.shapes:
+                self.hidden.add(len(self.shapes) + HALF)
+                self.shapes.append(shape)
 
     def close(self, outputs: Sequence[Tensor]) -> None:
         """Hold what the run returns against the plan."""
         if self.changed:
             return
         entry = self.skip("")
-        alike = not entry.head[0] and len(outputs) == len(entry.values)
-        if not (self.changed or (alike and self._agree(outputs, entry.values))):
-            self.changed = "the losses"
+        alike = not (entry.head[0] or self.planned) and len(outputs) == len(entry.values)
+        if not (alike and self._agree(outputs, entry.values)):
+            self.changed.append("the losses")
 
     def _agree(self, parts: Sequence[Any], expected: Sequence[Any]) -> bool:
         """Say whether arguments are those of the plan; in few calls, which a compiler traces."""
@@ -198,11 +201,11 @@ class Replay(Trace):
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
-        return self.operations.place in self.operations.planned and not self.operations.reads
+        return self.operations.places[-1] in self.operations.planned
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
-        step = self.operations.planned[self.operations.place]
+        step = self.operations.planned.pop(self.operations.places[-1])
         leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
         same = not self.operations.changed and sorted(leaves) == sorted(step.leaves)
         return step if same else None
@@ -229,8 +232,7 @@ class Replay(Trace):
     def finish(self, outputs: list[Tensor]) -> None:
         """Find out whether the run was the one that was planned."""
         self.operations.close(outputs)
-        missing = "" if len(self.steps) == len(self.operations.planned) else "an operation"
-        self.changed = self.changed or self.operations.changed or missing
+        self.changed.extend(self.operations.changed)
 
 
 # Whose outputs are told by where they are used, and which use no parameters (torch 2.13)

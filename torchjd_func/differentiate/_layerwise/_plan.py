@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     listed: Listed = Listed()  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
+    on_host: bool = False  # whether the generator of Python or NumPy draws numbers
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:

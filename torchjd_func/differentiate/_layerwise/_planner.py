@@ -49,6 +49,8 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     key = _key(problem)
     draws = draws_of(problem.leaves, problem.generators)
     known = plans.setdefault(key, [])
+    if any(plan.on_host for plan in known):
+        draws = draws.with_host()
     recorded = None
     for _ in range(2):
         plan = _matching(known, recorded)
@@ -58,6 +60,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         recorded = record(problem, plan)
         if _fits(recorded):
             return recorded if plan.proven else _proven_late(problem, plan, draws, known, recorded)
+    draws = draws if draws.host else draws.with_host()
     for _ in range(2):
         plan = make(problem, draws, _every(plans))
         draws.restore()
@@ -92,7 +95,7 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
             recorded = record(problem, known)
             if not recorded.mode.changed:
                 return recorded
-            reason = f"it does something else than was planned, from {recorded.mode.changed} on"
+            reason = f"it does something else than was planned, from {recorded.mode.changed[0]} on"
     if problem.layout.kind != "shared":
         from torchjd_func.differentiate._compiled import warn_unplanned
 
@@ -119,6 +122,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if batched else (),
+        on_host=draws.host_drew(),
     )
     besides = {
         "drawn": draws.differ(draws.again()),
@@ -227,7 +231,7 @@ def _by_autograd(problem: Problem, reason: str = _UNSEEN) -> Plan:
 
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
-    draws = draws_of(problem.leaves, problem.generators)
+    draws = draws_of(problem.leaves, problem.generators).with_host()
     known = plans.setdefault(_key(problem), [])
     if not known:
         known.append(make(problem, draws, _every(plans)))

@@ -81,7 +81,7 @@ class Trace(TorchFunctionMode):
         self.steps: list[Step] = []
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []  # the outputs of uses
-        self.changed = ""  # the first operation that is not as planned
+        self.changed: list[str] = []  # the operations that are not as planned
         self.checked = 0  # how many operations were held against the plan
 
     def __torch_function__(
@@ -150,7 +150,7 @@ class Trace(TorchFunctionMode):
         if step is None:
             out = self.run(func, *args, **kwargs)
             if tensors_in(out):
-                self.changed = self.changed or name_of(func)
+                self.changed.append(name_of(func))
             return out
         step = step if step.func is func else step._replace(func=func)
         self.steps.append(step)
@@ -161,7 +161,7 @@ class Trace(TorchFunctionMode):
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
         if out.shape != step.shape or (self.perturbations is None and not out.requires_grad):
-            self.changed = name_of(func)
+            self.changed.append(name_of(func))
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
         if self.perturbations is not None:
