@@ -158,8 +158,13 @@ def aligned(size: int, in_dims: Any, *args: Any) -> list[Any]:
 
 def arrays(*values: Array) -> list[Array] | None:
     """Return the numbers of all values as arrays, to be read only; `None` unless all are plain."""
-    found = [numbers(x) for x in values]
-    return None if any(x is None for x in found) else found
+    found = []
+    for x in values:
+        known = numbers(x)
+        if known is None:
+            return None
+        found.append(known)
+    return found
 
 
 def numbers(x: Array) -> Array | None:
