@@ -179,7 +179,7 @@ def _walk(
         prices = solve_arrays(chosen, goals[each[:, None], basis])
         raising = goals - columns @ prices > SIGN_TOL * (1 + np.abs(prices).max(1, keepdims=True))
         raising[each[:, None], basis] = raising[:, n_real:] = False
-        first = raising[:, :, 0].any(axis=1, keepdims=True)
+        first = raising[:, :, 0].any(axis=1, keepdims=True)  # phase
         raising = np.where(first, raising[:, :, 0], raising[:, :, 1])
         entering = raising.argmax(axis=1)
         both = np.stack([right, columns[each, entering]], axis=2)
@@ -190,10 +190,15 @@ def _walk(
         running = np.flatnonzero(raising.any(axis=1) & falling.any(axis=1))
         if not len(running):
             break
-        ratio = np.where(falling, level.clip(min=0) / np.where(falling, change, 1.0), np.inf)
-        tied = ratio <= ratio.min(axis=1, keepdims=True) * (1 + SIGN_TOL) + SIGN_TOL
+        first_at_zero = _first_at_zero(level, change, falling)
         wanted = change if count < QUICK * size else -basis
-        leaving = np.where(tied, wanted, -np.inf).argmax(axis=1)
+        leaving = np.where(first_at_zero, wanted, -np.inf).argmax(axis=1)
         basis[running, leaving[running]] = entering[running]
         pivots[running] += 1
     return level, pivots
+
+
+def _first_at_zero(level: Array, change: Array, falling: Array) -> Array:
+    """Say which unknowns of a basis reach zero first, as one enters."""
+    ratio = np.where(falling, level.clip(min=0) / np.where(falling, change, 1.0), np.inf)
+    return ratio <= ratio.min(axis=1, keepdims=True) * (1 + SIGN_TOL) + SIGN_TOL
