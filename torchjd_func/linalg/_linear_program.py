@@ -135,7 +135,7 @@ def _simplex(c: Array, a: Array, b: Array, n_free: int) -> tuple[Array, Array, A
     feasible = np.isfinite(columns.sum(axis=2) + goals.sum(axis=2)).all(axis=1)
     feasible &= _is_vertex(level, basis < n_real, right)
     x = np.zeros((len(b), size))
-    np.put_along_axis(x, basis, np.where(feasible[:, None], level.clip(min=0), 0.0), axis=1)
+    x[np.arange(len(b))[:, None], basis] = np.where(feasible[:, None], level.clip(min=0), 0.0)
     x[:, n - n_free : n] -= x[:, n:n_real]
     value, basis = x[:, :n], np.where(basis < n, basis, basis - n_free)
     flags = feasible.reshape(leading), pivots.reshape(leading)
