@@ -112,11 +112,8 @@ def supports(seen: Tableau, middle: Array, vectors: Array) -> tuple[Array, Array
     raised = RAISED * (2 + probe_of(m))
     start, ends = values(seen, middle[None])[0].clip(min=0) + raised, values(seen, vectors)
     changes = np.empty((2, m // 2, m))
-    free, pivots, reached = (
-        vectors < 0,
-        np.zeros(len(ends), dtype=np.int64),
-        ends[:, 0] != ends[:, 0],
-    )
+    free, pivots = vectors < 0, np.zeros(len(ends), dtype=np.int64)
+    reached = pivots > 0
     for i, end in enumerate(ends):
         free[i], pivots[i], reached[i] = _follow(seen, start, end, changes)
         if i == FIRST and 2 * np.count_nonzero(reached) < FIRST:
