@@ -11,6 +11,7 @@ from torchjd_func._check._combinators import (
     observed,
     weighting_present,
 )
+from torchjd_func._check._dependent import dependent, each_dependent, each_trains, not_hooked
 from torchjd_func._check._distributed import (
     at_most,
     collective,
@@ -105,16 +106,12 @@ from torchjd_func._check._objectives import (
     aux_pair,
     batches,
     carry_aux,
-    dependent,
     divisible,
-    each_dependent,
-    each_trains,
     in_dims,
     like_losses,
     losses,
     names,
     not_features,
-    not_hooked,
     not_instancewise,
     objective,
     one_for_each_example,

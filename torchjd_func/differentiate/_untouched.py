@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 Undo = Callable[[], None]
-Kept = nn.Module | torch.Generator | random.Random | np.random.Generator
 
 
 @contextmanager
@@ -38,12 +37,13 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
     found: dict[int, Any] = {}
     seen: set[int] = set()
     left = list(roots)
+    kinds = (nn.Module, torch.Generator, random.Random, np.random.Generator)
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Kept):
+        if isinstance(value, kinds):
             found[id(value)] = value
         left.extend(_parts(value))
     return list(found.values())

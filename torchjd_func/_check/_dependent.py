@@ -1,0 +1,63 @@
+"""Losses and heads that nothing would train, said before nothing trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from torchjd_func._check._messages import fail
+
+
+def dependent(tracked: bool) -> None:
+    """Check that some loss depends on what is differentiated."""
+    if not tracked:
+        rule, got = "depend on the differentiated argument", "losses that are constants of it"
+        remedy = (
+            "Call apply(params, ...) of jd.functionalize, or functional_call(model, params, ...), "
+            "not model(...), and detach nothing on the way."
+        )
+        fail(ValueError, "`losses`", rule, got, remedy)
+
+
+def not_hooked(hooked: bool) -> None:
+    """Check that no hook is registered where examples are mapped over in a graph."""
+    if hooked:
+        rule = "register no hooks on tensors in a graph that maps over examples"
+        remedy = "Write the losses of a whole batch, for jd.instancewise, or leave the hook out."
+        fail(ValueError, "the objective", rule, "x.register_hook(...)", remedy)
+
+
+def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
+    """Warn of losses that are constants, which no step can improve."""
+    constant = [path for path, kept in zip(paths, tracked, strict=True) if not kept]
+    if constant and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"Losses {constant} are constants of the differentiated argument, so their gradients "
+            "are 0, and nothing trains them. Compute them by apply(params, ...), detach nothing on "
+            "the way, or say by `present` that a batch does not have them.",
+            stacklevel=2,
+        )
+
+
+def each_trains(by_features: Mapping[str, bool], by_own: Mapping[str, bool]) -> None:
+    """Warn of heads that train the trunk, or themselves, not at all."""
+    if torch.compiler.is_compiling():
+        return
+    loose = [name for name, kept in by_features.items() if not kept and by_own[name]]
+    if loose:
+        warnings.warn(
+            f"Losses of the heads {loose} are constants of the features, so their gradients by the "
+            "shared parameters are 0. Detach nothing on the way, or leave such heads out of the "
+            "objective.",
+            stacklevel=2,
+        )
+    idle = [name for name, kept in by_own.items() if not kept and by_features[name]]
+    if idle:
+        warnings.warn(
+            f"Losses of the heads {idle} are constants of the parameters of these, and nothing "
+            "trains them. Compute them by apply(params, ...) of jd.functionalize, not by a module; "
+            "give heads without parameters an empty dict.",
+            stacklevel=2,
+        )
