@@ -192,6 +192,11 @@ CASES = {
     "losses missing entirely": (lambda: jd.jac(lambda p: {})(PARAMS), ValueError, "losses"),
     "losses empty": (lambda: jd.jac(lambda p: p["w"][:0])(PARAMS), ValueError, "losses"),
     "params without leaves": (lambda: jd.jac(losses)({}, X), ValueError, "argument 0.*argnums"),
+    "state and params swapped": (
+        lambda: jd.grad(losses, jd.mean())(PARAMS, None, X),
+        ValueError,
+        r"argument 0.*the state first: step\(state, params, x\)",
+    ),
     "params of ints": (
         lambda: jd.jac(losses)({"w": torch.ones(3).long()}, X),
         TypeError,
@@ -336,6 +341,21 @@ CASES = {
         lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": PARAMS["w"]}), X),
         ValueError,
         "not be shared.*at 'a'",
+    ),
+    "a frozen trunk": (
+        lambda: jd.grad(MULTITASK, jd.upgrad())(None, ({}, {"a": PARAMS}), X),
+        ValueError,
+        r"shared parameters.*got none.*frozen trunk.*before jd\.functionalize",
+    ),
+    "a frozen trunk to init_state": (
+        lambda: jd.init_state(jd.upgrad(), MULTITASK, ({}, {"a": PARAMS}), X),
+        ValueError,
+        "shared parameters.*got none.*frozen trunk",
+    ),
+    "state and params of multitask swapped": (
+        lambda: jd.grad(MULTITASK, jd.upgrad())((PARAMS["w"], {"a": {}}), None, X),
+        ValueError,
+        "params.*after the state",
     ),
     "heads scaled by a method of rows": (
         lambda: jd.grad(

@@ -87,6 +87,7 @@ from torchjd_func._check._multitask import (
     head_weights,
     heads,
     multitask_params,
+    trained_params,
 )
 from torchjd_func._check._numbers import (
     axes,

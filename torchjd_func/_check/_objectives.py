@@ -25,7 +25,7 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     if not leaves:
         remedy = (
             "Check `argnums`, or pass the parameters of jd.functionalize, which are those that "
-            "require a gradient."
+            "require a gradient; a step takes the state first: step(state, params, x)."
         )
         fail(ValueError, name, "hold at least one floating-point tensor", "an empty pytree", remedy)
     modules = any(isinstance(leaf, nn.Module) for leaf in leaves)
