@@ -217,6 +217,16 @@ CASES = {
     "argnums twice": (lambda: jd.jac(losses, (0, 0))(PARAMS, X), ValueError, "argnums"),
     "argnums none": (lambda: jd.jac(losses, ())(PARAMS, X), ValueError, "argnums"),
     "aux missing": (lambda: jd.jac(losses, has_aux=True)(PARAMS, X), TypeError, "has_aux"),
+    "objective a module": (
+        lambda: jd.grad_and_value(nn.Linear(3, 2), jd.upgrad()),
+        TypeError,
+        r"`fn` must be a function.*got the module Linear.*jd\.functionalize\(model\)",
+    ),
+    "objective a module to init_state": (
+        lambda: jd.init_state(jd.upgrad(), nn.Linear(3, 2), X),
+        TypeError,
+        r"`fn`.*the module Linear.*apply\(params, buffers, x\)",
+    ),
     "rule is the factory": (lambda: jd.grad(losses, jd.upgrad), TypeError, r"jd\.upgrad\(\)"),
     "rule is a weighting": (
         lambda: jd.grad(losses, jd.upgrad().weighting),

@@ -14,7 +14,10 @@ from torchjd_func._check._messages import at, describe, differentiable, fail, on
 
 
 def objective(value: Any) -> None:
-    """Check that an objective can be called."""
+    """Check that an objective can be called, and is no module, which would train the data."""
+    if isinstance(value, nn.Module):
+        rule = "be a function of parameters and a batch that returns losses"
+        fail(TypeError, "`fn`", rule, f"the module {type(value).__name__}", _FUNCTIONALIZE)
     if not callable(value):
         remedy = "Pass the objective, then its arguments."
         fail(TypeError, "`fn`", "be a function of parameters and a batch", describe(value), remedy)
