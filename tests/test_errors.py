@@ -173,6 +173,11 @@ CASES = {
     "randomness": (lambda: jd.per_example(losses, randomness="x"), ValueError, "randomness"),
     # keys and states
     "missing key": (lambda: NEEDS_KEY.init(A), ValueError, r"key.*jd\.random\.key"),
+    "missing key of an aggregator for TorchJD": (
+        lambda: jd.interop.torchjd_aggregator(jd.pcgrad())(A),
+        ValueError,
+        r"`key`.*jd\.random\.key.*torchjd_aggregator",
+    ),
     "missing key at the first call": (lambda: NEEDS_KEY(A), ValueError, "key"),
     "key of floats": (lambda: jd.random.split(torch.ones(2)), ValueError, r"jd\.random\.key"),
     "key a number": (lambda: jd.random.bits(0), ValueError, r"jd\.random\.key"),
@@ -717,6 +722,16 @@ CASES = {
         lambda: jd.interop.assign_grads_(nn.Linear(1, 1), [X]),
         TypeError,
         "`grads` must be a dict by name",
+    ),
+    "a saved state that is None": (
+        lambda: jd.interop.load_state_dict(jd.mgda(), None),
+        ValueError,
+        r"`saved` must be made by jd\.interop\.state_dict, got None\.",
+    ),
+    "a saved state of another kind": (
+        lambda: jd.interop.load_state_dict(jd.mgda(), {"weights": X}),
+        ValueError,
+        "`saved`.*got another dict",
     ),
     "a saved state that is a tensor": (
         lambda: jd.interop.load_state_dict(jd.mgda(), X),
