@@ -35,7 +35,7 @@ WAITING = (
     "masked_select",
     "_linalg_eigh",
     "_linalg_svd",
-    "lp_basis",
+    "lp_vertex",
 )
 
 

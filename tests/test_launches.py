@@ -144,7 +144,7 @@ def test_only_what_waits_is_left_out_of_cuda_graphs(most, call, name):
         assert counter.names[-1] == name + suffix
         operation = getattr(torch.ops.torchjd_func, name + suffix).default
         assert (torch.Tag.cudagraph_unsafe in operation.tags) == bool(suffix)
-    assert torch.Tag.cudagraph_unsafe in torch.ops.torchjd_func.lp_basis.default.tags
+    assert torch.Tag.cudagraph_unsafe in torch.ops.torchjd_func.lp_vertex.default.tags
 
 
 def test_problems_too_large_for_a_kernel_do_not_wait():

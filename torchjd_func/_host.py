@@ -31,28 +31,30 @@ def call(fn: Callable[..., Any], *values: Array, device: Callable[..., Any] | No
     """
     if device is not None and any(isinstance(x, Tensor) and x.is_cuda for x in values):
         return device(*values) if all(map(_constant, values)) else fn(torch, *values)
-    arrays = [numbers(x) for x in values]
-    if any(x is None for x in arrays):
+    known = arrays(*values)
+    if known is None:
         return fn(torch, *(tensor(x) if isinstance(x, np.ndarray) else x for x in values))
     with np.errstate(all="ignore"):  # what is not finite propagates silently, as in torch
-        found = fn(np, *arrays)
-    if not isinstance(found, tuple):
-        return tensor(found)
-    parts = [tensor(part) for part in found]
-    return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
+        found = fn(np, *known)
+    return tuple(map(tensor, found)) if isinstance(found, tuple) else tensor(found)
 
 
-def call_there_and_back(fn: Callable[..., Any], *values: Array) -> Any:
-    """Do as `call`, with plain numbers of a CUDA device on the host."""
+def call_there_and_back(fn: Callable[..., Array], *values: Array) -> Tensor:
+    """Do as `call` for one array, with plain numbers of a CUDA device on the host."""
     # There and back takes 0.1 to 0.3 ms, which a hundred launches exceed (seen on an H100). A graph
     # that is captured may not wait for the host, and takes the launches.
     first = next((x for x in values if isinstance(x, Tensor) and x.is_cuda), None)
     if first is None or not all(map(may_wait, values)):
         return call(fn, *values)
     found = call(fn, *(x.cpu() if isinstance(x, Tensor) else x for x in values))
-    parts = found if isinstance(found, tuple) else (found,)
-    there = [part.to(first.device) for part in parts]
-    return tuple(there) if isinstance(found, tuple) else there[0]
+    return found.to(first.device)
+
+
+def in_numpy(fn: Callable[..., Any], *values: Any) -> Any:
+    """Return a tuple of what a function of arrays returns, as tensors on the first one's device."""
+    found = fn(*(x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in values))
+    tensors = (torch.from_numpy(np.asarray(x)).contiguous() for x in found)
+    return tuple(x.to(values[0].device) for x in tensors)
 
 
 def plain(*values: Any) -> bool:
@@ -114,25 +116,55 @@ def opaque(operation: Callable[..., Any], body: Callable[..., Any], *values: Any
     return (body if all(map(resident, values)) else operation)(*values)
 
 
-def operations(
-    name: str, body: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return an operation that is opaque to compilers, and one that also waits for the host.
+def operation(
+    name: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    waits: bool = False,
+    broadcasts: bool = False,
+) -> Callable[..., Any]:
+    """Return an operation without derivatives that is opaque to compilers, and may be mapped.
 
     Args:
-        name: What both are called; the second is `<name>_waits`.
+        name: What it is called.
         body: What is computed.
         fake: The same for shapes alone.
-        vmap: `(operation, info, in_dims, *args)`.
+        waits: Whether it waits for the host.
+        broadcasts: Whether leading dimensions may also be 1; otherwise what is not mapped repeats.
     """
+    kind, tags = f"torchjd_func::{name}", WAITS if waits else ()
+    made: Any = torch.library.custom_op(kind, body, mutates_args=(), tags=tags)
+    made.register_fake(fake)
+    made.register_vmap(partial(_mapped, made, broadcasts))
+    return made
+
+
+def _mapped(made: Callable[..., Any], broadcasts: bool, info: Any, in_dims: Any, *args: Any) -> Any:
+    """Do one larger batch."""
+    found = made(*aligned(1 if broadcasts else info.batch_size, in_dims, *args))
+    return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
+
+
+def aligned(size: int, in_dims: Any, *args: Any) -> list[Any]:
+    """Bring mapped dimensions to the front; tensors that are not mapped get one of a size."""
+    return [
+        (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0))
+        if isinstance(x, Tensor)
+        else x
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+
+
+def arrays(*values: Array) -> list[Array] | None:
+    """Return the numbers of all values as arrays, to be read only; `None` unless all are plain."""
     found = []
-    for suffix, tags in (("", ()), ("_waits", WAITS)):
-        kind = f"torchjd_func::{name}{suffix}"
-        operation: Any = torch.library.custom_op(kind, body, mutates_args=(), tags=tags)
-        operation.register_fake(fake)
-        operation.register_vmap(partial(vmap, operation))
-        found.append(operation)
-    return found[0], found[1]
+    for x in values:
+        known = numbers(x)
+        if known is None:
+            return None
+        found.append(known)
+    return found
 
 
 def numbers(x: Array) -> Array | None:
@@ -153,12 +185,6 @@ def numbers(x: Array) -> Array | None:
 def tensor(x: Array) -> Tensor:
     """Return an array as a tensor."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
-
-
-def lift(xp: Any, fn: Callable[..., Tensor], *values: Array) -> Array:
-    """Apply a function of tensors to what `xp` holds."""
-    result = fn(*map(tensor, values))
-    return result.numpy() if xp is np else result
 
 
 def to(value: Tensor, like: Tensor) -> Tensor:

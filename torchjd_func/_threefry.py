@@ -76,15 +76,6 @@ def _on_device(key: Tensor) -> bool:
 
 
 def _launch(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
-    """Encrypt in a kernel."""
-    from torchjd_func._kernels.threefry import encrypt_kernel  # needs Triton
-
-    found = encrypt_kernel(key.reshape(-1, 2), stream, n, n_bits)
-    return found.reshape((*key.shape[:-1], *found.shape[1:]))
-
-
-@torch.library.custom_op("torchjd_func::threefry", mutates_args=())
-def words(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
     """Encrypt the counters `0 ... n-1` of a stream on a CUDA device.
 
     Args:
@@ -96,19 +87,18 @@ def words(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
     Returns:
         `(..., 2, n)` int64, or `(..., n)` of wide words.
     """
-    return _launch(key, stream, n, n_bits)
+    from torchjd_func._kernels.threefry import encrypt_kernel  # needs Triton
+
+    found = encrypt_kernel(key.reshape(-1, 2), stream, n, n_bits)
+    return found.reshape((*key.shape[:-1], *found.shape[1:]))
 
 
-@words.register_fake
 def _fake(key: Tensor, stream: int, n: int, n_bits: int) -> Tensor:
     """Tell the shape."""
     return key.new_empty((*key.shape[:-1], *(() if n_bits else (2,)), n))
 
 
-@words.register_vmap
-def _vmap(info: Any, in_dims: Any, key: Tensor, *options: Any) -> tuple[Tensor, int]:
-    """Encrypt with all keys."""
-    return words(key.movedim(in_dims[0], 0), *options), 0
+words = _host.operation("threefry", _launch, _fake)
 
 
 def _ones(n: int) -> int:

@@ -11,7 +11,6 @@ import torchjd_func as jd
 from tests.helpers import compiled
 from tests.matrices import A, B, matrix
 from tests.values import close, direction_of, weights_of
-from torchjd_func.linalg import _linear_program
 
 
 @pytest.mark.parametrize(
@@ -193,10 +192,8 @@ def random_program(seed: int, m: int, n_free: int) -> tuple[Tensor, Tensor, Tens
     return c, matrix_, torch.cat([limits, torch.ones(1).double()])
 
 
-@pytest.mark.parametrize("limit", [0, 10**9], ids=["simplex", "enumeration"])
 @pytest.mark.parametrize("n_free", [0, 1])
-def test_linear_program_agrees_with_a_general_solver(monkeypatch, limit, n_free):
-    monkeypatch.setattr(_linear_program, "MAX_ENUMERATED", limit)
+def test_linear_program_agrees_with_a_general_solver(n_free):
     outcomes = set()
     for seed in range(60):
         m = 2 + seed % 4
@@ -213,6 +210,19 @@ def test_linear_program_agrees_with_a_general_solver(monkeypatch, limit, n_free)
         else:
             assert torch.equal(got.value, torch.zeros_like(c))
     assert True in outcomes
+
+
+@pytest.mark.parametrize("n_free", [0, 1])
+def test_linear_programs_of_a_batch_are_solved_as_each_alone(n_free):
+    programs = [random_program(seed, 4, n_free) for seed in range(40)]
+    c, a, b = (torch.stack(parts) for parts in zip(*programs, strict=True))
+    a[7, 0, 0], b[11, 1], c[13, 0] = torch.nan, torch.inf, torch.nan
+    together = jd.linalg.linear_program(c, a, b, n_free=n_free)
+    assert not together.converged[[7, 11]].any() and not together.value[[7, 11]].any()
+    for i in set(range(40)) - {7, 11, 13}:
+        alone = jd.linalg.linear_program(*programs[i], n_free=n_free)
+        assert together.converged[i] == alone.converged
+        close(together.value[i], alone.value, 9)
 
 
 def test_linear_program_is_differentiable_at_a_vertex():

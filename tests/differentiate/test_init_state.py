@@ -146,3 +146,44 @@ def test_the_route_changes_no_state(route):
     rule = jd.smoothed(jd.upgrad())
     state = jd.init_state(rule, OBJECTIVES["tree"], PARAMS, X, route=route)
     assert_trees_close(state, jd.init_state(rule, OBJECTIVES["tree"], PARAMS, X))
+
+
+def partly_constant(params, x):
+    hidden = x @ params["w"]
+    return {"a": hidden.square().mean(), "b": hidden.detach().abs().mean()}
+
+
+READING = [False, True]  # whether the objective reads values, and so runs for real
+
+
+@pytest.mark.parametrize("reads", READING)
+def test_warns_of_losses_that_nothing_trains(reads):
+    def losses(params, x):
+        if reads and x.max() < -1e9:
+            raise AssertionError
+        return partly_constant(params, x)
+
+    with pytest.warns(UserWarning, match=r"Losses \['b'\] are constants"):
+        jd.init_state(jd.mgda(), losses, {"w": torch.ones(3)}, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("reads", READING)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jd.instancewise, lambda fn: jd.accumulate(fn, 2)])
+def test_refuses_losses_that_are_constants(reads, wrap):
+    model = nn.Linear(3, 4)
+
+    def losses(params, x):
+        if reads and x.max() < -1e9:
+            raise AssertionError
+        return model(x).square().mean(1)
+
+    with pytest.raises(ValueError, match="depend on the differentiated argument"):
+        jd.init_state(jd.mgda(), wrap(losses), dict(model.named_parameters()), torch.ones(4, 3))
+
+
+def test_inside_other_transforms():
+    def weights(w):
+        return jd.init_state(jd.gradnorm(), lambda w: w.square(), w).weights
+
+    assert torch.func.vmap(weights)(torch.ones(2, 3)).shape == (2, 3)
+    assert torch.func.grad(lambda w: (weights(w) * w).sum())(torch.ones(3)).tolist() == [1, 1, 1]

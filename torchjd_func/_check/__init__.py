@@ -109,6 +109,7 @@ from torchjd_func._check._objectives import (
     dependent,
     divisible,
     each_dependent,
+    each_trains,
     in_dims,
     like_losses,
     losses,

@@ -177,6 +177,28 @@ def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
         )
 
 
+def each_trains(by_features: Mapping[str, bool], by_own: Mapping[str, bool]) -> None:
+    """Warn of heads that train the trunk, or themselves, not at all."""
+    if torch.compiler.is_compiling():
+        return
+    loose = [name for name, kept in by_features.items() if not kept and by_own[name]]
+    if loose:
+        warnings.warn(
+            f"Losses of the heads {loose} are constants of the features, so their gradients by the "
+            "shared parameters are 0. Detach nothing on the way, or leave such heads out of the "
+            "objective.",
+            stacklevel=2,
+        )
+    idle = [name for name, kept in by_own.items() if not kept and by_features[name]]
+    if idle:
+        warnings.warn(
+            f"Losses of the heads {idle} are constants of the parameters of these, and nothing "
+            "trains them. Compute them by apply(params, ...) of jd.functionalize, not by a module; "
+            "give heads without parameters an empty dict.",
+            stacklevel=2,
+        )
+
+
 def one_for_each_example(losses: Any, several: bool = False) -> None:
     """Check the losses of an instance-wise objective, of which an example may have several."""
     if not (isinstance(losses, Tensor) and losses.ndim in (1, 1 + several)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from torchjd_func import _host, _present
 from torchjd_func._host import Array
+from torchjd_func.linalg._dense import times
 from torchjd_func.linalg._device import takes
-from torchjd_func.linalg._search import align, nearest_on_host, on_host
+from torchjd_func.linalg._search import nearest_on_host, on_host
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Steps of the search for the length of the addition (5 to 10 do); the shortest, over the root of
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
 
 def find(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: float) -> Tensor:
     """Find two candidates `(..., 2, m)`, as constants."""
-    operation = _OPERATIONS[not takes(shares, "auto")]
+    operation = _IN_KERNEL if takes(shares) else _ON_HOST
     return _host.opaque(operation, _candidates, gramian, shares, pushed, c, ridge)
 
 
@@ -50,7 +51,7 @@ def _candidates(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridg
     Returns:
         `(..., 2, m)`, see `_search`.
     """
-    if not takes(shares, "auto"):
+    if not takes(shares):
         arrays = (x.detach().cpu().numpy() for x in (gramian, shares, pushed, c))
         return torch.from_numpy(_search(*arrays, ridge=ridge)).to(gramian.device)
     from torchjd_func._kernels.cagrad import search_kernel  # needs Triton
@@ -77,12 +78,9 @@ def _fake(gramian: Tensor, shares: Tensor, pushed: Tensor, c: Tensor, ridge: flo
     return gramian.new_empty((*shape, 2, gramian.shape[-1]))
 
 
-def _vmap(operation: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    """Search in one larger batch."""
-    return operation(*align(in_dims, *args[:4]), args[4]), 0
-
-
-_OPERATIONS = _host.operations("cagrad", _candidates, _fake, _vmap)
+# For what fits a kernel, and what waits for the host.
+_IN_KERNEL = _host.operation("cagrad", _candidates, _fake, broadcasts=True)
+_ON_HOST = _host.operation("cagrad_waits", _candidates, _fake, waits=True, broadcasts=True)
 
 
 @np.errstate(all="ignore")  # what is not finite is seen in the result
@@ -149,5 +147,5 @@ def _excess(rows: Rows, radius: Array, ridge: float, log_length: Array) -> tuple
 
 def _log_length(gramian: Array, weights: Array, shortest: Array) -> Array:
     """Return the logarithm of the length of `J'w`, or of the shortest."""
-    square = ((gramian @ weights[..., None])[..., 0] * weights).sum(axis=-1)
+    square = (times(gramian, weights) * weights).sum(axis=-1)
     return 0.5 * np.log(square.clip(min=np.maximum(shortest**2, TINY)))

@@ -17,8 +17,8 @@ from torchjd_func._host import Array
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
+from torchjd_func.aggregation._surgery import raise_cosines
 from torchjd_func.linalg._gramian import rank_tol
-from torchjd_func.linalg._search import align_all
 
 
 class GradVacState(NamedTuple):
@@ -50,7 +50,7 @@ def _update(
     next_key, draw = random.split(state.key)
     orders = shuffled_others(draw, gramian.shape[0])
     # A row of zeros adds nothing where it is visited.
-    correct, launch = partial(_correct, tol=tol), partial(_on_device, tol=tol)
+    correct, launch = partial(_correct, tol=tol), partial(raise_cosines, tol=tol)
     weights, seen = _host.call(correct, gramian.double(), state.phi, orders, device=launch)
     phi = (1 - beta) * state.phi + beta * seen
     if present is not None:
@@ -87,55 +87,6 @@ def _correct(
         coordinates = coordinates + xp.where(visited, added[:, None], 0.0)
         seen = xp.where(visited, phi[:, None], seen)
     return coordinates.sum(0), seen
-
-
-def _on_device(
-    gramian: Tensor, targets: Tensor, orders: Tensor, *, tol: float
-) -> tuple[Tensor, Tensor]:
-    """Correct in a kernel."""
-    coordinates, seen = _host.opaque(raise_cosines, _launch, gramian, targets, orders, tol)
-    return coordinates.sum(0), seen
-
-
-def _launch(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the coordinates of the corrected gradients, and the cosines that were seen."""
-    from torchjd_func._kernels.surgery import raise_kernel  # needs Triton
-
-    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
-    flat = gramian.reshape(k, m, m), targets.reshape(k, m, m), orders.reshape(k, m, m - 1)
-    coordinates, seen = raise_kernel(*flat, tol)
-    return coordinates.reshape(gramian.shape), seen.reshape(gramian.shape)
-
-
-@torch.library.custom_op("torchjd_func::gradvac", mutates_args=())
-def raise_cosines(
-    gramian: Tensor, targets: Tensor, orders: Tensor, tol: float
-) -> tuple[Tensor, Tensor]:
-    """Correct all rows on a CUDA device; opaque, without derivatives.
-
-    Args:
-        gramian: `(..., m, m)` float64.
-        targets: `(..., m, m)` float64, the cosines that are aimed at.
-        orders: `(..., m, m - 1)` int64.
-        tol: Of the squared length of the parts, up to which a gradient cancels.
-
-    Returns:
-        The coordinates `(..., m, m)` of the corrected gradients, and the cosines `(..., m, m)`
-        that were seen.
-    """
-    return _launch(gramian, targets, orders, tol)
-
-
-@raise_cosines.register_fake
-def _fake(gramian: Tensor, targets: Tensor, orders: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Tell the shapes."""
-    return torch.empty_like(gramian), torch.empty_like(gramian)
-
-
-@raise_cosines.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Correct those of all problems."""
-    return raise_cosines(*align_all(info.batch_size, in_dims, *args[:3]), args[3]), (0, 0)
 
 
 def _root(xp: Any, square: Array) -> Array:

@@ -108,16 +108,17 @@ def _solve(xp: Any, gramian: Array, tau: float | Array) -> Array:
     short = tau * secondary.diagonal() - gramian[1:, 0]
     largest = xp.amax(xp.abs(_host.constant(short)), -1)
     unit = short / _host.filled(largest, largest <= 0, 1.0)
-    multipliers = _host.lift(xp, _multipliers, secondary + unit[:, None] * unit, -unit)
+    multipliers = _multipliers(secondary + unit[:, None] * unit, -unit)
     residual = 1 - unit @ multipliers
     infeasible = ~(residual > INFEASIBLE)
     shift = multipliers * largest / _host.filled(residual, infeasible, 1.0)
     return xp.concatenate([primary, _host.filled(shift, infeasible, 0.0)])
 
 
-def _multipliers(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve the non-negative quadratic program."""
-    return solve(matrix, vector, RIDGES[torch.float64]).value
+def _multipliers(matrix: Array, vector: Array) -> Array:
+    """Solve the non-negative quadratic program, of arrays or tensors."""
+    value = solve(matrix, vector, RIDGES[torch.float64]).value
+    return value if isinstance(matrix, Tensor) else value.numpy()
 
 
 def pcd(

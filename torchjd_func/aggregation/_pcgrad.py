@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host, _present, random
@@ -16,7 +15,7 @@ from torchjd_func._host import Array
 from torchjd_func._lift import weighted
 from torchjd_func._types import Aggregator, Weighting
 from torchjd_func.aggregation._orders import shuffled_others
-from torchjd_func.linalg._search import align_all
+from torchjd_func.aggregation._surgery import project
 
 
 class PCGradState(NamedTuple):
@@ -42,7 +41,7 @@ def _update(
     _check.state_type("pcgrad", state, PCGradState)
     next_key, draw = random.split(state.key)
     orders = shuffled_others(draw, gramian.shape[0])
-    weights = _host.call(_project, gramian, orders, device=_on_device)
+    weights = _host.call(_project, gramian, orders, device=project)
     mean = reduction == "mean"
     return (weights / _present.count(present, gramian) if mean else weights), PCGradState(next_key)
 
@@ -58,46 +57,6 @@ def _project(xp: Any, gramian: Array, orders: Array) -> Array:
         removed = xp.where(inner < 0, inner, 0.0) * inverse[j]
         coordinates = coordinates - removed[:, None] * identity[j]
     return coordinates.sum(0)
-
-
-def _on_device(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Project in a kernel."""
-    return _host.opaque(project, _launch, gramian, orders).sum(0)
-
-
-def _launch(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Return the coordinates of the projected gradients."""
-    from torchjd_func._kernels.surgery import project_kernel  # needs Triton
-
-    k, m = gramian.shape[:-2].numel(), gramian.shape[-1]
-    found = project_kernel(gramian.reshape(k, m, m), orders.reshape(k, m, m - 1))
-    return found.reshape(gramian.shape)
-
-
-@torch.library.custom_op("torchjd_func::pcgrad", mutates_args=())
-def project(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Project all rows on a CUDA device; opaque, without derivatives.
-
-    Args:
-        gramian: `(..., m, m)` float64.
-        orders: `(..., m, m - 1)` int64.
-
-    Returns:
-        The coordinates `(..., m, m)` of the projected gradients.
-    """
-    return _launch(gramian, orders)
-
-
-@project.register_fake
-def _fake(gramian: Tensor, orders: Tensor) -> Tensor:
-    """Tell the shape."""
-    return torch.empty_like(gramian)
-
-
-@project.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Tensor) -> tuple[Tensor, int]:
-    """Project those of all problems."""
-    return project(*align_all(info.batch_size, in_dims, *args)), 0
 
 
 def pcgrad(*, reduction: str = "sum") -> Aggregator:

@@ -12,7 +12,15 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func.differentiate._autocast import Autocast, as_called
 from torchjd_func.differentiate._mask import all_absent, masked
-from torchjd_func.differentiate._pullback import basis, call, enlarged, pull_rows, unscaled, vjp_aux
+from torchjd_func.differentiate._pullback import (
+    basis,
+    call,
+    enlarged,
+    pull_rows,
+    reached,
+    unscaled,
+    vjp_aux,
+)
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -50,10 +58,13 @@ def pull_heads(
             if all_absent(flags)
             else _pull_head(head, params[name], z, request)
         )
-    dependent = [head.dependent for head in found.values()]
+    by_features = {name: head.by_features for name, head in found.items()}
+    by_own = {name: head.by_own for name, head in found.items()}
+    dependent = [by_features[name] or by_own[name] for name in found]
     _check.dependent(any(dependent) or all_absent(request.present))
     if request.present is None:
         _check.each_dependent(list(found), dependent)
+        _check.each_trains(by_features, by_own)
     losses = {name: head.losses for name, head in found.items()}
     vector = torch.cat([head.vector for head in found.values()])
     cotangents = _tree.cat([head.cotangents for head in found.values()])
@@ -78,7 +89,8 @@ class _Head(NamedTuple):
     present: Tensor  # (k,) bool
     cotangents: PyTree  # the gradients by the features, (k, ...)
     rows: PyTree  # by its own parameters, (k, ...)
-    dependent: bool
+    by_features: bool  # whether its losses depend on some feature
+    by_own: bool  # whether they depend on some parameter of its own, if it has any
 
 
 def _call_head(
@@ -96,17 +108,28 @@ def _call_head(
     _check.losses(_tree.paths(losses), _tree.leaves(losses))
     vector, present = masked(losses, flags)
     present = torch.ones_like(vector, dtype=torch.bool) if present is None else present
-    return vector, (losses, present, vector.requires_grad)
+    return vector, (losses, present, *_dependent(vector, params, z))
+
+
+def _dependent(vector: Tensor, params: PyTree, z: PyTree) -> tuple[bool, bool]:
+    """Say whether losses depend on features, and on parameters; in a graph, on either."""
+    own, features = _tree.leaves(params), _tree.leaves(z)
+    if torch.compiler.is_compiling() or not vector.requires_grad:
+        return vector.requires_grad, vector.requires_grad
+    seen = reached([vector], [*features, *own])
+    by_own = not own or max(seen, default=-1) >= len(features)
+    return min(seen, default=len(features)) < len(features), by_own
 
 
 def _pull_head(
     head: Callable[[Any], tuple[Tensor, Any]], params: PyTree, z: PyTree, request: Request
 ) -> _Head:
     """Run a head, and pull unit cotangents of its losses back."""
-    vector, pull, (losses, present, dependent) = vjp_aux(head, (params, z))
+    vector, pull, (losses, present, by_features, by_own) = vjp_aux(head, (params, z))
     unit = enlarged(basis(vector), request.scale)
     rows, cotangents = pull_rows(pull, unit, 1 if len(vector) == 1 else request.chunk_size)
-    return _Head(losses, vector, present, cotangents, unscaled(rows, request.scale), dependent)
+    rows = unscaled(rows, request.scale)
+    return _Head(losses, vector, present, cotangents, rows, by_features, by_own)
 
 
 def _skip_head(params: PyTree, z: PyTree, flags: Any, elsewhere: bool) -> _Head:
@@ -123,5 +146,6 @@ def _skip_head(params: PyTree, z: PyTree, flags: Any, elsewhere: bool) -> _Head:
             lambda leaf: _tree.placeholder(leaf, (count, *leaf.shape)) if elsewhere else None,
             params,
         ),
-        dependent=False,
+        by_features=False,
+        by_own=False,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,21 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._pullback import call
+from torchjd_func.differentiate._pullback import call, differentiable, replaced
 from torchjd_func.differentiate._request import Request
 from torchjd_func.differentiate._routes import validate
 from torchjd_func.differentiate._untouched import untouched
 
 PyTree = Any
+
+
+class Brief(NamedTuple):
+    """What losses are like, but for their numbers."""
+
+    rebuild: Callable[[list[Any]], PyTree]
+    paths: list[str]
+    like: list[tuple[torch.Size, torch.dtype, torch.device]]
+    tracked: list[bool]  # whether each depends on what is differentiated
 
 
 def init_state(
@@ -67,7 +77,7 @@ def init_state(
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
     _check_params(objective, primals)
-    losses = _losses_like(objective, args, has_aux)
+    losses = _losses_like(objective, args, positions, has_aux)
     check_names(_names.named_options(rule), losses)
     count = sum(leaf.numel() for leaf in _tree.leaves(losses))
     if count:
@@ -91,26 +101,62 @@ def _check_params(objective: Any, primals: PyTree) -> None:
         objective.rows_like(primals, 1)
 
 
-def _losses_like(fn: Any, args: tuple[Any, ...], has_aux: bool) -> PyTree:
-    """Return placeholders for the losses of an objective."""
+def _losses_like(
+    fn: Any, args: tuple[Any, ...], positions: tuple[int, ...], has_aux: bool
+) -> PyTree:
+    """Return placeholders for the losses of an objective; say which of them nothing trains."""
     if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
         args = _tree.map(_empty_like, args) if fn.spans_processes else args
         return split_aux(fn(*args), has_aux)[0]
-    with untouched(fn, args):
-        losses, _ = split_aux(_evaluated(fn, args), has_aux, some=not fn.spans_processes)
-    return _tree.map(
-        lambda leaf: torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape),
-        losses,
+    brief, tracked = _evaluated(fn, args, positions, has_aux)
+    if tracked and not fn.spans_processes:
+        _check.dependent(any(brief.tracked))
+        _check.each_dependent(brief.paths, brief.tracked)
+    return brief.rebuild(
+        [torch.zeros((), dtype=x, device=device).expand(shape) for shape, x, device in brief.like]
     )
 
 
-def _evaluated(fn: Any, args: tuple[Any, ...]) -> Any:
-    """Run on shapes; for real, if that fails, as it does where values are read."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return fn(*_tree.map(_empty_like, args))
-    except Exception:
-        return call(fn, _tree.map(_whole, args), {})
+def _brief(out: Any, has_aux: bool, spans_processes: bool) -> Brief:
+    """Say what losses are like."""
+    losses, _ = split_aux(out, has_aux, some=not spans_processes)
+    flat, rebuild = _tree.flatten(losses)
+    like = [(x.shape, x.dtype, x.device) for x in flat]
+    return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat])
+
+
+def _evaluated(
+    fn: Any, args: tuple[Any, ...], positions: tuple[int, ...], has_aux: bool
+) -> tuple[Brief, bool]:
+    """Run on shapes; for real, if that fails, as it does where values are read.
+
+    Returns:
+        What the losses are like, and whether it is known which of them depend on parameters.
+    """
+
+    def run(args: tuple[Any, ...]) -> tuple[Brief, bool]:
+        """Run inside torch.func.vjp, and look there."""
+        briefs: list[Brief] = []
+        flat, rebuild = _tree.flatten(tuple(args[i] for i in positions))
+        places = [place for place, x in enumerate(flat) if differentiable(x)]
+
+        def look(some: list[Tensor]) -> Tensor:
+            primals = rebuild(replaced(flat, places, some))
+            out = fn(*replaced(args, positions, primals))
+            briefs.append(_brief(out, has_aux, fn.spans_processes))
+            return some[0].sum()
+
+        with untouched(fn, args):
+            torch.func.vjp(look, [flat[place] for place in places])
+        return briefs[0], True
+
+    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+        return run(_tree.map(_empty_like, args))
+    args = _tree.map(_whole, args)
+    with contextlib.suppress(Exception):
+        return run(args)
+    with untouched(fn, args):
+        return _brief(call(fn, args, {}), has_aux, fn.spans_processes), False
 
 
 def _empty_like(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any
 
@@ -104,6 +105,26 @@ def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]
     return values
 
 
+def reached(
+    outs: Sequence[Tensor], handles: Sequence[Tensor], aliases: AbstractSet[Any] = frozenset()
+) -> set[int]:
+    """Return which handles autograd reaches, but for ways through aliases; not in a graph."""
+    number = {id(handle): leaf for leaf, handle in enumerate(handles)}
+    found, seen, ahead = set(), set(aliases), [x.grad_fn for x in outs]
+    found.update(number[id(x)] for x in outs if id(x) in number)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parents = node.next_functions
+        if parents:
+            ahead.extend([parent for parent, _ in parents])
+        else:
+            found.add(number.get(id(getattr(node, "variable", None)), -1))
+    return found - {-1}
+
+
 def tracked(primals: PyTree) -> PyTree:
     """Return what `torch.func` hands out so that a graph knows that it is tracked.
 
@@ -127,7 +148,7 @@ def tracked_inside(fn: Callable[..., Any]) -> Callable[..., Any]:
     def nested(*args: Any) -> Any:
         """Run inside a level of derivatives that nothing asks for."""
         flat, rebuild = _tree.flatten(args)
-        places = [place for place, x in enumerate(flat) if _differentiable(x)]
+        places = [place for place, x in enumerate(flat) if differentiable(x)]
 
         def run(some: list[Tensor]) -> Any:
             """Return anything, and all results."""
@@ -155,7 +176,7 @@ class _Unhooked(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _differentiable(x: Any) -> bool:
+def differentiable(x: Any) -> bool:
     """Say whether `torch.func` takes derivatives by a value."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 

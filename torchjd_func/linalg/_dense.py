@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +20,20 @@ ORDERS = 2
 def solve(matrix: Array, vector: Array) -> Array:
     """Solve `A x = b`, `(..., m, m)` and `(..., m)`; not finite where `A` is singular."""
     if isinstance(matrix, np.ndarray):
-        try:
-            return np.linalg.solve(matrix, vector[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            return _host.lift(np, _by_factors, matrix, vector)
+        return solve_arrays(matrix, vector[..., None])[..., 0]
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
         return factorized(matrix, vector)
     inverse = _host.opaque(invert, _invert, matrix.detach())
     plain = _host.plain(matrix, vector)
     return _refined(matrix, vector, partial(times, inverse), 1 if plain else ORDERS)
+
+
+def solve_arrays(matrix: Array, right: Array) -> Array:
+    """Solve `A X = B`, `(..., m, m)` and `(..., m, k)`; not finite where `A` is singular."""
+    try:
+        return np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:
+        return torch.linalg.solve_ex(torch.from_numpy(matrix), torch.from_numpy(right))[0].numpy()
 
 
 def factorized(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -54,9 +58,9 @@ def _by_factors(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.linalg.solve_ex(matrix, vector)[0]
 
 
-def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return `A x`."""
-    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+def times(matrix: Array, x: Array) -> Array:
+    """Return `A x` over batches."""
+    return (matrix @ x[..., None])[..., 0]
 
 
 def factor_on(matrix: Tensor, support: Tensor) -> Tensor:
@@ -78,16 +82,7 @@ def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _invert(matrix: Tensor) -> Tensor:
-    """Invert in a kernel."""
-    from torchjd_func._kernels.systems import inverse_kernel  # needs Triton
-
-    m = matrix.shape[-1]
-    return inverse_kernel(matrix.reshape(-1, m, m)).reshape(matrix.shape)
-
-
-@torch.library.custom_op("torchjd_func::inverse", mutates_args=())
-def invert(matrix: Tensor) -> Tensor:
-    """Invert on a CUDA device; opaque to compilers.
+    """Invert on a CUDA device.
 
     Args:
         matrix: `(..., m, m)` float64.
@@ -95,16 +90,15 @@ def invert(matrix: Tensor) -> Tensor:
     Returns:
         `(..., m, m)`; not-a-number where it is singular.
     """
-    return _invert(matrix).contiguous()
+    from torchjd_func._kernels.systems import inverse_kernel  # needs Triton
+
+    m = matrix.shape[-1]
+    return inverse_kernel(matrix.reshape(-1, m, m)).reshape(matrix.shape).contiguous()
 
 
-@invert.register_fake
 def _fake(matrix: Tensor) -> Tensor:
-    """Tell the compiler the shape."""
+    """Tell the shape."""
     return matrix.new_empty(matrix.shape)
 
 
-@invert.register_vmap
-def _vmap(info: Any, in_dims: Any, matrix: Tensor) -> tuple[Tensor, int]:
-    """Invert one larger batch."""
-    return invert(matrix.movedim(in_dims[0], 0)), 0
+invert = _host.operation("inverse", _invert, _fake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from torchjd_func.linalg._systems import KKT_TOL
 LARGEST = 128  # unknowns of a problem that a kernel takes; more do not fit in its registers
 
 
-def takes(vector: Tensor, solver: str) -> bool:
-    """Say whether the kernel serves problems: on CUDA, of a size that fits in its registers."""
-    return vector.is_cuda and solver == "auto" and 0 < vector.shape[-1] <= LARGEST
+def takes(vector: Tensor) -> bool:
+    """Say whether a kernel serves problems: on CUDA, of a size that fits in its registers."""
+    return vector.is_cuda and 0 < vector.shape[-1] <= LARGEST
 
 
 def in_kernel(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, ...]:
@@ -27,7 +28,7 @@ def in_kernel(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, 
 
 def on_device(
     solve: Callable[..., tuple[Tensor, ...]], matrix: Tensor, vector: Tensor, ridge: float
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Number matrices and problems, and solve them; see `search` for shapes."""
     m = vector.shape[-1]
     if matrix.ndim == 3 and vector.ndim == 2 and len(matrix) == 1:  # problems share a matrix

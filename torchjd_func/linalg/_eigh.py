@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     if not fixed.is_cuda:
         values, vectors = torch.linalg.eigh(fixed)
         return values, vectors
-    operation = _OPERATIONS[fixed.shape[-1] > LARGEST]
+    operation = _ON_HOST if fixed.shape[-1] > LARGEST else _IN_KERNEL
     return _host.opaque(operation, _decompose, fixed)
 
 
@@ -68,9 +67,6 @@ def _fake(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape)
 
 
-def _vmap(operation: Any, info: Any, in_dims: Any, matrix: Tensor) -> Any:
-    """Decompose one larger batch."""
-    return operation(matrix.movedim(in_dims[0], 0)), (0, 0)
-
-
-_OPERATIONS = _host.operations("eigh", _decompose, _fake, _vmap)
+# For what fits a kernel, and what waits for the host.
+_IN_KERNEL = _host.operation("eigh", _decompose, _fake)
+_ON_HOST = _host.operation("eigh_waits", _decompose, _fake, waits=True)

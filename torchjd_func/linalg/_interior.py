@@ -129,14 +129,13 @@ def _moved(pair: Tensor, change: Tensor) -> Tensor:
 
 def _exchanged(program: Program, support: Tensor, least: float) -> Found:
     """Solve on the support, exchange wrong signs, and so on; keep the best."""
-    nothing = torch.full_like(program.vector, torch.nan)
-    infinite = nothing[:, 0].nan_to_num(torch.inf)
-    found = Found(nothing, support, infinite, infinite < 0)
-    for _ in range(EXCHANGES):
+    found, wrong = _on(program, support, least)
+    for _ in range(EXCHANGES - 1):
+        support = support ^ wrong
         attempt, wrong = _on(program, support, least)
-        better = attempt.gap < found.gap
+        better = ~(found.gap <= attempt.gap)  # also where nothing was a number
         kept = (torch.where(_like(better, a), a, b) for a, b in zip(attempt, found, strict=True))
-        found, support = Found(*kept), support ^ wrong
+        found = Found(*kept)
     return found
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _host
-from torchjd_func.linalg._dense import factorized
+from torchjd_func._host import Array
+from torchjd_func.linalg._dense import factorized, solve_arrays
 from torchjd_func.linalg._nnqp import Solution
-from torchjd_func.linalg._search import align_all
 from torchjd_func.linalg._systems import KKT_TOL
 
-# Up to this many bases all are tried; beyond, the simplex method walks.
-MAX_ENUMERATED = 256
 # Signs, and objectives, are told apart relative to rounding in the solve with a basis.
 SIGN_TOL = 1e-11
+# Pivots for each unknown before Bland's rule, which cannot cycle but takes small pivots, and before
+# the simplex method gives up.
+QUICK, PIVOTS = 5, 50
+TINY = np.finfo(np.float64).tiny  # what is divided by instead of zero
 
 
 def linear_program(
@@ -33,10 +31,7 @@ def linear_program(
     caller so that their largest entries are about 1; the problem is bounded. The optimal basis is
     locally constant, so that the value, one linear solve with it, is differentiable.
 
-    | number of bases | route | cost |
-    |---|---|---|
-    | up to 256 | all of them, in one batched solve of plain torch | bases x k^3 |
-    | more | simplex method with Bland's rule, one problem at a time on the CPU | about n k^3 |
+    Solved by the simplex method on the CPU, all problems of a batch at once.
 
     Args:
         objective: `c`, `(..., n)`.
@@ -46,7 +41,7 @@ def linear_program(
 
     Returns:
         A `Solution` whose value is `x`, `(..., n)`. `converged` is false, and the value zero, if no
-        `x` is feasible. `iterations` counts pivots, or the bases that were tried.
+        `x` is feasible. `iterations` counts pivots.
 
     Raises:
         TypeError: If an argument is not floating-point.
@@ -71,67 +66,28 @@ def linear_program(
     c = objective.to(torch.float64).expand(*shape, n)
     a = matrix.to(torch.float64).expand(*shape, k, n)
     b = right.to(torch.float64).expand(*shape, k)
-    fixed = c.detach(), a.detach(), b.detach()
-    if math.comb(n - n_free, k - n_free) <= MAX_ENUMERATED:
-        basis, iterations = _enumerate(*fixed, n_free)
-    else:
-        basis, iterations = lp_basis(*fixed, n_free)
-    value, converged = _vertex(a, b, basis, n_free)
-    return Solution(value.to(dtype), converged, iterations, torch.zeros_like(converged))
+    fixed = c.detach(), a.detach(), b.detach(), n_free
+    value, basis, feasible, pivots = _host.opaque(lp_vertex, _optimal, *fixed)
+    if not _host.plain(a, b):
+        value = _vertex(a, b, basis, feasible, n_free)
+    return Solution(value.to(dtype), feasible, pivots, feasible & False)
 
 
-def _vertex(a: Tensor, b: Tensor, basis: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
-    """Solve with a basis.
-
-    Returns:
-        `x` and whether it is feasible; zero if not.
-    """
+def _vertex(a: Tensor, b: Tensor, basis: Tensor, feasible: Tensor, n_free: int) -> Tensor:
+    """Solve with a basis, differentiably; zero where it is not feasible."""
     k, n = a.shape[-2:]
-    columns = a.gather(-1, basis.unsqueeze(-2).expand((*a.shape[:-1], k)))
-    feasible = _feasible(columns.detach(), b.detach(), basis, n - n_free)
-    identity = torch.eye(k, dtype=a.dtype, device=a.device)
-    safe = torch.where(feasible[..., None, None], columns, identity)
-    parts = factorized(safe, torch.where(feasible[..., None], b, 0.0))
+    identity = torch.eye(k, dtype=a.dtype, device=a.device).expand(*a.shape[:-1], k)
+    columns = torch.cat([a, identity], dim=-1)
+    chosen = columns.gather(-1, basis.unsqueeze(-2).expand(identity.shape))
+    safe = torch.where(feasible[..., None, None], chosen, identity)
+    parts = factorized(safe, torch.where(feasible.unsqueeze(-1), b, 0.0))
     signed = torch.where(basis < n - n_free, parts.clamp(min=0), parts)
-    places = torch.nn.functional.one_hot(basis, n).to(a.dtype)
-    return (signed.unsqueeze(-2) @ places).squeeze(-2), feasible
+    places = torch.nn.functional.one_hot(basis, n + k).to(a.dtype)
+    return (signed.unsqueeze(-2) @ places).squeeze(-2)[..., :n]
 
 
-def _feasible(columns: Tensor, b: Tensor, basis: Tensor, n_signed: int) -> Tensor:
-    """Say whether the solution of a basis solves the equations, and has the right signs."""
-    parts, _ = torch.linalg.solve_ex(columns, b)
-    size = parts.abs().amax(-1)
-    residual = ((columns @ parts.unsqueeze(-1)).squeeze(-1) - b).abs().amax(-1)
-    lowest = torch.where(basis < n_signed, parts, torch.inf).amin(-1)
-    # A singular basis gives numbers that are not finite, and fails every comparison.
-    return (residual <= KKT_TOL * (1 + b.abs().amax(-1))) & (lowest >= -SIGN_TOL * size)
-
-
-def _enumerate(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
-    """Try every basis (which holds all free unknowns), and take the first of the best.
-
-    Returns:
-        The basis `(..., k)` and the number of bases.
-    """
-    k, n = a.shape[-2:]
-    free = tuple(range(n - n_free, n))
-    choices = [signed + free for signed in itertools.combinations(range(n - n_free), k - n_free)]
-    bases = torch.tensor(choices, dtype=torch.int64, device=a.device)
-    columns = a[..., bases].movedim(-2, -3)  # (..., n_bases, k, k)
-    right = b.unsqueeze(-2).expand(columns.shape[:-1])
-    parts, _ = torch.linalg.solve_ex(columns, right)
-    feasible = _feasible(columns, right, bases, n - n_free)
-    terms = c[..., bases] * parts
-    gain = torch.where(feasible, terms.sum(-1), -torch.inf)
-    rounding = SIGN_TOL * torch.where(feasible, terms.abs().amax(-1), 0.0).amax(-1, keepdim=True)
-    best = (gain >= gain.amax(-1, keepdim=True) - rounding).to(torch.int64).argmax(-1)
-    chosen = torch.nn.functional.one_hot(best, len(choices)).unsqueeze(-1) * bases
-    return chosen.sum(-2), torch.full_like(best, len(choices))
-
-
-@torch.library.custom_op("torchjd_func::lp_basis", mutates_args=(), tags=_host.WAITS)
-def lp_basis(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
-    """Find the basis of an optimal vertex for each problem of a batch, by the simplex method.
+def _optimal(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find an optimal vertex for each problem of a batch.
 
     Args:
         c: `(..., n)` float64.
@@ -140,91 +96,109 @@ def lp_basis(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tens
         n_free: Number of unknowns without a sign, the last ones.
 
     Returns:
-        `basis` `(..., k)` int64, of no meaning for an infeasible problem, and `iterations` `(...,)`
-        int64.
+        The vertex `(..., n)`, zero if there is none; its basis `(..., k)` int64, in which `n + i`
+        stands for no unknown in equation i; whether there is one, `(...,)` bool; pivots, int64.
     """
-    k, n = a.shape[-2:]
-    flat = zip(
-        c.reshape(-1, n).cpu().numpy(),
-        a.reshape(-1, k, n).cpu().numpy(),
-        b.reshape(-1, k).cpu().numpy(),
-        strict=True,
-    )
-    found = [_simplex(*problem, n_free) for problem in flat]
-    bases = np.array([basis for basis, _ in found], dtype=np.int64).reshape(b.shape)
-    counts = np.array([count for _, count in found], dtype=np.int64).reshape(b.shape[:-1])
-    return torch.from_numpy(bases).to(a.device), torch.from_numpy(counts).to(a.device)
+    return _host.in_numpy(_simplex, c, a, b, n_free)
 
 
-@lp_basis.register_fake
-def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor]:
+def _fake(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, ...]:
     """Tell the compiler the shapes."""
-    return (
-        b.new_empty(b.shape, dtype=torch.int64),
-        b.new_empty(b.shape[:-1], dtype=torch.int64),
-    )
+    flag = b.new_empty(b.shape[:-1], dtype=torch.bool)
+    return c.new_empty(c.shape), b.new_empty(b.shape, dtype=torch.int64), flag, flag.long()
 
 
-@lp_basis.register_vmap
-def _vmap(info: Any, in_dims: Any, c: Tensor, a: Tensor, b: Tensor, n_free: int) -> Any:
-    """Solve one larger batch."""
-    return lp_basis(*align_all(info.batch_size, in_dims, c, a, b), n_free), (0, 0)
+lp_vertex = _host.operation("lp_vertex", _optimal, _fake, waits=True)
 
 
-def _simplex(c: np.ndarray, a: np.ndarray, b: np.ndarray, n_free: int) -> tuple[np.ndarray, int]:
-    """Solve one problem in two phases; a free unknown is the difference of two of one sign.
+@np.errstate(all="ignore")  # what is not finite is seen in the result
+def _simplex(c: Array, a: Array, b: Array, n_free: int) -> tuple[Array, Array, Array, Array]:
+    """Start from artificial unknowns, one for each equation, and read what `_walk` ends at.
+
+    A free unknown is the difference of two of one sign.
 
     Returns:
-        The basis and the number of pivots.
+        As `_optimal`.
     """
-    k, n = a.shape
-    sign = np.where(b < 0, -1.0, 1.0)
-    split = np.concatenate([a, -a[:, n - n_free :]], axis=1) * sign[:, None]
-    extended = np.concatenate([split, np.eye(k)], axis=1)
-    n_real = split.shape[1]
-    start = np.arange(n_real, n_real + k)
-    if not (np.isfinite(extended).all() and np.isfinite(b).all() and np.isfinite(c).all()):
-        return np.arange(k), 0
-    shortfall = np.concatenate([np.zeros(n_real), -np.ones(k)])
-    basis, first = _walk(shortfall, extended, b * sign, start, n_real)
-    basis = _expel(extended, basis, n_real)
-    unit = c / max(np.abs(c).max(), np.finfo(np.float64).tiny)
-    gain = np.concatenate([unit, -unit[n - n_free :], np.zeros(k)])
-    basis, second = _walk(gain, extended, b * sign, basis, n_real)
-    return np.where(basis < n, basis, (basis - n_free) % n), first + second
+    leading, (k, n) = b.shape[:-1], a.shape[-2:]
+    c, a, b = c.reshape(-1, n), a.reshape(-1, k, n), b.reshape(-1, k)
+    sign, n_real, size = np.where(b > 0, 1.0, -1.0), n + n_free, n + n_free + k
+    columns = np.zeros((len(b), size, k))  # as rows, those of the artificial unknowns last
+    columns[:, :n_real], columns[:, n_real:] = _split(a * sign[:, :, None], n_free), np.eye(k)
+    goals = np.zeros((len(b), size, 2))
+    goals[:, n_real:, 0], goals[:, :n_real, 1] = -1.0, _split(c[:, None], n_free)[:, :, 0]
+    goals /= np.maximum(np.abs(goals).max(axis=1, keepdims=True), TINY)
+    # An unknown that is in one equation alone may start in the place of its artificial one.
+    lone = (columns == 1) & (np.count_nonzero(columns, axis=2) == 1)[:, :, None]
+    basis, right = lone.argmax(axis=1), np.abs(b)
+    level, pivots = _walk(columns, goals, right, basis, n_real)
+    feasible = np.isfinite(columns.sum(axis=2) + goals.sum(axis=2)).all(axis=1)
+    feasible &= _is_vertex(level, basis < n_real, right)
+    x = np.zeros((len(b), size))
+    x[np.arange(len(b))[:, None], basis] = np.where(feasible[:, None], level.clip(min=0), 0.0)
+    x[:, n - n_free : n] -= x[:, n:n_real]
+    value, basis = x[:, :n], np.where(basis < n, basis, basis - n_free)
+    flags = feasible.reshape(leading), pivots.reshape(leading)
+    return value.reshape(*leading, n), basis.reshape(*leading, k), *flags
+
+
+def _is_vertex(level: Array, real: Array, right: Array) -> Array:
+    """Say whether unknowns in a basis are not negative, or zero if artificial."""
+    left = np.abs(np.where(real, 0.0, level)).max(axis=1)
+    lowest, size = np.where(real, level, 0.0).min(axis=1), np.abs(level).max(axis=1)
+    return (left <= KKT_TOL * (1 + right.max(axis=1))) & (lowest >= -SIGN_TOL * size)
+
+
+def _split(x: Array, n_free: int) -> Array:
+    """Return columns as rows, and the opposites of those of the free unknowns."""
+    columns = x.swapaxes(1, 2)
+    return np.concatenate([columns, -columns[:, columns.shape[1] - n_free :]], axis=1)
 
 
 def _walk(
-    c: np.ndarray, a: np.ndarray, b: np.ndarray, basis: np.ndarray, n_real: int
-) -> tuple[np.ndarray, int]:
-    """Pivot by Bland's rule, which cannot cycle, until no unknown would raise the objective.
+    columns: Array, goals: Array, right: Array, basis: Array, n_real: int
+) -> tuple[Array, Array]:
+    """Pivot until no unknown would raise the objective.
+
+    First the sum of artificial unknowns falls to zero; then they stay there.
+
+    Args:
+        columns: `(N, size, k)`, of each unknown.
+        goals: `(N, size, 2)`, what each adds to the objective, in both phases.
+        right: `(N, k)`.
+        basis: `(N, k)`, which changes in place.
+        n_real: How many unknowns are not artificial.
 
     Returns:
-        The basis and the number of pivots.
+        The unknowns in the basis `(N, k)`, and the numbers of pivots `(N,)`.
     """
-    for count in range(50 * a.shape[1]):
-        columns = a[:, basis]
-        prices = np.linalg.solve(columns.T, c[basis])
-        raising = np.flatnonzero((c - prices @ a)[:n_real] > SIGN_TOL * (1 + np.abs(prices).max()))
-        raising = raising[~np.isin(raising, basis)]
-        if not len(raising):
-            return basis, count
-        level, change = np.linalg.solve(columns, np.stack([b, a[:, raising[0]]], axis=1)).T
-        falling = change > SIGN_TOL * np.abs(change).max()
-        if not falling.any():
-            return basis, count  # unbounded
-        ratio = np.where(falling, level.clip(min=0) / np.where(falling, change, 1.0), np.inf)
-        tied = np.flatnonzero(ratio <= ratio.min() * (1 + SIGN_TOL))
-        basis = basis.copy()
-        basis[tied[basis[tied].argmin()]] = raising[0]
-    return basis, 50 * a.shape[1]
+    n_problems, size, _ = columns.shape
+    each, pivots, level = np.arange(n_problems), np.zeros(n_problems, dtype=np.int64), right
+    for count in range(PIVOTS * size):
+        chosen = columns[each[:, None], basis]
+        prices = solve_arrays(chosen, goals[each[:, None], basis])
+        raising = goals - columns @ prices > SIGN_TOL * (1 + np.abs(prices).max(1, keepdims=True))
+        raising[each[:, None], basis] = raising[:, n_real:] = False
+        first = raising[:, :, 0].any(axis=1, keepdims=True)  # phase
+        raising = np.where(first, raising[:, :, 0], raising[:, :, 1])
+        entering = raising.argmax(axis=1)
+        both = np.stack([right, columns[each, entering]], axis=2)
+        level, change = solve_arrays(chosen.swapaxes(1, 2), both).transpose(2, 0, 1)
+        # One that is artificial leaves if it would not stay at zero.
+        change = np.where((basis >= n_real) & ~first, np.abs(change), change)
+        falling = change > SIGN_TOL * np.abs(change).max(axis=1, keepdims=True)
+        running = np.flatnonzero(raising.any(axis=1) & falling.any(axis=1))
+        if not len(running):
+            break
+        first_at_zero = _first_at_zero(level, change, falling)
+        wanted = change if count < QUICK * size else -basis
+        leaving = np.where(first_at_zero, wanted, -np.inf).argmax(axis=1)
+        basis[running, leaving[running]] = entering[running]
+        pivots[running] += 1
+    return level, pivots
 
 
-def _expel(a: np.ndarray, basis: np.ndarray, n_real: int) -> np.ndarray:
-    """Exchange the artificial unknowns that are left in a basis, at level 0, for real ones."""
-    basis = basis.copy()
-    for place in np.flatnonzero(basis >= n_real):
-        row = np.linalg.solve(a[:, basis], a[:, :n_real])[place]
-        row[basis[basis < n_real]] = 0
-        basis[place] = np.abs(row).argmax()
-    return basis
+def _first_at_zero(level: Array, change: Array, falling: Array) -> Array:
+    """Say which unknowns of a basis reach zero first, as one enters."""
+    ratio = np.where(falling, level.clip(min=0) / np.where(falling, change, 1.0), np.inf)
+    return ratio <= ratio.min(axis=1, keepdims=True) * (1 + SIGN_TOL) + SIGN_TOL

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._dense import factor_on, solve_on, times
-from torchjd_func.linalg._search import align, dispatch, nearest_on_host, on_host, search
+from torchjd_func.linalg._search import dispatch, nearest_on_host, on_host, search
 
 # What is added to a unit diagonal where rows are dependent, by the dtype in which the matrix was
 # computed; see `_pivoting.py`. The eigenvalues of the rounding of float32 are up to 1.5e-8 m, seen
@@ -75,11 +75,7 @@ def nnqp(matrix: Tensor, vector: Tensor, *, solver: str = "auto") -> Solution:
         (tensor([2., 0.]), True)
     """
     _check.solver(solver)
-    _check.matrix("matrix", matrix)
-    _check.floating("`vector`", vector)
-    _check.length("vector", vector, matrix.shape[-1])
-    _check.one_device("`matrix, vector`", [matrix, vector])
-    dtype = torch.promote_types(matrix.dtype, vector.dtype)
+    dtype = _checked("matrix", matrix, "vector", vector)
     return cast(solve(matrix.double(), vector.double(), ridge_of(matrix), solver), dtype)
 
 
@@ -104,21 +100,26 @@ def dual_cone_projection(gramian: Tensor, coordinates: Tensor, *, solver: str = 
         tensor([1., 1.])
     """
     _check.solver(solver)
-    _check.matrix("gramian", gramian)
-    _check.floating("`coordinates`", coordinates)
-    _check.length("coordinates", coordinates, gramian.shape[-1])
-    _check.one_device("`gramian, coordinates`", [gramian, coordinates])
-    dtype = torch.promote_types(gramian.dtype, coordinates.dtype)
+    dtype = _checked("gramian", gramian, "coordinates", coordinates)
     matrix, start = gramian.double(), coordinates.double()
     eps, ridge = torch.finfo(gramian.dtype).eps, ridge_of(gramian)
-    arrays = _host.numbers(matrix), _host.numbers(start)
-    if arrays[0] is not None and arrays[1] is not None:
+    known = _host.arrays(matrix, start)
+    if known is not None:
         with np.errstate(all="ignore"):  # what is not finite is seen in the result
-            products = products_with(*arrays, eps, np)
-        solution = _solved(on_host(arrays[0], products, ridge, solver))
+            products = products_with(*known, eps=eps, xp=np)
+        solution = _solved(on_host(known[0], products, ridge, solver))
     else:
         solution = solve(matrix, products_with(matrix, start, eps), ridge, solver)
     return cast(solution._replace(value=start + solution.value), dtype)
+
+
+def _checked(matrix_name: str, matrix: Tensor, vector_name: str, vector: Tensor) -> torch.dtype:
+    """Check a problem, and return the dtype of its solution."""
+    _check.matrix(matrix_name, matrix)
+    _check.floating(f"`{vector_name}`", vector)
+    _check.length(vector_name, vector, matrix.shape[-1])
+    _check.one_device(f"`{matrix_name}, {vector_name}`", [matrix, vector])
+    return torch.promote_types(matrix.dtype, vector.dtype)
 
 
 def products_with(gramian: Array, coordinates: Array, eps: float, xp: Any = torch) -> Array:
@@ -159,15 +160,14 @@ def min_norm_point(gramian: Tensor, *, solver: str = "auto") -> Solution:
 
 def nearest(gramian: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve with the shift `kappa`; any positive number gives the same answer."""
-    numbers = _host.numbers(gramian)
-    if numbers is not None:
-        return _solved(nearest_on_host(numbers, ridge, solver))
+    known = _host.numbers(gramian)
+    if known is not None:
+        return _solved(nearest_on_host(known, ridge, solver))
     diagonal = gramian.detach().diagonal(0, -2, -1)
     # The shortest row decides, so its scale is kept.
     shortest = diagonal.masked_fill(diagonal <= 0, torch.inf).amin(-1, keepdim=True)
     kappa = shortest.masked_fill(shortest == torch.inf, 1.0)
-    vector = 0 * diagonal - kappa
-    solution = solve(gramian + kappa.unsqueeze(-1), vector, ridge, solver)
+    solution = solve(gramian + kappa.unsqueeze(-1), 0 * diagonal - kappa, ridge, solver)
     return solution._replace(value=solution.value / solution.value.sum(-1, keepdim=True))
 
 
@@ -191,9 +191,9 @@ def _solved(parts: Any) -> Solution:
 
 def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") -> Solution:
     """Solve a float64 problem, differentiably."""
-    arrays = _host.numbers(matrix), _host.numbers(vector)
-    if arrays[0] is not None and arrays[1] is not None:
-        return _solved(on_host(*arrays, ridge, solver))
+    known = _host.arrays(matrix, vector)
+    if known is not None:
+        return _solved(on_host(*known, ridge=ridge, solver=solver))
     if matrix.ndim != vector.ndim + 1:
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
@@ -272,7 +272,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Solve one larger batch."""
-        return _Differentiable.apply(*align(in_dims, *args[:2]), *args[2:]), (0,) * 5
+        return _Differentiable.apply(*_host.aligned(1, in_dims, *args)), (0,) * 5
 
 
 # `apply` asks for the signature at each call; deriving it takes longer than a small problem.

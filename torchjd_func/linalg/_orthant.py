@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,10 @@ from torch import Tensor
 
 from torchjd_func import _check, _host
 from torchjd_func._host import Array
-from torchjd_func.linalg._dense import ORDERS, solve, solve_factored
+from torchjd_func.linalg._dense import ORDERS, solve, times
 from torchjd_func.linalg._device import takes
-from torchjd_func.linalg._nnqp import RIDGES, Solution, cast, nearest
-from torchjd_func.linalg._search import align
+from torchjd_func.linalg._nnqp import RIDGES, Solution, cast
+from torchjd_func.linalg._search import nearest_on_host
 from torchjd_func.linalg._systems import KKT_TOL
 
 # Below this squared distance from 0, or `m` times the rounding of the Gramian if that is more, the
@@ -86,24 +84,26 @@ def orthant_root(
         power = wide.new_full((1,), 1 / alpha)
     shares = wide.new_ones(gramian.shape[-1]) if preference is None else _host.to(preference, wide)
     rounding = gramian.shape[-1] * (torch.finfo(gramian.dtype).eps if eps is None else eps)
-    find = partial(_root, tol=max(STATIONARY_TOL, rounding), max_iter=max_iter)
-    return cast(_host.call(find, wide, power, shares), gramian.dtype)
-
-
-def _root(
-    xp: Any, gramian: Array, power: Array, shares: Array, *, tol: float, max_iter: int
-) -> Solution:
-    """Search on unit rows, and take the last step differentiably."""
-    if xp is np:
-        value, converged, iterations = _search(np, gramian, power, shares, tol, max_iter)
+    options = {"tol": max(STATIONARY_TOL, rounding), "max_iter": max_iter}
+    known = _host.arrays(wide, power, shares)
+    if known is not None:
+        value, converged, iterations = map(_host.tensor, _search(*known, **options))
     else:
-        shape, m = _shape(gramian, power, shares), gramian.shape[-1]
-        fixed = power.detach().expand((*shape, 1)), shares.detach().expand((*shape, m))
-        found = _host.opaque(search, _dispatch, gramian.detach(), *fixed, tol, max_iter)
-        value, converged, iterations = found
-        if not _host.plain(gramian, power, shares):
-            value = value + _change(gramian, power, shares, value, converged)
-    return Solution(value, converged, iterations, converged & False)
+        value, converged, iterations = _find(wide, power, shares, **options)
+    return cast(Solution(value, converged, iterations, converged & False), gramian.dtype)
+
+
+def _find(
+    gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search, and take the last steps differentiably."""
+    shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+    fixed = gramian.detach(), power.detach().expand(*shape, 1), shares.detach().expand(*shape, m)
+    search = _IN_KERNEL if takes(gramian) else _ON_HOST
+    value, converged, iterations = _host.opaque(search, _dispatch, *fixed, tol, max_iter)
+    if not _host.plain(gramian, power, shares):
+        value = value + _change(gramian, power, shares, value, converged)
+    return value, converged, iterations
 
 
 def _shape(gramian: Tensor, power: Tensor, shares: Tensor) -> torch.Size:
@@ -111,25 +111,63 @@ def _shape(gramian: Tensor, power: Tensor, shares: Tensor) -> torch.Size:
     return torch.broadcast_shapes(gramian.shape[:-2], power.shape[:-1], shares.shape[:-1])
 
 
-def _search(xp: Any, gramian: Array, power: Array, shares: Array, tol: float, max_iter: int) -> Any:
+def _dispatch(
+    gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search for each problem of a batch, in a kernel what fits one, else on the host.
+
+    Args:
+        gramian: `(..., m, m)` float64.
+        power: `(..., 1)` float64; leading dimensions broadcast.
+        shares: `(..., m)` float64, positive.
+        tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
+        max_iter: Largest number of steps.
+
+    Returns:
+        The root `(..., m)`, `converged` `(...,)` bool, and `iterations` `(...,)` int64.
+    """
+    if not takes(gramian):
+        return _host.in_numpy(_search, gramian, power, shares, tol, max_iter)
+    from torchjd_func._kernels.orthant import root_kernel  # needs Triton
+
+    shape, m = _shape(gramian, power, shares), gramian.shape[-1]
+    matrices, powers = gramian.expand(*shape, m, m).reshape(-1, m, m), power.expand(*shape, 1)
+    flat = matrices, powers.reshape(-1), shares.expand(*shape, m).reshape(-1, m)
+    root, converged, steps = root_kernel(*flat, tol, max_iter)
+    return root.reshape(*shape, m), converged.reshape(shape), steps.reshape(shape)
+
+
+def _fake(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
+    """Tell the shapes."""
+    shape = _shape(gramian, power, shares)
+    count = gramian.new_empty(shape, dtype=torch.int64)
+    return gramian.new_empty((*shape, gramian.shape[-1])), count.bool(), count
+
+
+_IN_KERNEL = _host.operation("orthant_root", _dispatch, _fake, broadcasts=True)
+_ON_HOST = _host.operation("orthant_root_waits", _dispatch, _fake, waits=True, broadcasts=True)
+
+
+@np.errstate(all="ignore")  # what is not finite is seen in the result
+def _search(gramian: Array, power: Array, shares: Array, tol: float, max_iter: int) -> Any:
     """Return the root, 0 where there is none, whether it converged, and the number of steps."""
-    active, lengths, unit = _unit_rows(xp, gramian)
-    hull = _host.lift(xp, _nearest, unit)
-    distance = (hull * _apply(unit, hull)).sum(-1)
+    active, lengths, unit = _unit_rows(np, gramian)
+    hull = nearest_on_host(unit, RIDGES[torch.float64]).value
+    distance = (hull * times(unit, hull)).sum(-1)
     exists = (distance > tol) & active.any(-1)
     # Where there is no root the iteration would diverge.
-    unit = xp.where(exists[..., None, None], unit, _host.identity(unit))
+    unit = np.where(exists[..., None, None], unit, _host.identity(unit))
     # In x = |g| w the equation reads  unit @ x = |g|^(power - 1) p^power x^(-power).
-    log_gain = (power - 1) * xp.log(lengths) + power * xp.log(shares)
-    x, iterations = _iterate(xp, unit, log_gain, power, max_iter)
-    correction = _newton(xp, unit, power, x, _target(xp, log_gain, power, x), _apply(unit, x))
-    left = xp.amax(xp.abs(correction), -1)
+    log_gain = (power - 1) * np.log(lengths) + power * np.log(shares)
+    x, iterations = _iterate(unit, log_gain, power, max_iter)
+    correction = _newton(np, unit, power, x, _target(np, log_gain, power, x), times(unit, x))
+    left = np.abs(correction).max(axis=-1)
     small = left <= KKT_TOL
     # Rounding of nearly stationary rows leaves more, however many steps are taken.
-    reached = small | (left <= tol / xp.where(exists, distance, 1.0))
-    root = xp.where(small[..., None], x * (1 + correction), x) / lengths
-    root = xp.where(reached[..., None], root, xp.nan)
-    return xp.where(active & exists[..., None], root, 0.0), exists & small, iterations
+    reached = small | (left <= tol / np.where(exists, distance, 1.0))
+    root = np.where(small[..., None], x * (1 + correction), x) / lengths
+    root = np.where(reached[..., None], root, np.nan)
+    return np.where(active & exists[..., None], root, 0.0), exists & small, iterations
 
 
 def _unit_rows(xp: Any, gramian: Array) -> tuple[Array, Array, Array]:
@@ -154,145 +192,77 @@ def _change(
     moved = x
     for _ in range(ORDERS):
         target = _target(torch, log_gain, power, moved)
-        moved = moved * (1 + _newton(torch, unit, power, moved, target, _apply(unit, moved)))
+        moved = moved * (1 + _newton(torch, unit, power, moved, target, times(unit, moved)))
         moved = x + (moved - moved.detach())  # the value stays, and with it what is constant
     change = (moved - x) / lengths
     return torch.where(inside, change, 0.0)
 
 
-def _nearest(unit: Tensor) -> Tensor:
-    """Return the weights of the point of the convex hull that is nearest to 0."""
-    return nearest(unit, RIDGES[torch.float64]).value
-
-
-@torch.library.custom_op("torchjd_func::orthant_root", mutates_args=())
-def search(
-    gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Search for each problem of a batch; opaque to the compiler, since it ends early.
-
-    Args:
-        gramian: `(..., m, m)` float64.
-        power: `(..., 1)` float64; leading dimensions broadcast.
-        shares: `(..., m)` float64, positive.
-        tol: Squared distance from 0 of the hull of the unit rows up to which there is no root.
-        max_iter: Largest number of steps.
-
-    Returns:
-        The root `(..., m)`, `converged` `(...,)` bool, and `iterations` `(...,)` int64.
-    """
-    return _dispatch(gramian, power, shares, tol, max_iter)
-
-
-def _dispatch(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
-    """Search in a kernel for what fits one, else on the host."""
-    shape, m = _shape(gramian, power, shares), gramian.shape[-1]
-    sizes = (m, m), (1,), (m,)
-    problems = [
-        x.expand((*shape, *size)) for x, size in zip((gramian, power, shares), sizes, strict=True)
-    ]
-    if not takes(gramian, "auto"):
-        find = partial(_search, tol=tol, max_iter=max_iter)
-        return _host.call_there_and_back(find, *problems)
-    from torchjd_func._kernels.orthant import root_kernel  # needs Triton
-
-    flat = [x.reshape(math.prod(shape), *size) for x, size in zip(problems, sizes, strict=True)]
-    parts = root_kernel(flat[0], flat[1].squeeze(-1), flat[2], tol, max_iter)
-    return tuple(part.reshape((*shape, *part.shape[1:])) for part in parts)
-
-
-@search.register_fake
-def _fake(gramian: Tensor, power: Tensor, shares: Tensor, tol: float, max_iter: int) -> Any:
-    """Tell the compiler the shapes."""
-    shape = _shape(gramian, power, shares)
-    count = gramian.new_empty(shape, dtype=torch.int64)
-    return gramian.new_empty((*shape, gramian.shape[-1])), count.bool(), count
-
-
-@search.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Search in one larger batch."""
-    return search(*align(in_dims, *args[:3]), *args[3:]), (0, 0, 0)
-
-
-def _iterate(xp: Any, unit: Array, log_gain: Array, power: Array, max_iter: int) -> Any:
+def _iterate(unit: Array, log_gain: Array, power: Array, max_iter: int) -> tuple[Array, Array]:
     """Iterate to `x > 0` with `unit @ x = gain x^-power`; a problem that is done stays.
 
     Returns:
         `x` and the number of steps that were taken.
     """
-    x = _start(xp, unit, log_gain, power)
+    x = _start(unit, log_gain, power)
     done = x[..., 0] < 0
-    iterations = done + 0
+    iterations = done.astype(np.int64)
     for _ in range(max_iter):
-        target, pushed = _target(xp, log_gain, power, x), _apply(unit, x)
-        relative = _newton(xp, unit, power, x, target, pushed)
-        done = done | (xp.amax(xp.abs(relative), -1) <= STEP_TOL)
-        if xp is np and done.all():
+        target, pushed = _target(np, log_gain, power, x), times(unit, x)
+        relative = _newton(np, unit, power, x, target, pushed)
+        done = done | (np.abs(relative).max(axis=-1) <= STEP_TOL)
+        if done.all():
             break
-        step = _step_length(xp, unit, power, x, relative, target, pushed)
-        x = xp.where(done[..., None], x, x * (1 + step * relative))
+        step = _step_length(unit, power, x, relative, target, pushed)
+        x = np.where(done[..., None], x, x * (1 + step * relative))
         iterations = iterations + ~done
     return x, iterations
 
 
-def _start(xp: Any, unit: Array, log_gain: Array, power: Array) -> Array:
+def _start(unit: Array, log_gain: Array, power: Array) -> Array:
     """Return the root for orthogonal rows, scaled to the best point on its ray."""
-    x = xp.exp(log_gain / (1 + power))
-    curvature = (x * _apply(unit, x)).sum(-1)[..., None]
-    target = _target(xp, log_gain, power, x).sum(-1)[..., None]
-    ratio = target / xp.where(curvature > 0, curvature, target)
+    x = np.exp(log_gain / (1 + power))
+    curvature = (x * times(unit, x)).sum(axis=-1, keepdims=True)
+    target = _target(np, log_gain, power, x).sum(axis=-1, keepdims=True)
+    ratio = target / np.where(curvature > 0, curvature, target)
     return x * ratio ** (1 / (1 + power))
+
+
+def _step_length(
+    unit: Array, power: Array, x: Array, relative: Array, target: Array, pushed: Array
+) -> Array:
+    """Return the longest step `(..., 1)` that stays positive and hardly passes the minimum.
+
+    The objective is convex along the step, so its slope there tells on which side one is.
+    """
+    lowest = relative.min(axis=-1, keepdims=True)
+    step = np.where(lowest < -BOUNDARY, -BOUNDARY / np.where(lowest < 0, lowest, -1.0), 1.0)
+    constant = (relative * x * pushed).sum(axis=-1, keepdims=True)
+    linear = (relative * x * times(unit, relative * x)).sum(axis=-1, keepdims=True)
+    gain = relative * target
+    limit = 0.5 * (gain.sum(axis=-1, keepdims=True) - constant)
+    for _ in range(HALVINGS - 1):
+        barrier = (gain * (1 + step * relative) ** -power).sum(axis=-1, keepdims=True)
+        passed = constant + linear * step - barrier > limit
+        if not passed.any():
+            break
+        step = np.where(passed, 0.5 * step, step)
+    return step
 
 
 def _newton(xp: Any, unit: Array, power: Array, x: Array, target: Array, pushed: Array) -> Array:
     """Return Newton's step relative to `x`.
 
     In `r = sqrt(target) step / x` the Hessian is a positive semi-definite matrix plus `power I`, so
-    the factorisation succeeds wherever `x` is; it is a constant of the derivative.
+    it is regular wherever `x` is; it is a constant of the derivative.
     """
     root = xp.sqrt(_host.constant(target))
     scale = x / root
     hessian = _host.constant(unit) * scale[..., None] * scale[..., None, :]
     hessian = hessian + _host.constant(power)[..., None] * _host.identity(hessian)
-    residual = target / root - scale * pushed
-    if xp is np:
-        return solve(hessian, residual) / root
-    factor, _ = torch.linalg.cholesky_ex(hessian)
-    return solve_factored(factor, residual) / root
-
-
-def _step_length(
-    xp: Any, unit: Array, power: Array, x: Array, relative: Array, target: Array, pushed: Array
-) -> Array:
-    """Return the longest step `(..., 1)` that stays positive and hardly passes the minimum.
-
-    The objective is convex along the step, so its slope there tells on which side one is.
-    """
-    lowest = xp.amin(relative, -1)[..., None]
-    longest = xp.where(lowest < -BOUNDARY, -BOUNDARY / xp.where(lowest < 0, lowest, -1.0), 1.0)
-    constant = (relative * x * pushed).sum(-1)[..., None]
-    linear = (relative * x * _apply(unit, relative * x)).sum(-1)[..., None]
-    gain = relative * target
-    limit = 0.5 * (gain.sum(-1)[..., None] - constant)
-
-    def allowed(steps: Array) -> Array:
-        """Say for each step `(..., k)` whether the slope at its end is low enough."""
-        moved = 1 + steps[..., None] * relative[..., None, :]  # (..., k, m)
-        barrier = (gain[..., None, :] * moved ** -power[..., None]).sum(-1)
-        return constant + linear * steps - barrier <= limit
-
-    if xp is np and allowed(longest).all():
-        return longest
-    steps = xp.stack([longest * 0.5**k for k in range(HALVINGS)], -1)[..., 0, :]
-    return xp.amax(xp.where(allowed(steps), steps, steps[..., -1:]), -1)[..., None]
+    return solve(hessian, target / root - scale * pushed) / root
 
 
 def _target(xp: Any, log_gain: Array, power: Array, x: Array) -> Array:
     """Return `gain x^(1 - power)`, which `x * (unit @ x)` equals at the root."""
     return xp.exp(log_gain + (1 - power) * xp.log(x))
-
-
-def _apply(matrix: Array, x: Array) -> Array:
-    """Return `matrix @ x` over batches."""
-    return (matrix @ x[..., None])[..., 0]

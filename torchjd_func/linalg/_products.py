@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from torchjd_func._host import Array
+from torchjd_func.linalg._systems import product
 
 # Problems at a time, so that they stay in the cache; of the first few, most are solved, or none is
 # tried.
@@ -109,7 +110,7 @@ def _exchange(
         gone = np.where(free, 0.0, z).astype(z.dtype)
         if gone.any():
             z -= gone
-            slope -= gone @ matrix
+            slope -= product(gone, matrix)
     return np.where(done[:, None] & support, out, 0.0), support, rounds, done
 
 
@@ -134,7 +135,7 @@ def _conjugate_gradients(matrix: Array, z: Array, slope: Array, free: Array, tol
                 return solved
             kept = (place, x, y, free, left, step, square, limit)
             place, x, y, free, left, step, square, limit = (values[active] for values in kept)
-        pushed = step @ matrix
+        pushed = product(step, matrix)
         rate = (square / (_dot(step, pushed) + _tiny(z)))[:, None]
         x += rate * step
         pushed *= rate

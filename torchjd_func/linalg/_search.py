@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchjd_func import _host
 from torchjd_func._host import Array
 from torchjd_func.linalg._device import in_kernel, on_device, takes
 from torchjd_func.linalg._interior import minimise
@@ -33,11 +34,10 @@ class Answer(NamedTuple):
     fallback: Array  # (N,) bool: rows are dependent, so a ridge was needed
 
 
-@torch.library.custom_op("torchjd_func::nnqp", mutates_args=())
-def search(
+def dispatch(
     matrix: Tensor, vector: Tensor, ridge: float, solver: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Solve each problem of a batch.
+    """Solve on a CUDA device, in a kernel what fits one, or else on the host, in numpy.
 
     Args:
         matrix: `(..., m, m)` float64.
@@ -48,43 +48,21 @@ def search(
     Returns:
         The fields of `Answer`, for each problem.
     """
-    return dispatch(matrix, vector, ridge, solver)
-
-
-def dispatch(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
-    """Solve on a CUDA device, in a kernel what fits one, or else on the host, in numpy."""
     if vector.is_cuda and solver == "auto" and vector.shape[-1] > 0:
-        solve = in_kernel if takes(vector, solver) else minimise
+        solve = in_kernel if takes(vector) else minimise
         return on_device(solve, matrix.detach(), vector.detach(), ridge)
-    matrices, vectors = (x.detach().cpu().numpy() for x in (matrix, vector))
-    answer = on_host(matrices, vectors, ridge, solver)
-    return tuple(torch.from_numpy(np.asarray(part)).to(matrix.device) for part in answer)
+    return _host.in_numpy(on_host, matrix, vector, ridge, solver)
 
 
-@search.register_fake
 def _fake(matrix: Tensor, vector: Tensor, ridge: float, solver: str) -> Any:
-    """Tell the compiler the shapes."""
+    """Tell the shapes."""
     shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
     value = vector.new_empty((*shape, vector.shape[-1]))
     flag = vector.new_empty(shape, dtype=torch.bool)
     return value, value.new_empty(value.shape, dtype=torch.bool), flag, flag.long(), flag.clone()
 
 
-@search.register_vmap
-def _vmap(info: Any, in_dims: Any, matrix: Tensor, vector: Tensor, *options: Any) -> Any:
-    """Solve one larger batch."""
-    return search(*align(in_dims, matrix, vector), *options), (0,) * 5
-
-
-def align(in_dims: Any, *tensors: Tensor) -> list[Tensor]:
-    """Bring mapped dimensions to the front; tensors that are not mapped get one of size 1."""
-    pairs = zip(tensors, in_dims, strict=False)
-    return [x.unsqueeze(0) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
-
-
-def align_all(size: int, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
-    """Do likewise, and repeat those that are not mapped."""
-    return [x.expand(size, *x.shape[1:]) for x in align(in_dims, *tensors)]
+search = _host.operation("nnqp", dispatch, _fake, broadcasts=True)
 
 
 @np.errstate(all="ignore")  # what is not finite is said in the answer
@@ -116,7 +94,7 @@ def on_host(matrices: Array, vectors: Array, ridge: float, solver: str) -> Answe
 def nearest_on_host(gramians: Array, ridge: float, solver: str = "auto") -> Answer:
     """Find min-norm points of Gramians `(..., m, m)`; see `nearest`."""
     diagonal = gramians.diagonal(0, -2, -1)
-    shortest = np.where(diagonal > 0, diagonal, np.inf).min(axis=-1, initial=np.inf)[..., None]
+    shortest = np.where(diagonal > 0, diagonal, np.inf).min(axis=-1)[..., None]
     kappa = np.where(shortest < np.inf, shortest, 1.0)
     answer = on_host(gramians + kappa[..., None], 0 * diagonal - kappa, ridge, solver)
     return answer._replace(value=answer.value / answer.value.sum(axis=-1)[..., None])

@@ -26,15 +26,20 @@ def largest(x: Array) -> Array:
     return np.maximum.reduce(np.abs(x), axis=1, initial=0.0)
 
 
+def product(a: Array, b: Array) -> Array:
+    """Multiply by torch, whose threads the user sets: numpy's wait for busy cores."""
+    return torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+
 def push(matrices: Array, which: Array, z: Array) -> Array:
     """Return `Q z` for each problem."""
     if len(matrices) == 1:
-        return z @ matrices[0]
+        return product(z, matrices[0])
     if z.size * z.shape[1] <= BLOCK or 4 * len(matrices) > len(z):
         return np.matmul(matrices[which], z[:, :, None])[:, :, 0]
     out = np.empty_like(z)
     for index, matrix in enumerate(matrices):
-        out[which == index] = z[which == index] @ matrix
+        out[which == index] = product(z[which == index], matrix)
     return out
 
 

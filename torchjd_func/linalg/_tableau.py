@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from torchjd_func._host import Array
+from torchjd_func.linalg._systems import product
 
 # Signs are told apart relative to rounding in `Qz + q`, whose terms grow with `z`.
 SIGN_TOL = 1e-12
@@ -56,7 +57,7 @@ class Changing:
 
     def column(self, k: int) -> tuple[Array, float]:
         """Return a column, and its entry on the diagonal."""
-        row = self.left[: self.count, k] @ self.right[: self.count]
+        row = product(self.left[: self.count, k][None], self.right[: self.count])[0]
         row = self.matrix[k] * self.kept - row if self.kept[k] else -row
         # But for signs the matrix is symmetric.
         return np.where(self.free == self.free[k], row, -row), row[k]
@@ -81,18 +82,19 @@ def tableau(matrix: Array, free: Array) -> Tableau:
     """Exchange the indices of a support."""
     kept, rest = np.flatnonzero(free), np.flatnonzero(~free)
     inverse = np.linalg.inv(matrix[np.ix_(kept, kept)])
-    across = matrix[np.ix_(rest, kept)] @ inverse
+    across = product(matrix[np.ix_(rest, kept)], inverse)
     seen = np.empty_like(matrix)
     seen[np.ix_(kept, kept)], seen[np.ix_(kept, rest)] = inverse, -across.T
     seen[np.ix_(rest, kept)] = across
-    seen[np.ix_(rest, rest)] = matrix[np.ix_(rest, rest)] - across @ matrix[np.ix_(kept, rest)]
+    changed = product(across, matrix[np.ix_(kept, rest)])
+    seen[np.ix_(rest, rest)] = matrix[np.ix_(rest, rest)] - changed
     return Tableau(seen, free)
 
 
 def values(seen: Tableau, vectors: Array) -> Array:
     """Return the values of problems `(N, m)`: `z` on the support, and slopes elsewhere."""
     kept = np.where(seen.free, vectors, 0.0)
-    return np.where(seen.free, 0.0, vectors) - kept @ seen.matrix.T
+    return np.where(seen.free, 0.0, vectors) - product(kept, seen.matrix.T)
 
 
 def supports(seen: Tableau, middle: Array, vectors: Array) -> tuple[Array, Array, Array]:
@@ -110,11 +112,8 @@ def supports(seen: Tableau, middle: Array, vectors: Array) -> tuple[Array, Array
     raised = RAISED * (2 + probe_of(m))
     start, ends = values(seen, middle[None])[0].clip(min=0) + raised, values(seen, vectors)
     changes = np.empty((2, m // 2, m))
-    free, pivots, reached = (
-        vectors < 0,
-        np.zeros(len(ends), dtype=np.int64),
-        ends[:, 0] != ends[:, 0],
-    )
+    free, pivots = vectors < 0, np.zeros(len(ends), dtype=np.int64)
+    reached = pivots > 0
     for i, end in enumerate(ends):
         free[i], pivots[i], reached[i] = _follow(seen, start, end, changes)
         if i == FIRST and 2 * np.count_nonzero(reached) < FIRST:
@@ -147,10 +146,16 @@ def solve_seen(seen: Tableau, free: Array, right: Array) -> Array:
     for index, changed in enumerate(free != seen.free):
         k = np.flatnonzero(changed)
         rows, signs = seen.matrix[k], np.where(seen.free == seen.free[k, None], 1.0, -1.0)
-        part = np.linalg.solve(rows[:, k], -x[index, k])
-        x[index] += part @ (rows * signs)
+        part = _solve(rows[:, k], -x[index, k])
+        x[index] += product(part[None], rows * signs)[0]
         x[index, k] = part
     return np.where(free, x, 0.0)
+
+
+def _solve(matrix: Array, right: Array) -> Array:
+    """Solve one system; not-a-number where there is no solution."""
+    solved, info = torch.linalg.solve_ex(torch.from_numpy(matrix), torch.from_numpy(right))
+    return solved.numpy() if not int(info) else np.full_like(right, np.nan)
 
 
 def drive(matrix: Array, vector: Array, near: Array, most: int) -> tuple[Array, Array, int]:
@@ -200,7 +205,7 @@ def _positive(matrix: Array, vector: Array, free: Array) -> Array:
     """Take out of a support what is negative on it, until nothing is."""
     while free.any():
         kept = np.flatnonzero(free)
-        negative = ~(np.linalg.solve(matrix[np.ix_(kept, kept)], -vector[kept]) >= 0)
+        negative = ~(_solve(matrix[np.ix_(kept, kept)], -vector[kept]) >= 0)
         if not negative.any():
             break
         free[kept[negative]] = False

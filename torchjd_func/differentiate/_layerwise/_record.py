@@ -22,7 +22,7 @@ from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
-from torchjd_func.differentiate._pullback import replaced, tracked_inside
+from torchjd_func.differentiate._pullback import reached, replaced, tracked_inside
 
 # Places in the graph of autograd, and tensors of the shapes of gradients there
 Places = tuple[Sequence[Any], Sequence[Tensor]]
@@ -172,7 +172,7 @@ def record(
     kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
     aux = list(rest)
 
-    reached = set() if compiling else _reached(inner[0][0], inner[0][2], mode.aliases)
+    connected = set() if compiling else reached(inner[0][0], inner[0][2], mode.aliases)
     values = [*frozen, *constants]
     if compiling:
         pull = partial(_pull_compiled, pullback)
@@ -180,7 +180,7 @@ def record(
         outs, perturbed, handles = inner[0]
         pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
-    return Recorded(outputs, aux, planned, kept, values, pull, mode, reached, dependent[0])
+    return Recorded(outputs, aux, planned, kept, values, pull, mode, connected, dependent[0])
 
 
 def _watcher(
@@ -259,21 +259,3 @@ def _gradients(
     with _differentiated():
         options = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
         return torch.autograd.grad(heads, places, grads, allow_unused=True, **options)
-
-
-def _reached(outs: list[Tensor], handles: list[Tensor], aliases: set[Any]) -> set[int]:
-    """Return the leaves that autograd reaches from the outputs, but for ways through aliases."""
-    number = {id(handle): leaf for leaf, handle in enumerate(handles)}
-    found, seen, ahead = set(), set(aliases), [x.grad_fn for x in outs]
-    found.update(number[id(x)] for x in outs if id(x) in number)
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        parents = node.next_functions
-        if parents:
-            ahead.extend([parent for parent, _ in parents])
-        else:
-            found.add(number.get(id(getattr(node, "variable", None)), -1))
-    return found - {-1}
