@@ -173,6 +173,11 @@ CASES = {
     "randomness": (lambda: jd.per_example(losses, randomness="x"), ValueError, "randomness"),
     # keys and states
     "missing key": (lambda: NEEDS_KEY.init(A), ValueError, r"key.*jd\.random\.key"),
+    "missing key of an aggregator for TorchJD": (
+        lambda: jd.interop.torchjd_aggregator(jd.pcgrad())(A),
+        ValueError,
+        r"`key`.*jd\.random\.key.*torchjd_aggregator",
+    ),
     "missing key at the first call": (lambda: NEEDS_KEY(A), ValueError, "key"),
     "key of floats": (lambda: jd.random.split(torch.ones(2)), ValueError, r"jd\.random\.key"),
     "key a number": (lambda: jd.random.bits(0), ValueError, r"jd\.random\.key"),
@@ -192,6 +197,11 @@ CASES = {
     "losses missing entirely": (lambda: jd.jac(lambda p: {})(PARAMS), ValueError, "losses"),
     "losses empty": (lambda: jd.jac(lambda p: p["w"][:0])(PARAMS), ValueError, "losses"),
     "params without leaves": (lambda: jd.jac(losses)({}, X), ValueError, "argument 0.*argnums"),
+    "state and params swapped": (
+        lambda: jd.grad(losses, jd.mean())(PARAMS, None, X),
+        ValueError,
+        r"argument 0.*the state first: step\(state, params, x\)",
+    ),
     "params of ints": (
         lambda: jd.jac(losses)({"w": torch.ones(3).long()}, X),
         TypeError,
@@ -212,6 +222,16 @@ CASES = {
     "argnums twice": (lambda: jd.jac(losses, (0, 0))(PARAMS, X), ValueError, "argnums"),
     "argnums none": (lambda: jd.jac(losses, ())(PARAMS, X), ValueError, "argnums"),
     "aux missing": (lambda: jd.jac(losses, has_aux=True)(PARAMS, X), TypeError, "has_aux"),
+    "objective a module": (
+        lambda: jd.grad_and_value(nn.Linear(3, 2), jd.upgrad()),
+        TypeError,
+        r"`fn` must be a function.*got the module Linear.*jd\.functionalize\(model\)",
+    ),
+    "objective a module to init_state": (
+        lambda: jd.init_state(jd.upgrad(), nn.Linear(3, 2), X),
+        TypeError,
+        r"`fn`.*the module Linear.*apply\(params, buffers, x\)",
+    ),
     "rule is the factory": (lambda: jd.grad(losses, jd.upgrad), TypeError, r"jd\.upgrad\(\)"),
     "rule is a weighting": (
         lambda: jd.grad(losses, jd.upgrad().weighting),
@@ -336,6 +356,21 @@ CASES = {
         lambda: jd.jac(MULTITASK)((PARAMS["w"], {"a": PARAMS["w"]}), X),
         ValueError,
         "not be shared.*at 'a'",
+    ),
+    "a frozen trunk": (
+        lambda: jd.grad(MULTITASK, jd.upgrad())(None, ({}, {"a": PARAMS}), X),
+        ValueError,
+        r"shared parameters.*got none.*frozen trunk.*before jd\.functionalize",
+    ),
+    "a frozen trunk to init_state": (
+        lambda: jd.init_state(jd.upgrad(), MULTITASK, ({}, {"a": PARAMS}), X),
+        ValueError,
+        "shared parameters.*got none.*frozen trunk",
+    ),
+    "state and params of multitask swapped": (
+        lambda: jd.grad(MULTITASK, jd.upgrad())((PARAMS["w"], {"a": {}}), None, X),
+        ValueError,
+        "params.*after the state",
     ),
     "heads scaled by a method of rows": (
         lambda: jd.grad(
@@ -687,6 +722,16 @@ CASES = {
         lambda: jd.interop.assign_grads_(nn.Linear(1, 1), [X]),
         TypeError,
         "`grads` must be a dict by name",
+    ),
+    "a saved state that is None": (
+        lambda: jd.interop.load_state_dict(jd.mgda(), None),
+        ValueError,
+        r"`saved` must be made by jd\.interop\.state_dict, got None\.",
+    ),
+    "a saved state of another kind": (
+        lambda: jd.interop.load_state_dict(jd.mgda(), {"weights": X}),
+        ValueError,
+        "`saved`.*got another dict",
     ),
     "a saved state that is a tensor": (
         lambda: jd.interop.load_state_dict(jd.mgda(), X),

@@ -148,6 +148,15 @@ def test_conflict_matrix_shows_the_cosines():
     assert axis.figure.axes[1].get_ylabel() == "cosine of gradients"
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 9, 40])
+def test_conflict_matrix_counts_objectives_in_integers(m):
+    axis = plot.conflict_matrix(torch.eye(m))
+    for ticks, (low, high) in ((axis.get_xticks(), axis.get_xlim()), (axis.get_yticks(), (0, m))):
+        shown = [tick for tick in ticks if min(low, high) <= tick <= max(low, high)]
+        assert shown
+        assert all(tick == round(tick) for tick in shown)
+
+
 def test_conflict_matrix_of_many_has_no_numbers():
     assert not plot.conflict_matrix(torch.eye(9)).texts
 
@@ -196,6 +205,10 @@ ERRORS = {
     "records": lambda: plot.training([]),
     "records`.*at 1": lambda: plot.training([{"a": torch.ones(3)}, {"a": torch.ones(2)}]),
     "records`.*at 2": lambda: plot.training([*RECORDS[:2], {"losses": RECORDS[0]["losses"]}]),
+    "records`.*'losses', 'a'.*mean over the models": lambda: plot.training(
+        [{"losses": {"a": torch.rand(5)}}] * 3
+    ),
+    r"records`.*\(5, 2\) at 'weights'": lambda: plot.training([{"weights": torch.rand(5, 2)}] * 3),
     "window": lambda: plot.training(RECORDS, window=0),
     "ax": lambda: plot.training(RECORDS, ax=pyplot.subplots()[1]),
 }

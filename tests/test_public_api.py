@@ -73,6 +73,30 @@ def test_all_is_sorted_and_real():
         assert all(hasattr(space, name) for name in space.__all__)
 
 
+def test_completion_shows_public_names_alone():
+    assert set(dir(jd)) == {*jd.__all__, "__version__"}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {
+        "UPGrad": "jd.upgrad",
+        "uw": "jd.scalarizers.uw",
+        "FAMO": "jd.scalarizers.famo",
+        "Nash_MTL": "jd.nash_mtl",
+        "assign_grads": "jd.interop.assign_grads_",
+    }.items(),
+)
+def test_names_spelled_in_another_way_are_told(name, meant):
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'. Did you mean {meant}\?$"):
+        getattr(jd, name)
+
+
+def test_typing_errors_are_left_to_python():
+    with pytest.raises(AttributeError, match=r"has no attribute 'upgard'$"):
+        getattr(jd, "up" + "gard")
+
+
 @pytest.mark.parametrize("kind", [jd.Weighting, jd.Aggregator, jd.Scalarizer])
 def test_core_types_are_frozen_dataclasses(kind):
     assert dataclasses.is_dataclass(kind)

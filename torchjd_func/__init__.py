@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torchjd_func import (
+    _check,
     ensemble,
     interop,
     linalg,
@@ -167,8 +168,15 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """Return the public names, those of late imports among them."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import at their first use the parts that most programs do without."""
     if name in ("distributed", "plot", "testing"):
         return import_module(f"torchjd_func.{name}")
-    raise AttributeError(f"module 'torchjd_func' has no attribute {name!r}")
+    spaces = (ensemble, interop, linalg, measures, metrics, random, scalarizers, sets)
+    inner = [f"{space.__name__}.{public}" for space in spaces for public in space.__all__]
+    _check.attribute("torchjd_func", name, [*(f"torchjd_func.{x}" for x in __all__), *inner])

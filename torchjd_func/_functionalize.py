@@ -46,7 +46,7 @@ class Apply:
         """Run the module on copies of the buffers, which it may overwrite."""
         _check.capturable(self.recurrent)
         if not torch.compiler.is_compiling():
-            _check.lent(self.model, self.lent)
+            _check.lent(self.model, self.lent, self.frozen)
         _check.names("params", params, self.trained)
         _check.names("buffers", buffers, [*self.frozen, *self.overwritten])
         fresh = {name: buffers[name].clone() for name in self.overwritten}
@@ -73,8 +73,8 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         `params` holds the parameters that require a gradient now; those that do not (LoRA's base
         weights) are constants, and with the buffers. Both are dicts of detached tensors that share
         memory with the module, so call this after `model.to(...)`, and again after what replaces
-        its parameters (`apply` warns); a tied weight is listed once, under its first name. For a
-        tree of modules, three trees.
+        or unfreezes its parameters (`apply` warns); a tied weight is listed once, under its first
+        name. For a tree of modules, three trees.
 
     Raises:
         TypeError: If `model` is not a module.

@@ -176,6 +176,20 @@ def test_which_parameters_are_frozen_is_read_once():
     assert sorted(params) == ["bias", "weight"]
 
 
+def test_parameters_unfrozen_later_are_warned_of():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    apply, params, buffers = jd.functionalize(model)
+    x = torch.ones(1, 3)
+    apply(params, buffers, x)
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'0\.weight' .* requires a gradient now.*again"):
+        apply(params, buffers, x)
+    own = {name: param + 0 for name, param in params.items()}
+    del params
+    apply(own, buffers, x)  # a pure loop trains what it holds
+
+
 def test_a_tree_of_modules_gives_trees():
     trunk, head = (
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double(),

@@ -115,6 +115,15 @@ def test_parameters_of_functionalize_are_no_target():
     assert model.bias.grad is None
 
 
+def test_a_parameter_frozen_later_is_no_target():
+    model = nn.Linear(2, 1)
+    grads = like(model)
+    model.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"at 'weight'.*frozen since jd.functionalize: call that"):
+        jd.interop.assign_grads_(model, grads)
+    assert model.bias.grad is None
+
+
 def test_a_model_that_was_replaced_is_not_the_optimizers():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -68,17 +68,21 @@ def grads_by_name(value: Any, params: Iterable[str]) -> None:
     names("grads", value, params, partly=True)
 
 
+_FROZEN = "It was frozen since jd.functionalize: call that again, or leave it out of `grads`."
+_DETACHED = (
+    "Pass the model itself: the parameters of jd.functionalize are detached from it, and no "
+    "optimizer has them."
+)
+
+
 def assignable(path: str, param: Tensor, grad: Any) -> None:
     """Check that a gradient fits its parameter."""
     if not isinstance(grad, Tensor):
         remedy = "Pass the pytree that jd.grad returned for these parameters."
         fail(ValueError, at("grads", path), "be a tensor or None", describe(grad), remedy)
     if not param.requires_grad:
-        rule, remedy = (
-            f"require a gradient at {path!r}",
-            "Pass the model itself: the parameters of jd.functionalize are detached from it, and "
-            "no optimizer has them. Leave frozen parameters out of `grads`.",
-        )
+        rule = f"require a gradient at {path!r}"
+        remedy = _FROZEN if isinstance(param, nn.Parameter) else _DETACHED
         fail(ValueError, "`target`", rule, "requires_grad=False", remedy)
     if grad.shape != param.shape:
         rule, remedy = (

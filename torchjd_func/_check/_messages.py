@@ -35,7 +35,7 @@ def describe(value: Any) -> str:
         kind = "meta tensor" if value.is_meta else "tensor"
         kind = kind if value.layout == torch.strided else "sparse tensor"
         return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return type(value).__name__
+    return "None" if value is None else type(value).__name__
 
 
 def holds_numbers(value: Tensor) -> bool:

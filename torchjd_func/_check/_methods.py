@@ -165,7 +165,10 @@ def key_present(method: str, value: Tensor | None) -> Tensor:
     """Return the key that the random `method` cannot do without."""
     if value is None:
         rule = f"be given to `{method}`, which draws random numbers"
-        remedy = "Pass key=jd.random.key(0) to jd.init_state, or to init, and pass the state on."
+        remedy = (
+            "Pass key=jd.random.key(0) to what makes the first state: jd.init_state, init, "
+            "jd.interop.backward_ or jd.interop.torchjd_aggregator; then pass the state on."
+        )
         fail(ValueError, "`key`", rule, "None", remedy)
     key(value)
     return value

@@ -40,6 +40,21 @@ def unmapped(error: Exception) -> NoReturn:
     _say(error, "the objective", rule, f"{str(error).strip().splitlines()[0]!r}", remedy)
 
 
+def attribute(module: str, name: str, known: Sequence[str]) -> NoReturn:
+    """Raise the error of a name that is not there, with those that are spelled alike."""
+    text = f"module {module!r} has no attribute {name!r}"
+    near = [path.replace(module, "jd") for path in known if _letters(path) == _letters(name)]
+    if not near:
+        raise AttributeError(text)
+    # A name of its own keeps Python from adding a guess.
+    raise AttributeError(f"{text}. Did you mean {' or '.join(near)}?", name="", obj=module)
+
+
+def _letters(path: str) -> str:
+    """Return the last name of a path in small letters, without underscores."""
+    return path.rpartition(".")[2].replace("_", "").lower()
+
+
 def _differ(
     error: Exception, tensors: Sequence[tuple[str, Any]], rule: str, attribute: str, remedy: str
 ) -> None:

@@ -123,9 +123,18 @@ def recurrent(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, str
     ]
 
 
-def lent(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Warn if parameters that are held somewhere are no longer those of the module."""
+def lent(model: nn.Module, parameters: Mapping[str, Tensor], frozen: Sequence[str]) -> None:
+    """Warn if parameters that are held somewhere are no longer what the module trains."""
     own = dict(model.named_parameters()) if parameters else {}
+    for name in frozen:
+        if name in own and own[name].requires_grad:
+            warnings.warn(
+                f"{name!r} of the module requires a gradient now, but did not when "
+                "jd.functionalize was called: it stays a constant, which nothing trains. Call "
+                "jd.functionalize again after unfreezing.",
+                stacklevel=4,
+            )
+            return
     for name, parameter in parameters.items():
         if isinstance(own.get(name), nn.Parameter) and place(own[name]) != place(parameter):
             warnings.warn(

@@ -43,12 +43,26 @@ def multitask_params(value: Any, heads: Any) -> tuple[Any, Any]:
     """Return shared and head parameters of a multi-task objective."""
     if not isinstance(value, tuple) or len(value) != 2:
         name, rule = "`params` of a multi-task objective", "be (shared, {name: head_params})"
-        fail(ValueError, name, rule, describe(value), "Pass a pair.")
+        fail(ValueError, name, rule, describe(value), "Pass a pair, after the state.")
     names("head_params", value[1], heads)
     paths, leaves = _tree.paths(value[1]), _tree.leaves(value[1])
     remedy = "Pass what is not differentiated as a part of the batch."
     differentiable("the parameters of the heads", paths, leaves, remedy)
     return value
+
+
+def trained_params(value: Any, heads: Any) -> tuple[Any, Any]:
+    """Return shared and head parameters, of which some are shared."""
+    params = multitask_params(value, heads)
+    if not _tree.leaves(params[0]):
+        name, rule = "the shared parameters of a multi-task objective", "hold at least one tensor"
+        remedy = (
+            "With a frozen trunk tasks share nothing that is trained, and no rule has anything to "
+            "decide: call backward() on the sum of the losses, or unfreeze a part of the trunk "
+            "before jd.functionalize."
+        )
+        fail(ValueError, name, rule, "none", remedy)
+    return params
 
 
 def heads(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,11 +56,28 @@ def records(value: Any, window: int) -> list[Any]:
     if len(value) < window or not value:
         fail(ValueError, "`records`", "fill the window", len(value), "Record more steps.")
     first, layout = list(value[0]), _layout(value[0])
+    for name, quantity in value[0].items():
+        _drawable(name, quantity)
     for place, step in enumerate(value):
         if _layout(step) != layout:
             rule, got = f"hold {layout} at each step", f"{_layout(step)} at {place}"
             fail(ValueError, "`records`", rule, got, remedy)
     return first
+
+
+def _drawable(name: str, quantity: Any) -> None:
+    """Check that a quantity is a number, a vector, or a dict of numbers."""
+    parts = quantity.items() if isinstance(quantity, Mapping) else [(None, quantity)]
+    for part, x in parts:
+        size = getattr(x, "shape", ())
+        if len(size) > (part is None) and math.prod(size) > 1:
+            where = f"{name!r}" if part is None else f"{name!r}, {part!r}"
+            rule = "hold quantities that are numbers, vectors (m,) or dicts of numbers"
+            remedy = (
+                "Of an ensemble, record one model, x[0], or the mean over the models, x.mean(0); "
+                "jd.plot.front draws the losses of all."
+            )
+            fail(ValueError, "`records`", rule, f"shape {tuple(size)} at {where}", remedy)
 
 
 def _layout(record: Mapping[str, Any]) -> dict[str, Any]:

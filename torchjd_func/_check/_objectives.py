@@ -12,7 +12,10 @@ from torchjd_func._check._messages import at, describe, differentiable, fail, on
 
 
 def objective(value: Any) -> None:
-    """Check that an objective can be called."""
+    """Check that an objective can be called, and is no module, which would train the data."""
+    if isinstance(value, nn.Module):
+        rule = "be a function of parameters and a batch that returns losses"
+        fail(TypeError, "`fn`", rule, f"the module {type(value).__name__}", _FUNCTIONALIZE)
     if not callable(value):
         remedy = "Pass the objective, then its arguments."
         fail(TypeError, "`fn`", "be a function of parameters and a batch", describe(value), remedy)
@@ -23,7 +26,7 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     if not leaves:
         remedy = (
             "Check `argnums`, or pass the parameters of jd.functionalize, which are those that "
-            "require a gradient."
+            "require a gradient; a step takes the state first: step(state, params, x)."
         )
         fail(ValueError, name, "hold at least one floating-point tensor", "an empty pytree", remedy)
     modules = any(isinstance(leaf, nn.Module) for leaf in leaves)

@@ -62,7 +62,7 @@ def saved_header(value: Any) -> Any:
     """Return what is known of a saved state, after a check that it is there."""
     if not isinstance(value, dict) or "state" not in value:
         remedy = "Pass what jd.interop.state_dict(rule, state) returned."
-        got = "another dict" if value is None else describe(value)
+        got = "another dict" if isinstance(value, dict) else describe(value)
         fail(ValueError, "`saved`", "be made by jd.interop.state_dict", got, remedy)
     return value
 

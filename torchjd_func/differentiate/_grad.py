@@ -61,7 +61,7 @@ def grad(
         losses that there are; with none of them it is zero, and the state stays.
 
     Raises:
-        TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
+        TypeError: If `rule` is neither an Aggregator nor a Scalarizer, or `fn` is a module.
         ValueError: If an option is not allowed, or no loss depends on the argument.
 
     Example:
@@ -108,7 +108,7 @@ def grad_and_value(
         `(grads, (losses, aux), state)` with aux.
 
     Raises:
-        TypeError: If `rule` is neither an Aggregator nor a Scalarizer.
+        TypeError: If `rule` is neither an Aggregator nor a Scalarizer, or `fn` is a module.
 
     Example:
         >>> import torch, torchjd_func as jd
@@ -117,6 +117,7 @@ def grad_and_value(
         (tensor([1., 3.]), tensor([1., 9.]), ())
     """
     _check.rule(rule, (Aggregator, Scalarizer))
+    _check.objective(fn)
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
         _check.weighting_present("where", rule.name, getattr(rule, "weighting", None))

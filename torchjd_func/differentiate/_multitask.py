@@ -66,7 +66,7 @@ class MultiTask:
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of the shared parameters."""
-        return rows_like(_check.multitask_params(primals, self.heads)[0], m)
+        return rows_like(_check.trained_params(primals, self.heads)[0], m)
 
     def plan(self, request: Request) -> None:
         """Remember nothing."""
@@ -142,7 +142,7 @@ def _arguments(fn: MultiTask, request: Request) -> tuple[PyTree, Mapping[str, Py
         )
         _check.fail(ValueError, "`argnums`", rule, got, remedy)
     _check.same_aux("jd.multitask", request.has_aux, fn.has_aux)
-    shared, head_params = _check.multitask_params(request.args[0], fn.heads)
+    shared, head_params = _check.trained_params(request.args[0], fn.heads)
     _check.disjoint(_tree.leaves(shared), _tree.paths(head_params), _tree.leaves(head_params))
     return shared, head_params, batch[0], kwargs
 

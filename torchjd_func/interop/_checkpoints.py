@@ -110,5 +110,5 @@ def _header(saved: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         header = json.loads(bytes(saved[HEADER].tolist()))
     except (KeyError, TypeError, ValueError, AttributeError):
-        header = None
+        header = {}
     return _check.saved_header(header)

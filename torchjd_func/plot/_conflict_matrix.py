@@ -45,7 +45,9 @@ def conflict_matrix(
     with canvas(ax, (4.6, 3.8)) as axis:
         image = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         axis.grid(False)
-        if names is not None:
+        if names is None:
+            axis.locator_params(integer=True, min_n_ticks=1)
+        else:
             axis.set_xticks(range(m), names, rotation=45, ha="right", rotation_mode="anchor")
             axis.set_yticks(range(m), names)
         axis.set(xlabel="objective", ylabel="objective")

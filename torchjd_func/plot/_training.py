@@ -44,8 +44,8 @@ def training(
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If records are no list of dicts.
-        ValueError: If there are no records or fewer than `window`, if their quantities differ, or
-            the number of axes.
+        ValueError: If there are no records or fewer than `window`, if a quantity has more axes, as
+            those of an ensemble have, if quantities differ, or the number of axes.
 
     Example:
         >>> import torch, torchjd_func as jd
