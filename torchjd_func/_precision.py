@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ MOST_BLOCKS = 16  # in compiled code
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the real dtype in which sums over numbers of `dtype` are kept: float32 or better."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def in_one_precision(*groups: Sequence[Tensor]) -> Sequence[Any]:
+    """Bring floating tensors to the widest of their precisions, as where autocast mixed them."""
+    dtypes = {x.dtype for group in groups for x in group if x.is_floating_point()}
+    if len(dtypes) < 2:
+        return groups
+    wide = functools.reduce(torch.promote_types, dtypes)
+    return [[x.to(wide) if x.is_floating_point() else x for x in group] for group in groups]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -31,33 +31,31 @@ def not_hooked(hooked: bool) -> None:
 
 def each_dependent(paths: Sequence[str], tracked: Sequence[bool]) -> None:
     """Warn of losses that are constants, which no step can improve."""
-    constant = [path for path, kept in zip(paths, tracked, strict=True) if not kept]
-    if constant and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"Losses {constant} are constants of the differentiated argument, so their gradients "
-            "are 0, and nothing trains them. Compute them by apply(params, ...), detach nothing on "
-            "the way, or say by `present` that a batch does not have them.",
-            stacklevel=2,
-        )
+    _warn(
+        [path for path, kept in zip(paths, tracked, strict=True) if not kept],
+        "Losses {} are constants of the differentiated argument, so their gradients "
+        "are 0, and nothing trains them. Compute them by apply(params, ...), detach nothing on "
+        "the way, or say by `present` that a batch does not have them.",
+    )
 
 
 def each_trains(by_features: Mapping[str, bool], by_own: Mapping[str, bool]) -> None:
     """Warn of heads that train the trunk, or themselves, not at all."""
-    if torch.compiler.is_compiling():
-        return
-    loose = [name for name, kept in by_features.items() if not kept and by_own[name]]
-    if loose:
-        warnings.warn(
-            f"Losses of the heads {loose} are constants of the features, so their gradients by the "
-            "shared parameters are 0. Detach nothing on the way, or leave such heads out of the "
-            "objective.",
-            stacklevel=2,
-        )
-    idle = [name for name, kept in by_own.items() if not kept and by_features[name]]
-    if idle:
-        warnings.warn(
-            f"Losses of the heads {idle} are constants of the parameters of these, and nothing "
-            "trains them. Compute them by apply(params, ...) of jd.functionalize, not by a module; "
-            "give heads without parameters an empty dict.",
-            stacklevel=2,
-        )
+    _warn(
+        [name for name, kept in by_features.items() if not kept and by_own[name]],
+        "Losses of the heads {} are constants of the features, so their gradients by the "
+        "shared parameters are 0. Detach nothing on the way, or leave such heads out of the "
+        "objective.",
+    )
+    _warn(
+        [name for name, kept in by_own.items() if not kept and by_features[name]],
+        "Losses of the heads {} are constants of the parameters of these, and nothing "
+        "trains them. Compute them by apply(params, ...) of jd.functionalize, not by a module; "
+        "give heads without parameters an empty dict.",
+    )
+
+
+def _warn(names: list[str], text: str) -> None:
+    """Warn the caller of a check, if there is anything to name; not in a graph."""
+    if names and not torch.compiler.is_compiling():
+        warnings.warn(text.format(names), stacklevel=3)

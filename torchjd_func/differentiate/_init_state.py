@@ -16,8 +16,8 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._pullback import call, differentiable, replaced
-from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._pullback import call
+from torchjd_func.differentiate._request import Request, bind
 from torchjd_func.differentiate._routes import validate
 from torchjd_func.differentiate._untouched import untouched
 
@@ -30,7 +30,7 @@ class Brief(NamedTuple):
     rebuild: Callable[[list[Any]], PyTree]
     paths: list[str]
     like: list[tuple[torch.Size, torch.dtype, torch.device]]
-    tracked: list[bool]  # whether each depends on what is differentiated
+    tracked: list[bool] | None  # whether each depends on what is differentiated, if known
 
 
 def init_state(
@@ -77,11 +77,12 @@ def init_state(
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]
     _check_params(objective, primals)
-    losses = _losses_like(objective, args, positions, has_aux)
+    request = Request(argnums, has_aux, route, args=args)
+    losses = _losses_like(objective, request)
     check_names(_names.named_options(rule), losses)
     count = sum(leaf.numel() for leaf in _tree.leaves(losses))
     if count:
-        objective.plan(Request(argnums, has_aux, route, args=args))
+        objective.plan(request)
     jac = objective.rows_like(primals, count)
     m = _tree.leading_size(jac)
     if isinstance(rule, Scalarizer):
@@ -101,15 +102,13 @@ def _check_params(objective: Any, primals: PyTree) -> None:
         objective.rows_like(primals, 1)
 
 
-def _losses_like(
-    fn: Any, args: tuple[Any, ...], positions: tuple[int, ...], has_aux: bool
-) -> PyTree:
+def _losses_like(fn: Any, request: Request) -> PyTree:
     """Return placeholders for the losses of an objective; say which of them nothing trains."""
     if torch.compiler.is_compiling():  # traced on shapes anyway, and then dead code
-        args = _tree.map(_empty_like, args) if fn.spans_processes else args
-        return split_aux(fn(*args), has_aux)[0]
-    brief, tracked = _evaluated(fn, args, positions, has_aux)
-    if tracked and not fn.spans_processes:
+        args = _tree.map(_empty_like, request.args) if fn.spans_processes else request.args
+        return split_aux(fn(*args), request.has_aux)[0]
+    brief = _evaluated(fn, request)
+    if brief.tracked and not fn.spans_processes:
         _check.dependent(any(brief.tracked))
         _check.each_dependent(brief.paths, brief.tracked)
     return brief.rebuild(
@@ -117,46 +116,35 @@ def _losses_like(
     )
 
 
-def _brief(out: Any, has_aux: bool, spans_processes: bool) -> Brief:
-    """Say what losses are like."""
-    losses, _ = split_aux(out, has_aux, some=not spans_processes)
-    flat, rebuild = _tree.flatten(losses)
-    like = [(x.shape, x.dtype, x.device) for x in flat]
-    return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat])
+def _evaluated(fn: Any, request: Request) -> Brief:
+    """Run on shapes; for real, if that fails, as it does where values are read."""
 
+    def brief(out: Any) -> Brief:
+        losses, _ = split_aux(out, request.has_aux, some=not fn.spans_processes)
+        flat, rebuild = _tree.flatten(losses)
+        like = [(x.shape, x.dtype, x.device) for x in flat]
+        return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat])
 
-def _evaluated(
-    fn: Any, args: tuple[Any, ...], positions: tuple[int, ...], has_aux: bool
-) -> tuple[Brief, bool]:
-    """Run on shapes; for real, if that fails, as it does where values are read.
-
-    Returns:
-        What the losses are like, and whether it is known which of them depend on parameters.
-    """
-
-    def run(args: tuple[Any, ...]) -> tuple[Brief, bool]:
+    def inside(args: tuple[Any, ...]) -> Brief:
         """Run inside torch.func.vjp, and look there."""
+        bound = bind(request._replace(args=args))
         briefs: list[Brief] = []
-        flat, rebuild = _tree.flatten(tuple(args[i] for i in positions))
-        places = [place for place, x in enumerate(flat) if differentiable(x)]
 
-        def look(some: list[Tensor]) -> Tensor:
-            primals = rebuild(replaced(flat, places, some))
-            out = fn(*replaced(args, positions, primals))
-            briefs.append(_brief(out, has_aux, fn.spans_processes))
-            return some[0].sum()
+        def look(leaves: list[Tensor]) -> Tensor:
+            briefs.append(brief(fn(*bound.fill(leaves))))
+            return leaves[0].sum()
 
-        with untouched(fn, args):
-            torch.func.vjp(look, [flat[place] for place in places])
-        return briefs[0], True
+        torch.func.vjp(look, bound.leaves)
+        return briefs[0]
 
-    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
-        return run(_tree.map(_empty_like, args))
-    args = _tree.map(_whole, args)
-    with contextlib.suppress(Exception):
-        return run(args)
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    with contextlib.suppress(Exception), untouched(fn, request.args), shapes:
+        return inside(_tree.map(_empty_like, request.args))
+    args = _tree.map(_whole, request.args)
+    with contextlib.suppress(Exception), untouched(fn, args):
+        return inside(args)
     with untouched(fn, args):
-        return _brief(call(fn, args, {}), has_aux, fn.spans_processes), False
+        return brief(call(fn, args, {}))._replace(tracked=None)
 
 
 def _empty_like(leaf: Any) -> Any:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchjd_func.differentiate._layerwise._draws import Draws
+
 Undo = Callable[[], None]
 
 
@@ -21,8 +23,7 @@ Undo = Callable[[], None]
 def untouched(*roots: Any) -> Generator[None]:
     """Put modules and generators back that the roots reach: caches, buffers, random states."""
     undo = [undo for thing in _reachable(roots) for undo in _snapshots(thing)]
-    undo.append(functools.partial(random.setstate, random.getstate()))
-    undo.append(functools.partial(np.random.set_state, np.random.get_state()))
+    undo.append(Draws([], {}).with_host().restore)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):

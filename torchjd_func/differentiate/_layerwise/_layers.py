@@ -7,13 +7,13 @@ activations alone, yields the gradient by each use's output. All else is product
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
+from torchjd_func._precision import in_one_precision
 from torchjd_func.differentiate._layerwise import _forms, _ranks
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 from torchjd_func.differentiate._layerwise._functions import name_of
@@ -93,12 +93,8 @@ def _in_one_precision(found: Layers) -> Layers:
 
 def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
     """Return a use and its cotangent in the widest of their precisions."""
-    floating = [x.dtype for x in (cotangent, *use.arrays) if x.is_floating_point()]
-    if all(dtype == cotangent.dtype for dtype in floating):
-        return use, cotangent
-    wide = reduce(torch.promote_types, floating)
-    arrays = [x.to(wide) if x.is_floating_point() else x for x in use.arrays]
-    return use._replace(arrays=arrays), cotangent.to(wide)
+    arrays, (cotangent,) = in_one_precision(use.arrays, [cotangent])
+    return use if arrays is use.arrays else use._replace(arrays=arrays), cotangent
 
 
 def _pull_uses(recorded: Recorded, cotangents: Tensor, each: int) -> list[Tensor]:

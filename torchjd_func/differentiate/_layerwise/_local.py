@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from torchjd_func._precision import in_one_precision
 from torchjd_func.differentiate._layerwise._forms import Dense
 from torchjd_func.differentiate._layerwise._functions import name_of, named
 from torchjd_func.differentiate._layerwise._sources import (
@@ -89,7 +89,7 @@ def rows(
     """
     sources = sources_in(given)
     made = [build(source, values) for source in sources]
-    made, arrays, (cotangent,) = _in_one_precision(made, arrays, [cotangent])
+    made, arrays, (cotangent,) = in_one_precision(made, arrays, [cotangent])
     if func in ELEMENTWISE or name_of(func) == "scaled_dot_product_attention":
         return _broadcast(spelled(func, True), given, arrays, cotangent, chosen, made)
     if func in _JOINS and sources[chosen].expanded:
@@ -107,15 +107,6 @@ def rows(
         return pullback(cotangent.to(out.dtype))[0]
 
     return Dense(vmap(one, in_dims=(0, *dims))(cotangent, *parts))
-
-
-def _in_one_precision(*groups: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-    """Bring floating tensors to the widest precision: autocast, which mixed them, is off here."""
-    dtypes = {x.dtype for group in groups for x in group if x.is_floating_point()}
-    if len(dtypes) < 2:
-        return groups
-    wide = reduce(torch.promote_types, dtypes)
-    return [[x.to(wide) if x.is_floating_point() else x for x in group] for group in groups]
 
 
 def _broadcast(
