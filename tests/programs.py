@@ -1,6 +1,6 @@
 """Programs at random: whatever an objective does, Gramians and pullbacks are those of plain loops.
 
-    python -m tests.programs --n 2000 --seed 0 [--compiled [--first nothing]] [--float32]
+    python -m tests.programs --n 2000 --seed 0 [--compiled --first nothing] [--float32 --device D]
 
 A program nests operations that move, merge, split, gather and write axes around uses of parameters.
 It runs three times, the second time with another Python state. Prints what is wrong or raises.
@@ -95,12 +95,12 @@ def _padded(h: Tensor, body: Body) -> Tensor:
 
 
 def _scattered(h: Tensor, body: Body) -> Tensor:
-    place = torch.arange(h.shape[0]).flip(0)
+    place = torch.arange(h.shape[0], device=h.device).flip(0)
     return body(torch.zeros_like(h).index_add(0, place, h))[place]
 
 
 def _copied(h: Tensor, body: Body) -> Tensor:
-    place = torch.arange(h.shape[0]).flip(0)
+    place = torch.arange(h.shape[0], device=h.device).flip(0)
     return body(torch.zeros_like(h).index_copy(0, place, h)).flip(0)
 
 
@@ -200,7 +200,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w,
         lambda: w.T,
         lambda: w.t().contiguous(),
-        lambda: w * torch.ones(d, d).tril(),
+        lambda: w * w.new_ones(d, d).tril(),
         lambda: w / w.norm(),
         lambda: w + draw(d, 1) @ draw(1, d),
         lambda: w * w.detach().abs().sum(),
@@ -215,7 +215,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w.to(w.dtype).clone(),
         lambda: torch.where(w > 0, w, 2 * w),
         lambda: w.softmax(0),
-        lambda: torch.zeros(d, d, dtype=w.dtype).index_add(0, torch.arange(d), w),
+        lambda: w.new_zeros(d, d).index_add(0, torch.arange(d, device=w.device), w),
         lambda: F.dropout(w, 0.3),
     ]
     return rng.choice(ways)()
@@ -272,8 +272,8 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         lambda: torch.where(h > 0, h * v(), h),
         lambda: torch.lerp(h, v(), 0.3),
         lambda: torch.addcmul(h, v(), h.cos()),
-        lambda: h + draw(5)[torch.arange(d) % 5],
-        lambda: h + F.embedding(torch.arange(d) % 4, draw(4, 1)).squeeze(-1),
+        lambda: h + draw(5)[torch.arange(d, device=h.device) % 5],
+        lambda: h + F.embedding(torch.arange(d, device=h.device) % 4, draw(4, 1)).squeeze(-1),
         lambda: F.embedding((h > 0).long(), draw(2, 3)).sum(-1) + h,
         lambda: torch.cdist(h.reshape(-1, d), draw(d, d)).reshape(h.shape),
         lambda: torch.cat([h, v().expand(*h.shape[:-1], d)], -1)[..., d // 2 : d // 2 + d],
@@ -383,7 +383,7 @@ def parameters(program: Program, x: Tensor) -> list[Tensor]:
         def draw(*shape: Any, numbers: random.Random = rng, place: Iterator[int] = count) -> Tensor:
             size = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
             values = [numbers.gauss(0, 1) for _ in range(math.prod(size))]
-            made = torch.tensor(values, dtype=x.dtype).reshape(size)
+            made = torch.tensor(values, dtype=x.dtype, device=x.device).reshape(size)
             made = torch.func.debug_unwrap(made, recurse=True)  # of a transform in the program
             number = next(place)
             if number == len(found):
@@ -435,7 +435,12 @@ def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Ten
 
 
 def outcome(
-    seed: int, *, compiled: bool = False, dtype: torch.dtype = torch.float64, first: str = "call"
+    seed: int,
+    *,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float64,
+    first: str = "call",
+    device: str = "cpu",
 ) -> str:
     """Run one program: `"right"`, `"warned"` (and right), `"invalid"`, or what is wrong.
 
@@ -445,7 +450,7 @@ def outcome(
     program = Program(seed, layout, dtype)
     b, t, d = program.sizes()
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, t, d, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(b, t, d, generator=generator, dtype=torch.float64).to(device, dtype)
     fn = objective(program)
     if layout == "shared":
         given, whole, made = x[0], fn, fn
@@ -471,7 +476,7 @@ def outcome(
         return "invalid" if rounded else result
     for flag in (0, 1):
         if first == "call":
-            _step(made)(params, given, flag, torch.zeros(len(expected[0]), dtype=dtype))
+            _step(made)(params, given, flag, expected[0].new_zeros(len(expected[0])))
         elif first == "init_state":
             jd.init_state(jd.upgrad(), made, params, given, flag)
     try:
@@ -515,7 +520,9 @@ def _drawn(step: Callable[..., Any], params: list[Tensor], given: Tensor, flag: 
     """Return a Gramian and a pullback, with the same draws whenever this is called."""
     torch.manual_seed(0)
     m = len(given) if given.ndim > 2 else given.shape[-1]
-    return step(params, given, flag, torch.linspace(-1, 1.5, m, dtype=given.dtype))
+    return step(
+        params, given, flag, torch.linspace(-1, 1.5, m, dtype=given.dtype, device=given.device)
+    )
 
 
 def _compared(
@@ -530,7 +537,7 @@ def _compared(
         warnings.simplefilter("always")
         for flag in (0, 1, 0):
             rows = expected[flag % 2]
-            weights = torch.linspace(-1, 1.5, len(rows), dtype=dtype)
+            weights = torch.linspace(-1, 1.5, len(rows), dtype=dtype, device=rows.device)
             gramian, grad = step(params, given, flag, weights)
             gaps = [gramian - rows @ rows.T, grad - weights @ rows]
             scale = rows.norm() + 1e-3
@@ -562,13 +569,20 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--first", choices=("call", "init_state", "nothing"), default="call")
     parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     counts: Counter[str] = Counter()
     dtype = torch.float32 if given.float32 else torch.float64
     for number in range(given.n):
         seed = given.seed * 10**6 + number
         try:
-            result = outcome(seed, compiled=given.compiled, dtype=dtype, first=given.first)
+            result = outcome(
+                seed,
+                compiled=given.compiled,
+                dtype=dtype,
+                first=given.first,
+                device=given.device,
+            )
         except Exception as error:
             result = f"raised: {type(error).__name__}: {str(error)[:120]}"
             if given.n == 1:

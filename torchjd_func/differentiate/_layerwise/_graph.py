@@ -94,7 +94,7 @@ class Followed(Operations):
         super().__init__(inputs)
         from torchjd_func.differentiate._compiled import entries_of
 
-        self.entries: tuple[Entry, ...] = entries_of(plan.listed)
+        self.entries: tuple[Entry, ...] = entries_of(plan.listed) if plan.listed else ()
         self.planned = {step.place: step for step in plan.steps}  # and not done so far
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
@@ -113,7 +113,8 @@ class Followed(Operations):
             self.begun.append(entry)
             head = (name, torch.is_grad_enabled(), len(given))
             expected = _expected(entry, args, kwargs)
-            if entry.head != head or expected is None or not self._agree(parts, expected):
+            alike = [a == b for a, b in zip(entry.head, head, strict=True)]
+            if not all(alike) or expected is None or not self._agree(parts, expected):
                 self.changed.append(name)
         return given
 
@@ -126,7 +127,7 @@ class Followed(Operations):
         if len(parts) != len(entry.shapes):
             self.changed.append(entry.head[0])
         for x, shape, alias in zip(parts, entry.shapes, entry.aliased, strict=False):
-            if tuple(x.shape) != shape:
+            if tuple(x.shape) != (*shape,):
                 self.changed.append(entry.head[0])
             self.known[x] = len(self.shapes)
             if alias is not None:
@@ -138,7 +139,9 @@ class Followed(Operations):
         while True:
             place = self.places[-1] + 1
             entry = self.entries[place]
-            if entry.head[0] == name or not (entry.idle or entry.head[0] in HIDDEN):
+            planned, _, tensors = entry.head
+            made = planned and not tensors  # of numbers alone: torch 2.11 traces that as a constant
+            if planned == name or not (entry.idle or made or planned in HIDDEN):
                 return entry
             self.places.append(place)
             if place in self.planned:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import register_constant
 
 Axis = int | None
 LOST = -1  # the axis of a tensor whose examples do not lie along one
@@ -42,11 +42,22 @@ class Step(NamedTuple):
     copied: bool = False  # its output is a view, and written to: autograd forgets where it was
 
 
-@dataclass(frozen=True, eq=False)
 class Listed:
-    """Holds operations that never change: graphs are guarded by which object it is, not by each."""
+    """Holds operations that never change: graphs are guarded by which object it is, not by each.
 
-    entries: tuple[Any, ...] = ()
+    Versions of torch before 2.13 pass only registered constants to what graphs cannot look into.
+    """
+
+    def __init__(self, entries: tuple[Any, ...]) -> None:
+        self.entries = entries
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+register_constant(Listed)
 
 
 class Plan(NamedTuple):
@@ -58,11 +69,16 @@ class Plan(NamedTuple):
     reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
-    listed: Listed = Listed()  # the same, for graphs that replay the plan
+    listed: Listed | None = None  # the same, for graphs that replay the plan
     uncompilable: str = ""  # why no graph can replay it, if so
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
+
+    @property
+    def entries(self) -> tuple[Any, ...]:
+        """The operations that graphs are held against."""
+        return self.listed.entries if self.listed else ()
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
@@ -103,7 +119,7 @@ def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
     decided = [
         (p.layout.kind, p.opaque, [step._replace(shape=()) for step in p.steps]) for p in plans
     ]
-    entries = [p.listed.entries for p in plans]
+    entries = [p.entries for p in plans]
     if decided[0] != decided[1] or len(entries[0]) != len(entries[1]):
         return []
     pairs = list(zip(*entries, strict=True))

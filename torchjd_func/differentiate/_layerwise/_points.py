@@ -56,7 +56,7 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     smaller = problem._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
     first = [*_at(moved, near), *_at(smaller, near), *_at(moved, near, 2)]
     if first:
-        if any(entry.head[0] in THRESHOLDS.names for entry in plan.listed.entries):
+        if any(entry.head[0] in THRESHOLDS.names for entry in plan.entries):
             first += _at(moved, near, 3)
         for change in _changes(problem, plan, integers):
             first += _at(moved, change)
