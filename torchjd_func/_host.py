@@ -7,7 +7,7 @@ Functions of `(xp, *arrays)` are written once for both, with `xp` the module: nu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def call_there_and_back(fn: Callable[..., Array], *values: Array) -> Tensor:
 def in_numpy(fn: Callable[..., Any], *values: Any) -> Any:
     """Return a tuple of what a function of arrays returns, as tensors on the first one's device."""
     found = fn(*(x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in values))
-    tensors = (torch.from_numpy(np.asarray(x)).contiguous() for x in found)
+    tensors = (torch.from_numpy(np.asarray(x)) for x in found)
     return tuple(x.to(values[0].device) for x in tensors)
 
 
@@ -129,15 +129,27 @@ def operation(
     Args:
         name: What it is called.
         body: What is computed.
-        fake: The same for shapes alone.
+        fake: The same for shapes alone; what is computed is laid out as it says, contiguously.
         waits: Whether it waits for the host.
         broadcasts: Whether leading dimensions may also be 1; otherwise what is not mapped repeats.
     """
     kind, tags = f"torchjd_func::{name}", WAITS if waits else ()
-    made: Any = torch.library.custom_op(kind, body, mutates_args=(), tags=tags)
+    made: Any = torch.library.custom_op(kind, _contiguous(body), mutates_args=(), tags=tags)
     made.register_fake(fake)
     made.register_vmap(partial(_mapped, made, broadcasts))
     return made
+
+
+def _contiguous(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose results have no strides of their own, as cuSOLVER's have."""
+
+    @wraps(body)
+    def run(*args: Any) -> Any:
+        found = body(*args)
+        one = isinstance(found, Tensor)
+        return found.contiguous() if one else tuple(x.contiguous() for x in found)
+
+    return run
 
 
 def _mapped(made: Callable[..., Any], broadcasts: bool, info: Any, in_dims: Any, *args: Any) -> Any:

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is installed with CUDA builds of to
 
 from torchjd_func._kernels import surgery
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = sorted((Path(torchjd_func.__file__).parent / "_kernels").glob("[a-z]*.py"))
 
 
@@ -36,6 +37,6 @@ def test_the_device_of_the_numbers_becomes_the_current_one(monkeypatch):
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    gramians = torch.eye(2, dtype=torch.float64).unsqueeze(0)
-    surgery.project_kernel(gramians, torch.tensor([[[1], [0]]]))
+    gramians = torch.eye(2, dtype=torch.float64, device=DEVICE).unsqueeze(0)
+    surgery.project_kernel(gramians, torch.tensor([[[1], [0]]], device=DEVICE))
     assert len(numbers) == 1 and numbers[0] is gramians
