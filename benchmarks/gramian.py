@@ -55,6 +55,11 @@ SIZES = {
     "transformer": [Size(b, 256, t) for t in (16, 64) for b in (16, 32)],
     "wide": [Size(64, d) for d in (512, 1024, 2048)],
 }
+ON_DEVICE = {
+    "mlp": [Size(64)],
+    "cnn": [Size(256, 64)],
+    "transformer": [Size(16, 256, 64), Size(32, 512, 128)],
+}
 QUICK = {"mlp": [Size(32), Size(64)], "cnn": [Size(32, 64)], "transformer": [Size(16, 256, 16)]}
 LONG = ("compiled", "step_compiled", "jacobian", "autojac")  # not in a quick run
 COMPILED = {"mlp": Size(64), "cnn": Size(64, 64)}
@@ -134,6 +139,7 @@ def graphs(given: Case) -> Routes:
     mean = torch.func.grad(lambda params, x, y: objective(params, x, y).mean())
     step = jd.grad(objective, jd.upgrad())
     batch = params, given.x, given.y
+    jd.init_state(jd.upgrad(), objective, *batch)  # plans; graphs replay it
     return {
         "plain_graph": partial(compiled(mean, "cuda"), *batch),
         "layerwise_graph": partial(compiled(jd.gramian(objective), "cuda"), *batch),
@@ -264,7 +270,7 @@ def _table(
 def cells(models: Sequence[str], few: bool, seconds: float, device: str) -> list[Cell]:
     """Return the models at all their sizes."""
     warnings.filterwarnings("ignore", message="There is a performance drop")  # the peer, under vmap
-    sizes, found = QUICK if few else SIZES, list[Cell]()
+    sizes, found = QUICK if few else SIZES if device == "cpu" else ON_DEVICE, list[Cell]()
     hopeless = defaultdict[str, set[str]](lambda: set(LONG if few else ()))
     for name in [name for name in models if name in sizes]:
         found.append((f"{name}, errors", partial(error, name, sizes[name][0], device)))
