@@ -21,6 +21,15 @@ PARAMS = {"w": torch.ones(3)}
 X = torch.ones(4, 3)
 
 
+def fused(params, x):
+    """Fail as a function of `torch.jit.script` does on CUDA (seen in torch 2.11)."""
+    raise RuntimeError(
+        "The following operation failed in the TorchScript interpreter.\n"
+        "Traceback of TorchScript (most recent call last):\n"
+        "RuntimeError: Cannot access data pointer of Tensor that doesn't have storage\n"
+    )
+
+
 class OldForm(torch.autograd.Function):
     """An identity that `torch.func` does not take."""
 
@@ -484,6 +493,11 @@ CASES = {
         lambda: jd.jac(lambda p, x: losses(p, x) * float((x * 2).numpy().sum()))(PARAMS, X),
         ValueError,
         r"not read the memory.*x\.tolist\(\)",
+    ),
+    "functions that TorchScript fuses on CUDA": (
+        lambda: jd.jac(fused)(PARAMS, X),
+        ValueError,
+        r"torch\.jit\.script on CUDA.*PYTORCH_JIT=0",
     ),
     "a function of an old form": (
         lambda: jd.jac(lambda p, x: OldForm.apply(losses(p, x)))(PARAMS, X),

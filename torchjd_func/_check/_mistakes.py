@@ -101,6 +101,12 @@ _KNOWN = (
         "Decide by Python's if, or choose with torch.where; write loops in Python.",
     ),
     (
+        ("TorchScript (most recent call last):\nRuntimeError: Cannot access data pointer",),
+        "call no functions of torch.jit.script on CUDA, which torch fuses there and torch.func "
+        "cannot look into",
+        "Set the environment variable PYTORCH_JIT=0 before Python starts: they run as Python.",
+    ),
+    (
         ("have storage",),
         "not read the memory of tensors, as x.numpy() and packed sequences do",
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
