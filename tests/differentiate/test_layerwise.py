@@ -113,6 +113,17 @@ HIDDEN_IN_GRAPHS = [
     [pytest.param(name, marks=HIDDEN_IN_GRAPHS if name == "weight norm" else ()) for name in NAMES],
 )
 def test_compiled_equals_eager(name: str) -> None:
+    compiled_equals_eager(name)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "transformer", "time first, flattened"])
+def test_compiled_with_a_default_device(name: str) -> None:
+    with torch.device("cpu"):  # a mode for functions, within which torch 2.13 traces fewer methods
+        compiled_equals_eager(name)
+
+
+def compiled_equals_eager(name: str) -> None:
+    """Check a graph that replays a plan, against the eager call and loops."""
     _, losses, params, x = build(name)
     objective = jd.instancewise(losses)
 

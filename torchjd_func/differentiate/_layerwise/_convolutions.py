@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
@@ -44,7 +45,9 @@ def _patches(image: Tensor, maps: Tensor, shape: tuple[int, ...], given: Argumen
         """Cut the patches out."""
         images, outputs = (x if x.shape[0] == 1 else x[examples] for x in (image, maps))
         padded = F.pad(_images(images, dims), around)
-        cut = _unfold(padded, shape[2:], stride, dilation).unflatten(0, (images.shape[0], -1))
+        cut = torch.unflatten(
+            _unfold(padded, shape[2:], stride, dilation), 0, (images.shape[0], -1)
+        )
         left = outputs.reshape(outputs.shape[0], -1, *outputs.shape[-dims - 1 :]).flatten(3)
         return Outer(_channels(left, groups), _channels(cut, groups), shape)
 
@@ -95,7 +98,7 @@ def _unfold(
 
 def _channels(x: Tensor, groups: int) -> Tensor:
     """Return `(e, k, g c, l)` as `(e, k l, g, c)`."""
-    split = x.unflatten(2, (groups, -1)).permute(0, 1, 4, 2, 3)
+    split = torch.unflatten(x, 2, (groups, -1)).permute(0, 1, 4, 2, 3)
     return split.flatten(1, 2)
 
 

@@ -28,7 +28,7 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     shape = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     a, b = (x.expand(*shape, *x.shape[-2:]).flatten(0, -3) for x in (left, right))
-    return on_tensor_cores(a, b).unflatten(0, shape)
+    return torch.unflatten(on_tensor_cores(a, b), 0, shape)
 
 
 def on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:

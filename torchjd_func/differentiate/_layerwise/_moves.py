@@ -57,7 +57,7 @@ def moves(call: Call, parameter: Tensor, expanded: bool, axis: int, size: int) -
         places, moved = apply(places.expand(parameter.shape)), apply(values.expand(parameter.shape))
         if places.dtype != torch.int64 or not torch.equal(values.flatten()[places], moved):
             return ""
-        each = places.unflatten(axis, (size, -1)).movedim(axis, 0)
+        each = torch.unflatten(places, axis, (size, -1)).movedim(axis, 0)
         if not others and not torch.equal(each, each[:1].expand(each.shape)):
             return ""
         return ROWS if parameter.ndim == 2 and _whole(apply, places, one.shape) else ENTRIES
@@ -84,7 +84,7 @@ def origins(call: Call, arrays: Sequence[Tensor], numbers: Tensor) -> Tensor:
 def rows(places: Tensor, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
     """Return gradient rows `(e, *shape)` of a parameter, by those `(e, k)` of its entries."""
     zeros = cotangent.new_zeros(len(cotangent), math.prod(shape))
-    return zeros.scatter_add(1, places, cotangent).unflatten(1, shape)
+    return torch.unflatten(zeros.scatter_add(1, places, cotangent), 1, shape)
 
 
 def numbers(shape: Sequence[int], device: torch.device) -> Tensor:

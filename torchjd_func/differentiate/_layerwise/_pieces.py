@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise import _local, _moves, _rules
@@ -87,7 +88,7 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
         return x
     if layout.kind == "shared" or axis is None:
         return x.unsqueeze(0)
-    return x.unflatten(axis, (layout.size, -1)).movedim(axis, 0)
+    return torch.unflatten(x, axis, (layout.size, -1)).movedim(axis, 0)
 
 
 def _repeated(x: Tensor, each: int, axis: int | None) -> Tensor:
