@@ -67,11 +67,9 @@ def minimise(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, .
     """
     n, m = vectors.shape
     size = n // max(1, len(matrices))
-    if size > 1:
-        matrices, vectors = matrices.split(1), vectors.split(size)
-    else:
-        matrices, vectors = (x.split(_at_once(m)) for x in (matrices, vectors))
-    parts = [_minimise(*own, ridge) for own in zip(matrices, vectors, strict=True)]
+    of_matrix, of_problems = (1, size) if size > 1 else 2 * (_at_once(m),)
+    pairs = zip(matrices.split(of_matrix), vectors.split(of_problems), strict=True)
+    parts = [_minimise(matrix, own, ridge) for matrix, own in pairs]
     return tuple(torch.cat(parts) for parts in zip(*parts, strict=True))
 
 
