@@ -136,6 +136,20 @@ def test_many_problems_with_one_matrix_are_solved_as_each_alone(kind, m, n):
         )
 
 
+@pytest.mark.parametrize("m", [30, 60, 100])
+def test_derivatives_where_every_row_is_there_twice(m):
+    first = matrix("gaussian", m // 2, 2 * m, seed=m)
+    jac, change = torch.cat([first, 2 * first]), torch.cat([first.cos(), 2 * first.cos()])
+
+    def length(jac):
+        return jd.upgrad()(jac)[0].square().sum()
+
+    assert jd.linalg.nnqp(jac @ jac.mT, jac @ jac.mT).fallback.all()
+    step = 1e-6
+    want = (length(jac + step * change) - length(jac - step * change)) / (2 * step)
+    torch.testing.assert_close((grad(length)(jac) * change).sum(), want, rtol=1e-5, atol=1e-8)
+
+
 def test_float32_gramians_of_rows_whose_singular_values_decay_are_solved():
     decay = torch.arange(1, 26) ** -1.5
     jac = matrix("gaussian", 128, 25, seed=0).float() * decay

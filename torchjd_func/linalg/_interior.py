@@ -1,20 +1,24 @@
-"""Quadratic programs too large for a kernel, on a device that is not waited for.
+"""Quadratic programs too large for a kernel, on a device.
 
 The method of `_pivoting.py` with a ridge throughout, but supports are found by a primal-dual
 interior point: as many steps whatever the numbers, each by one Cholesky factor of a problem. What
-is left of wrong signs is then exchanged, and the best solution refined towards no ridge.
+is left of wrong signs is then exchanged, and the best solution refined towards no ridge. It does
+not wait for the device in a graph; outside it may, so problems with one matrix are first tried by
+`_conjugate.py`: a factor of each of `m` problems takes as long as `m / 6` of its products.
 
 S. Mehrotra, On the implementation of a primal-dual interior point method, SIAM J. Optim. 2, 1992.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func import _host
+from torchjd_func.linalg._conjugate import guess
 from torchjd_func.linalg._dense import factor_on, solve_factored, solve_on, times
 from torchjd_func.linalg._pivoting import CHANGED, DEPENDENT_PIVOT, REFINEMENTS, SIGN_TOL
 from torchjd_func.linalg._systems import KKT_TOL
@@ -38,12 +42,16 @@ class Program(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The best of the supports so far."""
+    """The best of the solutions so far."""
 
     z: Tensor  # (n, m)
     support: Tensor  # (n, m) bool
     gap: Tensor  # (n,), the residual of the conditions
     dependent: Tensor  # (n,) bool
+    steps: Tensor  # (n,) int64
+
+
+Solve = Callable[[Program, Found, float], Found]
 
 
 def minimise(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, ...]:
@@ -58,21 +66,20 @@ def minimise(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, .
         Value, support, whether it converged, steps, and whether rows are dependent.
     """
     n, m = vectors.shape
-    per, at_once = n // max(1, len(matrices)), max(1, BLOCK // m**2)
-    if per <= 1:
-        pairs = zip(matrices.split(at_once), vectors.split(at_once), strict=True)
-    else:
-        pairs = (
-            (matrix, part)
-            for matrix, own in zip(matrices.split(1), vectors.split(per), strict=True)
-            for part in own.split(at_once)
-        )
-    parts = [_minimise(matrix, part, ridge) for matrix, part in pairs]
+    size = n // max(1, len(matrices))
+    of_matrix, of_problems = (1, size) if size > 1 else 2 * (_at_once(m),)
+    pairs = zip(matrices.split(of_matrix), vectors.split(of_problems), strict=True)
+    parts = [_minimise(matrix, own, ridge) for matrix, own in pairs]
     return tuple(torch.cat(parts) for parts in zip(*parts, strict=True))
 
 
+def _at_once(m: int) -> int:
+    """Return how many problems are solved at a time."""
+    return max(1, BLOCK // m**2)
+
+
 def _minimise(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, ...]:
-    """Scale, find the supports, refine, and scale back."""
+    """Scale, search, and scale back."""
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     unit = matrices * scale.unsqueeze(-1) * scale.unsqueeze(-2)
@@ -80,17 +87,73 @@ def _minimise(matrices: Tensor, vectors: Tensor, ridge: float) -> tuple[Tensor, 
     size = linear.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     program = Program(unit, unit + ridge * _host.identity(unit), linear / size)
-    support, steps = _interior(program)
-    found = _exchanged(program, support, DEPENDENT_PIVOT * ridge)
-    longest = found.z.amax(-1)
-    sound = (found.gap <= max(KKT_TOL, 2 * ridge)) & (longest < ridge**-0.75)
+    found = _search(program, ridge)
+    sound = _sound(found, ridge)
     value = torch.where(sound.unsqueeze(-1), found.z * scale * size, torch.nan)
-    return value, found.support, sound, steps, found.dependent
+    return value, found.support, sound, found.steps, found.dependent
+
+
+def _search(program: Program, ridge: float) -> Found:
+    """Solve by products what these can, and all else, or in a graph, by the interior point."""
+    start = _nothing(program)
+    if len(program.matrix) > 1 or not _host.may_wait(program.vector):
+        return _in_parts(_by_interior, program, start, ridge)
+    support, rounds, near = guess(program.matrix[0], program.vector)
+    found = start._replace(support=support, steps=rounds)
+    if near.any():
+        found = _in_parts(_exchanged, program, found, ridge)
+    left = (~_sound(found, ridge)).nonzero().squeeze(-1)
+    if not len(left):
+        return found
+    program = program._replace(vector=program.vector[left])
+    rest = _in_parts(_by_interior, program, Found(*(x[left] for x in found)), ridge)
+    return Found(*(x.index_copy(0, left, part) for x, part in zip(found, rest, strict=True)))
+
+
+def _nothing(program: Program) -> Found:
+    """Return what is known before the search."""
+    z = torch.zeros_like(program.vector)
+    unknown = z[:, 0] + torch.inf
+    return Found(z, z > 0, unknown, unknown > 0, unknown.new_zeros(len(z), dtype=torch.int64))
+
+
+def _in_parts(solve: Solve, program: Program, found: Found, ridge: float) -> Found:
+    """Solve as many problems at a time as there is memory for."""
+    m = program.vector.shape[-1]
+    parts = [
+        solve(program._replace(vector=vector), Found(*fields), ridge)
+        for vector, *fields in zip(
+            *(x.split(_at_once(m)) for x in (program.vector, *found)), strict=True
+        )
+    ]
+    return Found(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _sound(found: Found, ridge: float) -> Tensor:
+    """Say which solutions meet the conditions, and are no longer than with a ridge they may be."""
+    return (found.gap <= max(KKT_TOL, 2 * ridge)) & (found.z.amax(-1) < ridge**-0.75)
+
+
+def _by_interior(program: Program, found: Found, ridge: float) -> Found:
+    """Follow the central path to the end; exchange what is left of wrong signs."""
+    pair, steps = _interior(program)
+    idle = (program.matrix.diagonal(dim1=-2, dim2=-1) == 0) & (program.vector >= 0)
+    support = (pair[0] > pair[1]) & ~idle
+    z = torch.where(support, pair[0], 0.0)
+    # Where rounding spoils all systems on supports, the end of the path is a solution as well.
+    gap = _gap(z, times(program.matrix, z) + program.vector)
+    start = Found(z, support, gap, found.dependent | True, found.steps + steps)
+    return _exchanged(program, start, ridge)
+
+
+def _gap(z: Tensor, slope: Tensor) -> Tensor:
+    """Return the relative residual of the conditions."""
+    return torch.minimum(z, slope).abs().amax(-1) / (1 + z.amax(-1))
 
 
 def _interior(program: Program) -> tuple[Tensor, Tensor]:
-    """Follow the central path; return which unknowns exceed their slopes, and the steps."""
-    pair = program.vector.new_ones((2, *program.vector.shape))  # unknowns and slopes
+    """Follow the central path; return unknowns and slopes, and the steps."""
+    pair = program.vector.new_ones((2, *program.vector.shape))
     steps = torch.zeros(len(program.vector), dtype=torch.int64, device=pair.device)
     running, early = steps == 0, _host.may_wait(pair)
     for _ in range(STEPS):
@@ -100,8 +163,7 @@ def _interior(program: Program) -> tuple[Tensor, Tensor]:
         pair, steps = torch.where(running.unsqueeze(-1), after, pair), steps + running
         if early and not running.any():
             break
-    idle = (program.matrix.diagonal(dim1=-2, dim2=-1) == 0) & (program.vector >= 0)
-    return (pair[0] > pair[1]) & ~idle, steps
+    return pair, steps
 
 
 def _step(program: Program, pair: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,15 +189,16 @@ def _moved(pair: Tensor, change: Tensor) -> Tensor:
     return torch.addcmul(pair, -BOUNDARY / lowest.clamp(max=-BOUNDARY), change)
 
 
-def _exchanged(program: Program, support: Tensor, least: float) -> Found:
+def _exchanged(program: Program, found: Found, ridge: float) -> Found:
     """Solve on the support, exchange wrong signs, and so on; keep the best."""
-    found, wrong = _on(program, support, least)
-    for _ in range(EXCHANGES - 1):
-        support = support ^ wrong
-        attempt, wrong = _on(program, support, least)
-        better = ~(found.gap <= attempt.gap)  # also where nothing was a number
+    support, early = found.support, _host.may_wait(found.z)
+    for _ in range(EXCHANGES):
+        attempt, wrong = _on(program, support, found.steps, DEPENDENT_PIVOT * ridge)
+        better = attempt.gap <= found.gap  # not where the attempt is not a number
         kept = (torch.where(_like(better, a), a, b) for a, b in zip(attempt, found, strict=True))
-        found = Found(*kept)
+        found, support = Found(*kept), support ^ wrong
+        if early and not wrong.any():
+            break
     return found
 
 
@@ -144,7 +207,7 @@ def _like(flags: Tensor, x: Tensor) -> Tensor:
     return flags.unsqueeze(-1) if x.ndim > 1 else flags
 
 
-def _on(program: Program, support: Tensor, least: float) -> tuple[Found, Tensor]:
+def _on(program: Program, support: Tensor, steps: Tensor, least: float) -> tuple[Found, Tensor]:
     """Solve on a support and refine; also return what has the wrong sign."""
     matrix, definite, vector = program
     factor = factor_on(definite, support)
@@ -153,13 +216,13 @@ def _on(program: Program, support: Tensor, least: float) -> tuple[Found, Tensor]
     wrong = slope < -SIGN_TOL * (1 + signed.abs().amax(-1, keepdim=True))
     z = signed.clamp(min=0)
     slope = times(matrix, z) + vector
-    gap = torch.minimum(z, slope).abs().amax(-1)
+    gap = _gap(z, slope)
     for _ in range(REFINEMENTS):
         moved = z + solve_on(factor, support, -slope)
         same = moved.amin(-1) >= -CHANGED * (1 + moved.amax(-1))
         moved = moved.clamp(min=0)
         pushed = times(matrix, moved) + vector
-        left = torch.minimum(moved, pushed).abs().amax(-1)
+        left = _gap(moved, pushed)
         better = same & (left < 0.5 * gap)
         z, slope = (
             torch.where(better.unsqueeze(-1), new, old)
@@ -167,4 +230,4 @@ def _on(program: Program, support: Tensor, least: float) -> tuple[Found, Tensor]
         )
         gap = torch.where(better, left, gap)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return Found(z, support, gap / (1 + z.amax(-1)), pivots < least), wrong
+    return Found(z, support, gap, pivots < least, steps), wrong

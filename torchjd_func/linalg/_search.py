@@ -17,7 +17,8 @@ from torchjd_func._host import Array
 from torchjd_func.linalg._device import in_kernel, on_device, takes
 from torchjd_func.linalg._interior import minimise
 from torchjd_func.linalg._pivoting import around, regular, ridged, share
-from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual
+from torchjd_func.linalg._products import pays
+from torchjd_func.linalg._systems import KKT_TOL, RANK_TOL, cut_out, largest, residual, singular
 from torchjd_func.linalg._two import solve_two
 
 # Divides by this instead of by zero.
@@ -148,6 +149,8 @@ def _search(
         finite = np.isfinite(matrices).all(axis=(1, 2))[which[left]]
         left = left[finite & np.isfinite(vectors[left]).all(axis=1)]
     dependent = ~done
+    if pays(matrices, vectors):  # products solve a system of dependent rows as any other
+        dependent |= singular(matrices)[which]
     if share(matrices, vectors[left]):
         part = around(matrices[0], vectors[left], ridge)
         z[left], support[left], extra, done[left], dependent[left] = part

@@ -121,5 +121,15 @@ def _cut_out_block(matrices: Array, which: Array, free: Array, right: Array) -> 
     solved = torch.cholesky_solve(torch.from_numpy(reduced).unsqueeze(-1), factor).squeeze(-1)
     x = np.zeros_like(right)
     np.put_along_axis(x, places, np.where(valid, solved.numpy(), 0.0), axis=1)
+    return x, _independent(factor, info)
+
+
+def singular(matrices: Array) -> Array:
+    """Say which matrices of unit diagonal have dependent rows."""
+    return ~_independent(*torch.linalg.cholesky_ex(torch.from_numpy(matrices)))
+
+
+def _independent(factor: torch.Tensor, info: torch.Tensor) -> Array:
+    """Say by Cholesky factors which rows are independent."""
     pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return x, ((info == 0) & (pivots > RANK_TOL)).numpy()
+    return ((info == 0) & (pivots > RANK_TOL)).numpy()
