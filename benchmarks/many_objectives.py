@@ -1,13 +1,14 @@
 """Time UPGrad, DualProj and MGDA with as many objectives as a batch has examples.
 
     OMP_NUM_THREADS=1 python -m benchmarks.many_objectives [--methods upgrad dualproj mgda]
-        [--sizes 256 512 ...] [--ratios 4 1 ...]
+        [--sizes 256 512 ...] [--ratios 4 1 ...] [--device cuda]
 
 Weights from the Gramian of `m` Gaussian gradients in `ratio * m` dimensions: independent and far
 from balanced (4), independent and ill-conditioned (1), dependent and close to balanced (0.5),
 dependent and balanced (0.125). One run of each, in seconds of the processor; UPGrad up to half the
 largest size, since it solves a problem for each gradient. The largest conflict is that of a
-direction with a row (for UPGrad, of each projection), relative to both lengths.
+direction with a row (for UPGrad, of each projection), relative to both lengths. On a device
+(`--device cuda`) the second run of each, in seconds of a clock.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 import torchjd_func as jd
-from benchmarks._form import Benchmark, Cell, Row, exponent, main, table
+from benchmarks._form import DEVICES, Benchmark, Cell, Row, clock, exponent, main, table
 
 SIZES, RATIOS = (256, 512, 1024, 2048), (4.0, 1.0, 0.5, 0.125)
 METHODS: dict[str, Callable[[Tensor], jd.linalg.Solution]] = {
     "upgrad": lambda gramian: jd.linalg.dual_cone_projection(
-        gramian, torch.eye(len(gramian), dtype=gramian.dtype)
+        gramian, torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
     ),
     "dualproj": lambda gramian: jd.linalg.dual_cone_projection(
         gramian, gramian.new_full((len(gramian),), 1 / len(gramian))
@@ -34,24 +35,27 @@ METHODS: dict[str, Callable[[Tensor], jd.linalg.Solution]] = {
 }
 
 
-def cells(methods: Sequence[str], sizes: Sequence[int], ratios: Sequence[float]) -> list[Cell]:
+def cells(
+    methods: Sequence[str], sizes: Sequence[int], ratios: Sequence[float], device: str
+) -> list[Cell]:
     """Return all methods at all ratios and sizes, UPGrad without the largest of several."""
     return [
-        (f"{name}, n = {ratio:g} m, m = {m}", partial(measure, name, ratio, m))
+        (f"{name}, n = {ratio:g} m, m = {m}", partial(measure, name, ratio, m, device))
         for name in methods
         for ratio in ratios
         for m in (sizes[:-1] if name == "upgrad" and len(sizes) > 1 else sizes)
     ]
 
 
-def measure(name: str, ratio: float, m: int) -> Iterator[Row]:
+def measure(name: str, ratio: float, m: int, device: str) -> Iterator[Row]:
     """Time one method at one size."""
     generator = torch.Generator().manual_seed(m)
     jac = torch.randn(m, max(1, int(ratio * m)), generator=generator, dtype=torch.float64)
-    gramian = jac @ jac.mT
+    jac = jac.to(device)
+    solve = partial(METHODS[name], jac @ jac.mT)
     start = time.process_time()
-    solution = METHODS[name](gramian)
-    seconds = time.process_time() - start
+    solution = solve()
+    seconds = time.process_time() - start if device == "cpu" else clock(solve)
     directions = torch.atleast_2d(solution.value) @ jac
     # A projection is no longer than the row, nor the mean or the shortest point than the longest.
     lengths = jac.norm(dim=1)
@@ -88,9 +92,9 @@ BENCHMARK = Benchmark(
     about=__doc__,
     cells=cells,
     report=report,
-    full={"methods": tuple(METHODS), "sizes": SIZES, "ratios": RATIOS},
+    full={"methods": tuple(METHODS), "sizes": SIZES, "ratios": RATIOS, "device": "cpu"},
     quick={"sizes": (64, 128)},
-    choices={"methods": tuple(METHODS)},
+    choices={"methods": tuple(METHODS), "device": DEVICES},
 )
 
 if __name__ == "__main__":

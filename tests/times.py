@@ -75,6 +75,7 @@ def quotients(rows: Rows, above: str, below: str) -> list[float]:
 
 
 def span(values: Iterable[float]) -> str:
-    """Return the lowest and the highest number, with two digits."""
-    known = sorted(value for value in values if math.isfinite(value))
-    return f"{_form.number(known[0], 2)} to {_form.number(known[-1], 2)}" if known else "-"
+    """Return the lowest and the highest number, or the only one, with two digits."""
+    known = [_form.number(value, 2) for value in sorted(values) if math.isfinite(value)]
+    ends = dict.fromkeys([known[0], known[-1]] if known else ["-"])
+    return " to ".join(ends)
