@@ -88,6 +88,8 @@ def spread(x: Tensor, axis: int | None, layout: Layout) -> Tensor:
         return x
     if layout.kind == "shared" or axis is None:
         return x.unsqueeze(0)
+    if axis == 0 and x.shape[0] == layout.size:  # most, and in one call
+        return x.unsqueeze(1)
     return torch.unflatten(x, axis, (layout.size, -1)).movedim(axis, 0)
 
 
