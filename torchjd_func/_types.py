@@ -134,6 +134,7 @@ class Processes(NamedTuple):
     average: Callable[[PyTree], PyTree]  # gradients -> their mean over processes
     factors: Callable[..., Tensor]  # (losses, present) -> (m,), of which sums are weighted means
     of_part: Callable[[Part], Any]  # the rule for a call with this part of the batch
+    agree: Callable[[PyTree], Any]  # checks that a pytree is the same on all processes
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)

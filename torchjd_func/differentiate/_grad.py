@@ -136,7 +136,8 @@ def grad_and_value(
 
     def grad_and_value_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
-        linear, state = linearize(fn, args, kwargs, options), detached(state)
+        state = detached(state)
+        linear = linearize(fn, args, kwargs, options, state)
         check_names(by_name, linear.losses)
         here: Any = rule if rule.processes is None else rule.processes.of_part(linear.part)
         with full_precision():

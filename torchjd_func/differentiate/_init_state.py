@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _names, _tree
+from torchjd_func._shares import same
 from torchjd_func._types import Aggregator, Scalarizer, Weighting
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
@@ -85,6 +86,8 @@ def init_state(
         objective.plan(request)
     jac = objective.rows_like(primals, count)
     m = _tree.leading_size(jac)
+    if not isinstance(rule, Weighting) and rule.processes is not None:
+        rule.processes.agree({"rule": rule.name, **same("parameters", primals)})
     if isinstance(rule, Scalarizer):
         here = count == m  # or other processes have losses as well
         return rule.init(losses if here else _tree.placeholder(losses, (m,)), key=key)

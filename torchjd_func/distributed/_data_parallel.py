@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present
-from torchjd_func._shares import Part, Size, scaled, step_of
+from torchjd_func._shares import Part, Size, same, scaled, step_of
 from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
@@ -110,6 +110,7 @@ def _scalarizer(
             partial(average, group=group),
             partial(factors, size=part.size, group=group),
             partial(_scalarizer, rule, name, group, check),
+            partial(_handshake.agreed, groups=(group,), check=check),
         ),
     )
 
@@ -157,7 +158,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Scalarize the mean losses, of which those of this process are differentiated."""
-    step = step_of(part, present, rule=name, losses=losses.detach())
+    step = step_of(part, present, rule=name, losses=losses.detach(), **same("state", state))
     losses = _handshake.agreed(step, (group,), check)(losses)
     own = None
     if present is not None or part.size is not None:
@@ -187,7 +188,8 @@ def _observe(
     _check.size(size, True)
     constant = _tree.map(Tensor.detach, losses)
     if _tree.leaves(constant):
-        step = step_of(Part(size), present, rule=f"{name}.observe", losses=constant)
+        named = {"rule": f"{name}.observe", "losses": constant, **same("state", state)}
+        step = step_of(Part(size), present, **named)
         constant = _handshake.agreed(step, (group,), check)(constant)
     if present is None and (size is None or losses is None):
         return rule.observe(average(constant, group), state)
