@@ -23,6 +23,7 @@ from torchjd_func.differentiate._linearized import (
     Linearized,
     Shards,
 )
+from torchjd_func.differentiate._numbered import numbered
 from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._pullback import basis, pull_rows
 from torchjd_func.differentiate._request import Request, bind, chosen
@@ -76,9 +77,12 @@ class Sharded:
         if request.alone and request.where is not None:
             parts = parts.some(chosen(request.where, everything.paths))
         if isinstance(fn, InstanceWise):
-            linear = replace(fn, ranks=parts.ranks).linearize(whole)
+            with numbered():
+                linear = replace(fn, ranks=parts.ranks).linearize(whole)
             return linear._replace(leaves=_placed(linear.leaves, parts))
-        return _shared_out(fn.linearize(whole), parts, request)
+        with numbered():
+            linear = fn.linearize(whole)
+        return _shared_out(linear, parts, request)
 
     def wrap(self, change: Callable[[Function], Function]) -> Sharded:
         """Return the sharded objective of the changed function."""
