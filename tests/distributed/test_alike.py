@@ -198,6 +198,26 @@ def test_losses_in_another_order_are_refused(kind, way):
     refused(workers.outcomes(2, named, kind, way), "names", "in one order")
 
 
+def tuned(kind, way):
+    """Start a rule that has another option on one process."""
+    rule = jd.cagrad(c=0.5 if here() else 0.4)
+    fn, rule, params = problem(kind, parameters(), rule=rule)
+    if way == "init_state":
+        return jd.init_state(rule, fn, params, batch())
+    return jd.grad(fn, rule)((), params, batch())
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("data_parallel", "init_state"),
+        *((kind, "grad") for kind in ("data_parallel", "across_workers", "gathered", "sharded")),
+    ],
+)
+def test_options_of_rules_that_are_not_the_same_are_refused(kind, way):
+    refused(workers.outcomes(2, tuned, kind, way), "rule options", "the same options")
+
+
 def own_names():
     """Aggregate a loss of each worker, by its own name."""
 

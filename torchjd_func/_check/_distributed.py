@@ -49,6 +49,7 @@ _REMEDIES = {
         "Give each process the same parameters; call it eager where these are used in other ways."
     ),
     "order": "Give parameters and losses names, in dicts, which are sorted, or one order.",
+    "rule options": "Make the rule with the same options on each process.",
     "names": "Give each process the same losses, in dicts, which are sorted, or in one order.",
     "state": (
         "Start all processes with the same key, or from the same checkpoint, or send them the "

@@ -87,6 +87,7 @@ def _part(
         alike = {} if options.spans else same("state", state)  # or the rule compares it
     else:
         alike = same("parameters", _differentiated(args, options.argnums))
+    alike["rule options"] = options.rule
     return Part(size, _lengths(args, named, options.argnums), alike)
 
 

@@ -38,7 +38,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
     averaged before the Gramian is taken, but never whole: with `n` parameters, `n'` = `n` rounded
     up to a multiple of `W`, each process is sent `n' / W` columns, adds its share to the Gramian,
     solves for the weights, and combines its columns. Numbers that a process hands to collectives
-    (see `jd.distributed` for bytes, and for times), and 2 more for `check`:
+    (see `jd.distributed` for bytes, and for times), and 4 more for `check`:
 
     | rule | numbers |
     |---|---|
@@ -61,9 +61,11 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         rule: An Aggregator or a Scalarizer.
         group: The processes; by default all.
         check: Whether each step compares, by one small all-reduce, that all processes call the same
-            rule on the same shapes, with or without `present` and `size`: those that differ are
-            named at once, where collectives would hang until their time-out, or mix up numbers. It
-            waits for the result, in a compiled function when its graph runs.
+            rule on the same shapes and names of losses, with or without `present` and `size`, and
+            from the same state: those that differ are named at once, where collectives would hang
+            until their time-out, or mix up numbers. `jd.init_state`, and steps whose state is
+            `None`, compare the numbers of the parameters. Floats may differ by rounding. It waits
+            for the result, in a compiled function when its graph runs.
 
     Returns:
         A rule of the type of `rule`, and with its state: a state may go on with `rule` in one
@@ -142,7 +144,8 @@ def _init(
     group: Group,
 ) -> State:
     """Start the scalarizer, once all processes agree on the losses."""
-    _handshake.check_start(name, {"losses": losses}, key, group)
+    step = {"rule options": repr(rule), "losses": losses}
+    _handshake.check_start(name, step, key, group)
     return rule.init_fn(losses, key)
 
 

@@ -71,7 +71,7 @@ def _init(
     group: Group,
 ) -> State:
     """Start the rule on all rows, once all processes agree on them."""
-    _handshake.check_start(name, {"jac": jac}, key, group)
+    _handshake.check_start(name, {"rule options": repr(rule), "jac": jac}, key, group)
     return rule.init(_all_rows(jac, exchange, group), key=key)
 
 

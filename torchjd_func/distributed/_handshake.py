@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torchjd_func import _check, _tree
 from torchjd_func._shares import Numbers, Rows
 from torchjd_func._types import PyTree
 from torchjd_func.distributed import _collectives
+from torchjd_func.distributed._checksums import checksums, is_inexact
 from torchjd_func.distributed._collectives import Group
 
 Agreed: TypeAlias = Callable[[Any], Any]  # returns what it is given, once all processes agree
@@ -106,54 +106,16 @@ def _check_leaves(leaves: dict[str, Any], groups: Sequence[Group]) -> None:
 
 def _level(leaves: dict[str, Any]) -> int:
     """Return a number of all that floats hold, which rounding changes by little."""
-    return round(PARTS * sum(_checksums(leaves).values()))
+    return round(PARTS * sum(checksums(leaves).values()))
 
 
 def _levels(leaves: dict[str, Any], briefs: dict[str, str]) -> dict[str, str]:
     """Return what has to be the same of each leaf, with its checksum if it holds floats."""
-    sums = _checksums(leaves)
+    sums = checksums(leaves)
     return {
         path: f"{brief} with checksum {sums[path]}" if path in sums else brief
         for path, brief in briefs.items()
     }
-
-
-def _checksums(leaves: dict[str, Any]) -> dict[str, float]:
-    """Return a number of each leaf of floats: its direction, along one, and its logarithmic size.
-
-    What is a thousandth of the largest leaf, such as the rounding of a zero, counts for less.
-    """
-    floats = {
-        path: leaf.of.detach()
-        for path, leaf in leaves.items()
-        if isinstance(leaf, Numbers) and not leaf.of.is_meta and _is_inexact(leaf.of)
-    }
-    if not floats:
-        return {}
-    pairs = [_along_and_norm(x) for x in floats.values()]
-    known = torch.stack([pair.to(pairs[0].device) for pair in pairs]).tolist()
-    floor = 1e-3 * max(norm for _, norm in known)
-    return {
-        path: along / (norm + floor) + math.log2(norm + floor) if floor else 0.0
-        for path, (along, norm) in zip(floats, known, strict=True)
-    }
-
-
-def _along_and_norm(leaf: Tensor) -> Tensor:
-    """Return `(2,)`: the product with a direction that is periodic, and the norm."""
-    x = _tree.real(leaf).reshape(-1)
-    x = torch.where(x.isfinite(), x, 0)
-    direction = torch.arange(1, 1025, device=x.device, dtype=torch.float64).cos()
-    whole = len(x) - len(x) % 1024
-    sums = x[:whole].reshape(-1, 1024).sum(0, dtype=torch.float64)
-    rest = x[whole:].to(torch.float64) @ direction[: len(x) - whole]
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return torch.stack([sums @ direction + rest, norm])
-
-
-def _is_inexact(x: Tensor) -> bool:
-    """Say whether a tensor holds numbers that rounding changes."""
-    return x.is_floating_point() or x.is_complex()
 
 
 @torch.library.custom_op("torchjd_func::check_step", mutates_args=())
@@ -263,7 +225,7 @@ def _brief(leaf: Any) -> str:
     if not isinstance(leaf, Numbers):
         return _check.describe(leaf) if isinstance(leaf, Tensor) else str(leaf)
     brief = _check.describe(leaf.of)
-    if leaf.of.is_meta or _is_inexact(leaf.of):
+    if leaf.of.is_meta or is_inexact(leaf.of):
         return brief
     numbers = str(leaf.of.tolist())
     return f"{brief} that holds {numbers if len(numbers) < 100 else digest({'': numbers})}"
