@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func import _tree
+from torchjd_func import _check, _tree
 
 PyTree = Any
 Size = int | Tensor | None  # how many examples a process has; `None` if parts count alike
@@ -26,11 +26,35 @@ class Rows:
         return f"{len(self.of)} rows"
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Numbers:
+    """A tensor that is to hold the same numbers on all processes, not its shape alone."""
+
+    of: Tensor
+
+
+def same(name: str, tree: PyTree) -> dict[str, Any]:
+    """Return the leaves by name, whose numbers are to be the same; not those of sharded tensors."""
+    plain = Tensor, torch.nn.Parameter
+    pairs = zip(_tree.names(tree), _tree.leaves(tree), strict=True)
+    return {
+        f"{name}.{path}": Numbers(x) if type(x) in plain else _check.describe(x)
+        for path, x in pairs
+    }
+
+
+def order(tree: PyTree) -> str:
+    """Return the names of all leaves, in order."""
+    return repr(_tree.paths(tree))
+
+
 class Part(NamedTuple):
-    """What one process has of a batch."""
+    """What one process has of a batch, and what it has like the others."""
 
     size: Size = None
     lengths: dict[str, Rows] | None = None  # of the tensors of the batch
+    same: Mapping[str, Any] = {}  # what else is to be the same, by name
+    losses: str = ""  # their names, in order
 
 
 def step_of(part: Part, present: Any, **tensors: Any) -> dict[str, Any]:
@@ -40,7 +64,8 @@ def step_of(part: Part, present: Any, **tensors: Any) -> dict[str, Any]:
     """
     options = {"present": present, "size": part.size}
     given = {name: "nothing" if x is None else "a value" for name, x in options.items()}
-    return {**tensors, "batch": part.lengths if part.size is None else None, **given}
+    batch = part.lengths if part.size is None else None
+    return {**tensors, "names": part.losses, **part.same, "batch": batch, **given}
 
 
 class Shares(NamedTuple):

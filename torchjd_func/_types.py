@@ -126,14 +126,12 @@ class Partition(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """How a rule works with those on other processes (`jd.distributed`).
-
-    It is then given rows and losses as they are, since what any process has counts.
-    """
+    """How a rule works with those on other processes, given rows and losses as they are."""
 
     average: Callable[[PyTree], PyTree]  # gradients -> their mean over processes
     factors: Callable[..., Tensor]  # (losses, present) -> (m,), of which sums are weighted means
     of_part: Callable[[Part], Any]  # the rule for a call with this part of the batch
+    agree: Callable[[PyTree], Any]  # checks that a pytree is the same on all processes
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)

@@ -10,7 +10,7 @@ from tests import workers
 
 M, SIZES = 3, {"a": 7, "b": 10}  # rows; columns of leaves
 N = sum(SIZES.values())
-CHECK = 2 * 8  # bytes, of two numbers
+CHECK = 4 * 8  # bytes, of four numbers
 BYTES = {torch.float32: 4, torch.float64: 8}
 RULES = {
     "upgrad": jd.upgrad(),

@@ -70,7 +70,7 @@ from torchjd_func._check._methods import (
     takes_present,
     two_batch_weighting,
 )
-from torchjd_func._check._mistakes import attribute, explain, unmapped
+from torchjd_func._check._mistakes import attribute, explain, numbered, unmapped
 from torchjd_func._check._modules import (
     capturable,
     kept_once,

@@ -49,6 +49,16 @@ _REMEDIES = {
         "Give each process the same parameters; call it eager where these are used in other ways."
     ),
     "order": "Give parameters and losses names, in dicts, which are sorted, or one order.",
+    "rule options": "Make the rule with the same options on each process.",
+    "names": "Give each process the same losses, in dicts, which are sorted, or in one order.",
+    "state": (
+        "Start all processes with the same key, or from the same checkpoint, or send them the "
+        "state of one: torch.distributed.broadcast(leaf, 0)."
+    ),
+    "parameters": (
+        "Start all processes from the same seed or checkpoint, or send them the parameters of one: "
+        "torch.distributed.broadcast(p.data, 0) for all of them."
+    ),
     "present": "Pass `present` on all processes, or on none.",
     "size": "Pass `size`, the number of examples, on all processes, or on none.",
     "batch": (

@@ -33,6 +33,19 @@ def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> No
     raise error
 
 
+def numbered(operation: Any, tensors: Sequence[Tensor]) -> NoReturn:
+    """Raise since an operation was given a tensor without numbers."""
+    shape = next(describe(x) for x in tensors if x.is_meta)
+    name = getattr(operation, "__name__", "an operation")
+    rule = "use no parameter or buffer on the device 'meta', which has no numbers"
+    remedy = (
+        "Pass all parameters and buffers that the copy of the module needs: to('meta') unties "
+        "weights (call tie_weights() on the copy, or tie them by hand), and buffers are not among "
+        "named_parameters(): functional_call(copy, (params, buffers), (x,))."
+    )
+    fail(ValueError, "the objective", rule, f"{shape} in `{name}`", remedy)
+
+
 def unmapped(error: Exception) -> NoReturn:
     """Raise an error that says how to pull back without vmap, which fails."""
     rule = "be made of operations whose backward passes torch can map over losses"

@@ -84,7 +84,7 @@ def double_sampling(
         _check.batches(batches)
         routes = (route, route, "jacobian")  # the third is pulled back only once
         linears = [
-            linearize(fn, (params, *batch), kwargs, Request(0, has_aux, route, chunk_size))
+            linearize(fn, (params, *batch), kwargs, Request(0, has_aux, route, chunk_size), state)
             for batch, route in zip(batches, routes, strict=False)
         ]
         _check.same_losses([linear.vector.shape[0] for linear in linears])

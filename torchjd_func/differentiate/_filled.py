@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd_func import _check, _present, _tree
 from torchjd_func._shares import step_of
 from torchjd_func.differentiate._layerwise import Ranks
-from torchjd_func.differentiate._request import Request
+from torchjd_func.differentiate._request import Request, bind
 
 if TYPE_CHECKING:
     from torchjd_func.differentiate._instancewise import InstanceWise
@@ -25,7 +25,8 @@ def filled(fn: InstanceWise, ranks: Ranks, request: Request) -> tuple[InstanceWi
     """
     size, dims = request.part.size, _dims(fn, request)
     length = _length(request, dims)
-    step = step_of(request.part, request.present, rule="jd.distributed.gathered")
+    order = repr(bind(request).paths)
+    step = step_of(request.part, request.present, rule="jd.distributed.gathered", order=order)
     if torch.compiler.is_compiling():  # one length, with a size too
         fn = replace(fn, ranks=_agreed(ranks, {**step, "batch": request.part.lengths}))
     if torch.compiler.is_compiling() or ranks.lengths is None:

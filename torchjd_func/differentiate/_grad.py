@@ -14,6 +14,7 @@ from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
+from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._pullback import vjp_aux
 from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import (
@@ -133,10 +134,13 @@ def grad_and_value(
         rows=not scalar,
         spans=rule.processes is not None,
     )
+    if options.spans or as_objective(fn).spans_processes:
+        options = options._replace(rule=repr(rule))
 
     def grad_and_value_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
-        linear, state = linearize(fn, args, kwargs, options), detached(state)
+        state = detached(state)
+        linear = linearize(fn, args, kwargs, options, state)
         check_names(by_name, linear.losses)
         here: Any = rule if rule.processes is None else rule.processes.of_part(linear.part)
         with full_precision():

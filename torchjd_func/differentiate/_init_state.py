@@ -11,10 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchjd_func import _check, _names, _tree
+from torchjd_func._shares import same
 from torchjd_func._types import Aggregator, Scalarizer, Weighting
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
+from torchjd_func.differentiate._numbered import numbered
 from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._pullback import call
 from torchjd_func.differentiate._request import Request, bind
@@ -85,6 +87,8 @@ def init_state(
         objective.plan(request)
     jac = objective.rows_like(primals, count)
     m = _tree.leading_size(jac)
+    if not isinstance(rule, Weighting) and rule.processes is not None:
+        rule.processes.agree({"rule": rule.name, **same("parameters", primals)})
     if isinstance(rule, Scalarizer):
         here = count == m  # or other processes have losses as well
         return rule.init(losses if here else _tree.placeholder(losses, (m,)), key=key)
@@ -134,7 +138,8 @@ def _evaluated(fn: Any, request: Request) -> Brief:
             briefs.append(brief(fn(*bound.fill(leaves))))
             return leaves[0].sum()
 
-        torch.func.vjp(look, bound.leaves)
+        with numbered():
+            torch.func.vjp(look, bound.leaves)
         return briefs[0]
 
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -143,7 +148,7 @@ def _evaluated(fn: Any, request: Request) -> Brief:
     args = _tree.map(_whole, request.args)
     with contextlib.suppress(Exception), untouched(fn, args):
         return inside(args)
-    with untouched(fn, args):
+    with untouched(fn, args), numbered():
         return brief(call(fn, args, {}))._replace(tracked=None)
 
 

@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._filled import filled
-from torchjd_func.differentiate._layerwise import Ranks
+from torchjd_func.differentiate._layerwise import Ranks, count
 from torchjd_func.differentiate._linearized import Linearized
 from torchjd_func.differentiate._objective import (
     Function,
@@ -118,12 +118,7 @@ class InstanceWise:
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of all examples, those of other processes included."""
-        if self.ranks is None:
-            return rows_like(primals, m)
-        if torch.compiler.is_compiling() or self.ranks.lengths is None:
-            return rows_like(primals, m * self.ranks.size())
-        every = self.ranks.lengths([m], {"rule": "jd.init_state"})
-        return rows_like(primals, sum(count for (count,) in every))
+        return rows_like(primals, m if self.ranks is None else count(m, primals, self.ranks))
 
     def plan(self, request: Request) -> None:
         """Find out what layer-by-layer routes need to know, for graphs to replay it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
-from torchjd_func._shares import Part
+from torchjd_func._shares import Part, order
 from torchjd_func._types import Aggregator, Processes
 from torchjd_func.differentiate._layerwise import Layers
 
@@ -86,7 +86,8 @@ def value(linear: Linearized, has_aux: bool) -> Any:
 
 def counting(linear: Linearized, part: Part) -> Linearized:
     """Return gradients that are zero without examples, where they may not be numbers."""
-    linear, size = linear._replace(part=part), part.size
+    part, size = part._replace(losses=order(linear.losses)), part.size
+    linear = linear._replace(part=part)
     if size is None or (not isinstance(size, Tensor) and size > 0):
         return linear
     some = torch.as_tensor(size, device=linear.vector.device) > 0

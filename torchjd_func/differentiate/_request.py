@@ -27,6 +27,7 @@ class Request(NamedTuple):
     alone: bool = False  # whether these leaves are all that is differentiated
     rows: bool = True  # whether anybody looks at rows, or one combination of them is all
     spans: bool = False  # whether the rule works over processes
+    rule: str = ""  # with its options, which are the same on all processes
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     present: Any = None  # which losses there are: `(m,)`, or a tree of bools; `None` for all

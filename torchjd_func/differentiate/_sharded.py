@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._shares import scaled, step_of
+from torchjd_func._shares import order, same, scaled, step_of
 from torchjd_func._types import Aggregator
 from torchjd_func.differentiate._instancewise import InstanceWise
-from torchjd_func.differentiate._layerwise import Ranks
+from torchjd_func.differentiate._layerwise import Ranks, count
 from torchjd_func.differentiate._linearized import (
     Contraction,
     Groups,
@@ -23,6 +23,7 @@ from torchjd_func.differentiate._linearized import (
     Linearized,
     Shards,
 )
+from torchjd_func.differentiate._numbered import numbered
 from torchjd_func.differentiate._objective import Function, Objective, as_objective, shown
 from torchjd_func.differentiate._pullback import basis, pull_rows
 from torchjd_func.differentiate._request import Request, bind, chosen
@@ -76,9 +77,12 @@ class Sharded:
         if request.alone and request.where is not None:
             parts = parts.some(chosen(request.where, everything.paths))
         if isinstance(fn, InstanceWise):
-            linear = replace(fn, ranks=parts.ranks).linearize(whole)
+            with numbered():
+                linear = replace(fn, ranks=parts.ranks).linearize(whole)
             return linear._replace(leaves=_placed(linear.leaves, parts))
-        return _shared_out(fn.linearize(whole), parts, request)
+        with numbered():
+            linear = fn.linearize(whole)
+        return _shared_out(linear, parts, request)
 
     def wrap(self, change: Callable[[Function], Function]) -> Sharded:
         """Return the sharded objective of the changed function."""
@@ -86,10 +90,12 @@ class Sharded:
 
     def rows_like(self, primals: PyTree, m: int) -> PyTree:
         """Return placeholders for the rows of whole parameters."""
-        fn = self.fn
-        if isinstance(fn, InstanceWise):
-            fn = replace(fn, ranks=self.parts(_tree.leaves(primals)).ranks)
-        return fn.rows_like(_tree.map(self.like, primals), m)
+        parts = self.parts(_tree.leaves(primals))
+        if isinstance(self.fn, InstanceWise):
+            m = count(m, primals, parts.ranks)
+        else:
+            parts.agree(same("parameters", primals))
+        return self.fn.rows_like(_tree.map(self.like, primals), m)
 
     def plan(self, request: Request) -> None:
         """Remember nothing."""
@@ -110,7 +116,9 @@ def _placed(leaves: Leaves, parts: Parts) -> Leaves:
 def _shared_out(linear: Linearized, parts: Parts, request: Request) -> Linearized:
     """Return means over processes, of which this process has its parts."""
     present, part, seen = linear.present, request.part, linear.seen
-    after = parts.agree(step_of(part, present, losses=linear.vector))
+    part = part._replace(losses=order(linear.losses))
+    paths = repr(linear.leaves.paths)
+    after = parts.agree(step_of(part, present, losses=linear.vector, order=paths))
 
     def agreed(cotangent: Tensor) -> list[Tensor]:
         """Pull back once all processes agree."""

@@ -10,16 +10,22 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._precision import full_precision
-from torchjd_func._shares import Part, Rows
+from torchjd_func._shares import Part, Rows, Size, same
 from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, counting
 from torchjd_func.differentiate._objective import as_objective
 from torchjd_func.differentiate._request import Request
 
+PyTree = Any
+
 
 def linearize(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Request
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Request,
+    state: PyTree = (),
 ) -> Linearized:
     """Let an objective linearize itself at some arguments, with the options of a transform."""
     _check.flag("has_aux", options.has_aux)
@@ -37,7 +43,7 @@ def linearize(
         args=detached(args),
         kwargs=detached(named),
         present=present,
-        part=Part(size, _lengths(args, named, options.argnums) if spans else None),
+        part=_part(args, named, options, state, size) if spans else Part(size),
         autocast=around(),
     )
     with full_precision():
@@ -64,12 +70,32 @@ def check_devices(given: Any) -> None:
 
 def _check_whole(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> None:
     """Check that nothing that is differentiated is sharded."""
-    places = _check.argnums(argnums, len(args))
-    several = isinstance(argnums, tuple)
-    differentiated = {i: args[i] for i in places} if several else args[places[0]]
+    differentiated = _differentiated(args, argnums)
     leaves = _tree.leaves(differentiated)
     if any(type(leaf) not in (Tensor, torch.nn.Parameter) for leaf in leaves):
         _check.not_sharded(_tree.paths(differentiated), leaves)
+
+
+def _part(
+    args: tuple[Any, ...], named: dict[str, Any], options: Request, state: PyTree, size: Size
+) -> Part:
+    """Return what this process has of a batch, and what it has like the others.
+
+    That is the state of the rule or, where there is none yet, the parameters.
+    """
+    if state is not None:
+        alike = {} if options.spans else same("state", state)  # or the rule compares it
+    else:
+        alike = same("parameters", _differentiated(args, options.argnums))
+    alike["rule options"] = options.rule
+    return Part(size, _lengths(args, named, options.argnums), alike)
+
+
+def _differentiated(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> PyTree:
+    """Return what is differentiated."""
+    places = _check.argnums(argnums, len(args))
+    several = isinstance(argnums, tuple)
+    return {str(i): args[i] for i in places} if several else args[places[0]]
 
 
 def _lengths(

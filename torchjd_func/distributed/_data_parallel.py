@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _present, _tree
 from torchjd_func._present import Present
-from torchjd_func._shares import Part, Size, scaled, step_of
+from torchjd_func._shares import Part, Size, same, scaled, step_of
 from torchjd_func._types import Aggregator, Processes, PyTree, Scalarizer, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake
 from torchjd_func.distributed._collectives import Group
@@ -38,7 +38,7 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
     averaged before the Gramian is taken, but never whole: with `n` parameters, `n'` = `n` rounded
     up to a multiple of `W`, each process is sent `n' / W` columns, adds its share to the Gramian,
     solves for the weights, and combines its columns. Numbers that a process hands to collectives
-    (see `jd.distributed` for bytes, and for times), and 2 more for `check`:
+    (see `jd.distributed` for bytes, and for times), and 4 more for `check`:
 
     | rule | numbers |
     |---|---|
@@ -61,9 +61,11 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
         rule: An Aggregator or a Scalarizer.
         group: The processes; by default all.
         check: Whether each step compares, by one small all-reduce, that all processes call the same
-            rule on the same shapes, with or without `present` and `size`: those that differ are
-            named at once, where collectives would hang until their time-out, or mix up numbers. It
-            waits for the result, in a compiled function when its graph runs.
+            rule on the same shapes and names of losses, with or without `present` and `size`, and
+            from the same state: those that differ are named at once, where collectives would hang
+            until their time-out, or mix up numbers. `jd.init_state`, and steps whose state is
+            `None`, compare the numbers of the parameters. Floats may differ by rounding. It waits
+            for the result, in a compiled function when its graph runs.
 
     Returns:
         A rule of the type of `rule`, and with its state: a state may go on with `rule` in one
@@ -110,6 +112,7 @@ def _scalarizer(
             partial(average, group=group),
             partial(factors, size=part.size, group=group),
             partial(_scalarizer, rule, name, group, check),
+            partial(_handshake.agreed, groups=(group,), check=check),
         ),
     )
 
@@ -141,7 +144,8 @@ def _init(
     group: Group,
 ) -> State:
     """Start the scalarizer, once all processes agree on the losses."""
-    _handshake.check_start(name, {"losses": losses}, key, group)
+    step = {"rule options": repr(rule), "losses": losses}
+    _handshake.check_start(name, step, key, group)
     return rule.init_fn(losses, key)
 
 
@@ -157,7 +161,7 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Scalarize the mean losses, of which those of this process are differentiated."""
-    step = step_of(part, present, rule=name, losses=losses.detach())
+    step = step_of(part, present, rule=name, losses=losses.detach(), **same("state", state))
     losses = _handshake.agreed(step, (group,), check)(losses)
     own = None
     if present is not None or part.size is not None:
@@ -187,7 +191,8 @@ def _observe(
     _check.size(size, True)
     constant = _tree.map(Tensor.detach, losses)
     if _tree.leaves(constant):
-        step = step_of(Part(size), present, rule=f"{name}.observe", losses=constant)
+        named = {"rule": f"{name}.observe", "losses": constant, **same("state", state)}
+        step = step_of(Part(size), present, **named)
         constant = _handshake.agreed(step, (group,), check)(constant)
     if present is None and (size is None or losses is None):
         return rule.observe(average(constant, group), state)

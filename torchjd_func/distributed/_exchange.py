@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchjd_func import _present, _tree
 from torchjd_func._lift import statistic_like
-from torchjd_func._shares import Part, Shares, Size, scaled, step_of
+from torchjd_func._shares import Part, Shares, Size, same, scaled, step_of
 from torchjd_func._types import Aggregator, Partition, Processes, PyTree, State, Weighting
 from torchjd_func.distributed import _collectives, _handshake, _layout
 from torchjd_func.distributed._collectives import Group
@@ -50,6 +50,7 @@ def spread(
         partial(average, group=group),
         partial(factors, size=part.size, group=group),
         partial(spread, rule, name, exchange, group, check),
+        partial(_handshake.agreed, groups=(group,), check=check),
     )
     update = partial(_update, name=name, part=part, check=check, **bound)
     return Aggregator(name, partial(_init, name=name, **bound), update, processes=processes)
@@ -70,7 +71,7 @@ def _init(
     group: Group,
 ) -> State:
     """Start the rule on all rows, once all processes agree on them."""
-    _handshake.check_start(name, {"jac": jac}, key, group)
+    _handshake.check_start(name, {"rule options": repr(rule), "jac": jac}, key, group)
     return rule.init(_all_rows(jac, exchange, group), key=key)
 
 
@@ -94,7 +95,9 @@ def _update(
     present: Tensor | None = None,
 ) -> tuple[PyTree, State]:
     """Weigh what this process has, and bring it together with that of others."""
-    step = step_of(part, present, rule=name, jac=jac, losses=losses)
+    part = part._replace(losses=part.losses if exchange.trusted else "")  # or each has its own
+    before = {} if rule.columnwise else same("state", state)
+    step = step_of(part, present, rule=name, jac=jac, losses=losses, **before)
     jac, losses = _handshake.agreed(step, (group,), check)((jac, losses))
     if present is None and part.size is None:
         return _together(jac, state, losses, None, rule, exchange, group)

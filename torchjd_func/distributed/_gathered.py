@@ -45,8 +45,9 @@ def gathered(objective: InstanceWise, group: Group = None, *, check: bool = True
             different ways, not in a compiled function; rows of these travel, and not factors.
         group: The processes; by default all.
         check: Whether each call compares, by a small all-gather, the lengths of the batches and
-            whether there is `present` or `size`, and by a small all-reduce how parameters are used.
-            Without it all batches must have one length, and operations must be the same.
+            whether there is `present` or `size`, and the state, and by a small all-reduce how
+            parameters are used; at the start, parameters. Without it all batches must have one
+            length, and operations must be the same.
 
     Returns:
         The objective for `jd.gramian`, `jd.gramian_vjp`, `jd.cross_gramian`, `jd.grad`,

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
-from torchjd_func._shares import Rows
+from torchjd_func._shares import Numbers, Rows
 from torchjd_func._types import PyTree
 from torchjd_func.distributed import _collectives
+from torchjd_func.distributed._checksums import checksums, is_inexact
 from torchjd_func.distributed._collectives import Group
 
 Agreed: TypeAlias = Callable[[Any], Any]  # returns what it is given, once all processes agree
-TENSOR, LENGTH = "\x02tensor", "\x02length"  # in the place of what is known when a graph runs
+# What is known when a graph runs, by what is in its place.
+KINDS = {"\x02Tensor": lambda x: x, "\x02Rows": Rows, "\x02Numbers": Numbers}
+PARTS, APART = 2**20, 2**12  # of a checksum: in one, and by how many those of processes may differ
 
 
 def check_same(tree: PyTree, group: Group = None) -> None:
@@ -72,11 +75,11 @@ def agreed(tree: PyTree, groups: Sequence[Group], check: bool = True) -> Agreed:
     if not check:
         return _unchanged
     if torch.compiler.is_compiling():
-        tensors, lengths, text = _for_graphs(tree)
-        if not tensors and not lengths:  # nor is there anything to exchange
+        tensors, text = _for_graphs(tree)
+        if not tensors:  # nor is there anything to exchange
             return _unchanged
-        return partial(_after, _checked(tensors, lengths, text, _names(groups)))
-    _check_digest(_briefs(tree), groups)
+        return partial(_after, _checked(tensors, text, _names(groups)))
+    _check_leaves(_by_path(tree), groups)
     return _unchanged
 
 
@@ -90,48 +93,58 @@ def _after(zero: Tensor, numbers: PyTree) -> PyTree:
     return _tree.map(lambda leaf: leaf + zero.to(leaf.dtype), numbers)
 
 
-def _check_digest(briefs: dict[str, str], groups: Sequence[Group]) -> None:
-    """Compare what has to be the same by a number; in full where that differs."""
-    number = digest(briefs)
-    high, low = _collectives.largest([number, -number], groups)
+def _check_leaves(leaves: dict[str, Any], groups: Sequence[Group]) -> None:
+    """Compare what has to be the same by two numbers; in full where these differ."""
+    briefs = {path: _brief(leaf) for path, leaf in leaves.items()}
+    number, level = digest(briefs), _level(leaves)
+    high, low, most, least = _collectives.largest([number, -number, level, -level], groups)
     if high != -low:
         _compare(briefs, groups)
+    if most + least > APART:
+        _compare(_levels(leaves, briefs), groups)
+
+
+def _level(leaves: dict[str, Any]) -> int:
+    """Return a number of all that floats hold, which rounding changes by little."""
+    return round(PARTS * sum(checksums(leaves).values()))
+
+
+def _levels(leaves: dict[str, Any], briefs: dict[str, str]) -> dict[str, str]:
+    """Return what has to be the same of each leaf, with its checksum if it holds floats."""
+    sums = checksums(leaves)
+    return {
+        path: f"{brief} with checksum {sums[path]}" if path in sums else brief
+        for path, brief in briefs.items()
+    }
 
 
 @torch.library.custom_op("torchjd_func::check_step", mutates_args=())
-def _checked(
-    tensors: Sequence[Tensor], lengths: Sequence[Tensor], text: str, groups: str
-) -> Tensor:
+def _checked(tensors: Sequence[Tensor], text: str, groups: str) -> Tensor:
     """Check a step when a graph runs; return 0."""
-    parts = iter(tensors), iter(lengths)
-    briefs = {}
+    rest, leaves = iter(tensors), {}
     for line in text.split("\n"):
         path, _, brief = line.partition("\x01")
-        if brief == TENSOR:
-            brief = _brief(next(parts[0]))
-        elif brief == LENGTH:
-            brief = str(Rows(next(parts[1])))
-        briefs[path] = brief
-    _check_digest(briefs, [_collectives.group_of(name) for name in groups.split("\n")])
-    return [*tensors, *lengths][0].new_zeros((), dtype=torch.float32)
+        leaves[path] = KINDS[brief](next(rest)) if brief in KINDS else brief
+    _check_leaves(leaves, [_collectives.group_of(name) for name in groups.split("\n")])
+    return tensors[0].new_zeros((), dtype=torch.float32)
 
 
 @_checked.register_fake
-def _(tensors: Sequence[Tensor], lengths: Sequence[Tensor], text: str, groups: str) -> Tensor:
-    return [*tensors, *lengths][0].new_zeros((), dtype=torch.float32)
+def _(tensors: Sequence[Tensor], text: str, groups: str) -> Tensor:
+    return tensors[0].new_zeros((), dtype=torch.float32)
 
 
-def _for_graphs(tree: PyTree) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return the tensors of a pytree, those whose lengths count, and the rest as a text."""
-    tensors, lengths, lines = [], [], []
+def _for_graphs(tree: PyTree) -> tuple[list[Tensor], str]:
+    """Return the tensors of a pytree, and a text with the rest and their kinds."""
+    tensors, lines = [], []
     for path, leaf in zip(_tree.paths(tree), _tree.leaves(tree), strict=True):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf.detach())
-        if isinstance(leaf, Rows):
-            lengths.append(leaf.of.detach())
-        kind = TENSOR if isinstance(leaf, Tensor) else LENGTH if isinstance(leaf, Rows) else leaf
-        lines.append(f"{path}\x01{kind}")
-    return tensors, lengths, "\n".join(lines)
+        text = leaf
+        if isinstance(leaf, Tensor | Rows | Numbers):
+            known = isinstance(leaf, Tensor)
+            tensors.append((leaf if known else leaf.of).detach())
+            text = "\x02" + ("Tensor" if known else type(leaf).__name__)
+        lines.append(f"{path}\x01{text}")
+    return tensors, "\n".join(lines)
 
 
 def _names(groups: Sequence[Group]) -> str:
@@ -141,13 +154,16 @@ def _names(groups: Sequence[Group]) -> str:
 
 def numbers_of_all(numbers: list[int], tree: PyTree, groups: Sequence[Group]) -> list[list[int]]:
     """Return some numbers of each process of a mesh, once a pytree is the same on all."""
-    briefs = _briefs(tree)
-    own = torch.tensor([[digest(briefs), *numbers]], device=_collectives.device(groups[0]))
+    leaves, briefs = _by_path(tree), _briefs(tree)
+    row = [digest(briefs), _level(leaves), *numbers]
+    own = torch.tensor([row], device=_collectives.device(groups[0]))
     for group in reversed(groups):
         own = _collectives.all_gather(own, group)
-    digests, *columns = zip(*own.tolist(), strict=True)
+    digests, levels, *columns = zip(*own.tolist(), strict=True)
     if len(set(digests)) > 1:
         _compare(briefs, groups)
+    if max(levels) - min(levels) > APART:
+        _compare(_levels(leaves, briefs), groups)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -196,10 +212,20 @@ def _is_of_the_batch(path: str) -> bool:
 
 def _briefs(tree: PyTree) -> dict[str, str]:
     """Return what has to be the same of each leaf."""
-    pairs = zip(_tree.paths(tree), _tree.leaves(tree), strict=True)
-    return {path: _brief(x) for path, x in pairs}
+    return {path: _brief(leaf) for path, leaf in _by_path(tree).items()}
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Return each leaf by its name."""
+    return dict(zip(_tree.paths(tree), _tree.leaves(tree), strict=True))
 
 
 def _brief(leaf: Any) -> str:
-    """Return what has to be the same of a leaf."""
-    return _check.describe(leaf) if isinstance(leaf, Tensor) else str(leaf)
+    """Return what has to be the same of a leaf, but for floats."""
+    if not isinstance(leaf, Numbers):
+        return _check.describe(leaf) if isinstance(leaf, Tensor) else str(leaf)
+    brief = _check.describe(leaf.of)
+    if leaf.of.is_meta or is_inexact(leaf.of):
+        return brief
+    numbers = str(leaf.of.tolist())
+    return f"{brief} that holds {numbers if len(numbers) < 100 else digest({'': numbers})}"

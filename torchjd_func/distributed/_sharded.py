@@ -47,7 +47,9 @@ def sharded(objective: Callable[..., Any], *, check: bool = True) -> Sharded:
     for `jd.distributed.gathered`: activations travel, and rows are nowhere.
 
     `objective` calls a module without hooks: `torch.func.functional_call(skeleton, params, (x,))`
-    with a copy that `fully_shard` has not touched, on the device `"meta"` say.
+    with a copy that `fully_shard` has not touched, on the device `"meta"` say. What that copy needs
+    and is not passed has no numbers there, and is an error: buffers, and weights that `.to("meta")`
+    has untied.
 
     Args:
         objective: `fn(params, *args)` of whole parameters, as plain tensors, and of the part of the

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchjd_func import _check, _tree
 from torchjd_func._lift import statistic_like
-from torchjd_func._shares import Part, Size
+from torchjd_func._shares import Part, Size, order, same
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.interop import _heads, _targets
 from torchjd_func.interop._autograd import combined, rows
@@ -101,8 +101,9 @@ def backward_(
         tensor([ 1.3500, -0.4500])
     """
     _check_options(rule, chunk_size, where, scaler, size)
-    part, target = Part(size), _targets.listed(target)
+    target = _targets.listed(target)
     tree = _targets.trainable(target)
+    part = Part(size, None, same("parameters", tree) if state is None else {}, order(losses))
     rule = rule if rule.processes is None else rule.processes.of_part(part)
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):

@@ -31,7 +31,7 @@ from torchjd_func.differentiate._layerwise._layers import (
 from torchjd_func.differentiate._layerwise._pieces import spread
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
 from torchjd_func.differentiate._layerwise._planner import plan, run
-from torchjd_func.differentiate._layerwise._ranks import Ranks, joined
+from torchjd_func.differentiate._layerwise._ranks import Ranks, count, joined
 from torchjd_func.differentiate._layerwise._record import Batch, Problem, Recorded
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 
@@ -46,6 +46,7 @@ __all__ = [
     "Recorded",
     "Spelled",
     "combine",
+    "count",
     "cross_gramians",
     "gramians",
     "jacobian",

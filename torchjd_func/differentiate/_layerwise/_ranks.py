@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func._pack import pack
+from torchjd_func._shares import same
 from torchjd_func.differentiate._layerwise import _forms
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 
@@ -28,6 +29,14 @@ class Ranks(NamedTuple):
     whole: bool = False  # whether all that counts is present
     agree: Callable[[PyTree], Callable[[PyTree], PyTree]] | None = None  # as `_handshake.agreed`
     differ: Callable[[dict[str, str]], set[str]] | None = None  # as `_handshake.differing`
+
+
+def count(m: int, primals: PyTree, ranks: Ranks) -> int:
+    """Return how many examples all processes have, of which this one has `m`."""
+    if torch.compiler.is_compiling() or ranks.lengths is None:
+        return m * ranks.size()
+    every = ranks.lengths([m], {"rule": "jd.init_state", **same("parameters", primals)})
+    return sum(number for (number,) in every)
 
 
 def joined(values: Tensor, ranks: Ranks) -> Tensor:
