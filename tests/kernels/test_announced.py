@@ -1,5 +1,7 @@
 """What compilers are told of opaque operations is what these return: shapes, dtypes and strides."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_strides_of_a_library_are_not_passed_on():
     def turned(x: torch.Tensor) -> torch.Tensor:
         return (x + 1).mT
 
-    operation = _host.operation("turned", turned, lambda x: x.new_empty(x.mT.shape))
+    operation: Any = _host.operation("turned", turned, lambda x: x.new_empty(x.mT.shape))
     given = (torch.rand(2, 3, device=DEVICE),)
     torch.library.opcheck(operation, given, test_utils="test_faketensor")
     assert operation(*given).is_contiguous()
