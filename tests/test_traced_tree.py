@@ -80,6 +80,8 @@ def test_graphs_map_every_tree_as_eager_code_does(name):
         (lambda x: {"a": (x, None), "b": x}, False),
         (lambda x: {"a": [x, None], "c": x}, False),
         (lambda x: OrderedDict(a=[x, None], b=x), False),
+        (lambda x: {"a": Pair(x, None), "b": x}, False),
+        (lambda x: {"a": [x, None, x], "b": x}, False),
     ],
 )
 def test_graphs_compare_structures_as_eager_code_does(other, same):

@@ -6,6 +6,7 @@ Containers of other kinds than these are left to optree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -27,26 +28,44 @@ def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]] | None:
 def same_structure(a: PyTree, b: PyTree) -> bool | None:
     """Say whether two trees differ in their leaves alone; `None` if that is not known here."""
     try:
-        return _numbered(a, []) == _numbered(b, [])
+        return _alike(a, b)
     except LookupError:
         return None
 
 
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Compare nodes part by part; versions of torch before 2.13 do not compare dicts in graphs."""
+    (kind, names, parts), (other, others, counterparts) = _opened(a), _opened(b)
+    if kind is not other or names != others or len(parts) != len(counterparts):
+        return False
+    return all([_alike(x, y) for x, y in zip(parts, counterparts, strict=True)])
+
+
 def _numbered(node: PyTree, leaves: list[Any]) -> PyTree:
     """Append the leaves of a node to a list, and return the node with their places instead."""
-    if isinstance(node, LEAVES):
+    kind, names, parts = _opened(node)
+    if kind is Tensor:
         leaves.append(node)
         return len(leaves) - 1
-    if node is None:
+    if kind is NoneType:
         return None
+    places = [_numbered(part, leaves) for part in parts]
+    if kind is dict:
+        named = dict(zip(names, places, strict=True))
+        return {name: named[name] for name in node}
+    return kind(places) if kind in (list, tuple) else kind(*places)
+
+
+def _opened(node: PyTree) -> tuple[type, list[str], list[Any]]:
+    """Return the kind of a node (that of leaves is `Tensor`), the names of its parts, and these."""
     kind = type(node)
+    if isinstance(node, LEAVES) or node is None:
+        return NoneType if node is None else Tensor, [], []
     if kind is dict and all([isinstance(name, str) for name in node]):
-        parts = {name: _numbered(node[name], leaves) for name in sorted(node)}
-        return {name: parts[name] for name in node}
-    if kind in (list, tuple):
-        return kind([_numbered(child, leaves) for child in node])
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return kind(*[_numbered(child, leaves) for child in node])
+        names = sorted(node)
+        return dict, names, [node[name] for name in names]
+    if kind in (list, tuple) or (isinstance(node, tuple) and hasattr(node, "_fields")):
+        return kind, [], list(node)
     raise LookupError
 
 

@@ -122,7 +122,7 @@ def same_structure(a: PyTree, b: PyTree) -> bool:
 def _records(*trees: PyTree) -> bool:
     """Say whether trees are named tuples of tensors of one class: so is most states' structure."""
     kind = type(trees[0])
-    return hasattr(trees[0], "_fields") and all(
+    return (isinstance(trees[0], tuple) and hasattr(trees[0], "_fields")) and all(
         [type(tree) is kind and all([isinstance(x, Tensor) for x in tree]) for tree in trees]
     )
 
