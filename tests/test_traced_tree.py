@@ -88,5 +88,7 @@ def test_graphs_compare_structures_as_eager_code_does(other, same):
     def compared(x):
         return x + _tree.same_structure({"a": [x, None], "b": x}, other(x))
 
+    if isinstance(other(torch.zeros(1)), OrderedDict) and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 traces no comparison of optree's structures")
     x = torch.zeros(1)
     assert compared(x) == compiled(compared)[0](x) == same

@@ -48,7 +48,7 @@ def _leaf(leaf: Any, within: tuple[int, ...]) -> Packed:
     if isinstance(leaf, Tensor):
         return [leaf], lambda tensors: tensors[0]
     items, attributes = _opened(leaf)
-    if id(leaf) in within or not (items or attributes):
+    if not (items or attributes) or id(leaf) in within:
         return [], lambda _: leaf
     tensors, unpack = pack((items, attributes), (*within, id(leaf)))
     return tensors, partial(_restored, leaf, unpack) if tensors else lambda _: leaf

@@ -71,6 +71,9 @@ def test_hooks_count(kind):
     torch.testing.assert_close(found, by_loops(KINDS[kind], w, x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch 2.11 and 2.12 trace other operations: rows are taken"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_that_were_planned_count_in_a_graph_without_a_warning(kind):
     w, x = point()

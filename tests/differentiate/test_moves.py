@@ -154,3 +154,23 @@ def test_what_looks_at_values_does_not_only_move_them(name):
 )
 def test_whole_rows_of_a_table_are_told_from_entries(func, args, axis, kind):
     assert _moves.moves((func, (P, *args), {}), P, False, axis, 3) == kind
+
+
+OPERATORS = {
+    "1 - x": lambda x: 1 - x,
+    "2 / x": lambda x: 2 / (x.square() + 1),
+    "x ** 2": lambda x: x**2,
+    "2 ** x": lambda x: 2**x,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_graphs_know_operators_by_the_names_that_they_have_outside(name):
+    objective = jd.instancewise(lambda weight, x: OPERATORS[name](x @ weight).sum(-1))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    given = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    gramian = jd.gramian(objective)
+    expected = gramian(*given)
+    compiled = torch.compile(gramian, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*given), expected)  # a graph without the plan would warn

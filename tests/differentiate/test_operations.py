@@ -30,6 +30,8 @@ X = torch.randn(3, 3, 3, dtype=torch.float64, generator=GENERATOR)
 # Whose backward passes torch 2.13 does not map over losses, and operations that it does not map
 NOT_OVER_LOSSES = {"complex product", "fft.hfft"}
 NOT_OVER_EXAMPLES = {"gaussian_nll_loss", "group_norm", "lstm cell", "RNN", "GRU", "LSTM"}
+if torch.__version__ >= "2.15":  # which maps it (2.13 does not; 2.14 was not tried)
+    NOT_OVER_EXAMPLES.discard("group_norm")
 
 
 def flat(operation: Operation, p: Any, x: Tensor, *front: int) -> Tensor:
@@ -73,6 +75,8 @@ def assert_rows(fn: Any, rows: Tensor, chunk_size: int | None = None) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_route_equals_loops(name: str) -> None:
+    if name == "aminmax" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 has no derivative of aminmax")
     fns = losses_of(OPERATIONS[name])
     for kind, objective in (
         ("examples", jd.instancewise(fns["examples"])),

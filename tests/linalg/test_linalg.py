@@ -162,6 +162,7 @@ def test_dtypes_batches_and_broadcasting():
     torch.testing.assert_close(over_matrices, solution.value[:1].expand(2, 2))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="a graph of torch 2.11 returns no records")
 def test_compiles_with_its_flags():
     gramian = A @ A.mT
     fast, counter = compiled(lambda g: jd.linalg.min_norm_point(g))

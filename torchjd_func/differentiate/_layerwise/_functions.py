@@ -41,8 +41,8 @@ def named(names: str) -> Functions:
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """Return the name of an operation."""
-    return getattr(func, "__name__", "an operation")
+    """Return the name of an operation; in graphs of torch 2.15 a decorated one has lost its own."""
+    return getattr(getattr(func, "__wrapped__", func), "__name__", "an operation")
 
 
 def is_torchs_own(func: Callable[..., Any]) -> bool:

@@ -192,7 +192,7 @@ _SPELLED = _BY_FUNCTION | {name_of(func): spell for func, spell in _BY_FUNCTION.
 def spelled(func: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """Return a function that torch differentiates right, also if it is mapped over."""
     compiling = torch.compiler.is_compiling()
-    name = name_of(func) if compiling or mapped else ""
+    name = str(name_of(func)) if compiling or mapped else ""  # torch 2.11: hashable as a text only
     spell = _SPELLED.get(name if compiling else func)
     if mapped and name in _MAPPED:
         return _MAPPED[name]
