@@ -48,11 +48,10 @@ def backward_(
     (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN,
     custom functions and kernels, inner `torch.autograd.grad`. Rules and numbers are `jd.grad`'s.
 
-    It costs `m` backward passes, one after the other, and holds `m` gradients at once; the Gramian
-    is summed parameter by parameter. A Scalarizer, and an Aggregator that looks at no gradient
-    (`jd.mean`, `jd.rlw`), cost one pass. The functional way compiles the whole step, takes losses
-    of single examples at about the price of one pass and without their gradients
-    (`jd.instancewise`), and can be vmapped and differentiated.
+    It costs `m` backward passes, and holds `m` gradients at once. A Scalarizer, and an Aggregator
+    that looks at no gradient (`jd.mean`, `jd.rlw`), cost one pass. The functional way compiles the
+    whole step, takes losses of single examples at about the price of one pass and without their
+    gradients (`jd.instancewise`), and can be vmapped and differentiated.
 
     Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
     that of the batch: add their losses, and call it once. What no loss depends on is left alone.

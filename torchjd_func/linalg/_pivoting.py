@@ -3,8 +3,7 @@
     argmin_{z >= 0} z'Qz/2 + q'z   <=>   z >= 0,  y = Qz + q >= 0,  z'y = 0
 
 The method, in words. On a device a kernel does the same for each problem, but with the ridge of
-step 3 from the start; where problems are too large for one, `_conjugate` or `_interior` finds the
-supports.
+step 3 from the start; supports too large for one are found by `_conjugate` or `_interior`.
 
 1. Scale the unknowns so that the diagonal of Q is one, and q so that its largest entry is one.
 2. Block exchange: free the indices where q is negative, solve `Q_FF z_F = -q_F`, exchange all
