@@ -46,6 +46,7 @@ def dualproj(jac: Tensor, preference: Tensor | None = None) -> Tensor:
 def min_norm(jac: Tensor) -> Tensor:
     """Find the shortest convex combination of rows by trying every support."""
     gramian, m = jac @ jac.T, len(jac)
+    gramian = gramian / gramian.diagonal().max().clamp(min=1e-300)  # as large as the ones beside it
     best, shortest = jac[0], torch.tensor(torch.inf, dtype=torch.float64)
     for bits in itertools.product([False, True], repeat=m):
         free = torch.tensor(bits)

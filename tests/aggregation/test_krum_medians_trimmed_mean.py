@@ -198,8 +198,9 @@ def test_trimmed_mean_says_how_many_objectives_it_needs():
 
 def test_a_median_that_is_not_found_is_not_a_number():
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(400):
         lengths = 10 ** (120 * torch.rand(5, 1, generator=generator).double() - 60)
         jac = lengths * torch.randn(5, 4, generator=generator).double()
         weights, _ = weighting(jd.geometric_median())(jac @ jac.mT)
-        assert weights.isnan().all() or abs(weights.sum() - 1) < 1e-6
+        convex = abs(weights.sum() - 1) < 1e-6 and weights.min() > -1e-6
+        assert weights.isnan().all() or convex

@@ -23,7 +23,7 @@ from torchjd_func.linalg._dense import ORDERS, solve
 from torchjd_func.linalg._gramian import rank_tol
 
 MAX_ITER, TOL = 20, 1e-12
-SOLVED = 1e-6  # largest last step of Newton of a solution
+SOLVED = 1e-6  # largest last steps at a solution, of which Newton's alone may be rounding
 LENGTHS = tuple(2.0**k for k in range(8))  # Newton's step is tried shorter, Weiszfeld's longer
 DAMPING = 1 - 1e-12  # keeps a system regular where all gradients are on one line
 
@@ -77,11 +77,13 @@ def _median(
         if xp is np and abs(steps.newton).sum() <= TOL:
             break
     # At the minimum each further step of Newton has one more derivative of the minimum.
-    refined, step = point, point
-    for _ in range(ORDERS):
-        step = _steps(xp, near, shares, refined).newton
-        refined = refined + step
-    solved = abs(_host.constant(step)).sum() <= SOLVED
+    steps = _steps(xp, near, shares, point)
+    for _ in range(ORDERS - 1):
+        point = point + steps.newton
+        steps = _steps(xp, near, shares, point)
+    refined = point + steps.newton
+    left = abs(_host.constant(steps.newton)) + abs(_host.constant(steps.weiszfeld))
+    solved = left.sum() <= SOLVED
     refined = xp.where(solved, refined, xp.nan)
     return xp.where(found, medians / xp.where(found, medians.sum(), 1.0), refined)
 
