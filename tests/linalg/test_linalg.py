@@ -262,3 +262,24 @@ def test_rows_that_balance_project_to_nothing(rows, dtype):
     solution = jd.linalg.dual_cone_projection(jac @ jac.mT, uniform)
     assert solution.converged
     assert (jac.mT @ solution.value).abs() <= 100 * torch.finfo(dtype).eps * jac.norm()
+
+
+def repeated(seed):
+    """Return a Gramian in float32 of 32 rows, some there twice: eigenvalues of about 0, or less."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(32, 200, generator=generator)
+    rows[: 1 + seed % 4] = rows[-1 - seed % 4 :]
+    return rows @ rows.mT
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda"])
+def test_rows_that_are_there_twice_cost_graphs_and_derivatives_nothing(name):
+    weights = getattr(jd, name)().weighting
+    fast = torch.compile(lambda gramian: weights(gramian)[0], fullgraph=True, backend="eager")
+    for seed in range(40):
+        gramian = repeated(seed)
+        want = weights(gramian)[0]
+        assert want.isfinite().all()
+        torch.testing.assert_close(fast(gramian), want, rtol=1e-6, atol=1e-6 * float(want.norm()))
+        slope = torch.func.grad(lambda gramian: weights(gramian)[0].sum())(gramian)
+        assert slope.isfinite().all()

@@ -17,8 +17,8 @@ from torchjd_func.linalg._search import dispatch, nearest_on_host, on_host, sear
 # at m = 16 to 1024 for rows whose singular values decay; that of float64 is far from its ridge.
 RIDGES = {torch.float64: 1e-11}
 NARROW_RIDGE, NARROW_ROWS = 1e-6, 32
-# The same for derivatives, and how often that is refined: each time divides the error of an
-# eigenvalue `a` by `a / 2r`.
+# The same for derivatives where rows are dependent, and how often that is refined: each time
+# divides the error of an eigenvalue `a` by `a / 2r`.
 SLOPE_RIDGE, REFINEMENTS = 1e-6, 3
 
 
@@ -205,21 +205,26 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
     # A graph holds no autograd.Function under vmap, and one that is pushed forward twice has a
     # second derivative of 0 (torch 2.13), so the value is solved in torch.
     best, support, *flags = search(matrix.detach(), vector.detach(), ridge, solver)
-    value = masked_solve(matrix, support, -vector, flags[-1])
-    return Solution(best + (value - value.detach()), *flags)
+    value = masked_solve(matrix, support, -vector, flags[-1], ridge)
+    # What has no derivative here has a value all the same.
+    known = torch.where(value.isfinite(), value, 0.0)
+    return Solution(best + (known - known.detach()), *flags)
 
 
-def masked_solve(matrix: Tensor, support: Tensor, right: Tensor, dependent: Tensor) -> Tensor:
+def masked_solve(
+    matrix: Tensor, support: Tensor, right: Tensor, dependent: Tensor, ridge: float
+) -> Tensor:
     """Solve `Q_FF x_F = b_F`, with 0 elsewhere; differentiable at a fixed support."""
-    # Where rows may be dependent: the solution of least norm, by `(Q + r)^2 x = Q b`, refined. What
-    # `b` has beyond the range of `Q` does not enter.
+    # By `(Q + r)^2 x = Q b`, refined: the solution of least norm where rows are dependent. What `b`
+    # has beyond the range of `Q` does not enter. Less than the rounding of `Q` would not do: a
+    # matrix whose supports can be solved on may have eigenvalues below 0.
     # A constant of an exact change of variables, so derivatives need not pass through it.
     diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     unit = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    ridge = torch.where(dependent, SLOPE_RIDGE, 0.0)[..., None, None]
+    added = torch.where(dependent, max(SLOPE_RIDGE, ridge), ridge)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor = factor_on(unit + ridge * identity, support)
+    factor = factor_on(unit + added * identity, support)
     right = torch.where(support, right * scale, 0.0)
     x = torch.zeros_like(right)
     for _ in range(REFINEMENTS):
@@ -240,7 +245,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what derivatives need."""
-        matrix, vector, *_ = inputs
+        matrix, vector, ctx.ridge, _ = inputs
         value, support, *flags = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(support, *flags)
@@ -254,7 +259,7 @@ class _Differentiable(torch.autograd.Function):
         if cotangents[0] is None:
             return None, None, None, None
         matrix, value, support, fallback = ctx.saved_tensors
-        pulled = masked_solve(matrix, support, -cotangents[0], fallback)
+        pulled = masked_solve(matrix, support, -cotangents[0], fallback, ctx.ridge)
         outer = pulled.unsqueeze(-1) * value.unsqueeze(-2)
         symmetric = (outer + outer.mT) / 2
         return symmetric.sum_to_size(matrix.shape), pulled.sum_to_size(ctx.shape), None, None
@@ -267,7 +272,8 @@ class _Differentiable(torch.autograd.Function):
         right = torch.zeros_like(value)
         right = right if d_matrix is None else right + (d_matrix @ value.unsqueeze(-1)).squeeze(-1)
         right = right if d_vector is None else right + d_vector
-        return masked_solve(matrix, support, -right, fallback), None, None, None, None
+        pushed = masked_solve(matrix, support, -right, fallback, ctx.ridge)
+        return pushed, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
