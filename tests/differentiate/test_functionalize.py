@@ -1,6 +1,7 @@
 """Modules as pure functions, and gradients back to optimisers."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -243,6 +244,17 @@ def test_parameters_that_left_their_module_are_warned_of(replace):
     own = {name: param + 0 for name, param in params.items()}
     del params
     step(None, own, x)  # a pure loop has parameters of its own
+
+
+def test_planning_with_other_parameters_warns_of_none_that_left():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    apply, params, _ = jd.functionalize(model)
+    trained = {name: param + 1 for name, param in params.items()}
+    objective = jd.instancewise(lambda params, x: apply(params, {}, x)[0].square().sum(1))
+    with warnings.catch_warnings(record=True) as caught:  # an error would end that part of a proof
+        warnings.simplefilter("always")
+        jd.gramian(objective)(trained, torch.randn(4, 3))
+    assert params and not caught  # which are constants of the objective now, and tried as such
 
 
 def test_containers_of_modules_are_trees():

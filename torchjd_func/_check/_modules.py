@@ -136,7 +136,10 @@ def lent(model: nn.Module, parameters: Mapping[str, Tensor], frozen: Sequence[st
             )
             return
     for name, parameter in parameters.items():
-        if isinstance(own.get(name), nn.Parameter) and place(own[name]) != place(parameter):
+        if not isinstance(own.get(name), nn.Parameter):
+            continue
+        places = {place(own[name]), place(parameter)} - {None}  # nowhere while a plan is proven
+        if len(places) == 2:
             warnings.warn(
                 f"{name!r} of the module no longer shares memory with the parameters that "
                 "jd.functionalize returned: model.to(...), .double(), load_state_dict(assign=True) "
