@@ -125,3 +125,9 @@ def test_numbers_tables_and_growth():
     assert _form.exponent(rows, "m", "ms") == pytest.approx(2)
     assert math.isnan(_form.exponent(rows[:1], "m", "ms"))
     assert solvers.report([{"m": 2, **solvers.census(2, 8)._asdict()}]).count("\n") == 4
+
+
+def test_a_compiled_main_job_learns():
+    (row,) = digits.train("one loss per example", "upgrad", steps=60, seed=0, eager=False)
+    assert all(map(math.isfinite, (*row["losses"], *row["cosines"])))
+    assert row["losses"][-1] < row["losses"][0] / 2
