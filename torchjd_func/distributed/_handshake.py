@@ -50,7 +50,7 @@ def check_same(tree: PyTree, group: Group = None) -> None:
     """
     _collectives.valid(group)
     if not torch.compiler.is_compiling():
-        _compare(_briefs(tree), (group,))
+        _compare(_briefs(_by_path(tree)), (group,))
 
 
 def check_start(name: str, tree: PyTree, key: Tensor | None, group: Group) -> None:
@@ -95,7 +95,7 @@ def _after(zero: Tensor, numbers: PyTree) -> PyTree:
 
 def _check_leaves(leaves: dict[str, Any], groups: Sequence[Group]) -> None:
     """Compare what has to be the same by two numbers; in full where these differ."""
-    briefs = {path: _brief(leaf) for path, leaf in leaves.items()}
+    briefs = _briefs(leaves)
     number, level = digest(briefs), _level(leaves)
     high, low, most, least = _collectives.largest([number, -number, level, -level], groups)
     if high != -low:
@@ -154,7 +154,8 @@ def _names(groups: Sequence[Group]) -> str:
 
 def numbers_of_all(numbers: list[int], tree: PyTree, groups: Sequence[Group]) -> list[list[int]]:
     """Return some numbers of each process of a mesh, once a pytree is the same on all."""
-    leaves, briefs = _by_path(tree), _briefs(tree)
+    leaves = _by_path(tree)
+    briefs = _briefs(leaves)
     row = [digest(briefs), _level(leaves), *numbers]
     own = torch.tensor([row], device=_collectives.device(groups[0]))
     for group in reversed(groups):
@@ -210,9 +211,9 @@ def _is_of_the_batch(path: str) -> bool:
     return path.startswith("batch.")
 
 
-def _briefs(tree: PyTree) -> dict[str, str]:
+def _briefs(leaves: dict[str, Any]) -> dict[str, str]:
     """Return what has to be the same of each leaf."""
-    return {path: _brief(leaf) for path, leaf in _by_path(tree).items()}
+    return {path: _brief(leaf) for path, leaf in leaves.items()}
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _by_interior(program: Program, found: Found, ridge: float) -> Found:
     z = torch.where(support, pair[0], 0.0)
     # Where rounding spoils all systems on supports, the end of the path is a solution as well.
     gap = _gap(z, times(program.matrix, z) + program.vector)
-    start = Found(z, support, gap, found.dependent | True, found.steps + steps)
+    start = Found(z, support, gap, torch.ones_like(found.dependent), found.steps + steps)
     return _exchanged(program, start, ridge)
 
 
