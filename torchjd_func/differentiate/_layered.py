@@ -35,7 +35,6 @@ from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
-Use = Any  # a recognised operation, of `_layerwise._trace`
 Call = Callable[..., tuple[Any, list[Tensor]]]
 
 
@@ -93,27 +92,16 @@ def linearize_layers(fn: Objective, request: Request) -> Linearized:
 
 def _only(found: Layers, present: Tensor) -> Layers:
     """Take what absent examples give, which may not be a number, out of all rows."""
-    cotangents = _present.rows(found.cotangents, present)
-    examples = present.reshape(-1, found.each).any(1)
-    uses = [_only_use(use, found.layout, examples) for use in found.uses]
-    rows = {leaf: _present.rows(rows, present) for leaf, rows in found.rows.items()}
-    return found._replace(cotangents=cotangents, uses=uses, rows=rows)
+    return found._replace(
+        arrays=[[_only_rows(x, present) for x in arrays] for arrays in found.arrays],
+        cotangents=_present.rows(found.cotangents, present),
+        rows={leaf: _present.rows(rows, present) for leaf, rows in found.rows.items()},
+    )
 
 
-def _only_use(use: Use, layout: Layout, present: Tensor) -> Use:
-    """Take the examples that are absent out of the arguments of one use."""
-    axes = (0,) * len(use.arrays) if layout.kind == "vmapped" else use.step.axes
-    pairs = zip(use.arrays, axes, strict=True)
-    return use._replace(arrays=[_only_array(x, axis, present) for x, axis in pairs])
-
-
-def _only_array(x: Tensor, axis: int | None, present: Tensor) -> Tensor:
-    """Take the examples that are absent out of an array that has an axis for them."""
-    if axis is None:
-        return x
-    each = present.repeat_interleave(x.shape[axis] // len(present))
-    mask = each.reshape(-1, *[1] * (x.ndim - axis - 1))
-    return torch.where(mask, x, torch.zeros_like(x))
+def _only_rows(x: Tensor, present: Tensor) -> Tensor:
+    """Take the examples that are absent out of an array; what all share has none."""
+    return _present.rows(x, present) if len(x) == len(present) else x
 
 
 def observe(fn: Objective, request: Request, *, check: bool = True) -> Observed:

@@ -17,7 +17,13 @@ from torchjd_func._precision import in_one_precision
 from torchjd_func.differentiate._layerwise import _forms, _ranks
 from torchjd_func.differentiate._layerwise._forms import Dense, Form
 from torchjd_func.differentiate._layerwise._functions import name_of
-from torchjd_func.differentiate._layerwise._pieces import Piece, form_of, index, spread
+from torchjd_func.differentiate._layerwise._pieces import (
+    Piece,
+    form_of,
+    index,
+    spread,
+    spread_arrays,
+)
 from torchjd_func.differentiate._layerwise._plan import Layout
 from torchjd_func.differentiate._layerwise._ranks import Ranks
 from torchjd_func.differentiate._layerwise._record import Recorded
@@ -34,6 +40,7 @@ class Layers(NamedTuple):
 
     layout: Layout
     uses: list[Use]
+    arrays: list[list[Tensor]]  # of each use, `(e, ...)`, or `(1, ...)` that all share
     cotangents: list[Tensor]  # of each use, `(e, ...)`
     values: list[Tensor]  # parameter leaves, then constants
     pieces: dict[int, list[Piece]]  # the uses of each leaf
@@ -77,22 +84,16 @@ def layers(
             by_leaves = pull_rows(lambda row: pull(row, False, plan.opaque)[1], basis(), chunk_size)
     rows = dict(zip(plan.opaque, by_leaves, strict=False))
     pieces = index(recorded.uses, frozenset(plan.opaque))
-    return _in_one_precision(
-        Layers(
-            plan.layout, recorded.uses, list(by_uses), recorded.values, pieces, rows, m, each, ranks
-        )
+    pairs = [_widest(*pair) for pair in zip(recorded.uses, by_uses, strict=True)]
+    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
+    arrays = [spread_arrays(use, plan.layout, each) for use in uses]
+    return Layers(
+        plan.layout, uses, arrays, cotangents, recorded.values, pieces, rows, m, each, ranks
     )
 
 
-def _in_one_precision(found: Layers) -> Layers:
-    """Bring what a use was applied to and its cotangent to one precision, as under autocast."""
-    pairs = [_widest(*pair) for pair in zip(found.uses, found.cotangents, strict=True)]
-    uses, cotangents = [use for use, _ in pairs], [cotangent for _, cotangent in pairs]
-    return found._replace(uses=uses, cotangents=cotangents)
-
-
 def _widest(use: Use, cotangent: Tensor) -> tuple[Use, Tensor]:
-    """Return a use and its cotangent in the widest of their precisions."""
+    """Return a use and its cotangent in the widest of their precisions, as autocast mixes them."""
     arrays, (cotangent,) = in_one_precision(use.arrays, [cotangent])
     return use if arrays is use.arrays else use._replace(arrays=arrays), cotangent
 

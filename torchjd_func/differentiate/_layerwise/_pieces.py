@@ -50,8 +50,7 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     use = found.uses[piece.use]
     if use.step.moves:
         return _moved(found, piece, cotangent)
-    pairs = zip(use.arrays, use.step.axes, strict=True)
-    arrays = [_repeated(spread(x, axis, found.layout), found.each, axis) for x, axis in pairs]
+    arrays = found.arrays[piece.use]
     if not piece.name:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
@@ -64,6 +63,12 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
             arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
     shape = tuple(build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
+
+
+def spread_arrays(use: Use, layout: Layout, each: int) -> list[Tensor]:
+    """Return the arrays of a use with a first dimension for the losses, or of size 1."""
+    pairs = zip(use.arrays, use.step.axes, strict=True)
+    return [_repeated(spread(x, axis, layout), each, axis) for x, axis in pairs]
 
 
 def _moved(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
