@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 def hollow(node: PyTree) -> bool:
-    """Say whether `node` is an empty dict, or one of such; optree's do not compile (torch 2.13)."""
+    """Say whether `node` is an empty dict, or one of such, which optree cannot compile (2.13)."""
     return isinstance(node, dict) and all(hollow(child) for child in node.values())
 
 
@@ -39,9 +39,7 @@ def leaves(tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, in order."""
     if isinstance(tree, Tensor):
         return [tree]
-    if torch.compiler.is_compiling():
-        return flatten(tree)[0]
-    return [leaf for leaf in optree.tree_leaves(tree, is_leaf=hollow) if not hollow(leaf)]
+    return flatten(tree)[0] if torch.compiler.is_compiling() else optree.tree_leaves(tree)
 
 
 def tensors(tree: PyTree) -> list[Tensor]:
@@ -51,7 +49,10 @@ def tensors(tree: PyTree) -> list[Tensor]:
 
 def flatten(tree: PyTree) -> tuple[list[Any], Callable[[Any], PyTree]]:
     """Return the leaves of `tree` and the function that puts such leaves back."""
-    traced = flatten_traced(tree) if torch.compiler.is_compiling() else None
+    if not torch.compiler.is_compiling():
+        found, structure = optree.tree_flatten(tree)
+        return found, structure.unflatten
+    traced = flatten_traced(tree)
     if traced is not None:
         return traced
     nodes, spec = optree.tree_flatten(tree, is_leaf=hollow)
@@ -76,12 +77,7 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     if torch.compiler.is_compiling():
         flat, rebuild = flatten(tree)
         return rebuild([fn(*each) for each in zip(flat, *[leaves(x) for x in rest], strict=True)])
-
-    def apply(node: Any, *others: Any) -> Any:
-        """Pass by what holds no leaf."""
-        return node if hollow(node) else fn(node, *others)
-
-    return optree.tree_map(apply, tree, *rest, is_leaf=hollow)
+    return optree.tree_map(fn, tree, *rest)
 
 
 def cut(fn: Callable[[Any], Sequence[Any]], tree: PyTree) -> list[PyTree]:
@@ -94,9 +90,11 @@ def paths(tree: PyTree) -> list[str]:
     """Return the name of each leaf, such as `"encoder.0.weight"`."""
     if isinstance(tree, Tensor):
         return [""]
+    if not torch.compiler.is_compiling():
+        return [".".join([str(part) for part in path]) for path in optree.tree_paths(tree)]
     nodes = optree.tree_leaves(tree, is_leaf=hollow)
     pairs = zip(optree.tree_paths(tree, is_leaf=hollow), nodes, strict=True)
-    return [".".join(str(part) for part in path) for path, node in pairs if not hollow(node)]
+    return [".".join([str(part) for part in path]) for path, node in pairs if not hollow(node)]
 
 
 def names(tree: PyTree) -> list[str]:
@@ -111,7 +109,9 @@ def same_structure(a: PyTree, b: PyTree) -> bool:
     """Say whether two trees differ in their leaves alone."""
     if _records(a, b):
         return True
-    traced = same_traced(a, b) if torch.compiler.is_compiling() else None
+    if not torch.compiler.is_compiling():
+        return optree.tree_structure(a) == optree.tree_structure(b)
+    traced = same_traced(a, b)
     if traced is not None:
         return traced
     holes = [[hollow(node) for node in optree.tree_leaves(tree, is_leaf=hollow)] for tree in (a, b)]

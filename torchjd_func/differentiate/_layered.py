@@ -16,10 +16,12 @@ from torchjd_func.differentiate._filled import grow
 from torchjd_func.differentiate._instancewise import InstanceWise
 from torchjd_func.differentiate._layerwise import (
     Batch,
+    Call,
     Layers,
     Layout,
     Problem,
     Recorded,
+    Returned,
     combine,
     jacobian,
     joined,
@@ -35,7 +37,6 @@ from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
 PyTree = Any
-Call = Callable[..., tuple[Any, list[Tensor]]]
 
 
 class Observed(NamedTuple):
@@ -137,21 +138,24 @@ def _problem(
 
     def call(
         data: tuple[tuple[Any, ...], Any], present: Any, leaves: Sequence[Tensor], *example: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return losses as one vector (or the loss of one example), and tensors to unpack."""
+    ) -> Callable[[], Returned]:
+        """Run the objective, and return what reads the losses as one vector (or that of one)."""
         values, named = data
         values = values if batch is None else batch.fill(values, example)
         with as_called(request.autocast, watched=True):
-            out = invoke(inner, bound.fill(leaves, values), named)
+            return partial(read, invoke(inner, bound.fill(leaves, values), named), present)
+
+    def read(out: Any, present: Any) -> Returned:
+        """Take losses out of what the objective returned, and tensors to unpack."""
         losses, aux = split_aux(out, request.has_aux)
         tensors, unpack = pack((losses, aux))
         unpackers.append(unpack)
         if batch is not None:
             _check.one_loss(losses)
-            return losses, tensors
+            return Returned([losses], losses, tensors)
         if isinstance(fn, InstanceWise):
             _check.one_for_each_example(losses, fn.several)
-        return masked(losses, present)[0], tensors
+        return Returned(_tree.leaves(losses), masked(losses, present)[0], tensors)
 
     def call_with(values: tuple[Any, ...]) -> Call:
         """Return the objective of other arguments, all of whose losses are present."""

@@ -12,7 +12,15 @@ from torch import Tensor
 from torchjd_func import _check, _tree
 from torchjd_func.differentiate._autocast import as_called
 from torchjd_func.differentiate._heads import Pulled, pull_heads
-from torchjd_func.differentiate._layerwise import Layers, Layout, Problem, combine, layers, run
+from torchjd_func.differentiate._layerwise import (
+    Layers,
+    Layout,
+    Problem,
+    Returned,
+    combine,
+    layers,
+    run,
+)
 from torchjd_func.differentiate._linearized import Heads, Jacobian, Leaves, Linearized, Seen
 from torchjd_func.differentiate._objective import Function, by_pullback, rows_like
 from torchjd_func.differentiate._pullback import (
@@ -158,7 +166,12 @@ def _run_trunk(
         return (*vjp_aux(trunk, flat), None)
     packed, unpack = packing(trunk)
     inputs = _tree.tensors(batch)
-    recorded = run(Problem(packed, flat, Layout("shared", 0), inputs), {})
+
+    def run_packed(leaves: list[Tensor]) -> Callable[[], Returned]:
+        value, aux = packed(leaves)
+        return lambda: Returned(_tree.leaves(value), value, aux)
+
+    recorded = run(Problem(run_packed, flat, Layout("shared", 0), inputs), {})
     _check.dependent(recorded.dependent)
 
     def pull_back(cotangent: PyTree) -> list[Tensor]:

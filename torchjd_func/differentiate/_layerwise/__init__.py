@@ -32,11 +32,18 @@ from torchjd_func.differentiate._layerwise._pieces import spread
 from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
 from torchjd_func.differentiate._layerwise._planner import plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, count, joined
-from torchjd_func.differentiate._layerwise._record import Batch, Problem, Recorded
+from torchjd_func.differentiate._layerwise._record import (
+    Batch,
+    Call,
+    Problem,
+    Recorded,
+    Returned,
+)
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 
 __all__ = [
     "Batch",
+    "Call",
     "Layers",
     "Layout",
     "Listed",
@@ -44,6 +51,7 @@ __all__ = [
     "Problem",
     "Ranks",
     "Recorded",
+    "Returned",
     "Spelled",
     "combine",
     "count",

@@ -19,14 +19,21 @@ from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._graph import Followed, Replay
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
-from torchjd_func.differentiate._layerwise._plan import Layout, Plan
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._spelled import Spelled
 from torchjd_func.differentiate._layerwise._trace import Trace, Use
 from torchjd_func.differentiate._pullback import reached, replaced, tracked_inside
 
-# Places in the graph of autograd, and tensors of the shapes of gradients there
-Places = tuple[Sequence[Any], Sequence[Tensor]]
-Call = Callable[..., tuple[Any, list[Tensor]]]  # (leaves, *example) -> outputs, aux tensors
+
+class Returned(NamedTuple):
+    """What an objective returned."""
+
+    losses: list[Tensor]  # as they came
+    outputs: Any  # what is differentiated
+    aux: list[Tensor]
+
+
+Call = Callable[..., Callable[[], Returned]]  # (leaves, *example) -> what reads what it returned
 
 
 class Batch(NamedTuple):
@@ -53,7 +60,7 @@ class Problem(NamedTuple):
     """An objective at one point.
 
     Attributes:
-        call: `(leaves, *example) -> (outputs, aux tensors)`.
+        call: `(leaves, *example) -> reader`, called as `reader()` where nobody watches.
         leaves: The parameters.
         layout: How it treats examples; how many lie along axes is seen when it is planned.
         inputs: All tensors among the arguments.
@@ -123,11 +130,9 @@ def record(
     frozen = [leaf.view_as(leaf) for leaf in leaves]
     steps = [] if plan is None else [step for step in plan.steps if step.use]
     front = () if batch is None else (layout.size,)
-    zeros = [  # without memory
-        torch.zeros((), dtype=step.dtype, device=step.device).expand((*front, *step.shape))
-        for step in steps
-    ]
+    blanks = [partial(_blank, step, front) for step in steps]
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
+    zeros = [blank() for blank in blanks] if hidden else []
     modes: list[Trace] = []
     inner: list[Any] = []
     dependent: list[bool] = []
@@ -145,9 +150,10 @@ def record(
             mode = _watcher(problem, plan, other, handles, seen, shifts, noisy, swap)
         modes.append(mode)
         with mode if watched else Spelled(), _uncompiled(compiling):
-            outputs, aux = call(handles, *args)
+            read = call(handles, *args)
+        losses, outputs, aux = read()
         if watched:
-            mode.finish(_tree.leaves(outputs))
+            mode.finish(losses)
         arrays = [x for use in mode.uses for x in use.arrays]
         return outputs, [*mode.constants, *arrays, *aux]
 
@@ -164,7 +170,7 @@ def record(
 
     primals = [leaf.view_as(leaf) for leaf in frozen]
     with _differentiated(compiling):
-        result: Any = torch.func.vjp(mapped, zeros if hidden else [], primals, has_aux=True)
+        result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
     rest = iter(rest)
@@ -178,7 +184,7 @@ def record(
         pull = partial(_pull_compiled, pullback)
     else:
         outs, perturbed, handles = inner[0]
-        pull = partial(_pull, outs, (perturbed, zeros), (handles, frozen))
+        pull = partial(_pull, outs, (perturbed, blanks), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, connected, dependent[0])
 
@@ -223,6 +229,12 @@ def _differentiated(compiling: bool = False) -> AbstractContextManager[object]:
     return stack
 
 
+def _blank(step: Step, front: tuple[int, ...]) -> Tensor:
+    """Return zeros like what a use returns, without memory."""
+    zero = torch.zeros((), dtype=step.dtype, device=step.device)
+    return zero.expand((*front, *step.shape))
+
+
 def _pull_compiled(
     pullback: Callable[[Any], Any], cotangent: Any, uses: bool, wanted: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -233,18 +245,31 @@ def _pull_compiled(
 
 def _pull(
     outs: list[Tensor],
-    perturbed: Places,
-    handles: Places,
+    perturbed: tuple[Sequence[Any], Sequence[Callable[[], Tensor]]],
+    handles: tuple[Sequence[Tensor], Sequence[Tensor]],
     cotangent: Any,
     uses: bool,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Pull a cotangent back to what is wanted alone."""
+    """Pull a cotangent back to what is wanted alone.
+
+    Args:
+        outs: The losses.
+        perturbed: The outputs of uses, or their places, and how to make zeros of their shapes.
+        handles: The parameters, as they were handed on, and as they are.
+        cotangent: Of the losses.
+        uses: Whether gradients by `perturbed` are wanted.
+        wanted: The leaves by which gradients are wanted.
+
+    Returns:
+        Both gradients.
+    """
     first = list(zip(*perturbed, strict=True)) if uses else []
-    places = [*first, *((handles[0][leaf], handles[1][leaf]) for leaf in wanted)]
-    grads = _gradients(outs, [place for place, _ in places], _tree.leaves(cotangent))
-    pairs = zip(places, grads, strict=True)
-    full = [torch.zeros_like(x) if grad is None else grad for (_, x), grad in pairs]
+    rest = [(handles[0][leaf], partial(torch.zeros_like, handles[1][leaf])) for leaf in wanted]
+    places, blanks = zip(*first, *rest, strict=True) if first or rest else ((), ())
+    grads = _gradients(outs, places, _tree.leaves(cotangent))
+    pairs = zip(blanks, grads, strict=True)
+    full = [blank() if grad is None else grad for blank, grad in pairs]
     return full[: len(first)], full[len(first) :]
 
 

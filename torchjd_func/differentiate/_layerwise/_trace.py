@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise import _attention, _rules
-from torchjd_func.differentiate._layerwise._functions import attribute_of, name_of
+from torchjd_func.differentiate._layerwise._functions import attribute_of, is_getter, name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
@@ -92,6 +92,10 @@ class Trace(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation, and remember it if it uses parameters."""
+        if is_getter(func):
+            value = func(*args)
+            if not isinstance(value, Tensor):  # such as a shape
+                return value
         kwargs = kwargs or {}
         if func is F.batch_norm:
             _rules.check_batch_norm(self.layout.kind, args, kwargs)
