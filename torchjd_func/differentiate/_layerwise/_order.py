@@ -29,8 +29,8 @@ class Order:
     """Watches the first run of an objective.
 
     Attributes:
-        data: The numbers of the tensors that depend on arguments of the objective, or on draws;
-            `None` stands for tensors that no operation was seen to make, such as those of custom
+        data: The numbers of the tensors that depend on arguments of the objective, on numbers in
+            its code that may change, or on draws; `None` stands for tensors that no operation was seen to make, such as those of custom
             functions.
         broken: The first operation under which the order of examples depends on integers.
         pooled: The numbers of the tensors that depend on parameters through all examples at once,
@@ -107,7 +107,8 @@ class Order:
         """Hold what an operation returned, or wrote to, against what it does with other data."""
         func, _, _, given = operation
         results = tensors_in(out) or list(given[:1])
-        if self._drawn() or any(self.operations.number(x) in self.data for x in given):
+        known = any(self.operations.number(x) in self.data for x in given)
+        if self._drawn() or known or self.operations.loosened:
             self.data.update(map(self.operations.number, results))
         if copies is None:
             return

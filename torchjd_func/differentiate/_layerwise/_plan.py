@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import register_constant
+
+from torchjd_func.differentiate._layerwise._sources import instances_in
 
 Axis = int | None
 LOST = -1  # the axis of a tensor whose examples do not lie along one
@@ -117,7 +120,13 @@ def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
     """Return the operations of plans side by side; none if they are not the same."""
     plans = first, second
     decided = [
-        (p.layout.kind, p.opaque, [step._replace(shape=()) for step in p.steps]) for p in plans
+        (
+            p.layout.kind,
+            p.opaque,
+            [step._replace(shape=()) for step in p.steps],
+            instances_in((type, CodeType), p.operations),  # custom functions and hooks
+        )
+        for p in plans
     ]
     entries = [p.entries for p in plans]
     if decided[0] != decided[1] or len(entries[0]) != len(entries[1]):
