@@ -77,6 +77,9 @@ class Plan(NamedTuple):
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
+    data: frozenset[int | None] = frozenset()  # the numbers of tensors whose values may change
+    bounds: frozenset[int] = frozenset()  # the operations that hold parts of an argument back
+    gates: frozenset[int] = frozenset()  # those that return flags for all examples
 
     @property
     def entries(self) -> tuple[Any, ...]:
