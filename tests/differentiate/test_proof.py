@@ -276,8 +276,10 @@ def unmapped(p, x, axis):
     return total(vmap(torch.tanh, out_dims=axis)(F.linear(x, p[0])))
 
 
-class Kept(Permuted):
+class Kept(torch.autograd.Function):
     """Keeps an order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x):
@@ -390,7 +392,9 @@ def attention(p, x):
     b, t, d = x.shape
     q, k = (F.linear(x, w).view(b, t, 1, d).transpose(1, 2) for w in p)
     scores = (q @ k.mT).reshape(b, t * t)
-    return (0.1 * scores).tanh().sum(1) + F.linear(x.reshape(b * t, d), p[0]).view(b, -1).square().sum(1)
+    return (0.1 * scores).tanh().sum(1) + F.linear(x.reshape(b * t, d), p[0]).view(
+        b, -1
+    ).square().sum(1)
 
 
 def side_by_side(p, x):
@@ -427,6 +431,23 @@ def test_keywords_have_plans_of_their_own():
         rows = by_loops(attention, params, x)
         for found in (step(params, x=x), step(params, x)):
             torch.testing.assert_close(found, rows @ rows.T, rtol=1e-10, atol=1e-12)
+
+
+def in_groups(p, x):
+    """Return losses of attention within groups of four, whatever the lengths."""
+    h = F.linear(x, p[0]).flatten(0, 1)
+    group = torch.arange(len(h)) // 4
+    scores = (h @ h.T).masked_fill(group[:, None] != group, -torch.inf)
+    return total((scores.softmax(1) @ h).view(x.shape))
+
+
+@pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
+def test_groups_of_a_size_prove_nothing_of_other_lengths():
+    step, params = jd.gramian(jd.instancewise(in_groups)), [rand(3, 3)]
+    for length in (4, 8, 6, 2):
+        x = rand(4, length, 3)
+        rows = by_loops(in_groups, params, x)
+        torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")

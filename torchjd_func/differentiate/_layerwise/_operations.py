@@ -89,9 +89,9 @@ class Operations:
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
-        if self.exactly is not None and self.axis(given[0]) is not None:
-            if self.axis_next(out) in (None, LOST):  # it may take an example
-                self.steps[-1] = self.exactly
+        of_examples = self.exactly is not None and self.axis(given[0]) is not None
+        if of_examples and self.axis_next(out) in (None, LOST):  # it may take an example
+            self.steps[-1] = self.exactly
         for x in parts:
             number, marked = len(self.shapes), getattr(x, "_operation", None)
             same = [place for place, other in enumerate(given) if x is other]

@@ -31,8 +31,8 @@ class Order:
 
     Attributes:
         data: The numbers of the tensors that depend on arguments of the objective, on numbers in
-            its code that may change, or on draws; `None` stands for tensors that no operation was seen to make, such as those of custom
-            functions.
+            its code that may change, or on draws; `None` stands for tensors that no operation was
+            seen to make, such as those of custom functions.
         broken: The first operation under which the order of examples depends on integers.
         pooled: The numbers of the tensors that depend on parameters through all examples at once,
             with the operation that put these together.
@@ -40,6 +40,7 @@ class Order:
         bounds: The operations that hold parts of what is made of parameters back, as thresholds
             do, and which constants do not bind to that.
         gates: Those that return flags for all examples, which data decide.
+        counts: Those on integers alone that lie along examples, such as numbers of groups.
     """
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
@@ -50,6 +51,7 @@ class Order:
         self.mixed = ""
         self.bounds: set[int] = set()
         self.gates: set[int] = set()
+        self.counts: set[int] = set()
         self.draws = draws(inputs)
         self.own = False  # whether the operation has a generator of its own
         self.passed: list[str] = []  # what put together what it is applied to
@@ -120,6 +122,9 @@ class Order:
             made = any(x.dtype == torch.bool for x in given)  # of flags, which turn themselves
             if flags and not made and self.operations.axis(out) is None:
                 self.gates.add(place)
+        whole = bool(given) and all(map(is_integer, given))
+        if whole and any(self.operations.axis(x) is not None for x in results):
+            self.counts.add(place)
         if not drawn and self._holds_back(operation, out):
             self.bounds.add(place)
         if copies is None:

@@ -80,6 +80,7 @@ class Plan(NamedTuple):
     data: frozenset[int | None] = frozenset()  # the numbers of tensors whose values may change
     bounds: frozenset[int] = frozenset()  # the operations that hold parts of an argument back
     gates: frozenset[int] = frozenset()  # those that return flags for all examples
+    counts: frozenset[int] = frozenset()  # those on integers alone, which lie along examples
 
     @property
     def entries(self) -> tuple[Any, ...]:
@@ -113,6 +114,9 @@ def differ_in_sizes(first: Plan, second: Plan) -> bool:
     sizes.add((first.layout.size, second.layout.size))
     if any(a != b and min(a, b) < 2 for a, b in sizes):
         return False
+    counted = [pairs[place] for place in first.counts]
+    if any(a.shapes != b.shapes and _share(a.values, b.values) for a, b in counted):
+        return False  # groups of as many, of more examples
     sizes |= {(math.prod(a), math.prod(b)) for a, b in shapes}
     return all(
         _agree(a.values, b.values, sizes) and _agree(a.named, b.named, sizes) for a, b in pairs
@@ -140,6 +144,13 @@ def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
         for a, b in pairs
     )
     return pairs if alike else []
+
+
+def _share(a: Any, b: Any) -> bool:
+    """Say whether arguments have an integer in common that may tell how many are in a group."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return any(_share(*both) for both in zip(a, b, strict=False))
+    return type(a) is int and type(b) is int and a == b and a > 1
 
 
 def _agree(a: Any, b: Any, sizes: set[tuple[int, int]]) -> bool:

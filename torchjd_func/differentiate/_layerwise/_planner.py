@@ -137,7 +137,10 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         return _by_autograd(problem, reason)._replace(proven=True)
     if order is not None:
         plan = plan._replace(
-            data=frozenset(order.data), bounds=frozenset(order.bounds), gates=order.open(plan)
+            data=frozenset(order.data),
+            bounds=frozenset(order.bounds),
+            gates=order.open(plan),
+            counts=frozenset(order.counts),
         )
     if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))

@@ -43,9 +43,9 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     These have noise in parameters, data, constants and what uses return, since of a batch of zeros,
     or of equal examples, nothing tells which row is whose. Then smaller parameters, since nothing
     tells it where activations saturate; other numbers in the code, since nothing tells it where a
-    coefficient is zero; thresholds that let something through, since nothing tells it where none is
-    reached, and other answers to what is asked of all examples; other draws, examples in another order and other integers, since nothing tells it where
-    examples are sorted.
+    coefficient is zero; thresholds that let something through, and other answers to what is asked
+    of all examples, since nothing tells it where a gate is closed; other draws, examples in another
+    order and other integers, since nothing tells it where examples are sorted.
 
     Args:
         problem: The objective.
@@ -92,9 +92,7 @@ def _at(
     ]
 
 
-def _changes(
-    problem: Problem, plan: Plan, integers: bool
-) -> Iterator[tuple[int, Change, Change]]:
+def _changes(problem: Problem, plan: Plan, integers: bool) -> Iterator[tuple[int, Change, Change]]:
     """Yield what puts examples in another order and what makes other integers, then no noise."""
     size, inputs = plan.layout.size, set(problem.inputs)
     pairs = zip(problem.inputs, plan.along, strict=False)
