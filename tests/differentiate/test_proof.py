@@ -587,6 +587,8 @@ STEPS = {  # of which some are late
     "a step": (lambda step: step > 100, torch.tensor(1), torch.tensor(200)),
     "a flag": (lambda step: step, torch.tensor(False), torch.tensor(True)),
     "a phase": (lambda step: step == 1, torch.tensor(0), torch.tensor(1)),
+    "a label": (lambda y: (y == 7).any(), torch.arange(4), torch.arange(4, 8)),
+    "a largest label": (lambda y: y.max() // 7 > 0, torch.arange(4), torch.arange(4, 8)),
 }
 
 

@@ -49,7 +49,8 @@ class Disturbed(Trace):
         operations: Numbers tensors.
         plan: What operations become.
         noisy: 1 if the outputs of uses get noise; besides, 2 if numbers that the code names or
-            makes do as well, 3 if thresholds let something through, 4 if flags are turned over.
+            makes do as well, 3 if thresholds let something through, 4 if flags are turned over,
+            5 if other integers are.
         swap: What takes the place of data and constants.
     """
 
@@ -63,6 +64,7 @@ class Disturbed(Trace):
         swap: Swap,
     ) -> None:
         super().__init__(handles, layout, operations, plan)
+        self.planned = plan
         self.noisy = noisy
         self.swap = swap
         self.depth = common_depth([*handles, *operations.known])
@@ -75,23 +77,25 @@ class Disturbed(Trace):
         # A schedule may change them, and they may be zero at first: plans do not say what they are.
         if self.noisy == 2 and not is_in_place(func):
             args, kwargs = self.elsewhere(func, given, args, kwargs)
+        elif self.noisy > 3 and any(x.requires_grad for x in given):
+            args, kwargs = substitute((args, kwargs), self.turned)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
-        out = self.opened(out, given)
+        if self.noisy == 3 and len(self.operations.names) - 1 in self.planned.bounds:
+            out = _leaky(out, [x for x in given if x not in self.sources])
         self.operations.end(out, given)
         return out
 
-    def opened(self, out: Any, given: Sequence[Tensor]) -> Any:
-        """Let something of each argument through what holds it back, or turn flags over."""
-        assert self.plan is not None
-        place = len(self.operations.names) - 1
-        if self.noisy == 3 and place in self.plan.bounds:
-            return _leaky(out, [x for x in given if x not in self.sources])
-        return out.logical_not() if self.noisy == 4 and place in self.plan.gates else out
+    def turned(self, x: Any) -> Any:
+        """Return 0 for another integer, and 1 for 0, if it is one for all examples."""
+        turns = self.planned.flags if self.noisy == 4 else self.planned.choices
+        if not isinstance(x, Tensor) or self.operations.number(x) not in turns:
+            return x
+        return (x == 0).to(x.dtype)
 
     def swapped(self, x: Any) -> Any:
         """Return what takes the place of an argument, if it is data or a constant."""
@@ -119,9 +123,8 @@ class Disturbed(Trace):
         """Return another number for a tensor of one, and noise in others that may change."""
         if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point():
             return x
-        assert self.plan is not None
         number = self.operations.number(x)
-        if number is not None and number not in self.plan.data:
+        if number is not None and number not in self.planned.data:
             return x
         return _elsewhere(x) if x.numel() == 1 else near(x)
 

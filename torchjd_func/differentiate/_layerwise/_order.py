@@ -19,7 +19,6 @@ from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
-from torchjd_func.differentiate._layerwise._plan import Plan
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 
 # What torch raises where an operation does not take its arguments.
@@ -39,7 +38,8 @@ class Order:
         mixed: The operation through which losses do, if any.
         bounds: The operations that hold parts of what is made of parameters back, as thresholds
             do, and which constants do not bind to that.
-        gates: Those that return flags for all examples, which data decide.
+        flags: The numbers of flags for all examples that data decide, where they meet these.
+        choices: Those of other integers that are such.
         counts: Those on integers alone that lie along examples, such as numbers of groups.
     """
 
@@ -50,7 +50,8 @@ class Order:
         self.pooled: dict[int | None, str] = {}
         self.mixed = ""
         self.bounds: set[int] = set()
-        self.gates: set[int] = set()
+        self.flags: set[int] = set()
+        self.choices: set[int] = set()
         self.counts: set[int] = set()
         self.draws = draws(inputs)
         self.own = False  # whether the operation has a generator of its own
@@ -118,11 +119,10 @@ class Order:
         known, drawn = any(self.operations.number(x) in self.data for x in given), self._drawn()
         if drawn or known or self.operations.loosened:
             self.data.update(map(self.operations.number, results))
-            flags = isinstance(out, Tensor) and out.dtype == torch.bool
-            made = any(x.dtype == torch.bool for x in given)  # of flags, which turn themselves
-            if flags and not made and self.operations.axis(out) is None:
-                self.gates.add(place)
-        whole = bool(given) and all(map(is_integer, given))
+        integers = [x for x in given if is_integer(x)]
+        if any(x.requires_grad for x in given):
+            self._meet(integers)
+        whole = bool(given) and len(integers) == len(given)
         if whole and any(self.operations.axis(x) is not None for x in results):
             self.counts.add(place)
         if not drawn and self._holds_back(operation, out):
@@ -133,6 +133,13 @@ class Order:
         shapes = [x.shape for x in results]
         if not self._keeps(func, *copies, axes, shapes):
             self.broken = name_of(func)
+
+    def _meet(self, integers: Sequence[Tensor]) -> None:
+        """Note which integers for all examples meet what is made of parameters."""
+        for x in integers:
+            number = self.operations.number(x)
+            if number is not None and number in self.data and self.operations.axis(x) is None:
+                (self.flags if x.dtype == torch.bool else self.choices).add(number)
 
     def _holds_back(self, operation: Operation, out: Any) -> bool:
         """Say whether parts of an argument that is made of parameters make no difference."""
@@ -153,10 +160,6 @@ class Order:
             return False
         same = (again == out.detach()) & torch.isfinite(out.detach())
         return bool(torch.func.debug_unwrap(same, recurse=True).any())
-
-    def open(self, plan: Plan) -> frozenset[int]:
-        """Return the operations that return flags which not just decisions of the code look at."""
-        return frozenset(place for place in self.gates if not plan.entries[place].idle)
 
     def _drawn(self) -> bool:
         """Say whether an operation drew random numbers."""

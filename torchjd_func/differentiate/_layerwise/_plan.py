@@ -79,7 +79,8 @@ class Plan(NamedTuple):
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
     data: frozenset[int | None] = frozenset()  # the numbers of tensors whose values may change
     bounds: frozenset[int] = frozenset()  # the operations that hold parts of an argument back
-    gates: frozenset[int] = frozenset()  # those that return flags for all examples
+    flags: frozenset[int] = frozenset()  # the numbers of flags for all examples
+    choices: frozenset[int] = frozenset()  # and of integers
     counts: frozenset[int] = frozenset()  # those on integers alone, which lie along examples
 
     @property

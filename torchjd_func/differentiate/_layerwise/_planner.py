@@ -139,7 +139,8 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         plan = plan._replace(
             data=frozenset(order.data),
             bounds=frozenset(order.bounds),
-            gates=order.open(plan),
+            flags=frozenset(order.flags),
+            choices=frozenset(order.choices),
             counts=frozenset(order.counts),
         )
     if batched and other is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,9 +61,10 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     first = [*_at(moved, near), *_at(smaller, near), *_at(moved, near, 2)]
     if first:
         first += _at(moved, near, 3) if plan.bounds else []
-        first += _at(moved, near, 4) if plan.gates else []
-        for noisy, change, milder in _changes(problem, plan, integers):
-            first += _at(moved, change, noisy, milder=milder)
+        first += _at(moved, near, 4) if plan.flags else []
+        first += _at(moved, near, 5) if plan.choices and _is_safe(problem.inputs) else []
+        for change, milder in _changes(problem, plan, integers):
+            first += _at(moved, change, milder=milder)
         # Last as it is: what noise is added to is a new tensor, and no view that is written to.
         yield [*first, *(_at(moved, near, shifted=True) if drawn else []), Point(moved)]
     yield [Point(moved)]
@@ -92,7 +93,7 @@ def _at(
     ]
 
 
-def _changes(problem: Problem, plan: Plan, integers: bool) -> Iterator[tuple[int, Change, Change]]:
+def _changes(problem: Problem, plan: Plan, integers: bool) -> Iterator[tuple[Change, Change]]:
     """Yield what puts examples in another order and what makes other integers, then no noise."""
     size, inputs = plan.layout.size, set(problem.inputs)
     pairs = zip(problem.inputs, plan.along, strict=False)
@@ -104,18 +105,16 @@ def _changes(problem: Problem, plan: Plan, integers: bool) -> Iterator[tuple[int
     def renumber(x: Tensor) -> Tensor:
         return others(x) if is_integer(x) and (x in axes or x not in inputs) else x
 
-    def turn(x: Tensor) -> Tensor:
-        return (x == 0).to(x.dtype) if x in inputs and x not in axes and is_integer(x) else x
-
     if not axes or size < 2:
         return
-    yield 1, _noisy(roll), roll
-    if any(x.device.type != "cpu" for x in axes):
-        return  # where an index that is out of bounds is more than an error
-    if integers or any(map(is_integer, axes)):
-        yield 1, _noisy(renumber), renumber
-    if any(is_integer(x) and x not in axes and x.layout == torch.strided for x in inputs):
-        yield 4, _noisy(turn), turn
+    yield _noisy(roll), roll
+    if _is_safe(axes) and (integers or any(map(is_integer, axes))):
+        yield _noisy(renumber), renumber
+
+
+def _is_safe(data: Iterable[Tensor]) -> bool:
+    """Say whether an index that is out of bounds is an error and no more, as on the CPU."""
+    return all(x.device.type == "cpu" for x in data)
 
 
 def _noisy(change: Change) -> Change:
