@@ -181,3 +181,19 @@ def test_control_flow_that_torch_does_not_differentiate(route):
 
     with pytest.raises(ValueError, match=r"no torch\.cond"):
         jd.gramian(jd.instancewise(losses), route=route)(PARAMS, X)
+
+
+@pytest.mark.parametrize("write", [torch.lerp, lambda h, p, c: torch.where(c > 0, h, p)])
+def test_a_constant_of_another_shape(write):
+    constant, params, x = [rand(2)], [rand(2)], rand(2, 2)
+
+    def losses(p, x):
+        return write(x, p[0].expand(len(x), 2), constant[0]).sin().sum(1)
+
+    objective = jd.instancewise(losses)
+    for constant[0] in (rand(2), rand(2, 2), rand(2, 1), rand(2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = jd.gramian(objective)(params, x)
+        rows = by_loops(losses, params, x)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)

@@ -566,6 +566,42 @@ def test_planning_draws_no_numbers(draw: str) -> None:
         assert after == found[0][1]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.5)
+
+
+DROPPED: dict[str, Callable[..., Tensor]] = {  # operations that draw, on parameters themselves
+    "queries": lambda p, x: attend(p[0], x, x),
+    "keys and values": lambda p, x: attend(x, p[0], p[1]),
+    "a bias": lambda p, x: attend(x, x, x, p[1]),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.parametrize("layout", ["shared", "batched", "per example"])
+def test_what_draws_numbers_is_not_run_again(name: str, layout: str) -> None:
+    fn = DROPPED[name]
+
+    def whole(p: Any, x: Tensor) -> Tensor:
+        q = [w.expand(len(x), -1, -1) for w in p]
+        h = fn(q if layout == "batched" else p, x)
+        return total(h).sum() if layout == "per example" else total(h)
+
+    objective: Any = {
+        "shared": whole,
+        "batched": jd.instancewise(whole),
+        "per example": jd.per_example(whole, randomness="different"),
+    }[layout]
+    params, x = [rand(1, 4, 4), rand(1, 4, 4, seed=1)], rand(B, 4, 4)
+    x = x.unsqueeze(1) if layout == "per example" else x
+    found = []
+    for route in ("jacobian", "layerwise"):
+        torch.manual_seed(3)
+        _, gramian, vjp_fn = jd.gramian_vjp(objective, params, x, route=route)
+        found.append((gramian, vjp_fn(torch.arange(1.0, B + 1).double())))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
 # Batch statistics
 
 

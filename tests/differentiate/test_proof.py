@@ -127,6 +127,9 @@ SORTED = {
     ),
     "mapped": sorted_by(lambda x, i: vmap(lambda k: x.index_select(0, k[None])[0])(i), permute),
     "a function of its own": sorted_by(lambda x, i: Permuted.apply(x, i), permute),
+    "one by one": lambda p, x, i: total(
+        torch.stack([h[k] for h in [F.linear(x, p[0]).tanh()] for k in i.tolist()])
+    ),
     "by number": sorted_by(lambda x, i: x.roll(int(i[0]), 0), lambda h, i: h.roll(-int(i[0]), 0)),
 }
 MASKED = {
@@ -233,7 +236,84 @@ def multiplied(p, x, equations):
     return total(torch.einsum(back, torch.einsum(there, x, p[0]).tanh()))
 
 
+def shifted(p, x, k):
+    """Move examples on by an index."""
+    return total(F.linear(x, p[0]).tanh()[(torch.arange(len(x)) + k) % len(x)])
+
+
+def spaced(p, x, k):
+    """Take examples from one end, or from the other."""
+    return total(F.linear(x, p[0]).tanh()[torch.linspace(k, len(x) - 1 - k, len(x)).long()])
+
+
+def looked_up(p, x, k):
+    """Take examples in one of two orders."""
+    orders = torch.arange(len(x)).repeat(2, 1)
+    orders[1] = orders[1].flip(0)
+    return total(F.linear(x, p[0]).tanh()[orders[k]])
+
+
+def listed(p, x, k):
+    """Take examples in one of two orders, one by one."""
+    h = F.linear(x, p[0]).tanh()
+    return total(torch.stack([h[i] for i in range(len(x))[:: 1 - 2 * k]]))
+
+
+def applied(p, x, function):
+    """Apply a custom function."""
+    return total(function.apply(F.linear(x, p[0])).tanh())
+
+
+def hooked(p, x, hook):
+    """Apply a hook."""
+    h = F.linear(x, p[0])
+    h.register_hook(hook)
+    return total(h)
+
+
+def unmapped(p, x, axis):
+    """Map over examples, and put these elsewhere."""
+    return total(vmap(torch.tanh, out_dims=axis)(F.linear(x, p[0])))
+
+
+class Kept(torch.autograd.Function):
+    """Keeps an order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 1 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0]
+
+
+class Turned(Kept):
+    """Turns an order around."""
+
+    @staticmethod
+    def forward(x):
+        return x.flip(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0].flip(0)
+
+
 CONSTANTS = {
+    "added to an index": (shifted, 0, 1),
+    "a number that becomes an index": (spaced, 0.0, 1.0),
+    "the row of an index": (looked_up, 0, 1),
+    "examples one by one": (listed, 0, 1),
+    "a custom function": (applied, Kept, Turned),
+    "a hook": (hooked, lambda grad: 1 * grad, lambda grad: grad.flip(0)),
+    "an axis that is mapped": (unmapped, 0, 1),
     "an integer of numpy": (rolled, np.int64(0), np.int64(1)),
     "an axis of numpy": (swapped, np.int32(1), np.int32(2)),
     "an enumeration": (swapped, Dim.TIME, Dim.FEATURES),
@@ -312,7 +392,9 @@ def attention(p, x):
     b, t, d = x.shape
     q, k = (F.linear(x, w).view(b, t, 1, d).transpose(1, 2) for w in p)
     scores = (q @ k.mT).reshape(b, t * t)
-    return scores.tanh().sum(1) + F.linear(x.reshape(b * t, d), p[0]).view(b, -1).square().sum(1)
+    return (0.1 * scores).tanh().sum(1) + F.linear(x.reshape(b * t, d), p[0]).view(
+        b, -1
+    ).square().sum(1)
 
 
 def side_by_side(p, x):
@@ -349,6 +431,23 @@ def test_keywords_have_plans_of_their_own():
         rows = by_loops(attention, params, x)
         for found in (step(params, x=x), step(params, x)):
             torch.testing.assert_close(found, rows @ rows.T, rtol=1e-10, atol=1e-12)
+
+
+def in_groups(p, x):
+    """Return losses of attention within groups of four, whatever the lengths."""
+    h = F.linear(x, p[0]).flatten(0, 1)
+    group = torch.arange(len(h)) // 4
+    scores = (h @ h.T).masked_fill(group[:, None] != group, -torch.inf)
+    return total((scores.softmax(1) @ h).view(x.shape))
+
+
+@pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
+def test_groups_of_a_size_prove_nothing_of_other_lengths():
+    step, params = jd.gramian(jd.instancewise(in_groups)), [rand(3, 3)]
+    for length in (4, 8, 6, 2):
+        x = rand(4, length, 3)
+        rows = by_loops(in_groups, params, x)
+        torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
@@ -458,6 +557,81 @@ def there_and_back(h):
     """Sort, apply a function of the rank, and put back."""
     values, order = h.sort(0)
     return (values * torch.arange(len(h))[:, None]).gather(0, order.argsort(0))
+
+
+GATES = {  # which let all examples through, or none: `(what mixes, what does not, whether)`
+    "where": lambda a, b, on: torch.where(on, a, b),
+    "masked_fill": lambda a, b, on: b + a.masked_fill(~on, 0),
+    "in place": lambda a, b, on: b + (1 * a).masked_fill_(~on, 0),
+    "product": lambda a, b, on: b + a * on,
+    "float product": lambda a, b, on: b + a * on.to(a),
+    "lerp": lambda a, b, on: torch.lerp(b, a, on.to(a)),
+    "addcmul": lambda a, b, on: torch.addcmul(b, a, on.to(a)),
+    "quotient": lambda a, b, on: b + a / (1 / on.to(a)),
+    "heaviside": lambda a, b, on: b + a * torch.heaviside(on.to(a) - 0.5, a.new_zeros(())),
+    "index": lambda a, b, on: torch.stack([b, a])[on.long()],
+    "index_select": lambda a, b, on: torch.stack([b, a]).index_select(0, on.long()[None])[0],
+    "matrix": lambda a, b, on: F.one_hot(on.long(), 2).to(a) @ torch.stack([b, a]),
+    "sum": lambda a, b, on: torch.einsum(
+        "k,kb->b", F.one_hot(on.long(), 2).to(a), torch.stack([b, a])
+    ),
+    "softshrink": lambda a, b, on: b + F.softshrink(a, 0.1 if on else 1e3),
+    "hardshrink": lambda a, b, on: b + F.hardshrink(a, 0.1 if on else 1e3),
+    "threshold": lambda a, b, on: b + F.threshold(a, 0.0 if on else 1e3, 0.0),
+    "clamp": lambda a, b, on: b + a.clamp(0.0, 1e3 if on else 0.0),
+    "dropout": lambda a, b, on: b + F.dropout(a, 0.0 if on else 1.0),
+}
+
+
+STEPS = {  # of which some are late
+    "a step": (lambda step: step > 100, torch.tensor(1), torch.tensor(200)),
+    "a flag": (lambda step: step, torch.tensor(False), torch.tensor(True)),
+    "a phase": (lambda step: step == 1, torch.tensor(0), torch.tensor(1)),
+    "a label": (lambda y: (y == 7).any(), torch.arange(4), torch.arange(4, 8)),
+    "a largest label": (lambda y: y.max() // 7 > 0, torch.arange(4), torch.arange(4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_gate_that_is_closed_at_first(name, kind):
+    late, first, then = STEPS[kind]
+
+    def losses(p, x, step):
+        h = F.linear(x, p[0]).tanh()
+        return GATES[name](contrast(h, 1), total(h), late(step))
+
+    found, expected = twice(losses, (rand(4, 2), first), PARAMS, rand(4, 2, seed=1), then)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def validated(p, x, y, k):
+    """Return losses of targets that are checked."""
+    h = F.linear(x, p[0])
+    return k * contrast(h, 1) - torch.distributions.Bernoulli(logits=h).log_prob(y).sum(1)
+
+
+def biased(p, x, mask, k):
+    """Return losses of attention with a bias that leaves something out."""
+    h = F.linear(x, p[0])
+    attended = ((h @ h.mT + mask).softmax(-1) @ h).tanh()
+    return total(attended) + k * contrast(attended.flatten(1), 1)
+
+
+CHECKED = {
+    "a check": (validated, lambda seed: (rand(4, 2, seed=seed), (rand(4, 2) > 0).double())),
+    "infinity": (
+        biased,
+        lambda seed: (rand(4, 3, 2, seed=seed), torch.where(rand(4, 3, 3) > 2, -torch.inf, 0.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_data_to_which_nothing_is_added(name):
+    fn, batch = CHECKED[name]
+    found, expected = twice(fn, (*batch(0), 0.0), PARAMS, *batch(1), 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -161,9 +161,13 @@ def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any
 def used(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     """Run an operation, and see whether its output's gradient tells that of its parameters."""
     func, args, kwargs, given = operation
+    alone = _rules.rule_of(func) is None  # it runs again for its rows, and must do the same
+    before, versions = draws(given) if alone else None, list(map(version_of, given))
     out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
     plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
-    if not plain or not recognises(trace, operation, out):
+    again = before is None or not before.differ(before.again())
+    again &= not alone or versions == list(map(version_of, given))
+    if not (plain and again and recognises(trace, operation, out)):
         trace.deny(display_name(func), set(step.leaves))
         return step, out
     return use(trace, step, given, out), out

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._decide import common_depth, depth
-from torchjd_func.differentiate._layerwise._functions import named
+from torchjd_func.differentiate._layerwise._functions import is_in_place, named
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
@@ -47,8 +48,9 @@ class Disturbed(Trace):
         layout: How the objective treats examples.
         operations: Numbers tensors.
         plan: What operations become.
-        noisy: 1 if the outputs of uses get noise, 2 if numbers that the code names do as well, 3 if
-            thresholds let something through instead.
+        noisy: 1 if the outputs of uses get noise; besides, 2 if numbers that the code names or
+            makes do as well, 3 if thresholds let something through, 4 if flags are turned over,
+            5 if other integers are.
         swap: What takes the place of data and constants.
     """
 
@@ -62,6 +64,7 @@ class Disturbed(Trace):
         swap: Swap,
     ) -> None:
         super().__init__(handles, layout, operations, plan)
+        self.planned = plan
         self.noisy = noisy
         self.swap = swap
         self.depth = common_depth([*handles, *operations.known])
@@ -72,19 +75,27 @@ class Disturbed(Trace):
         given = self.operations.begin(func, args, kwargs)
         constant = self.noisy == 2 and not given and instances_in(float, args)
         # A schedule may change them, and they may be zero at first: plans do not say what they are.
-        if self.noisy == 2 and func in _ARITHMETIC and any(x.is_floating_point() for x in given):
-            args = tuple(map(self.elsewhere, args))
-            kwargs = {name: self.elsewhere(x) for name, x in kwargs.items()}
+        if self.noisy == 2 and not is_in_place(func):
+            args, kwargs = self.elsewhere(func, given, args, kwargs)
+        elif self.noisy > 3 and any(x.requires_grad for x in given):
+            args, kwargs = substitute((args, kwargs), self.turned)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
-        if self.noisy == 3 and func in THRESHOLDS and not any(out is x for x in given):
+        if self.noisy == 3 and len(self.operations.names) - 1 in self.planned.bounds:
             out = _leaky(out, [x for x in given if x not in self.sources])
         self.operations.end(out, given)
         return out
+
+    def turned(self, x: Any) -> Any:
+        """Return 0 for another integer, and 1 for 0, if it is one for all examples."""
+        turns = self.planned.flags if self.noisy == 4 else self.planned.choices
+        if not isinstance(x, Tensor) or self.operations.number(x) not in turns:
+            return x
+        return (x == 0).to(x.dtype)
 
     def swapped(self, x: Any) -> Any:
         """Return what takes the place of an argument, if it is data or a constant."""
@@ -97,14 +108,25 @@ class Disturbed(Trace):
         made = self.operations.number(x) is not None or x in self.sources or x.requires_grad
         return not made and depth(x) <= self.depth
 
-    def elsewhere(self, x: Any) -> Any:
-        """Return another number for a number, or for a tensor of one that came from without."""
-        if not isinstance(x, Tensor):
-            return _elsewhere(x) if type(x) in (int, float) else x
-        if x.numel() != 1 or x.requires_grad or not x.is_floating_point():
+    def elsewhere(
+        self, func: Callable[..., Any], given: Sequence[Tensor], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return other numbers, and tensors made of such, where they meet what is traced."""
+        if any(x.requires_grad for x in given):
+            args, kwargs = substitute((args, kwargs), self.nearby)
+        if func in _ARITHMETIC and any(x.is_floating_point() for x in given):
+            args = tuple(_number(x) for x in args)
+            kwargs = {name: _number(x) for name, x in kwargs.items()}
+        return args, kwargs
+
+    def nearby(self, x: Any) -> Any:
+        """Return another number for a tensor of one, and noise in others that may change."""
+        if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point():
             return x
         number = self.operations.number(x)
-        return _elsewhere(x) if number is None or number < self.operations.inputs else x
+        if number is not None and number not in self.planned.data:
+            return x
+        return _elsewhere(x) if x.numel() == 1 else near(x)
 
     def on_parameters(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor]
@@ -120,15 +142,19 @@ def _elsewhere(x: Any) -> Any:
     return 1.1 * x + 0.1
 
 
+def _number(x: Any) -> Any:
+    """Return another number for a number, and anything else as it is."""
+    return _elsewhere(x) if type(x) in (int, float) else x
+
+
 def _leaky(out: Tensor, given: Sequence[Tensor]) -> Tensor:
     """Let something of each argument through, where a threshold keeps all of it back for now."""
     for x in given:
         if x.shape == out.shape and x.is_floating_point():
-            out = out + 0.1 * x
+            out = out + 0.1 * torch.where(torch.isfinite(x), x, 0)
     return out
 
 
-THRESHOLDS = named("relu relu6 clamp clamp_min clamp_max clip hardtanh threshold maximum minimum")
 _ARITHMETIC = named(
     "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
 )

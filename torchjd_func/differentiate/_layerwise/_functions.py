@@ -57,6 +57,13 @@ def is_getter(func: Callable[..., Any] | None) -> bool:
     return getattr(func, "__name__", "") == "__get__"
 
 
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Say whether a function writes to its first argument, by its name."""
+    name = name_of(func)
+    special = name.endswith("__")
+    return name == "__setitem__" or name.startswith("__i") if special else name.endswith("_")
+
+
 _BUILTIN = (
     BuiltinFunctionType,
     MethodDescriptorType,

@@ -7,13 +7,20 @@ the plan, one by one: the same, applied to the same, with the same shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
-from torchjd_func.differentiate._layerwise._operations import HALF, Operations, unknown
+from torchjd_func.differentiate._layerwise._operations import (
+    ANY,
+    HALF,
+    Operations,
+    Stranger,
+    unknown,
+)
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Source,
@@ -54,9 +61,11 @@ def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
 
 def _constants(part: Any) -> Any:
     """Return what is listed with `...` for types, which stand for any value."""
+    if isinstance(part, Stranger):
+        return part[:2]
     if isinstance(part, tuple):
         return tuple(_constants(inner) for inner in part)
-    return ... if isinstance(part, type) else part
+    return ... if part is ANY or isinstance(part, (type, CodeType)) else part
 
 
 def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
@@ -167,7 +176,8 @@ class Followed(Operations):
                 number = self.known.get(x)
                 if number is None and value in self.hidden:
                     self.known[x] = number = int(value)
-                same = same and value == (unknown(x) if number is None else number + HALF)
+                own = (unknown(x), tuple(x.shape)) if number is None else number + HALF
+                same = same and value == own
             elif isinstance(x, (list, tuple, dict, slice)):
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)

@@ -63,9 +63,8 @@ def is_local(
         running = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
         return not any(isinstance(x, (Source, Place)) for x in running)
     if name_of(func) == "scaled_dot_product_attention":  # by parameters that are added to scores
-        random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0
         inputs = len(args) > 2 and all(isinstance(x, Place) for x in args[:3])
-        return inputs and not random and all(_repeated(x, axis, out) for x, _ in sources)
+        return inputs and all(_repeated(x, axis, out) for x, _ in sources)
     return isinstance(args[0], Place) and arrays[args[0].number][1] == axis
 
 

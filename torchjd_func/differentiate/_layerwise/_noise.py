@@ -20,7 +20,7 @@ def near(x: Any) -> Any:
     if not dense or not (x.is_floating_point() or x.is_complex()):
         return x
     noise = _NOISE * (x.abs() + 0.1) * scattered(x)
-    return x + noise.detach().to(x.dtype)
+    return x + torch.where(torch.isfinite(x), noise.detach().to(x.dtype), 0)  # masks have none
 
 
 def scattered(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Operations:
         size: How many examples there are.
         other: The operations of a run with another batch, if axes are wanted.
         generators: Takes the states of random generators before operations are handed these.
+        planned: Whether there is a plan, whose numbers may stand for any.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Operations:
         size: int = 0,
         other: Operations | None = None,
         generators: States | None = None,
+        *,
+        planned: bool = False,
     ) -> None:
         self.size = size
         self.other = other
+        self.planned = planned
         self.generators = {} if generators is None else generators
         self.inputs = len(inputs)
         self.known = {x: number for number, x in enumerate(inputs)}
@@ -56,26 +61,37 @@ class Operations:
         self.names: list[str] = []
         self.steps: list[Any] = []  # operations and what they return
         self.token: list[Any] = []  # marks the tensors of this run
-        self.lost = False  # whether the other run went another way
+        self.forks: int | None = None  # how many tensors there were when the other run left
+        self.loosened = False  # whether numbers of the latest operation may change
+        self.exactly: Any = None  # the latest, with the entry that it takes, if that may change
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
         """Note an operation and what it is applied to; return the tensors among that."""
         name = name_of(func)
-        if self.other is not None:
+        if self.other is not None and self.forks is None:
             place, there = len(self.names), self.other.names
-            self.lost |= place >= len(there) or there[place] != name
+            if place >= len(there) or there[place] != name:
+                self.forks = len(self.shapes)
         self.names.append(name)
         given: list[Tensor] = []
-        loose = func in ELEMENTWISE.functions
-        index = name == "__getitem__"
+        loose = func in ELEMENTWISE.functions and _is_arithmetic(args, kwargs)
+        index = name == "__getitem__" and not self.planned
+        self.loosened = False
         described = tuple([self._describe(x, loose, index, given) for x in args])
         named = self._describe(kwargs, loose, False, given) if kwargs else ()
         self.steps.append((name, torch.is_grad_enabled(), len(given), described, named))
+        self.exactly = None
+        if index and self.loosened:
+            exactly = tuple([self._describe(x, False, False, []) for x in args])
+            self.exactly = (*self.steps[-1][:3], exactly, named)
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
         """Number the outputs of an operation."""
         parts = [out] if isinstance(out, Tensor) else tensors_in(out)
+        of_examples = self.exactly is not None and self.axis(given[0]) is not None
+        if of_examples and self.axis_next(out) in (None, LOST):  # it may take an example
+            self.steps[-1] = self.exactly
         for x in parts:
             number, marked = len(self.shapes), getattr(x, "_operation", None)
             same = [place for place, other in enumerate(given) if x is other]
@@ -103,7 +119,7 @@ class Operations:
         """Return where the examples of a tensor lie, `None` if it has none, or `LOST`."""
         number = self.number(x)
         if number is not None:
-            return self._compare(x.shape, self._there(number))
+            return self._compare(x.shape, self._there(number), number)
         if x not in self.strangers:
             return None
         there = [] if self.other is None else list(self.other.strangers)
@@ -120,7 +136,7 @@ class Operations:
         parts = tensors_in(out)
         numbers = range(len(self.shapes), len(self.shapes) + len(parts))
         pairs = zip(parts, numbers, strict=True)
-        axes = {self._compare(x.shape, self._there(number)) for x, number in pairs}
+        axes = {self._compare(x.shape, self._there(number), number) for x, number in pairs}
         return axes.pop() if len(axes) == 1 else LOST
 
     def _there(self, number: int) -> tuple[int, ...] | None:
@@ -128,11 +144,14 @@ class Operations:
         shapes = [] if self.other is None else self.other.shapes
         return shapes[number] if number < len(shapes) else None
 
-    def _compare(self, shape: tuple[int, ...], there: tuple[int, ...] | None) -> Axis:
+    def _compare(
+        self, shape: tuple[int, ...], there: tuple[int, ...] | None, number: int | None = None
+    ) -> Axis:
         """Find the axis whose length is another one with another batch."""
         if self.size == 0:
             return None
-        if self.other is None or self.lost or there is None or len(there) != len(shape):
+        lost = self.forks is not None and (number is None or number >= self.forks)
+        if self.other is None or lost or there is None or len(there) != len(shape):
             return LOST
         more = self.other.size
         axes = [
@@ -155,14 +174,16 @@ class Operations:
             if number is not None:
                 return number + HALF
             self.strangers.setdefault(x, len(self.strangers))
-            return unknown(x)
+            return stranger(x)
         kind = type(x)
-        if kind is int:
-            return kind if loose or index else x
-        if kind in _PLAIN:
-            return kind if loose else x
-        if kind is float:
+        if kind is int and index:
+            self.loosened = True
+            return ANY
+        if kind is float or (loose and (kind is int or kind in _PLAIN)):
+            self.loosened = True
             return kind
+        if kind is int or kind in _PLAIN:
+            return x
         if isinstance(x, (list, tuple)):
             index = index and not isinstance(x, list)  # a list takes several, in its order
             return tuple([self._describe(part, loose, index, given) for part in x])
@@ -179,14 +200,51 @@ class Operations:
         return _value(x)
 
 
+class _AnyInteger:
+    """Stands for any integer."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or type(other) is int
+
+    def __hash__(self) -> int:
+        return 0
+
+
+ANY = _AnyInteger()
+
+
+def _is_arithmetic(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether some argument has numbers that are no integers, which may be an index."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    return any([x.is_floating_point() or x.is_complex() for x in given])
+
+
 def _value(x: Any) -> Any:
     """Return what tells an argument of a rare kind from others, such as an array of numpy."""
     if isinstance(x, str):
         return str(x)
+    if isinstance(x, type):  # a custom function
+        return x
+    if isinstance(x, FunctionType):  # a hook
+        return x.__code__
     if isinstance(x, Number) or not hasattr(x, "tobytes"):
         return type(x)
     array: Any = x
     return str(array.dtype), array.shape, array.tobytes()
+
+
+class Stranger(NamedTuple):
+    """What is listed of a tensor that no operation made."""
+
+    traced: str | None
+    shape: tuple[int, ...]
+    layout: tuple[Any, ...]  # how it lies in memory tells which axis `vmap` took away
+
+
+def stranger(x: Tensor) -> Stranger:
+    """Return what is listed of a tensor that no operation made."""
+    strides = x.stride() if x.layout == torch.strided else ()
+    return Stranger(unknown(x), tuple(x.shape), (x.dtype, x.layout, *strides))
 
 
 def unknown(x: Tensor) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._draws import draws
-from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
@@ -29,13 +29,18 @@ class Order:
     """Watches the first run of an objective.
 
     Attributes:
-        data: The numbers of the tensors that depend on arguments of the objective, or on draws;
-            `None` stands for tensors that no operation was seen to make, such as those of custom
-            functions.
+        data: The numbers of the tensors that depend on arguments of the objective, on numbers in
+            its code that may change, or on draws; `None` stands for tensors that no operation was
+            seen to make, such as those of custom functions.
         broken: The first operation under which the order of examples depends on integers.
         pooled: The numbers of the tensors that depend on parameters through all examples at once,
             with the operation that put these together.
         mixed: The operation through which losses do, if any.
+        bounds: The operations that hold parts of what is made of parameters back, as thresholds
+            do, and which constants do not bind to that.
+        flags: The numbers of flags for all examples that data decide, where they meet these.
+        choices: Those of other integers that are such.
+        counts: Those on integers alone that lie along examples, such as numbers of groups.
     """
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
@@ -44,6 +49,10 @@ class Order:
         self.broken = ""
         self.pooled: dict[int | None, str] = {}
         self.mixed = ""
+        self.bounds: set[int] = set()
+        self.flags: set[int] = set()
+        self.choices: set[int] = set()
+        self.counts: set[int] = set()
         self.draws = draws(inputs)
         self.own = False  # whether the operation has a generator of its own
         self.passed: list[str] = []  # what put together what it is applied to
@@ -106,15 +115,51 @@ class Order:
     def hold(self, operation: Operation, copies: tuple[Any, Any] | None, out: Any) -> None:
         """Hold what an operation returned, or wrote to, against what it does with other data."""
         func, _, _, given = operation
-        results = tensors_in(out) or list(given[:1])
-        if self._drawn() or any(self.operations.number(x) in self.data for x in given):
+        results, place = tensors_in(out) or list(given[:1]), len(self.operations.names) - 1
+        known, drawn = any(self.operations.number(x) in self.data for x in given), self._drawn()
+        if drawn or known or self.operations.loosened:
             self.data.update(map(self.operations.number, results))
+        integers = [x for x in given if is_integer(x)]
+        if any(x.requires_grad for x in given):
+            self._meet(integers)
+        whole = bool(given) and len(integers) == len(given)
+        if whole and any(self.operations.axis(x) is not None for x in results):
+            self.counts.add(place)
+        if not drawn and self._holds_back(operation, out):
+            self.bounds.add(place)
         if copies is None:
             return
         axes = [self.operations.axis(x) for x in results]
         shapes = [x.shape for x in results]
         if not self._keeps(func, *copies, axes, shapes):
             self.broken = name_of(func)
+
+    def _meet(self, integers: Sequence[Tensor]) -> None:
+        """Note which integers for all examples meet what is made of parameters."""
+        for x in integers:
+            number = self.operations.number(x)
+            if number is not None and number in self.data and self.operations.axis(x) is None:
+                (self.flags if x.dtype == torch.bool else self.choices).add(number)
+
+    def _holds_back(self, operation: Operation, out: Any) -> bool:
+        """Say whether parts of an argument that is made of parameters make no difference."""
+        func, args, kwargs, given = operation
+        if not isinstance(out, Tensor) or not out.requires_grad or is_in_place(func):
+            return False
+        moved = [x for x in given if x.requires_grad and x.shape == out.shape and x is not out]
+        rest = [x for x in given if not x.requires_grad]
+        bound = any(self.operations.number(x) not in self.data for x in rest)
+        if bound or not moved or not all(x.is_floating_point() for x in (*moved, out)):
+            return False
+        there = {x: near(x.detach()) for x in moved}
+        copies = substitute((args, kwargs), lambda x: there.get(x, x))
+        try:
+            with torch.no_grad():
+                again = func(*copies[0], **copies[1])
+        except REFUSALS:
+            return False
+        same = (again == out.detach()) & torch.isfinite(out.detach())
+        return bool(torch.func.debug_unwrap(same, recurse=True).any())
 
     def _drawn(self) -> bool:
         """Say whether an operation drew random numbers."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import register_constant
+
+from torchjd_func.differentiate._layerwise._sources import instances_in
 
 Axis = int | None
 LOST = -1  # the axis of a tensor whose examples do not lie along one
@@ -74,6 +77,11 @@ class Plan(NamedTuple):
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
+    data: frozenset[int | None] = frozenset()  # the numbers of tensors whose values may change
+    bounds: frozenset[int] = frozenset()  # the operations that hold parts of an argument back
+    flags: frozenset[int] = frozenset()  # the numbers of flags for all examples
+    choices: frozenset[int] = frozenset()  # and of integers
+    counts: frozenset[int] = frozenset()  # those on integers alone, which lie along examples
 
     @property
     def entries(self) -> tuple[Any, ...]:
@@ -107,6 +115,9 @@ def differ_in_sizes(first: Plan, second: Plan) -> bool:
     sizes.add((first.layout.size, second.layout.size))
     if any(a != b and min(a, b) < 2 for a, b in sizes):
         return False
+    counted = [pairs[place] for place in first.counts]
+    if any(a.shapes != b.shapes and _share(a.values, b.values) for a, b in counted):
+        return False  # groups of as many, of more examples
     sizes |= {(math.prod(a), math.prod(b)) for a, b in shapes}
     return all(
         _agree(a.values, b.values, sizes) and _agree(a.named, b.named, sizes) for a, b in pairs
@@ -117,7 +128,13 @@ def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
     """Return the operations of plans side by side; none if they are not the same."""
     plans = first, second
     decided = [
-        (p.layout.kind, p.opaque, [step._replace(shape=()) for step in p.steps]) for p in plans
+        (
+            p.layout.kind,
+            p.opaque,
+            [step._replace(shape=()) for step in p.steps],
+            instances_in((type, CodeType), p.operations),  # custom functions and hooks
+        )
+        for p in plans
     ]
     entries = [p.entries for p in plans]
     if decided[0] != decided[1] or len(entries[0]) != len(entries[1]):
@@ -128,6 +145,13 @@ def _pairs(first: Plan, second: Plan) -> list[tuple[Any, Any]]:
         for a, b in pairs
     )
     return pairs if alike else []
+
+
+def _share(a: Any, b: Any) -> bool:
+    """Say whether arguments have an integer in common that may tell how many are in a group."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return any(_share(*both) for both in zip(a, b, strict=False))
+    return type(a) is int and type(b) is int and a == b and a > 1
 
 
 def _agree(a: Any, b: Any, sizes: set[tuple[int, int]]) -> bool:

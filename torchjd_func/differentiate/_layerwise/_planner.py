@@ -135,6 +135,14 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     if order is not None and order.broken:
         reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, reason)._replace(proven=True)
+    if order is not None:
+        plan = plan._replace(
+            data=frozenset(order.data),
+            bounds=frozenset(order.bounds),
+            flags=frozenset(order.flags),
+            choices=frozenset(order.choices),
+            counts=frozenset(order.counts),
+        )
     if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})
@@ -171,9 +179,10 @@ def _failing(point: Point, plan: Plan, draws: Draws) -> dict[int, str] | None:
     try:
         recorded = record(point.problem, plan, noisy=point.noisy, swap=point.swap)
     except Exception:
-        if point.noisy:  # such as of data that leave an interval, or that a table does not have
-            return None
-        raise
+        if not point.noisy:
+            raise
+        # Such as of data that leave an interval, or that a table does not have
+        return _failing(point.milder, plan, draws) if point.milder else None
     return _proof.failing(recorded) if _fits(recorded) else None
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._disturbed import THRESHOLDS, Swap
+from torchjd_func.differentiate._layerwise._disturbed import Swap
 from torchjd_func.differentiate._layerwise._noise import near, scattered
 from torchjd_func.differentiate._layerwise._order import is_integer, moved_on
 from torchjd_func.differentiate._layerwise._plan import LOST, Plan
 from torchjd_func.differentiate._layerwise._record import Problem
+from torchjd_func.differentiate._pullback import as_it_is
 
 SMALLER = 0.2
+Change = Callable[[Tensor], Tensor]
 
 
 class Point(NamedTuple):
@@ -25,12 +27,14 @@ class Point(NamedTuple):
         noisy: What gets noise besides, as of `Disturbed`.
         swap: What takes the place of data and constants.
         shifted: Whether other random numbers are drawn.
+        milder: Where to try instead, if the objective cannot take such data.
     """
 
     problem: Problem
     noisy: int = 0
     swap: Swap | None = None
     shifted: bool = False
+    milder: Point | None = None
 
 
 def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iterator[list[Point]]:
@@ -39,9 +43,9 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     These have noise in parameters, data, constants and what uses return, since of a batch of zeros,
     or of equal examples, nothing tells which row is whose. Then smaller parameters, since nothing
     tells it where activations saturate; other numbers in the code, since nothing tells it where a
-    coefficient is zero; thresholds that let something through, since nothing tells it where none is
-    reached; other draws, examples in another order and other integers, since nothing tells it where
-    examples are sorted.
+    coefficient is zero; thresholds that let something through, and other answers to what is asked
+    of all examples, since nothing tells it where a gate is closed; other draws, examples in another
+    order and other integers, since nothing tells it where examples are sorted.
 
     Args:
         problem: The objective.
@@ -56,10 +60,11 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     smaller = problem._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
     first = [*_at(moved, near), *_at(smaller, near), *_at(moved, near, 2)]
     if first:
-        if any(entry.head[0] in THRESHOLDS.names for entry in plan.entries):
-            first += _at(moved, near, 3)
-        for change in _changes(problem, plan, integers):
-            first += _at(moved, change)
+        first += _at(moved, near, 3) if plan.bounds else []
+        first += _at(moved, near, 4) if plan.flags else []
+        first += _at(moved, near, 5) if plan.choices and _is_safe(problem.inputs) else []
+        for change, milder in _changes(problem, plan, integers):
+            first += _at(moved, change, milder=milder)
         # Last as it is: what noise is added to is a new tensor, and no view that is written to.
         yield [*first, *(_at(moved, near, shifted=True) if drawn else []), Point(moved)]
     yield [Point(moved)]
@@ -67,37 +72,54 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
 
 
 def _at(
-    problem: Problem, change: Callable[[Tensor], Tensor], noisy: int = 1, *, shifted: bool = False
+    problem: Problem,
+    change: Change,
+    noisy: int = 1,
+    *,
+    shifted: bool = False,
+    milder: Change | None = as_it_is,
 ) -> list[Point]:
     """Return the point where data and constants are changed, if that makes a difference."""
+    instead = None if milder is None else _at(problem, milder, noisy, shifted=shifted, milder=None)
     return [
         Point(
             problem._replace(call=call, inputs=inputs),
             noisy,
             Swap(change, zip(problem.inputs, inputs, strict=True)),
             shifted,
+            instead[0] if instead else None,
         )
         for call, inputs in problem.noisy(change)
     ]
 
 
-def _changes(problem: Problem, plan: Plan, integers: bool) -> list[Callable[[Tensor], Tensor]]:
-    """Return what puts examples in another order, and what makes other integers."""
+def _changes(problem: Problem, plan: Plan, integers: bool) -> Iterator[tuple[Change, Change]]:
+    """Yield what puts examples in another order and what makes other integers, then no noise."""
     size, inputs = plan.layout.size, set(problem.inputs)
     pairs = zip(problem.inputs, plan.along, strict=False)
     axes = {x: axis for x, axis in pairs if axis not in (None, LOST) and x.layout == torch.strided}
 
     def roll(x: Tensor) -> Tensor:
-        return near(moved_on(x, axes[x], size) if x in axes else x)
+        return moved_on(x, axes[x], size) if x in axes else x
 
     def renumber(x: Tensor) -> Tensor:
-        return others(x) if is_integer(x) and (x in axes or x not in inputs) else near(x)
+        return others(x) if is_integer(x) and (x in axes or x not in inputs) else x
 
     if not axes or size < 2:
-        return []
-    # On the CPU an index that is out of bounds is an error, and no more.
-    safe = all(x.device.type == "cpu" for x in axes)
-    return [roll, renumber] if safe and (integers or any(map(is_integer, axes))) else [roll]
+        return
+    yield _noisy(roll), roll
+    if _is_safe(axes) and (integers or any(map(is_integer, axes))):
+        yield _noisy(renumber), renumber
+
+
+def _is_safe(data: Iterable[Tensor]) -> bool:
+    """Say whether an index that is out of bounds is an error and no more, as on the CPU."""
+    return all(x.device.type == "cpu" for x in data)
+
+
+def _noisy(change: Change) -> Change:
+    """Return a change that adds noise, too."""
+    return lambda x: near(change(x))
 
 
 def others(x: Tensor) -> Tensor:

@@ -202,7 +202,8 @@ def _watcher(
     """Return what watches a run that is not compiled."""
     layout = problem.layout if plan is None else plan.layout
     size = layout.size if layout.kind == "batched" else 0
-    operations = Operations(seen, size, other, problem.generators)
+    planned = plan is not None
+    operations = Operations(seen, size, other, problem.generators, planned=planned)
     if plan is None:
         order = None if other is None else Order(operations, seen)
         return Decider(handles, layout, operations, order)

@@ -125,8 +125,8 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def instances_in(kind: type[T], tree: Any) -> list[T]:
-    """Return what is of a kind among arguments or outputs, in order."""
+def instances_in(kind: type[T] | tuple[type[T], ...], tree: Any) -> list[T]:
+    """Return what is of a kind, or of several, among arguments or outputs, in order."""
     if isinstance(tree, kind):
         return [tree]
     if not isinstance(tree, _NESTED):
