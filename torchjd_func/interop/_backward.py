@@ -62,7 +62,8 @@ def backward_(
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
         target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or of
-            parameters; what does not require a gradient is skipped.
+            parameters; what does not require a gradient is skipped. A warning names parameters
+            that losses depend on besides, unless `retain_graph` leaves them to another pass.
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
             (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
         state: What the previous call returned; `None` at the first.
