@@ -240,8 +240,8 @@ def smallest(losses, state, present=None):
 
 
 def by_lengths(jac, state, losses):
-    lengths = sum(leaf.flatten(1).square().sum(1) for leaf in _tree.leaves(jac)).sqrt()
-    return _tree.weighted_sum(jac, (1 / lengths).to(lengths.dtype)), state
+    rows = torch.cat([leaf.flatten(1) for leaf in _tree.leaves(jac)], dim=1)
+    return _tree.weighted_sum(jac, 1 / rows.norm(dim=1)), state
 
 
 def two_routes(statistic, state, losses):

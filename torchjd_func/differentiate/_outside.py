@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ from torchjd_func.differentiate._detach import detach_plain
 PyTree = Any
 
 
+def kept_buffers(has_aux: bool) -> AbstractContextManager[None]:
+    """Return what warns of buffers that modules overwrite in an objective that returns none.
+
+    Not in a graph.
+    """
+    return nullcontext() if has_aux or torch.compiler.is_compiling() else _kept_buffers()
+
+
 @contextmanager
-def kept_buffers(has_aux: bool) -> Generator[None, None, None]:
-    """Warn of buffers that modules overwrite in an objective that returns none; not in a graph."""
-    if has_aux or torch.compiler.is_compiling():
-        yield
-        return
+def _kept_buffers() -> Generator[None, None, None]:
+    """Look at what was overwritten in between."""
     with watched_buffers() as names:
         yield
     _check.kept_buffers(sorted(names))
@@ -46,7 +51,8 @@ def outside(losses: Sequence[Tensor]) -> list[torch.Size]:
 def _sources(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the leaves that tensors of plain autograd were computed from."""
     found = {id(x): x for x in tensors if x.grad_fn is None}
-    seen, ahead = set(), [x.grad_fn for x in tensors]
+    seen: set[Any] = set()
+    ahead: list[Any] = [x.grad_fn for x in tensors]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
