@@ -94,3 +94,14 @@ def test_a_preference_that_is_not_read_and_not_a_number_is_seen_in_the_result(fa
     found = vmap(step)(torch.stack([good, torch.tensor([torch.nan, 0.7])]))
     torch.testing.assert_close(found[0], step(good))
     assert found[1].isnan().all()
+
+
+def test_a_list_of_numbers_that_change_is_captured():
+    jac = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])
+
+    def step(share):
+        return jd.upgrad([share, 1 - share])(jac)[0]
+
+    fast = torch.compile(step, fullgraph=True, backend="eager")
+    for share in (0.25, 0.5, 0.75):
+        torch.testing.assert_close(fast(share), step(share))

@@ -45,12 +45,11 @@ def watched_buffers() -> Generator[set[str], None, None]:
         _written.reset(token)
 
 
-def _note_written(before: Tensors, after: Tensors) -> None:
-    """Note which fresh buffers a module wrote into, or replaced, where somebody asks."""
+def _note_written(copies: list[str], before: Tensors, after: Tensors) -> None:
+    """Note which copies of buffers a module wrote into, or replaced, where somebody asks."""
     names = _written.get()
     if names is not None:
-        changed = [x for x in after if after[x] is not before[x] or _version(after[x])]
-        names.update(changed)
+        names.update(x for x in copies if after[x] is not before[x] or _version(after[x]))
 
 
 def _version(x: Tensor) -> int:
@@ -84,7 +83,7 @@ class Apply:
         outputs = functional_call(self.model, tensors, inputs, kwargs, strict=True)
         after = {name: tensors[name] for name in fresh}
         if self.model.training and not torch.compiler.is_compiling():
-            _note_written(fresh, after)
+            _note_written(self.overwritten, fresh, after)
         return outputs, after
 
     def __repr__(self) -> str:

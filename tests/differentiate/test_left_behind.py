@@ -94,6 +94,14 @@ def test_it_is_named_where_models_and_batches_are_many():
         jd.double_sampling(by_module, jd.modo(gamma=0.1))(None, PARAMS, (X,), (X,))
 
 
+def partly_frozen():
+    """Train half of a model, whose other half was overwritten when it was made."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    nn.init.zeros_(model[0].requires_grad_(False).weight)
+    apply, params, buffers = jd.functionalize(model)
+    jd.grad(lambda p, x: apply(p, buffers, x)[0].square().mean(0), jd.upgrad())(None, params, X)
+
+
 def frozen(params, x):
     return (features(params, x) - TEACHER(x)).square().mean(0)
 
@@ -109,6 +117,7 @@ def passed(params, x, scale):
 
 
 QUIET = {
+    "partly frozen": partly_frozen,
     "frozen": lambda: jd.grad(frozen, jd.upgrad())(None, PARAMS, X),
     "under no_grad": lambda: jd.grad(without_grad, jd.upgrad())(None, PARAMS, X),
     "an argument": lambda: jd.grad(passed, jd.upgrad())(None, PARAMS, X, SCALE),

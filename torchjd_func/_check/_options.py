@@ -216,7 +216,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as a float64 tensor."""
     rule, remedy = "be 1-D, a number for each objective", "Count objectives in leaf order."
     flat = value if isinstance(value, list | tuple) else ()
-    if any(isinstance(number, float) and math.isnan(number) for number in flat):
+    if any(isinstance(number, float) and number != number for number in flat):  # a graph's, too
         fail(ValueError, f"`{name}`", rule, value, remedy)
     try:
         return torch.tensor(value, dtype=torch.float64)
