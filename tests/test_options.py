@@ -96,11 +96,16 @@ def test_a_preference_that_is_not_read_and_not_a_number_is_seen_in_the_result(fa
     assert found[1].isnan().all()
 
 
-def test_a_list_of_numbers_that_change_is_captured():
-    jac = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_numbers_that_change_are_captured(by_name):
+    point = torch.tensor([1.0, -3.0])
+
+    def losses(x):
+        return {"b": x.square().sum(), "a": (x - 1).abs().sum()}
 
     def step(share):
-        return jd.upgrad([share, 1 - share])(jac)[0]
+        shares = {"a": share, "b": 1 - share} if by_name else [share, 1 - share]
+        return jd.grad(losses, jd.upgrad(shares))(None, point)[0]
 
     fast = torch.compile(step, fullgraph=True, backend="eager")
     for share in (0.25, 0.5, 0.75):
