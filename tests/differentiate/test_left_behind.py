@@ -96,8 +96,9 @@ def test_it_is_named_where_models_and_batches_are_many():
 
 def partly_frozen():
     """Train half of a model, whose other half was overwritten when it was made."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    nn.init.zeros_(model[0].requires_grad_(False).weight)
+    first = nn.Linear(3, 4).requires_grad_(False)
+    nn.init.zeros_(first.weight)
+    model = nn.Sequential(first, nn.Linear(4, 2))
     apply, params, buffers = jd.functionalize(model)
     jd.grad(lambda p, x: apply(p, buffers, x)[0].square().mean(0), jd.upgrad())(None, params, X)
 
