@@ -115,6 +115,27 @@ def kept_in_a_closure():
     return model
 
 
+class MakesABuffer(nn.Module):
+    """Keeps what it is given first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("first", None)
+
+    def forward(self, x):
+        self.first = x if self.first is None else self.first
+        return self.weight * (x - self.first)
+
+
+def buffer_of_the_first_pass():
+    """Train a module that has a buffer more after its first forward pass."""
+    apply, params, buffers = jd.functionalize(MakesABuffer())
+    step = jd.grad(lambda p, x: apply(p, buffers, x)[0].square().mean(0), jd.upgrad())
+    for _ in range(2):
+        step(None, params, X)
+
+
 def compiled_inside():
     model = nn.Sequential(nn.Linear(1, 1))
     model[0].compile(backend="eager")
@@ -488,6 +509,11 @@ CASES = {
         lambda: jd.gramian(jd.instancewise(lambda w, x: (x @ w).sum(1)))(torch.eye(2), by_rows()),
         ValueError,
         r"torch\.sparse_coo.*Sparse CSR",
+    ),
+    "a buffer that a forward pass makes": (
+        buffer_of_the_first_pass,
+        ValueError,
+        r"must call modules with.*reparametrizing.*run it once before jd\.functionalize",
     ),
     "arrays of NumPy inside": (
         lambda: jd.jac(lambda p, x: losses(p, x) * float((x * 2).numpy().sum()))(PARAMS, X),

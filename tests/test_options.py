@@ -53,6 +53,14 @@ def test_an_argument_works_or_is_refused(method, argument):
         (lambda: jd.cagrad(torch.tensor(-1.0)), ValueError, r"`c` must be in \[0, inf\), got -1.0"),
         (lambda: jd.upgrad(torch.tensor([1.0, -1.0])), ValueError, "`preference`.*got -1.0"),
         (lambda: jd.dualproj({"a": 1.0, "b": torch.tensor(-1.0)}), ValueError, "got -1.0"),
+        (
+            lambda: jd.upgrad([0, 0.0]),
+            ValueError,
+            r"`preference` must hold a positive number.*0\.0",
+        ),
+        (lambda: jd.config({"a": 0.0, "b": 0.0}), ValueError, "`preference` must hold a positive"),
+        (lambda: jd.dualproj(torch.zeros(2)), ValueError, "`preference` must hold a positive"),
+        (lambda: jd.constant([1.0, -torch.inf]), ValueError, r"`weights` must be in \(-inf, inf\)"),
         (lambda: jd.epo(torch.tensor([1.0, torch.nan])), ValueError, "`preference`.*got nan"),
         (lambda: jd.clipped_mean(torch.tensor(torch.nan)), ValueError, "`max_norm`.*got nan"),
         (lambda: jd.krum(1.0), ValueError, "`n_byzantine` must be an int"),
@@ -86,3 +94,19 @@ def test_a_preference_that_is_not_read_and_not_a_number_is_seen_in_the_result(fa
     found = vmap(step)(torch.stack([good, torch.tensor([torch.nan, 0.7])]))
     torch.testing.assert_close(found[0], step(good))
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_numbers_that_change_are_captured(by_name):
+    point = torch.tensor([1.0, -3.0])
+
+    def losses(x):
+        return {"b": x.square().sum(), "a": (x - 1).abs().sum()}
+
+    def step(share):
+        shares = {"a": share, "b": 1 - share} if by_name else [share, 1 - share]
+        return jd.grad(losses, jd.upgrad(shares))(None, point)[0]
+
+    fast = torch.compile(step, fullgraph=True, backend="eager")
+    for share in (0.25, 0.5, 0.75):
+        torch.testing.assert_close(fast(share), step(share))

@@ -143,6 +143,10 @@ def curious_weighting(statistic, key):
     return Memory(statistic.diagonal().double(), torch.tensor(0))
 
 
+def one_number(like, key):
+    return (0,)
+
+
 def any_state(gramian, state, losses):
     return torch.ones_like(gramian[0]), state
 
@@ -223,8 +227,21 @@ def shifted(jac, state, losses):
     return _tree.map(lambda leaf: leaf.sum(0) + leaf.norm(), jac), state
 
 
-def aggregator(update, init=no_state):
-    return jd.Aggregator("mine", init, update)
+def aggregator(update, init=no_state, **options):
+    return jd.Aggregator("mine", init, update, **options)
+
+
+def largest(losses, state, present=None):
+    return losses.max(), state
+
+
+def smallest(losses, state, present=None):
+    return losses.min(), state
+
+
+def by_lengths(jac, state, losses):
+    rows = torch.cat([leaf.flatten(1) for leaf in _tree.leaves(jac)], dim=1)
+    return _tree.weighted_sum(jac, 1 / rows.norm(dim=1)), state
 
 
 def two_routes(statistic, state, losses):
@@ -242,13 +259,14 @@ FAULTS = {
     "repeatable": (stateless(counted), {}, "same call"),
     "repeatable (generator)": (stateless(global_draw), {}, "global generator"),
     "state": (weighting(growing), {}, "structure"),
-    "state (a number)": (weighting(python_counter, lambda s, key: (0,)), {}, r"holds \[0\]"),
+    "state (a number)": (weighting(python_counter, one_number), {}, r"holds \[0\]"),
     "fresh state": (aggregator(mean_of_rows, curious), {}, "states of other numbers"),
     "fresh state (Gramian)": (weighting(remember, curious_weighting), {}, "another Gramian"),
     "fresh state (key)": (jd.rlw(), {"random": False}, "random=True"),
     "state size": (weighting(any_state, start), {}, "no error for a state of another size"),
     "dtypes": (aggregator(widened), {}, "float64.* for torch.float32"),
     "pytree": (aggregator(first_leaf), {}, "pytree"),
+    "columns": (aggregator(by_lengths, columnwise=True), {}, "parts of the columns"),
     "losses": (weighting(silent_losses), {"needs_losses": True}, "no error for missing losses"),
     "zero": (stateless(unguarded), {}, "torch.where"),
     "one objective": (stateless(uphill), {}, "cosine -1"),
@@ -272,6 +290,8 @@ FAULTS = {
     "derivative (not finite)": (stateless(root_of_zero), {}, "nan"),
     "non-finite rows": (aggregator(hides_nan), {}, "finite result"),
     "absent rows": (stateless(ignores_present), {"present": True}, "absent"),
+    "absent rows (below 1)": (jd.Scalarizer("m", no_state, largest), {"present": True}, "present"),
+    "absent rows (above 1)": (jd.Scalarizer("m", no_state, smallest), {"present": True}, "present"),
     "absent rows (not taken)": (stateless(lambda g: g[0]), {"present": True}, "present=None"),
     "permutation": (stateless(first_wins), {"equivariant": True}, "another order"),
     "scale": (stateless(absolute), {"degree": 1}, "at the scale"),
@@ -376,6 +396,7 @@ RETURNED = {
     "rows": (aggregator(rows_kept), "be a pytree like the Jacobian"),
     "columns": (aggregator(columns_summed), "be a pytree like the Jacobian"),
     "loss alone": (scalarizer(loss_alone), "return (loss, state), got a tensor"),
+    "a number as state": (weighting(python_counter, one_number), "hold tensors, got int"),
     "a vector": (scalarizer(vector_loss), "be a 0-d tensor, got a tensor of shape (3,)"),
 }
 

@@ -44,6 +44,9 @@ def test_leaves_and_structure_are_those_of_optree(tree):
     same = rebuild(range(len(leaves)))
     assert _tree.same_structure(same, tree)
     assert _tree.leaves(same) == list(range(len(leaves)))
+    traced = _traced_tree.paths(tree)
+    assert traced is not None
+    assert [".".join(map(str, path)) for path in traced] == _tree.paths(tree)
     names = [list(x) for x in (tree, same) if isinstance(x, dict)]
     assert names[:1] == names[1:]  # the order of insertion, too
 
@@ -51,6 +54,7 @@ def test_leaves_and_structure_are_those_of_optree(tree):
 @pytest.mark.parametrize("odd", [OrderedDict(b=1.0, a=2.0), {1: 1.0}, object(), torch.float64])
 def test_other_containers_are_left_to_optree(odd):
     assert _traced_tree.flatten([odd]) is None
+    assert _traced_tree.paths([odd]) is None
 
 
 ODD = {

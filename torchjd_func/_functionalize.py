@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -29,6 +31,32 @@ class Lent(WeakValueDictionary[str, Tensor]):
         return Lent, ()
 
 
+_written: ContextVar[set[str] | None] = ContextVar("_written", default=None)
+
+
+@contextmanager
+def watched_buffers() -> Generator[set[str], None, None]:
+    """Gather the names of buffers that modules overwrite in training; not those of graphs."""
+    names: set[str] = set()
+    token = _written.set(names)
+    try:
+        yield names
+    finally:
+        _written.reset(token)
+
+
+def _note_written(copies: list[str], before: Tensors, after: Tensors) -> None:
+    """Note which copies of buffers a module wrote into, or replaced, where somebody asks."""
+    names = _written.get()
+    if names is not None:
+        names.update(x for x in copies if after[x] is not before[x] or _version(after[x]))
+
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was written into, where torch counts."""
+    return 0 if x.is_inference() else x._version
+
+
 @dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Apply:
     """A module as a function; torch.compile looks at the fields one by one, the names first."""
@@ -51,8 +79,12 @@ class Apply:
         _check.names("buffers", buffers, [*self.frozen, *self.overwritten])
         fresh = {name: buffers[name].clone() for name in self.overwritten}
         fresh = {name: fresh.get(name, buffer) for name, buffer in buffers.items()}
-        outputs = functional_call(self.model, (params, fresh), inputs, kwargs, strict=True)
-        return outputs, fresh
+        tensors = {**params, **fresh}  # one dict: functional_call writes new buffers into it
+        outputs = functional_call(self.model, tensors, inputs, kwargs, strict=True)
+        after = {name: tensors[name] for name in fresh}
+        if self.model.training and not torch.compiler.is_compiling():
+            _note_written(self.overwritten, fresh, after)
+        return outputs, after
 
     def __repr__(self) -> str:
         """Return the kind of the module in one line."""

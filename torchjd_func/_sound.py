@@ -64,6 +64,7 @@ def _kept(sound: Tensor | None, new: Any, old: Any) -> Any:
     """Return a leaf of the next state; what did not change is the same tensor, and a leaf still."""
     if new is old:
         return old
+    _check.state_leaf(new)
     if new.dtype != old.dtype:  # of rows or losses in another dtype than those it began with
         new = new.to(old.dtype)
     return new if sound is None else torch.where(sound, new, old)

@@ -33,6 +33,24 @@ def same_structure(a: PyTree, b: PyTree) -> bool | None:
         return None
 
 
+def paths(tree: PyTree) -> list[tuple[Any, ...]] | None:
+    """Return where each leaf is, or `None` if that is not known here."""
+    try:
+        return _paths(tree, ())
+    except LookupError:
+        return None
+
+
+def _paths(node: PyTree, path: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Return where the leaves of a node are, which is at a path itself."""
+    kind, names, parts = _opened(node)
+    if kind is Tensor:
+        return [path]
+    entries = names if kind is dict else range(len(parts))
+    below = [_paths(part, (*path, entry)) for entry, part in zip(entries, parts, strict=True)]
+    return [leaf for leaves in below for leaf in leaves]
+
+
 def _alike(a: PyTree, b: PyTree) -> bool:
     """Compare nodes part by part; versions of torch before 2.13 do not compare dicts in graphs."""
     (kind, names, parts), (other, others, counterparts) = _opened(a), _opened(b)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchjd_func._precision import accumulation_dtype, product, squares, sums
 from torchjd_func._traced_tree import flatten as flatten_traced
+from torchjd_func._traced_tree import paths as traced_paths
 from torchjd_func._traced_tree import same_structure as same_traced
 
 PyTree = Any
@@ -90,8 +91,9 @@ def paths(tree: PyTree) -> list[str]:
     """Return the name of each leaf, such as `"encoder.0.weight"`."""
     if isinstance(tree, Tensor):
         return [""]
-    if not torch.compiler.is_compiling():
-        return [".".join([str(part) for part in path]) for path in optree.tree_paths(tree)]
+    found = traced_paths(tree) if torch.compiler.is_compiling() else optree.tree_paths(tree)
+    if found is not None:
+        return [".".join([str(part) for part in path]) for path in found]
     nodes = optree.tree_leaves(tree, is_leaf=hollow)
     pairs = zip(optree.tree_paths(tree, is_leaf=hollow), nodes, strict=True)
     return [".".join([str(part) for part in path]) for path, node in pairs if not hollow(node)]

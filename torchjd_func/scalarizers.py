@@ -2,7 +2,9 @@
 
 A scalarizer costs one backward pass, whatever the number of losses, and is used like an aggregator:
 `jd.grad(objective, jd.scalarizers.stch())`. What sets it apart is the derivative of its loss by
-each of the losses: these are the weights of the gradients.
+each of the losses: these are the weights of the gradients. Some want more than that call, and
+stay as they began without it: `uw` and `imtl_l` are trained with the parameters, `dwa` and `famo`
+learn by `observe`.
 """
 
 from torchjd_func.scalarization._cosmos import cosmos

@@ -188,6 +188,15 @@ def attempts():
         "product": lambda: jd.gramian(objective, route="product")(params, x, y),
         "rows": lambda: jd.grad(objective, jd.trimmed_mean(1))(None, params, x, y),
     }
+    over = jd.distributed.data_parallel(jd.upgrad())
+    for name, plain in {
+        "plain": jd.instancewise(squares),
+        "half": jd.cast_floating(jd.instancewise(squares), torch.float32),
+        "one": per_example(squares),
+    }.items():
+        for route in ("auto", "jacobian"):
+            step = jd.grad(plain, over, route=route)
+            tries[f"{name} {route}"] = functools.partial(step, None, params, x, y)
     return {name: said(fn) for name, fn in tries.items()}
 
 
@@ -208,6 +217,11 @@ def test_mistakes_are_named_on_every_rank():
         assert "got 9 on process 1" in found["size"]
         for name in ("jac", "jacobian", "product", "rows"):
             assert found[name].startswith("ValueError: the Jacobian of a gathered objective must")
+        for name in ("plain", "half", "one"):
+            for route in ("auto", "jacobian"):
+                text = found[f"{name} {route}"]
+                assert text.startswith("ValueError: the rule for InstanceWise(")
+                assert "jd.distributed.gathered(objective)" in text
 
 
 def test_only_instancewise_objectives_are_gathered():

@@ -10,7 +10,7 @@ from torch import nn
 import torchjd_func as jd
 from tests import scalarizer_registry
 from tests.helpers import assert_trees_close
-from tests.interop.models import LR, M, X, descend, grads_of, losses_of, network
+from tests.interop.models import LR, M, X, descend, grads_of, losses_of, network, tasks
 from tests.registry import METHODS, key_for
 from torchjd_func import _tree
 
@@ -88,7 +88,8 @@ def test_targets_of_all_kinds_give_the_same():
 
 def test_part_of_a_model_can_be_the_target():
     model = network()
-    jd.interop.backward_(losses_of(model(X)), model[2], jd.upgrad())
+    with pytest.warns(UserWarning, match=LEFT_OUT.format(r"\(6, 4\), \(6,\)")):
+        jd.interop.backward_(losses_of(model(X)), model[2], jd.upgrad())
     assert model[0].weight.grad is None
     frozen = {f"2.{name}": param.detach() for name, param in model[2].named_parameters()}
     apply, params, buffers = jd.functionalize(model)
@@ -96,6 +97,31 @@ def test_part_of_a_model_can_be_the_target():
         None, frozen
     )
     assert_trees_close({"2." + n: g for n, g in grads_of(model[2]).items()}, want, rtol=1e-12)
+
+
+LEFT_OUT = r"not in `target`, of shapes \[{}\], so nothing trains them"
+
+
+@pytest.mark.parametrize("rule", [jd.upgrad(), jd.mean(), jd.config(), jd.scalarizers.mean()])
+@pytest.mark.parametrize("with_features", [False, True])
+def test_heads_that_are_no_target_are_named(rule, with_features):
+    model = tasks()
+    z, losses = model.losses(X, ("a", "b"))
+    options = {"features": z} if with_features else {}
+    with pytest.warns(UserWarning, match=LEFT_OUT.format(r"(\(1, 3\), \(1,\)(, )?){2}")) as caught:
+        jd.interop.backward_(losses, model.trunk, rule, **options)
+    assert len(caught) == 1
+    assert model.heads["a"].weight.grad is None
+
+
+def test_what_is_trained_by_another_pass_or_no_parameter_is_not_named():
+    model, x = tasks(), X.clone().requires_grad_()
+    _, losses = model.losses(x)
+    jd.interop.backward_(losses, model.trunk, jd.upgrad(), retain_graph=True)
+    model.trunk.requires_grad_(False)
+    _, losses = model.losses(x)
+    jd.interop.backward_(losses, model.heads, jd.mean())
+    assert x.grad is None
 
 
 def test_groups_are_found_by_the_names_of_parameters():

@@ -11,13 +11,22 @@ from torchjd_func._check._combinators import (
     observed,
     weighting_present,
 )
-from torchjd_func._check._dependent import dependent, each_dependent, each_trains, not_hooked
+from torchjd_func._check._dependent import (
+    dependent,
+    each_dependent,
+    each_trains,
+    inside,
+    inside_target,
+    kept_buffers,
+    not_hooked,
+)
 from torchjd_func._check._distributed import (
     at_most,
     collective,
     group,
     member,
     not_a_weighting,
+    not_over_examples,
     not_sharded,
     one_mesh,
     placements,
@@ -158,6 +167,7 @@ from torchjd_func._check._returned import (
     grads,
     loss,
     pair,
+    state_leaf,
     weights,
 )
 from torchjd_func._check._sets import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -55,7 +56,39 @@ def each_trains(by_features: Mapping[str, bool], by_own: Mapping[str, bool]) -> 
     )
 
 
-def _warn(names: list[str], text: str) -> None:
+def inside(shapes: Sequence[torch.Size]) -> None:
+    """Warn of tensors that plain autograd would train, and that are not differentiated."""
+    _warn(
+        [tuple(shape) for shape in shapes],
+        "Losses depend on tensors that require a gradient and are not differentiated, of shapes "
+        "{}, so nothing trains them. Make all that is trained an argument: all modules by one "
+        "jd.functionalize((trunk, head)), called by apply(params, ...), and weights of losses "
+        "beside the params. Declare what is a constant: requires_grad_(False), or torch.no_grad().",
+    )
+
+
+def inside_target(shapes: Sequence[torch.Size]) -> None:
+    """Warn of parameters that `loss.backward()` would train, and that are not in the target."""
+    _warn(
+        [tuple(shape) for shape in shapes],
+        "Losses depend on parameters that are not in `target`, of shapes {}, so nothing trains "
+        "them. Pass all modules, as in (trunk, head); or requires_grad_(False) on what is not "
+        "trained here, or retain_graph=True where another pass trains it.",
+    )
+
+
+def kept_buffers(names: Sequence[str]) -> None:
+    """Warn of buffers that a module overwrote, and that come out of no objective."""
+    _warn(
+        names,
+        "The modules of the objective overwrote the buffers {}, which it does not return: they "
+        "stay as they were, and model.eval() will use them. Return (losses, buffers), pass "
+        "has_aux=True, and load what comes out by model.load_state_dict(buffers, strict=False); or "
+        "call model.eval() on what should keep its statistics.",
+    )
+
+
+def _warn(names: Sequence[Any], text: str) -> None:
     """Warn the caller of a check, if there is anything to name; not in a graph."""
     if names and not torch.compiler.is_compiling():
         warnings.warn(text.format(names), stacklevel=3)

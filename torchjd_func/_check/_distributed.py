@@ -84,6 +84,19 @@ def spans_once(rule: bool, objective: Any) -> None:
         fail(ValueError, name, "be that of one process", "one of jd.distributed", remedy)
 
 
+def not_over_examples(rule: bool, objective: Any) -> None:
+    """Check that no rule averages the losses of single examples over processes."""
+    if rule:
+        fail(
+            ValueError,
+            f"the rule for {objective!r}",
+            "be that of one process, since example i of one process is not that of another",
+            "one of jd.distributed",
+            "Pass the rule itself, and jd.distributed.gathered(objective), which counts the "
+            "examples of all processes.",
+        )
+
+
 def not_sharded(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Check that no parameter of an objective of one process is sharded."""
     for path, leaf in zip(paths, leaves, strict=True):

@@ -103,6 +103,11 @@ _KNOWN = (
         "by plain autograd and call jd.interop.backward_(losses, model, rule).",
     ),
     (
+        ("reparametrizing",),
+        "call modules with the parameters and buffers that they had for jd.functionalize",
+        "Where a module makes some in its first forward pass, run it once before jd.functionalize.",
+    ),
+    (
         ("saved tensor hooks",),
         "not save tensors by hooks, as torch.utils.checkpoint does",
         "Compute losses by plain autograd and call jd.interop.backward_(losses, model, rule), or "

@@ -125,7 +125,9 @@ def unplanned_graph(reason: str) -> str:
     return (
         f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
         "rows cost one backward pass for each loss. Call the function, or jd.init_state, once with "
-        "the same objective and shapes before compiling."
+        "the same objective and shapes before compiling. If that was done, the objective goes "
+        "another way where torch.compiler.is_compiling(), as masks of transformers do: leave it no "
+        "choice, and pass the mask."
     )
 
 

@@ -70,7 +70,7 @@ def _within(
     name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False
 ) -> Any:
     """Return a number, or a tensor of such, in an interval; unread where they are not at hand."""
-    open_high = open_high or high == math.inf
+    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
     numbers = [value]
     if isinstance(value, Tensor):
         known = _host.numbers(value.detach())
@@ -161,8 +161,16 @@ def normalised(value: Any, n_args: int) -> Any:
 
 
 def preference(value: _numbers.Numbers | None) -> Tensor | _numbers.Named | None:
-    """Return `preference`, none of whose numbers is negative, as a vector (or `None`)."""
-    return None if value is None else per_loss("preference", value, low=0)
+    """Return `preference`, none negative and not all zero, as a vector (or `None`)."""
+    if value is None:
+        return None
+    checked = per_loss("preference", value, low=0)
+    numbers = checked.values if isinstance(checked, _numbers.Named) else checked
+    known = _host.numbers(numbers.detach())
+    if known is not None and known.size and not known.any():
+        remedy = "Prefer at least one loss; the direction would be 0, and nothing would train."
+        fail(ValueError, "`preference`", "hold a positive number", known.tolist(), remedy)
+    return checked
 
 
 def shares(value: _numbers.Numbers | None) -> Tensor | _numbers.Named | None:
@@ -208,7 +216,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as a float64 tensor."""
     rule, remedy = "be 1-D, a number for each objective", "Count objectives in leaf order."
     flat = value if isinstance(value, list | tuple) else ()
-    if any(isinstance(number, float) and math.isnan(number) for number in flat):
+    if any(isinstance(number, float) and number != number for number in flat):  # a graph's, too
         fail(ValueError, f"`{name}`", rule, value, remedy)
     try:
         return torch.tensor(value, dtype=torch.float64)

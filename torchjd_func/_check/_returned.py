@@ -69,6 +69,13 @@ def loss(method: str, value: Any) -> None:
     fail(kind, f"the loss that `{method}` returns", "be a 0-d tensor", _listed(value), remedy)
 
 
+def state_leaf(value: Any) -> None:
+    """Check that a state that a rule returned is of tensors."""
+    if not isinstance(value, Tensor):
+        remedy = "Keep numbers as tensors, counters too: losses.new_zeros(()) in `init_fn`."
+        fail(TypeError, "the next state", "hold tensors", describe(value), remedy)
+
+
 def dependent_loss(method: str, tracked: bool) -> None:
     """Check that the one loss of a scalarizer can be differentiated."""
     if not tracked:

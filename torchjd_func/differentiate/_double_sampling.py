@@ -10,6 +10,7 @@ from torchjd_func._precision import full_precision
 from torchjd_func._types import Weighting
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import assemble
+from torchjd_func.differentiate._outside import check_inside
 from torchjd_func.differentiate._request import Request
 from torchjd_func.differentiate._routes import contract_cross, pullback_of_all, validate
 from torchjd_func.differentiate._verb import linearize
@@ -87,6 +88,7 @@ def double_sampling(
             linearize(fn, (params, *batch), kwargs, Request(0, has_aux, route, chunk_size), state)
             for batch, route in zip(batches, routes, strict=False)
         ]
+        check_inside(linears[0].losses)
         _check.same_losses([linear.vector.shape[0] for linear in linears])
         seen = (linears[0].vector + linears[1].vector) / 2
         present, followed = linears[0].present, linears if batch_3 is None else linears[2:]

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._outside import check_inside, kept_buffers
 from torchjd_func.differentiate._pullback import vjp_aux
 from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import (
@@ -140,7 +141,9 @@ def grad_and_value(
     def grad_and_value_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
         state = detached(state)
-        linear = linearize(fn, args, kwargs, options, state)
+        with kept_buffers(has_aux):
+            linear = linearize(fn, args, kwargs, options, state)
+        check_inside(linear.losses)
         check_names(by_name, linear.losses)
         here: Any = rule if rule.processes is None else rule.processes.of_part(linear.part)
         with full_precision():

@@ -18,6 +18,7 @@ from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._numbered import numbered
 from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._outside import outside
 from torchjd_func.differentiate._pullback import call
 from torchjd_func.differentiate._request import Request, bind
 from torchjd_func.differentiate._routes import validate
@@ -33,6 +34,7 @@ class Brief(NamedTuple):
     paths: list[str]
     like: list[tuple[torch.Size, torch.dtype, torch.device]]
     tracked: list[bool] | None  # whether each depends on what is differentiated, if known
+    outside: list[torch.Size]  # of what they depend on besides, in plain autograd
 
 
 def init_state(
@@ -115,6 +117,7 @@ def _losses_like(fn: Any, request: Request) -> PyTree:
     if brief.tracked and not fn.spans_processes:
         _check.dependent(any(brief.tracked))
         _check.each_dependent(brief.paths, brief.tracked)
+        _check.inside(brief.outside)
     return brief.rebuild(
         [torch.zeros((), dtype=x, device=device).expand(shape) for shape, x, device in brief.like]
     )
@@ -127,20 +130,21 @@ def _evaluated(fn: Any, request: Request) -> Brief:
         losses, _ = split_aux(out, request.has_aux, some=not fn.spans_processes)
         flat, rebuild = _tree.flatten(losses)
         like = [(x.shape, x.dtype, x.device) for x in flat]
-        return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat])
+        return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat], [])
 
     def inside(args: tuple[Any, ...]) -> Brief:
         """Run inside torch.func.vjp, and look there."""
         bound = bind(request._replace(args=args))
         briefs: list[Brief] = []
 
-        def look(leaves: list[Tensor]) -> Tensor:
-            briefs.append(brief(fn(*bound.fill(leaves))))
-            return leaves[0].sum()
+        def look(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            out = fn(*bound.fill(leaves))
+            briefs.append(brief(out))
+            return leaves[0].sum(), _tree.tensors(split_aux(out, request.has_aux, some=False)[0])
 
         with numbered():
-            torch.func.vjp(look, bound.leaves)
-        return briefs[0]
+            result: Any = torch.func.vjp(look, bound.leaves, has_aux=True)
+        return briefs[0]._replace(outside=outside(result[2]))
 
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.suppress(Exception), untouched(fn, request.args), shapes:

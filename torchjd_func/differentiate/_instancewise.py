@@ -79,6 +79,7 @@ class InstanceWise:
 
     def linearize(self, request: Request) -> Linearized:
         """Go layer by layer, or through the whole function."""
+        _check.not_over_examples(request.spans, self)
         objective, args = self.by_position(request.args, request.kwargs)
         argnums = _check.normalised(request.argnums, len(request.args))
         request = request._replace(args=args, kwargs={}, argnums=argnums)

@@ -73,8 +73,9 @@ def data_parallel(rule: Rule, group: Group = None, *, check: bool = True) -> Rul
 
     Raises:
         TypeError: If `rule` is neither.
-        ValueError: If `rule` is a Weighting; on all processes, at `init` or a step, if shapes,
-            dtypes, keys, rules or options differ (`jd.distributed.check_same`).
+        ValueError: If `rule` is a Weighting; from `jd.grad`, if losses are those of single examples
+            (`jd.distributed.gathered` is for these); on all processes, at `init` or a step, if
+            shapes, dtypes, keys, rules or options differ (`jd.distributed.check_same`).
         RuntimeError: If another process has ended, or does not come within the time-out of the
             group, naming this process and the collective.
 

@@ -22,7 +22,7 @@ class Pull(NamedTuple):
 class Ancestry(NamedTuple):
     """What tensors were computed from."""
 
-    leaves: set[int]  # identities
+    leaves: dict[int, Tensor]  # by identity
     edges: set[Any]
 
 
@@ -70,7 +70,7 @@ def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry
     """Return what tensors were computed from, other than through `stop`."""
     ends = {edge_of(tensor) for tensor in stop}
     waiting = [edge_of(tensor) for tensor in tensors]
-    leaves: set[int] = set()
+    leaves: dict[int, Tensor] = {}
     edges: set[Any] = set()
     while waiting:
         edge = waiting.pop()
@@ -79,7 +79,7 @@ def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry
         edges.add(edge)
         _check.visible(edge[0].name())
         if hasattr(edge[0], "variable"):
-            leaves.add(id(edge[0].variable))
+            leaves[id(edge[0].variable)] = edge[0].variable
         waiting += edge[0].next_functions
     return Ancestry(leaves, edges)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchjd_func import _check, _tree
 from torchjd_func._lift import statistic_like
@@ -62,7 +62,8 @@ def backward_(
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
         target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or of
-            parameters; what does not require a gradient is skipped.
+            parameters; what does not require a gradient is skipped. A warning names parameters
+            that losses depend on besides, unless `retain_graph` leaves them to another pass.
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
             (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
         state: What the previous call returned; `None` at the first.
@@ -107,6 +108,8 @@ def backward_(
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
         parts = _parts(features, batch, target, tree, rule, part)
+        if not retain_graph:  # or another pass may train what is left
+            _check.inside_target([x.shape for x in _left(parts, tree)])
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -128,6 +131,13 @@ def _parts(
     if features is None or isinstance(rule, Scalarizer):
         return _heads.no_heads(batch, tree)
     return _heads.split(features, batch, target, tree, _factors(rule, batch, part))
+
+
+def _left(parts: Split, tree: PyTree) -> list[Tensor]:
+    """Return the parameters that losses depend on, and that are no target."""
+    known = {id(param) for param in _tree.leaves(tree)}
+    left = [x for place, x in parts.sources.items() if place not in known]
+    return [x for x in left if isinstance(x, nn.Parameter)]
 
 
 def _factors(rule: Aggregator, batch: Batch, part: Part) -> Tensor | None:

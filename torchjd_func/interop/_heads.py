@@ -21,15 +21,18 @@ class Split(NamedTuple):
     pulls: list[Pull]  # of the features, for each loss
     heads: Grads  # all parameters of heads with their gradients
     shared: PyTree  # the parameters that the features depend on
+    sources: dict[int, Tensor]  # all leaves that losses depend on, by identity
 
 
 def no_heads(batch: Batch, tree: PyTree) -> Split:
     """Return a problem all of whose parameters are shared."""
     params = {id(param) for param in _tree.leaves(tree)}
+    sources: dict[int, Tensor] = {}
     for pull in {id(pull.outputs[0]): pull for pull in batch.pulls}.values():
-        reached = bool(params & ancestry(pull.outputs).leaves)
-        _check.reaches("losses", batch.paths[pull.place], reached)
-    return Split(batch.pulls, [], tree)
+        below = ancestry(pull.outputs).leaves
+        _check.reaches("losses", batch.paths[pull.place], not params.isdisjoint(below))
+        sources |= below
+    return Split(batch.pulls, [], tree, sources)
 
 
 def split(
@@ -41,10 +44,11 @@ def split(
     shared = [param for param in params if id(param) in below]
     _check.reaches("features", "", bool(shared))
     totals: dict[int, Tensor] = {}
-    pulls = []
+    pulls, sources = [], dict(below)
     for pull in batch.pulls:
         above = ancestry(pull.outputs, flat).leaves
         _check.apart(batch.paths[pull.place], any(id(param) in above for param in shared))
+        sources |= above
         own = [param for param in params if id(param) in above]
         found = gradient(pull.outputs, pull.cotangents, [*flat, *own], True)
         reached = any(grad is not None for grad in found)
@@ -57,7 +61,8 @@ def split(
         pulls.append(Pull(pull.place, [out for out, _ in pairs], [grad for _, grad in pairs]))
     heads = [(param, totals.get(id(param))) for param in params if id(param) not in below]
     kept = _tree.map(lambda param: param if id(param) in below else None, tree)
-    return Split([pull for pull in pulls if pull.outputs], heads, shared_part(target, kept))
+    pulls = [pull for pull in pulls if pull.outputs]
+    return Split(pulls, heads, shared_part(target, kept), sources)
 
 
 def _features(features: PyTree) -> list[Tensor]:

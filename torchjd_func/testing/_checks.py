@@ -23,13 +23,16 @@ class Check(NamedTuple):
     must: str
     remedy: str
     kind: type = object  # of the rules that it is about
-    claim: str = ""  # the field of a case without which it is not tested
+    claim: str = ""  # the field of a case, or of a rule, without which it is not tested
     root: bool = False  # where it fails, others fail for the same reason
 
     def applies(self, case: Case) -> bool:
         """Say whether the check is about a rule."""
-        claims = not self.claim or _claimed(getattr(case, self.claim))
-        return claims and isinstance(case.rule(), self.kind)
+        rule = case.rule()
+        claims = not self.claim or _claimed(
+            getattr(case, self.claim, getattr(rule, self.claim, None))
+        )
+        return claims and isinstance(rule, self.kind)
 
     def __call__(self, case: Case) -> None:
         """Test a rule."""
@@ -87,6 +90,14 @@ CHECKS: dict[str, Check] = {
         _contract.pytree,
         "count a pytree as its numbers in leaf order",
         "Use all leaves; write it as a jd.Weighting if the Gramian is enough.",
+    ),
+    "columns": Check(
+        _contract.columns,
+        "aggregate any columns by themselves, as it says by columnwise=True",
+        "Leave columnwise=True out where a number depends on other columns, as by the length of a "
+        "row: several processes would each see some columns.",
+        Aggregator,
+        "columnwise",
     ),
     "losses": Check(
         _contract.losses,

@@ -100,7 +100,9 @@ def absent_rows(case: Case) -> None:
     rule, state = case.start(x, m)
     dirty = torch.where(_tree.per_row(away, x), torch.nan, x)
     known = None if losses is None else torch.where(away, torch.nan, losses)
-    _as_if_alone(case, rule, state, x, dirty, known, ~away)
+    # A loss that is absent comes as 1: the others are around it, below it, and above it.
+    for factor in (1, 0.25, 4) if case.scalar else (1,):
+        _as_if_alone(case, rule, state, factor * x, factor * dirty, known, ~away)
     _independent_of_the_absent(case, rule, state, dirty, known, ~away)
     _none_present(case, rule, case.after(rule, x, state, 2), dirty, known)
     _mapped(case, rule, state, x, losses, away)

@@ -221,6 +221,15 @@ def pytree(case: Case) -> None:
     assert_trees_close(flat, want, what="results of a pytree and of its numbers")
 
 
+def columns(case: Case) -> None:
+    """Some columns give what they give among all others."""
+    x = case.sample()
+    want, _ = case.step(*_with_state(case, x))
+    parts = [case.step(*_with_state(case, part))[0] for part in x.tensor_split([1, 4], dim=1)]
+    what = "results of parts of the columns and of all of them"
+    assert_trees_close(torch.cat(parts), want, what=what)
+
+
 def losses(case: Case) -> None:
     """A rule that needs losses says so, any other goes without."""
     x = case.sample()

@@ -1,0 +1,64 @@
+"""What a step leaves as it was, and should train: tensors closed over, and buffers dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchjd_func import _check, _tree
+from torchjd_func._functionalize import watched_buffers
+from torchjd_func._host import whole_batch
+from torchjd_func.differentiate._detach import detach_plain
+
+PyTree = Any
+
+
+def kept_buffers(has_aux: bool) -> AbstractContextManager[None]:
+    """Return what warns of buffers that modules overwrite in an objective that returns none.
+
+    Not in a graph.
+    """
+    return nullcontext() if has_aux or torch.compiler.is_compiling() else _kept_buffers()
+
+
+@contextmanager
+def _kept_buffers() -> Generator[None, None, None]:
+    """Look at what was overwritten in between."""
+    with watched_buffers() as names:
+        yield
+    _check.kept_buffers(sorted(names))
+
+
+def check_inside(losses: PyTree) -> None:
+    """Warn of tensors that require a gradient and get none; arguments are detached, so not those.
+
+    Not in a graph, which has no plain autograd to look at.
+    """
+    if not torch.compiler.is_compiling():
+        _check.inside(outside(_tree.tensors(losses)))
+
+
+def outside(losses: Sequence[Tensor]) -> list[torch.Size]:
+    """Return the shapes of what losses depend on by plain autograd, at no cost if by nothing."""
+    tracked = [whole_batch(x) for x in losses if detach_plain(x) is not x]
+    return [x.shape for x in _sources(tracked)]
+
+
+def _sources(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves that tensors of plain autograd were computed from."""
+    found = {id(x): x for x in tensors if x.grad_fn is None}
+    seen: set[Any] = set()
+    ahead: list[Any] = [x.grad_fn for x in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        ahead.extend([parent for parent, _ in node.next_functions])
+    return list(found.values())
