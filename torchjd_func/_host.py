@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 Array = Any  # numpy.ndarray (its types of reductions are too wide to be checked), or Tensor
 # Of an operation that waits for the host: Inductor cuts CUDA graphs in two around it.
@@ -59,9 +59,12 @@ def in_numpy(fn: Callable[..., Any], *values: Any) -> Any:
 
 def plain(*values: Any) -> bool:
     """Say whether no derivative, transform or compiler is watching tensors."""
-    return not torch.compiler.is_compiling() and not any(
-        _watched(x) for x in values if isinstance(x, Tensor)
-    )
+    return not torch.compiler.is_compiling() and unwatched(*values)
+
+
+def unwatched(*values: Any) -> bool:
+    """Say whether no derivative or transform is watching tensors; a compiler may."""
+    return not any(_watched(x) for x in values if isinstance(x, Tensor))
 
 
 def _constant(value: Any) -> bool:
@@ -83,17 +86,19 @@ def _watched(x: Tensor) -> bool:
     """Say whether a derivative or a transform is watching a tensor."""
     if x.requires_grad and torch.is_grad_enabled():
         return True
+    if torch.compiler.is_compiling():  # which guards both, but cannot look into a tensor
+        return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     try:  # what is made under a transform is of it, and has no memory (torch 2.13)
         x.detach().untyped_storage()
     except RuntimeError:
         return True
-    return unpack_dual(x).tangent is not None
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def pushed(x: Tensor) -> bool:
     """Say whether the innermost transform pushes a tensor forward."""
     try:
-        return unpack_dual(x).tangent is not None
+        return forward_ad.unpack_dual(x).tangent is not None
     except RuntimeError:  # mapped and pushed forward, it has no rule (torch 2.13)
         return True
 
@@ -189,7 +194,7 @@ def numbers(x: Array) -> Array | None:
         return None
     try:  # in this order: mapped and pushed forward, it has no rule for unpack_dual (torch 2.13)
         array = x.numpy()
-        return array if unpack_dual(x).tangent is None else None
+        return array if forward_ad.unpack_dual(x).tangent is None else None
     except (RuntimeError, TypeError):  # mapped by torch.func, a subclass, or bfloat16
         return None
 

@@ -47,7 +47,7 @@ def without_subnormal(gramian: Tensor) -> Tensor:
     if gramian.dtype != torch.float64 or (known is not None and known.diagonal().min() >= TINY):
         return gramian
     shrunk = torch.nn.functional.hardshrink(gramian, TINY)
-    if _host.plain(gramian):
+    if _host.unwatched(gramian):
         return shrunk
     # Its derivative is 0 at 0, where rows are orthogonal, and what follows may have another one.
     return gramian - torch.where(shrunk == 0, gramian, 0.0).detach()

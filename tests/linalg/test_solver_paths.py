@@ -99,6 +99,28 @@ def test_derivatives_under_every_transform(make):
 
 
 @every_rule
+def test_graphs_hold_systems_of_derivatives_only_where_something_is_differentiated(make):
+    rule, graphs = weighting(make()), []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def weights(gramian):
+        return rule(gramian)[0]
+
+    torch.compiler.reset()
+    fast = torch.compile(weights, backend=keep, fullgraph=True)
+    leaf = GRAMIANS[0].clone().requires_grad_()
+    torch.testing.assert_close(fast(GRAMIANS[0]), weights(GRAMIANS[0]))
+    got, want = (torch.autograd.grad(f(leaf).square().sum(), leaf)[0] for f in (fast, weights))
+    torch.testing.assert_close(got + got.mT, want + want.mT)
+    value, differentiable = graphs
+    assert any("linalg" in name for name in differentiable)
+    assert not any("linalg" in name for name in value)
+
+
+@every_rule
 def test_tangents_are_not_lost(make):
     rule = weighting(make())
     tangent = torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))

@@ -52,7 +52,7 @@ def _marks(gramian: Tensor, present: Tensor) -> Tensor:
 
 def _combine(xp: Any, gramian: Array, combination: Array, *, scale: str, tol: float) -> Array:
     """Align the rows, and combine them."""
-    if xp is torch and not _host.plain(gramian, combination):
+    if xp is torch and not _host.unwatched(gramian, combination):
         return _differentiable(gramian, combination, scale, tol)
     eigenvalues, vectors = eigh(gramian)
     return _aligned(xp, eigenvalues, vectors, combination, scale, tol)

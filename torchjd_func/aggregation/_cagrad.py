@@ -129,7 +129,7 @@ def _total(
     )
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
-    if not _host.plain(wide, c):
+    if not _host.unwatched(wide, c):
         slack = ~better & (reach[1] >= 1)
         added = added + _derivative(wide, pushed, radius, added > 0, slack, rank_tol(gramian))
     return shares + added

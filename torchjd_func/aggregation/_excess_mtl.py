@@ -86,7 +86,7 @@ def _accumulate(roots: Tensor, leaf: Tensor) -> Tensor:
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
     """Return `sqrt(a^2 + b^2)`, with a derivative of 0 at 0."""
-    if _host.plain(a, b):
+    if _host.unwatched(a, b):
         return torch.hypot(a, b)
     apart = (a != 0) | (b != 0)
     return torch.where(apart, torch.hypot(torch.where(apart, a, 1.0), b), 0.0)

@@ -60,7 +60,7 @@ def blocks(rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
 
 def safe_sqrt(squares: Tensor) -> Tensor:
     """Return the square root, with a derivative of 0 where the square is not positive."""
-    if squares.is_cuda and _host.plain(squares):  # two launches instead of six
+    if squares.is_cuda and _host.unwatched(squares):  # two launches instead of six
         return squares.clamp(min=0).sqrt()
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
 

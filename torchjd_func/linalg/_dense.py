@@ -24,7 +24,7 @@ def solve(matrix: Array, vector: Array) -> Array:
     if not matrix.is_cuda or matrix.shape[-1] > LARGEST:
         return factorized(matrix, vector)
     inverse = _host.opaque(invert, _invert, matrix.detach())
-    plain = _host.plain(matrix, vector)
+    plain = _host.unwatched(matrix, vector)
     return _refined(matrix, vector, partial(times, inverse), 1 if plain else ORDERS)
 
 
@@ -40,7 +40,7 @@ def factorized(matrix: Tensor, vector: Tensor) -> Tensor:
     """Solve by a factorisation."""
     # Derivatives of the tangents of torch.linalg.solve miss a term (torch 2.13).
     known = partial(_by_factors, matrix.detach())
-    return _refined(matrix, vector, known, 0 if _host.plain(matrix, vector) else ORDERS)
+    return _refined(matrix, vector, known, 0 if _host.unwatched(matrix, vector) else ORDERS)
 
 
 def _refined(

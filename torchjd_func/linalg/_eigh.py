@@ -34,7 +34,7 @@ def eigenvalues(matrix: Tensor) -> Tensor:
         safe = torch.where(sound[..., None, None], matrix, _host.identity(matrix))
         return torch.where(sound[..., None], torch.linalg.eigvalsh(safe), torch.nan)
     values, vectors = eigh(matrix)
-    if _host.plain(matrix):
+    if _host.unwatched(matrix):
         return values
     return values + (vectors * ((matrix - matrix.detach()) @ vectors)).sum(-2)
 

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 def rows_of(gramian: Array, xp: Any = torch) -> Rows:
     """Split a Gramian into cosines and norms: `G = D C D` with `D` the diagonal of norms."""
     squares = gramian.diagonal(0, -2, -1)
-    if xp is torch and gramian.is_cuda and _host.plain(gramian):
+    if xp is torch and gramian.is_cuda and _host.unwatched(gramian):
         return _rows_in_few_launches(gramian, squares)
     if xp is np and squares.min() > 0:  # no row of zeros, the usual case
         norms = np.sqrt(squares)
@@ -81,7 +81,7 @@ def _by_eigenvalues(gramian: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     kept = values > tol * values[..., -1:]
     inverse = values.masked_fill(~kept, torch.inf).reciprocal()
     fixed = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    if not _host.plain(gramian):
+    if not _host.unwatched(gramian):
         fixed = fixed + _change_of_inverse(gramian, fixed)
     return fixed, kept[..., 0]
 

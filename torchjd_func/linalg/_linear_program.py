@@ -68,7 +68,7 @@ def linear_program(
     b = right.to(torch.float64).expand(*shape, k)
     fixed = c.detach(), a.detach(), b.detach(), n_free
     value, basis, feasible, pivots = _host.opaque(lp_vertex, _optimal, *fixed)
-    if not _host.plain(a, b):
+    if not _host.unwatched(a, b):
         value = _vertex(a, b, basis, feasible, n_free)
     return Solution(value.to(dtype), feasible, pivots, feasible & False)
 

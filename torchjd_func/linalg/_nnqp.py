@@ -198,7 +198,7 @@ def solve(matrix: Tensor, vector: Tensor, ridge: float, solver: str = "auto") ->
         ndim = max(matrix.ndim - 1, vector.ndim)
         matrix = matrix[(None,) * (ndim + 1 - matrix.ndim)]
         vector = vector[(None,) * (ndim - vector.ndim)]
-    if _host.plain(matrix, vector):
+    if _host.unwatched(matrix, vector):
         return _solved(_host.opaque(search, dispatch, matrix, vector, ridge, solver))
     if not (torch.compiler.is_compiling() or _host.pushed(matrix) or _host.pushed(vector)):
         return _solved(_Differentiable.apply(matrix, vector, ridge, solver))

@@ -101,7 +101,7 @@ def _find(
     fixed = gramian.detach(), power.detach().expand(*shape, 1), shares.detach().expand(*shape, m)
     search = _IN_KERNEL if takes(gramian) else _ON_HOST
     value, converged, iterations = _host.opaque(search, _dispatch, *fixed, tol, max_iter)
-    if not _host.plain(gramian, power, shares):
+    if not _host.unwatched(gramian, power, shares):
         value = value + _change(gramian, power, shares, value, converged)
     return value, converged, iterations
 
