@@ -61,9 +61,9 @@ DEPENDENT_PIVOT = 1e3
 LEADING = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 # Steps of refinement, and the sign that they may change.
 REFINEMENTS, CHANGED = 3, 1e-13
-# A larger ridge, for the supports of as many problems that are left, and the numbers of a tableau
-# with which rounding spoils pivots.
-WIDE, MANY, BLURRED = 1e-6, 8, 1e6
+# A larger ridge, for the supports of as many problems that are left; the numbers of a tableau with
+# which rounding spoils pivots; the unknowns from which on lines from a middle pay.
+WIDE, MANY, BLURRED, LINES = 1e-6, 8, 1e6, 40
 # Pivots for each unknown before the driving-variable method gives up, from a support that is near
 # and from the empty one.
 ENOUGH, PIVOTS = 4, 40
@@ -101,8 +101,8 @@ def regular(
 
 
 def share(matrices: Array, vectors: Array) -> bool:
-    """Say whether problems are many with one matrix, and larger than a few."""
-    return len(matrices) == 1 and len(vectors) >= MANY and vectors.shape[1] > SMALL
+    """Say whether problems are many with one matrix, and so large that lines to them pay."""
+    return len(matrices) == 1 and len(vectors) >= MANY and vectors.shape[1] > LINES
 
 
 def ridged(

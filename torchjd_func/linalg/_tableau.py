@@ -81,7 +81,7 @@ class Changing:
 def tableau(matrix: Array, free: Array) -> Tableau:
     """Exchange the indices of a support."""
     kept, rest = np.flatnonzero(free), np.flatnonzero(~free)
-    inverse = np.linalg.inv(matrix[np.ix_(kept, kept)])
+    inverse = torch.linalg.inv_ex(torch.from_numpy(matrix[np.ix_(kept, kept)]))[0].numpy()
     across = product(matrix[np.ix_(rest, kept)], inverse)
     seen = np.empty_like(matrix)
     seen[np.ix_(kept, kept)], seen[np.ix_(kept, rest)] = inverse, -across.T
