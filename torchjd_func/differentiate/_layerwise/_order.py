@@ -144,7 +144,9 @@ class Order:
     def _holds_back(self, operation: Operation, out: Any) -> bool:
         """Say whether parts of an argument that is made of parameters make no difference."""
         func, args, kwargs, given = operation
-        if not isinstance(out, Tensor) or not out.requires_grad or is_in_place(func):
+        if not isinstance(out, Tensor) or not out.requires_grad or out.is_meta:
+            return False
+        if is_in_place(func):
             return False
         moved = [x for x in given if x.requires_grad and x.shape == out.shape and x is not out]
         rest = [x for x in given if not x.requires_grad]
