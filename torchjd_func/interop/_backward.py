@@ -49,21 +49,18 @@ def backward_(
     custom functions and kernels, inner `torch.autograd.grad`. Rules and numbers are `jd.grad`'s.
 
     It costs `m` backward passes, and holds `m` gradients at once. A Scalarizer, and an Aggregator
-    that looks at no gradient (`jd.mean`, `jd.rlw`), cost one pass. The functional way compiles the
-    whole step, takes losses of single examples at about the price of one pass and without their
-    gradients (`jd.instancewise`), and can be vmapped and differentiated.
+    that looks at no gradient (`jd.mean`, `jd.rlw`), cost one pass. The functional way compiles,
+    takes losses of single examples at about the price of one pass (`jd.instancewise`), and maps.
 
-    Like `loss.backward()` it adds to `.grad`; but directions of parts of a batch do not add up to
-    that of the batch: add their losses, and call it once. What no loss depends on is left alone.
-    Hooks of tensors and modules run once for each pass, those after accumulation, as in
-    DistributedDataParallel, not at all; sparse gradients are made dense. A model that was compiled
-    by itself needs `torch._functorch.config.donated_buffer = False`.
+    It adds to `.grad`; directions of parts of a batch do not add up to its own: add their losses,
+    and call it once. Hooks run once for each pass, those after accumulation not at all; sparse
+    gradients are made dense. A compiled model needs `torch._functorch.config.donated_buffer=False`.
 
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
         target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or of
-            parameters; what does not require a gradient is skipped. A warning names parameters
-            that losses depend on besides, unless `retain_graph` leaves them to another pass.
+            parameters; what requires no gradient is skipped. A warning names other parameters that
+            losses depend on, unless `retain_graph` leaves them to another pass.
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
             (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
         state: What the previous call returned; `None` at the first.
@@ -72,8 +69,8 @@ def backward_(
             losses, as in `jd.multitask`. A Scalarizer, which has one loss, ignores it.
         key: `(2,)`, from `jd.random.key`, for the first state of a random method.
         present: Which losses this batch has, a tree of bools like the losses, or `(m,)`; others are
-            not differentiated. Parameters of these alone keep their `.grad`, `None` mostly, for
-            optimizers to skip; they get zeros if it is a tensor, which is read, and so waited for.
+            not differentiated. Parameters of these alone keep their `.grad`, mostly `None`; zeros
+            if it is a tensor, which is read, and so waited for.
         size: How many examples this process has, for a rule of `jd.distributed`: losses are means
             over them, and parts of a batch are weighed by it. With 0 they may hold anything.
         retain_graph: Whether the graph of the losses is kept for another pass.
@@ -81,16 +78,16 @@ def backward_(
             checkpointing, custom functions and hooks on saved tensors, and is no faster on CPUs.
         where: As for `jd.grad`: the weights come from these parameters, in one more pass.
         scaler: Of `torch.amp`, with losses that are NOT scaled. The rule sees true gradients,
-            `.grad` is what `scaler.unscale_` and `scaler.step` expect; where some gradient is not
-            finite, the step is skipped and the state stays. With losses scaled by hand, rules see
-            scaled ones: right where they are homogeneous of degree 1 and use no losses nor past.
+            `.grad` is what `scaler.unscale_` and `scaler.step` expect; where one is not finite, the
+            step is skipped and the state stays. Of losses scaled by hand rules see scaled ones:
+            right where they are homogeneous of degree 1 and use no losses nor past.
 
     Returns:
         The next state, detached.
 
     Raises:
         TypeError: If `rule`, or a leaf of `losses` or `target`, is of another type.
-        ValueError: If a present loss depends on nothing in `target`, or goes around `features`; if
+        ValueError: If a present loss depends on nothing in `target`, or goes around `features`, or
             `target` holds nothing to train, or is wrapped for several processes.
 
     Example:
@@ -108,8 +105,7 @@ def backward_(
     batch = batch_of(losses, rule.name, present, scaler, empty=size is not None and not size)
     with torch.no_grad(), torch.autocast(batch.vector.device.type, enabled=False):
         parts = _parts(features, batch, target, tree, rule, part)
-        if not retain_graph:  # or another pass may train what is left
-            _check.inside_target([x.shape for x in _left(parts, tree)])
+        _check.inside_target([x.shape for x in _left(parts, tree, retain_graph)])
         step = _Step(batch, parts, where, chunk_size, retain_graph)
         before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
         grads, after = _way(rule, where)(step, rule, before)
@@ -133,8 +129,10 @@ def _parts(
     return _heads.split(features, batch, target, tree, _factors(rule, batch, part))
 
 
-def _left(parts: Split, tree: PyTree) -> list[Tensor]:
-    """Return the parameters that losses depend on, and that are no target."""
+def _left(parts: Split, tree: PyTree, retain_graph: bool) -> list[nn.Parameter]:
+    """Return the parameters that losses depend on, and that neither this nor a next pass trains."""
+    if retain_graph:
+        return []
     known = {id(param) for param in _tree.leaves(tree)}
     left = [x for place, x in parts.sources.items() if place not in known]
     return [x for x in left if isinstance(x, nn.Parameter)]

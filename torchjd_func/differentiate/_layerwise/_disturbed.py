@@ -64,7 +64,7 @@ class Disturbed(Trace):
         swap: Swap,
     ) -> None:
         super().__init__(handles, layout, operations, plan)
-        self.planned = plan
+        self.doubts = plan.doubts
         self.noisy = noisy
         self.swap = swap
         self.depth = common_depth([*handles, *operations.known])
@@ -85,14 +85,14 @@ class Disturbed(Trace):
             out = self.run(func, *args, **kwargs)
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
-        if self.noisy == 3 and len(self.operations.names) - 1 in self.planned.bounds:
+        if self.noisy == 3 and len(self.operations.names) - 1 in self.doubts.bounds:
             out = _leaky(out, [x for x in given if x not in self.sources])
         self.operations.end(out, given)
         return out
 
     def turned(self, x: Any) -> Any:
         """Return 0 for another integer, and 1 for 0, if it is one for all examples."""
-        turns = self.planned.flags if self.noisy == 4 else self.planned.choices
+        turns = self.doubts.flags if self.noisy == 4 else self.doubts.choices
         if not isinstance(x, Tensor) or self.operations.number(x) not in turns:
             return x
         return (x == 0).to(x.dtype)
@@ -124,7 +124,7 @@ class Disturbed(Trace):
         if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point():
             return x
         number = self.operations.number(x)
-        if number is not None and number not in self.planned.data:
+        if number is not None and number not in self.doubts.data:
             return x
         return _elsewhere(x) if x.numel() == 1 else near(x)
 

@@ -19,6 +19,7 @@ from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
+from torchjd_func.differentiate._layerwise._plan import Doubts
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 
 # What torch raises where an operation does not take its arguments.
@@ -56,6 +57,16 @@ class Order:
         self.draws = draws(inputs)
         self.own = False  # whether the operation has a generator of its own
         self.passed: list[str] = []  # what put together what it is applied to
+
+    def doubts(self) -> Doubts:
+        """Return what the run did not show."""
+        return Doubts(
+            data=frozenset(self.data),
+            bounds=frozenset(self.bounds),
+            flags=frozenset(self.flags),
+            choices=frozenset(self.choices),
+            counts=frozenset(self.counts),
+        )
 
     def copies(self, operation: Operation) -> tuple[Any, Any] | None:
         """Return arguments to try an operation with, and where examples lie; `None` mostly."""

@@ -63,6 +63,16 @@ class Listed:
 register_constant(Listed)
 
 
+class Doubts(NamedTuple):
+    """What one run does not show: tensors by their numbers, operations by their places."""
+
+    data: frozenset[int | None] = frozenset()  # tensors whose values may change
+    bounds: frozenset[int] = frozenset()  # operations that hold parts of an argument back
+    flags: frozenset[int] = frozenset()  # flags for all examples
+    choices: frozenset[int] = frozenset()  # and integers
+    counts: frozenset[int] = frozenset()  # operations on integers alone, which lie along examples
+
+
 class Plan(NamedTuple):
     """What becomes of each operation on parameters, and of each parameter."""
 
@@ -77,11 +87,7 @@ class Plan(NamedTuple):
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
-    data: frozenset[int | None] = frozenset()  # the numbers of tensors whose values may change
-    bounds: frozenset[int] = frozenset()  # the operations that hold parts of an argument back
-    flags: frozenset[int] = frozenset()  # the numbers of flags for all examples
-    choices: frozenset[int] = frozenset()  # and of integers
-    counts: frozenset[int] = frozenset()  # those on integers alone, which lie along examples
+    doubts: Doubts = Doubts()
 
     @property
     def entries(self) -> tuple[Any, ...]:
@@ -115,7 +121,7 @@ def differ_in_sizes(first: Plan, second: Plan) -> bool:
     sizes.add((first.layout.size, second.layout.size))
     if any(a != b and min(a, b) < 2 for a, b in sizes):
         return False
-    counted = [pairs[place] for place in first.counts]
+    counted = [pairs[place] for place in first.doubts.counts]
     if any(a.shapes != b.shapes and _share(a.values, b.values) for a, b in counted):
         return False  # groups of as many, of more examples
     sizes |= {(math.prod(a), math.prod(b)) for a, b in shapes}

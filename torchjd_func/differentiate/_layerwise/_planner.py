@@ -136,13 +136,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, reason)._replace(proven=True)
     if order is not None:
-        plan = plan._replace(
-            data=frozenset(order.data),
-            bounds=frozenset(order.bounds),
-            flags=frozenset(order.flags),
-            choices=frozenset(order.choices),
-            counts=frozenset(order.counts),
-        )
+        plan = plan._replace(doubts=order.doubts())
     if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})

@@ -60,9 +60,9 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     smaller = problem._replace(leaves=[SMALLER * leaf for leaf in moved.leaves])
     first = [*_at(moved, near), *_at(smaller, near), *_at(moved, near, 2)]
     if first:
-        first += _at(moved, near, 3) if plan.bounds else []
-        first += _at(moved, near, 4) if plan.flags else []
-        first += _at(moved, near, 5) if plan.choices and _is_safe(problem.inputs) else []
+        first += _at(moved, near, 3) if plan.doubts.bounds else []
+        first += _at(moved, near, 4) if plan.doubts.flags else []
+        first += _at(moved, near, 5) if plan.doubts.choices and _is_safe(problem.inputs) else []
         for change, milder in _changes(problem, plan, integers):
             first += _at(moved, change, milder=milder)
         # Last as it is: what noise is added to is a new tensor, and no view that is written to.
