@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchjd_func import _check, _tree
+from torchjd_func._host import version_of
 
 PyTree = Any
 Tensors = dict[str, Tensor]
@@ -49,12 +50,7 @@ def _note_written(copies: list[str], before: Tensors, after: Tensors) -> None:
     """Note which copies of buffers a module wrote into, or replaced, where somebody asks."""
     names = _written.get()
     if names is not None:
-        names.update(x for x in copies if after[x] is not before[x] or _version(after[x]))
-
-
-def _version(x: Tensor) -> int:
-    """Return how often a tensor was written into, where torch counts."""
-    return 0 if x.is_inference() else x._version
+        names.update(x for x in copies if after[x] is not before[x] or version_of(after[x]))
 
 
 @dataclass(frozen=True, eq=False, slots=True, repr=False)

@@ -95,6 +95,11 @@ def _watched(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
+
+
 def pushed(x: Tensor) -> bool:
     """Say whether the innermost transform pushes a tensor forward."""
     try:

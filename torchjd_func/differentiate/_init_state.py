@@ -126,11 +126,13 @@ def _losses_like(fn: Any, request: Request) -> PyTree:
 def _evaluated(fn: Any, request: Request) -> Brief:
     """Run on shapes; for real, if that fails, as it does where values are read."""
 
-    def brief(out: Any) -> Brief:
+    def brief(out: Any) -> tuple[Brief, list[Tensor]]:
+        """Return what is known of the losses, and these."""
         losses, _ = split_aux(out, request.has_aux, some=not fn.spans_processes)
         flat, rebuild = _tree.flatten(losses)
         like = [(x.shape, x.dtype, x.device) for x in flat]
-        return Brief(rebuild, _tree.paths(losses), like, [x.requires_grad for x in flat], [])
+        tracked = [x.requires_grad for x in flat]
+        return Brief(rebuild, _tree.paths(losses), like, tracked, []), flat
 
     def inside(args: tuple[Any, ...]) -> Brief:
         """Run inside torch.func.vjp, and look there."""
@@ -138,9 +140,9 @@ def _evaluated(fn: Any, request: Request) -> Brief:
         briefs: list[Brief] = []
 
         def look(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            out = fn(*bound.fill(leaves))
-            briefs.append(brief(out))
-            return leaves[0].sum(), _tree.tensors(split_aux(out, request.has_aux, some=False)[0])
+            found, losses = brief(fn(*bound.fill(leaves)))
+            briefs.append(found)
+            return leaves[0].sum(), losses
 
         with numbered():
             result: Any = torch.func.vjp(look, bound.leaves, has_aux=True)
@@ -153,7 +155,7 @@ def _evaluated(fn: Any, request: Request) -> Brief:
     with contextlib.suppress(Exception), untouched(fn, args):
         return inside(args)
     with untouched(fn, args), numbered():
-        return brief(call(fn, args, {}))._replace(tracked=None)
+        return brief(call(fn, args, {}))[0]._replace(tracked=None)
 
 
 def _empty_like(leaf: Any) -> Any:

@@ -13,6 +13,7 @@ from torchjd_func import _check, _tree
 from torchjd_func._functionalize import watched_buffers
 from torchjd_func._host import whole_batch
 from torchjd_func.differentiate._detach import detach_plain
+from torchjd_func.differentiate._pullback import origins
 
 PyTree = Any
 
@@ -45,20 +46,4 @@ def check_inside(losses: PyTree) -> None:
 def outside(losses: Sequence[Tensor]) -> list[torch.Size]:
     """Return the shapes of what losses depend on by plain autograd, at no cost if by nothing."""
     tracked = [whole_batch(x) for x in losses if detach_plain(x) is not x]
-    return [x.shape for x in _sources(tracked)]
-
-
-def _sources(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that tensors of plain autograd were computed from."""
-    found = {id(x): x for x in tensors if x.grad_fn is None}
-    seen: set[Any] = set()
-    ahead: list[Any] = [x.grad_fn for x in tensors]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        ahead.extend([parent for parent, _ in node.next_functions])
-    return list(found.values())
+    return [x.shape for x in origins(tracked).values()]

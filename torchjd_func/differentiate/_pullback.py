@@ -110,8 +110,14 @@ def reached(
 ) -> set[int]:
     """Return which handles autograd reaches, but for ways through aliases; not in a graph."""
     number = {id(handle): leaf for leaf, handle in enumerate(handles)}
-    found, seen, ahead = set(), set(aliases), [x.grad_fn for x in outs]
-    found.update(number[id(x)] for x in outs if id(x) in number)
+    return {number[place] for place in origins(outs, aliases) if place in number}
+
+
+def origins(outs: Sequence[Tensor], aliases: AbstractSet[Any] = frozenset()) -> dict[int, Tensor]:
+    """Return the leaves of autograd that tensors are, or depend on, by identity."""
+    found = {id(x): x for x in outs if x.grad_fn is None}
+    seen = set(aliases)
+    ahead: list[Any] = [x.grad_fn for x in outs]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
@@ -120,9 +126,9 @@ def reached(
         parents = node.next_functions
         if parents:
             ahead.extend([parent for parent, _ in parents])
-        else:
-            found.add(number.get(id(getattr(node, "variable", None)), -1))
-    return found - {-1}
+        elif hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+    return found
 
 
 def tracked(primals: PyTree) -> PyTree:

@@ -59,8 +59,8 @@ def backward_(
     Args:
         losses: Tensor or pytree of tensors that require a gradient, `m` numbers in all.
         target: What is trained: a module, a tree of modules such as `(trunk, {"a": head})`, or of
-            parameters; what requires no gradient is skipped. A warning names other parameters that
-            losses depend on, unless `retain_graph` leaves them to another pass.
+            parameters; what requires no gradient, or no loss depends on, is left alone. A warning
+            names others that losses depend on, unless `retain_graph` leaves them to another pass.
         rule: An Aggregator, such as `jd.upgrad()`, or a Scalarizer. One whose state is trained
             (`uw`, `imtl_l`) needs no more than `scalarizer(losses, state)[0].backward()`.
         state: What the previous call returned; `None` at the first.

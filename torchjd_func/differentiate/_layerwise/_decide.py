@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchjd_func._host import version_of
 from torchjd_func.differentiate._layerwise import _local, _moves, _rules
 from torchjd_func.differentiate._layerwise._draws import draws
 from torchjd_func.differentiate._layerwise._functions import (
@@ -25,7 +26,7 @@ from torchjd_func.differentiate._layerwise._operations import Operation, Operati
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
-from torchjd_func.differentiate._layerwise._sources import Source, tensors_in, version_of
+from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 # The place of a use, its leaves, and what must not be overwritten until it is differentiated
@@ -142,10 +143,10 @@ def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any
         What becomes of the operation, and its output.
     """
     func, args, kwargs, given = operation
-    before, versions = draws(given), list(map(version_of, given))
+    repeats = repeatable(given)
     out = trace.run(func, *args, **kwargs)
     parts = tensors_in(out)
-    again = not before.differ(before.again()) and versions == list(map(version_of, given))
+    again = repeats()
     plain = isinstance(out, Tensor) or (isinstance(out, (list, tuple)) and len(parts) == len(out))
     if not (again and parts and plain) or any(part is x for part in parts for x in given):
         return step, out
@@ -158,16 +159,25 @@ def derived(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any
     return step, out
 
 
+def repeatable(given: Sequence[Tensor]) -> Callable[[], bool]:
+    """Return what says, after an operation, whether it drew no numbers and wrote to nothing."""
+    before, versions = draws(given), list(map(version_of, given))
+
+    def repeats() -> bool:
+        """Look again."""
+        return not before.differ(before.again()) and versions == list(map(version_of, given))
+
+    return repeats
+
+
 def used(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     """Run an operation, and see whether its output's gradient tells that of its parameters."""
     func, args, kwargs, given = operation
-    alone = _rules.rule_of(func) is None  # it runs again for its rows, and must do the same
-    before, versions = draws(given) if alone else None, list(map(version_of, given))
+    # Without a rule it runs again for its rows, and must do the same.
+    repeats = repeatable(given) if _rules.rule_of(func) is None else lambda: True
     out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
     plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
-    again = before is None or not before.differ(before.again())
-    again &= not alone or versions == list(map(version_of, given))
-    if not (plain and again and recognises(trace, operation, out)):
+    if not (repeats() and plain and recognises(trace, operation, out)):
         trace.deny(display_name(func), set(step.leaves))
         return step, out
     return use(trace, step, given, out), out

@@ -17,6 +17,7 @@ from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import REFUSALS, is_integer
 from torchjd_func.differentiate._layerwise._plan import (
+    Doubts,
     Layout,
     Listed,
     Plan,
@@ -113,6 +114,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     seen = record(problem, other=other)
     mode = seen.mode
     assert isinstance(mode, Decider)
+    order = mode.order
     plan = Plan(
         problem.layout,
         tuple(mode.steps),
@@ -124,6 +126,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         along=mode.operations.along() if batched else (),
         dtypes=frozenset(mode.dtypes),
         on_host=draws.host_drew(),
+        doubts=Doubts() if order is None else order.doubts(),
     )
     besides = {
         "drawn": draws.differ(draws.again()),
@@ -131,12 +134,9 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     }
     if batched and seen.outputs.shape[0] % max(problem.layout.size, 1):
         return _by_autograd(problem)
-    order = mode.order
     if order is not None and order.broken:
         reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, reason)._replace(proven=True)
-    if order is not None:
-        plan = plan._replace(doubts=order.doubts())
     if batched and other is None:
         plan = plan._replace(reasons=dict.fromkeys(range(mode.count), _UNSEEN))
     plan = without(plan, seen.connected | mode.denied, {})

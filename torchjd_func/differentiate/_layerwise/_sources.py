@@ -120,11 +120,6 @@ def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
     return parts if isinstance(tree, list) else tuple(parts)
 
 
-def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; inference mode does not count."""
-    return 0 if x.is_inference() else x._version
-
-
 def instances_in(kind: type[T] | tuple[type[T], ...], tree: Any) -> list[T]:
     """Return what is of a kind, or of several, among arguments or outputs, in order."""
     if isinstance(tree, kind):

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from torchjd_func._host import version_of
 from torchjd_func.differentiate._layerwise import _attention, _rules
 from torchjd_func.differentiate._layerwise._functions import attribute_of, is_getter, name_of
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -32,7 +33,6 @@ from torchjd_func.differentiate._layerwise._sources import (
     pick,
     substitute,
     tensors_in,
-    version_of,
 )
 from torchjd_func.differentiate._layerwise._spelled import spelled
 
