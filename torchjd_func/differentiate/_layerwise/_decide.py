@@ -26,7 +26,7 @@ from torchjd_func.differentiate._layerwise._operations import Operation, Operati
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
 from torchjd_func.differentiate._layerwise._rule import bind, fits
-from torchjd_func.differentiate._layerwise._sources import Source, tensors_in
+from torchjd_func.differentiate._layerwise._sources import Source, numbers_in, tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 # The place of a use, its leaves, and what must not be overwritten until it is differentiated
@@ -180,7 +180,8 @@ def used(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     if not (repeats() and plain and recognises(trace, operation, out)):
         trace.deny(display_name(func), set(step.leaves))
         return step, out
-    return use(trace, step, given, out), out
+    numbers = () if func in _local.ELEMENTWISE else numbers_in((args, kwargs))
+    return use(trace, step, given, out)._replace(numbers=numbers), out
 
 
 def moved(trace: Decider, step: Step, operation: Operation, out: Tensor) -> tuple[Step, Any]:
@@ -193,7 +194,8 @@ def moved(trace: Decider, step: Step, operation: Operation, out: Tensor) -> tupl
     if not moves:
         return step, out
     out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
-    return use(trace, step, given, out)._replace(moves=moves), out
+    numbers = numbers_in((args, kwargs))
+    return use(trace, step, given, out)._replace(moves=moves, numbers=numbers), out
 
 
 def is_nested(trace: Decider, tensors: Sequence[Tensor]) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._decide import common_depth, depth
-from torchjd_func.differentiate._layerwise._functions import is_in_place, named
+from torchjd_func.differentiate._layerwise._functions import is_in_place
+from torchjd_func.differentiate._layerwise._gates import REFUSALS, answered, opened, some
+from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
 from torchjd_func.differentiate._layerwise._noise import near
-from torchjd_func.differentiate._layerwise._operations import Operations
+from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._sources import instances_in, substitute
+from torchjd_func.differentiate._layerwise._sources import instances_in, substitute, tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 _LARGE = 2**20
@@ -50,7 +52,7 @@ class Disturbed(Trace):
         plan: What operations become.
         noisy: 1 if the outputs of uses get noise; besides, 2 if numbers that the code names or
             makes do as well, 3 if thresholds let something through, 4 if flags are turned over,
-            5 if other integers are.
+            5 if other integers are, 6 if integers are made of other numbers.
         swap: What takes the place of data and constants.
     """
 
@@ -77,7 +79,7 @@ class Disturbed(Trace):
         # A schedule may change them, and they may be zero at first: plans do not say what they are.
         if self.noisy == 2 and not is_in_place(func):
             args, kwargs = self.elsewhere(func, given, args, kwargs)
-        elif self.noisy > 3 and any(x.requires_grad for x in given):
+        elif self.noisy in (4, 5) and any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.turned)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
@@ -85,8 +87,11 @@ class Disturbed(Trace):
             out = self.run(func, *args, **kwargs)
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
-        if self.noisy == 3 and len(self.operations.names) - 1 in self.doubts.bounds:
-            out = _leaky(out, [x for x in given if x not in self.sources])
+        place, operation = len(self.operations.names) - 1, Operation(func, args, kwargs, given)
+        if self.noisy == 3 and place in self.doubts.bounds:
+            out = self.opened(operation, out)
+        elif self.noisy == 6 and place in self.doubts.answers and not is_in_place(func):
+            out = answered(self.run, operation, out)
         self.operations.end(out, given)
         return out
 
@@ -109,15 +114,23 @@ class Disturbed(Trace):
         return not made and depth(x) <= self.depth
 
     def elsewhere(
-        self, func: Callable[..., Any], given: Sequence[Tensor], args: Any, kwargs: dict[str, Any]
+        self, func: Callable[..., Any], given: list[Tensor], args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Return other numbers, and tensors made of such, where they meet what is traced."""
         if any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.nearby)
-        if func in _ARITHMETIC and any(x.is_floating_point() for x in given):
-            args = tuple(_number(x) for x in args)
-            kwargs = {name: _number(x) for name, x in kwargs.items()}
-        return args, kwargs
+        loose, meets = func in ELEMENTWISE, any(x.is_floating_point() for x in given)
+        if not (meets and self.operations.loosened) or (self.on_sources(given) and not loose):
+            return args, kwargs  # a form is for the numbers that it was found with
+        kinds = ((int, float), (float,)) if loose else ((float,),)
+        others = (_renumbered((args, kwargs), kind) for kind in kinds)
+        before = _results(func, args, kwargs)
+        return next((x for x in others if _alike(before, _results(func, *x))), (args, kwargs))
+
+    def opened(self, operation: Operation, out: Any) -> Any:
+        """Return what an operation returns with its gates open."""
+        traced = [x for x in operation.given if x.requires_grad and x not in self.sources]
+        return opened(self.run, operation, out, list(dict.fromkeys(traced)))
 
     def nearby(self, x: Any) -> Any:
         """Return another number for a tensor of one, and noise in others that may change."""
@@ -142,19 +155,29 @@ def _elsewhere(x: Any) -> Any:
     return 1.1 * x + 0.1
 
 
-def _number(x: Any) -> Any:
-    """Return another number for a number, and anything else as it is."""
-    return _elsewhere(x) if type(x) in (int, float) else x
+def _renumbered(tree: Any, kinds: tuple[type, ...]) -> Any:
+    """Return arguments with other numbers."""
+    if type(tree) in kinds:
+        return _elsewhere(tree)
+    if type(tree) is dict:
+        return {name: _renumbered(part, kinds) for name, part in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_renumbered(part, kinds) for part in tree)
+    return tree
 
 
-def _leaky(out: Tensor, given: Sequence[Tensor]) -> Tensor:
-    """Let something of each argument through, where a threshold keeps all of it back for now."""
-    for x in given:
-        if x.shape == out.shape and x.is_floating_point():
-            out = out + 0.1 * torch.where(torch.isfinite(x), x, 0)
-    return out
+def _results(func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor] | None:
+    """Return the tensors that an operation returns, `None` if it does not take its arguments."""
+    try:
+        with torch.no_grad():
+            return tensors_in(func(*args, **kwargs))
+    except REFUSALS:
+        return None
 
 
-_ARITHMETIC = named(
-    "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
-)
+def _alike(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
+    """Say whether results have the same shapes, and are finite where they were."""
+    if before is None or after is None or [x.shape for x in before] != [x.shape for x in after]:
+        return False
+    sound = (torch.isfinite(b) | ~torch.isfinite(a) for a, b in zip(before, after, strict=True))
+    return not any(some(~x) for x in sound)

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._draws import draws
-from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of
+from torchjd_func.differentiate._layerwise._functions import name_of
+from torchjd_func.differentiate._layerwise._gates import REFUSALS, holds_back
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._plan import Doubts
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
-
-# What torch raises where an operation does not take its arguments.
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class Order:
@@ -42,6 +40,7 @@ class Order:
         flags: The numbers of flags for all examples that data decide, where they meet these.
         choices: Those of other integers that are such.
         counts: Those on integers alone that lie along examples, such as numbers of groups.
+        answers: Those that make integers of other numbers, such as which is the largest.
     """
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor]) -> None:
@@ -54,6 +53,7 @@ class Order:
         self.flags: set[int] = set()
         self.choices: set[int] = set()
         self.counts: set[int] = set()
+        self.answers: set[int] = set()
         self.draws = draws(inputs)
         self.own = False  # whether the operation has a generator of its own
         self.passed: list[str] = []  # what put together what it is applied to
@@ -66,6 +66,7 @@ class Order:
             flags=frozenset(self.flags),
             choices=frozenset(self.choices),
             counts=frozenset(self.counts),
+            answers=frozenset(self.answers),
         )
 
     def copies(self, operation: Operation) -> tuple[Any, Any] | None:
@@ -136,8 +137,12 @@ class Order:
         whole = bool(given) and len(integers) == len(given)
         if whole and any(self.operations.axis(x) is not None for x in results):
             self.counts.add(place)
-        if not drawn and self._holds_back(operation, out):
+        if known and any(map(is_integer, results)) and any(x.is_floating_point() for x in given):
+            self.answers.add(place)
+        if not self._is_bound(given) and holds_back(operation, out):
             self.bounds.add(place)
+        if drawn:  # the same again, to see that
+            self.draws = self.draws.again()
         if copies is None:
             return
         axes = [self.operations.axis(x) for x in results]
@@ -152,27 +157,9 @@ class Order:
             if number is not None and number in self.data and self.operations.axis(x) is None:
                 (self.flags if x.dtype == torch.bool else self.choices).add(number)
 
-    def _holds_back(self, operation: Operation, out: Any) -> bool:
-        """Say whether parts of an argument that is made of parameters make no difference."""
-        func, args, kwargs, given = operation
-        if not isinstance(out, Tensor) or not out.requires_grad or out.is_meta:
-            return False
-        if is_in_place(func):
-            return False
-        moved = [x for x in given if x.requires_grad and x.shape == out.shape and x is not out]
-        rest = [x for x in given if not x.requires_grad]
-        bound = any(self.operations.number(x) not in self.data for x in rest)
-        if bound or not moved or not all(x.is_floating_point() for x in (*moved, out)):
-            return False
-        there = {x: near(x.detach()) for x in moved}
-        copies = substitute((args, kwargs), lambda x: there.get(x, x))
-        try:
-            with torch.no_grad():
-                again = func(*copies[0], **copies[1])
-        except REFUSALS:
-            return False
-        same = (again == out.detach()) & torch.isfinite(out.detach())
-        return bool(torch.func.debug_unwrap(same, recurse=True).any())
+    def _is_bound(self, given: Sequence[Tensor]) -> bool:
+        """Say whether constants, which stay what they are, are among the arguments."""
+        return any(self.operations.number(x) not in self.data for x in given if not x.requires_grad)
 
     def _drawn(self) -> bool:
         """Say whether an operation drew random numbers."""

@@ -42,6 +42,7 @@ class Step(NamedTuple):
     device: torch.device = torch.device("cpu")
     leaves: tuple[int, ...] = ()  # that it is applied to
     place: int = 0  # among the operations of the run
+    numbers: tuple[float, ...] = ()  # its arguments, which alone its form may be for
     copied: bool = False  # its output is a view, and written to: autograd forgets where it was
 
 
@@ -71,6 +72,7 @@ class Doubts(NamedTuple):
     flags: frozenset[int] = frozenset()  # flags for all examples
     choices: frozenset[int] = frozenset()  # and integers
     counts: frozenset[int] = frozenset()  # operations on integers alone, which lie along examples
+    answers: frozenset[int] = frozenset()  # operations that make integers of other numbers
 
 
 class Plan(NamedTuple):

@@ -13,9 +13,10 @@ from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
+from torchjd_func.differentiate._layerwise._gates import REFUSALS
 from torchjd_func.differentiate._layerwise._graph import entries, with_idle
 from torchjd_func.differentiate._layerwise._operations import Operations
-from torchjd_func.differentiate._layerwise._order import REFUSALS, is_integer
+from torchjd_func.differentiate._layerwise._order import is_integer
 from torchjd_func.differentiate._layerwise._plan import (
     Doubts,
     Layout,

@@ -62,7 +62,9 @@ def points(problem: Problem, plan: Plan, *, drawn: bool, integers: bool) -> Iter
     if first:
         first += _at(moved, near, 3) if plan.doubts.bounds else []
         first += _at(moved, near, 4) if plan.doubts.flags else []
-        first += _at(moved, near, 5) if plan.doubts.choices and _is_safe(problem.inputs) else []
+        if _is_safe(problem.inputs):
+            first += _at(moved, near, 5) if plan.doubts.choices else []
+            first += _at(moved, near, 6) if plan.doubts.answers else []
         for change, milder in _changes(problem, plan, integers):
             first += _at(moved, change, milder=milder)
         # Last as it is: what noise is added to is a new tensor, and no view that is written to.

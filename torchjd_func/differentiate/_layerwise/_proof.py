@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._gates import some
 from torchjd_func.differentiate._layerwise._layers import (
     Layers,
     combine,
@@ -45,22 +46,17 @@ def failing(recorded: Recorded) -> dict[int, str] | None:
     gaps, scales = zip(*map(partial(_gap, wide), matrices, pulled, plain), strict=True)
     sizes = torch.stack([scale.to(wide.device) for scale in scales])
     total = sizes.amax()
-    idle = not _any(total > 0) and not found.pieces.keys().isdisjoint(places)
-    if idle or _any(~torch.isfinite(sizes)):
+    idle = not some(total > 0) and not found.pieces.keys().isdisjoint(places)
+    if idle or some(~torch.isfinite(sizes)):
         return None
     guilty, excused = {}, {}
     for leaf, gap, scale in zip(places, gaps, scales, strict=True):
         tol, floor = _tolerance(recorded, found, leaf)
-        if _any(gap > tol * scale):
-            rounding = not _any(gap > tol * scale + floor * total.to(gap.device))
+        if some(gap > tol * scale):
+            rounding = not some(gap > tol * scale + floor * total.to(gap.device))
             names = rule_names(found, leaf) or "an operation that was not seen"
             (excused if rounding else guilty)[leaf] = names
     return guilty | excused if guilty else {}
-
-
-def _any(flags: Tensor) -> bool:
-    """Say whether some flag is set, at some of the places that an outer transform maps over."""
-    return bool(torch.func.debug_unwrap(flags, recurse=True).any())
 
 
 def _tolerance(recorded: Recorded, found: Layers, leaf: int) -> tuple[float, float]:

@@ -135,6 +135,11 @@ def instances_in(kind: type[T] | tuple[type[T], ...], tree: Any) -> list[T]:
     return found
 
 
+def numbers_in(tree: Any) -> tuple[float, ...]:
+    """Return the numbers among arguments."""
+    return tuple(instances_in((int, float), tree))
+
+
 tensors_in = partial(instances_in, Tensor)
 sources_in = partial(instances_in, Source)
 _NESTED = (dict, list, tuple)

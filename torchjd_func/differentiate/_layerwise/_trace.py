@@ -28,6 +28,7 @@ from torchjd_func.differentiate._layerwise._sources import (
     Place,
     Source,
     derive,
+    numbers_in,
     of_constant,
     of_leaf,
     pick,
@@ -165,7 +166,8 @@ class Trace(TorchFunctionMode):
             return out
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
         out = out.clone() if step.copied else out
-        if out.shape != step.shape or (self.perturbations is None and not out.requires_grad):
+        lost = self.perturbations is None and not out.requires_grad
+        if out.shape != step.shape or lost or not _has(step.numbers, args, kwargs):
             self.changed.append(name_of(func))
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
@@ -230,3 +232,8 @@ class Trace(TorchFunctionMode):
     def finish(self, outputs: list[Tensor]) -> None:
         """Note what the run returns."""
         self.operations.close(outputs)
+
+
+def _has(numbers: tuple[float, ...], args: Any, kwargs: Any) -> bool:
+    """Say whether an operation has the numbers that its form is for, if it depends on any."""
+    return not numbers or numbers == numbers_in((args, kwargs))
