@@ -126,6 +126,17 @@ def test_a_form_for_other_numbers(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_graph_for_other_numbers():
+    fn, first, then = FORMS["alpha"]
+    gramian = jd.gramian(jd.instancewise(fn))
+    gramian(PARAMS, X, float(first))
+    compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="compiled without a plan"):
+        found = compiled(PARAMS, X, float(then))
+    rows = by_loops(fn, PARAMS, X, float(then))
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
 KEPT_APART = {
     "the largest in time": lambda h: h.amax(1),
     "sorted in time": lambda h: h.sort(1).values[:, 1],

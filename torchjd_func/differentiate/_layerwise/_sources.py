@@ -136,8 +136,8 @@ def instances_in(kind: type[T] | tuple[type[T], ...], tree: Any) -> list[T]:
 
 
 def numbers_in(tree: Any) -> tuple[float, ...]:
-    """Return the numbers among arguments."""
-    return tuple(instances_in((int, float), tree))
+    """Return the numbers among arguments that plans leave open, but for integers."""
+    return tuple(instances_in(float, tree))
 
 
 tensors_in = partial(instances_in, Tensor)
