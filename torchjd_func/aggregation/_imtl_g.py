@@ -18,14 +18,11 @@ from torchjd_func._host import Array
 from torchjd_func._lift import stateless, weighted
 from torchjd_func._types import Aggregator
 from torchjd_func.linalg._gramian import (
-    Rows,
     inverse_and_rank,
     rank_tol,
     rows_of,
     sure_inverse,
 )
-
-Sum = tuple[Array, Array]  # what is added up, and the rounding of its sum
 
 
 def _weights(
@@ -45,64 +42,48 @@ def _normalize(xp: Any, gramian: Array, *, safe: bool, tol: float, eps: float) -
     return xp.where(defined, balanced / xp.where(defined, total, 1.0), 0.0)
 
 
-def _balanced(xp: Any, gramian: Array, tol: float, eps: float) -> Sum:
+def _balanced(xp: Any, gramian: Array, tol: float, eps: float) -> tuple[Array, Array]:
     """Return `G^+ delta`, with `delta` the norms, and the rounding of the sum of its entries."""
     rows = rows_of(gramian, xp)
     present = xp.sign(rows.norms)
     inverse = sure_inverse(rows.cosines, tol) if xp is np else None
     if inverse is not None:
-        return _regular(xp, rows, inverse, present, eps)
-    inverses, full_rank = inverse_and_rank(xp.stack([rows.cosines, gramian]), tol)
-    parts = zip(
-        _regular(xp, rows, inverses[0], present, eps),
-        _dependent(xp, gramian, inverses[1], xp.stack([rows.norms, present], -1), eps),
-        strict=True,
-    )
-    balanced, rounding = (xp.where(full_rank[0], *pair) for pair in parts)
-    return balanced, rounding
+        balanced = rows.inverse * inverse.dot(present)
+        # More than `_changes` can find: what is larger needs no closer look.
+        most = 2 * eps * len(gramian) ** 1.5 * np.vdot(inverse, inverse) * rows.inverse.max()
+        if abs(balanced.sum()) > most:
+            return balanced, most
+    # At full rank, G^-1 delta = D^-1 C^-1 1, where the scale of the rows costs no accuracy.
+    matrices = xp.stack([rows.cosines, gramian])
+    inverses, full_rank = inverse_and_rank(matrices, tol)
+    # What is solved for, and what the solution is multiplied by to be summed.
+    pairs = xp.stack([present, rows.inverse, rows.norms, present]).reshape(2, 2, -1)
+    pairs = xp.swapaxes(pairs, -1, -2)
+    solved = inverses @ pairs
+    fixed = map(_host.constant, (matrices, inverses, pairs, solved))
+    rounding = eps * _changes(xp, *fixed, full_rank)
+    balanced = xp.where(full_rank[0], rows.inverse * solved[0, :, 0], solved[1, :, 0])
+    return balanced, xp.where(full_rank[0], rounding[0], rounding[1])
 
 
-def _regular(xp: Any, rows: Rows, inverse: Array, present: Array, eps: float) -> Sum:
-    """Solve at full rank, `G^-1 delta = D^-1 C^-1 1`: the scale of the rows costs no accuracy.
+def _changes(
+    xp: Any, matrices: Array, inverses: Array, pairs: Array, solved: Array, full_rank: Array
+) -> Array:
+    """Return what roundings by 1 may change in `b'A^+ a`, for `(..., m, m)` and `(..., m, 2)`.
 
-    What a change `E` of the cosines changes in the sum is `(C^-1 D^-1 1)' E C^-1 1`.
-
-    Returns:
-        As `_balanced`.
+    A change `E` of `A` changes it, at a fixed rank, by `b'A^+ E A^+ a` and, with `r` and `n` what
+    `a` and `b` have beyond the range, `n'E (A^+)^2 a + b'(A^+)^2 E r` (G. H. Golub, V. Pereyra,
+    1973). `E` is as large as `A`; where the rank is full, as its entries.
     """
-    pair = xp.stack([present, rows.inverse], -1)
-    solved = inverse @ pair
-    rounding = _of_products(xp, inverse, pair) + _lengths(xp, solved).prod()
-    return rows.inverse * solved[:, 0], eps * rounding
-
-
-def _dependent(xp: Any, gramian: Array, inverse: Array, pair: Array, eps: float) -> Sum:
-    """Solve at a lower rank, for `(delta, 1)`.
-
-    What a change `E` of `G` changes in `1'G^+ delta`, at a fixed rank, is (G. H. Golub, V. Pereyra,
-    1973) `(G^+ 1)' E G^+ delta`, and of what is beyond the range of `G`, `n` of `1` and `r` of
-    `delta`, `n' E (G^+)^2 delta + ((G^+)^2 1)' E r`.
-
-    Returns:
-        As `_balanced`.
-    """
-    first, fixed = inverse @ pair, _host.constant(gramian)
-    beyond = pair - fixed @ first
-    beyond = beyond - fixed @ (inverse @ beyond)  # the first time leaves rounding
-    inside, beyond, twice = (_lengths(xp, x) for x in (first, beyond, inverse @ first))
-    size = inside.prod() + beyond[1] * twice[0] + beyond[0] * twice[1]
-    rounding = _of_products(xp, inverse, pair) + fixed.diagonal().sum() * size
-    return first[:, 0], eps * rounding
-
-
-def _of_products(xp: Any, inverse: Array, pair: Array) -> Array:
-    """Return what products with the inverse may be off by, for a rounding of 1."""
-    return _host.constant(inverse).diagonal().sum() * _lengths(xp, pair).prod()
-
-
-def _lengths(xp: Any, columns: Array) -> Array:
-    """Return the lengths of columns, as constants."""
-    return xp.sqrt((_host.constant(columns) ** 2).sum(0))
+    beyond = pairs - matrices @ solved
+    beyond = beyond - matrices @ (inverses @ beyond)  # the first time leaves rounding
+    beyond = xp.where(full_rank[:, None, None], 0.0, beyond)
+    parts = xp.stack([pairs, solved, beyond, inverses @ solved])
+    lengths = xp.sqrt((parts * parts).sum(-2))
+    (own, first), (rest, twice) = lengths[:2].prod(-1), lengths[2:]
+    size = xp.where(full_rank, 1.0, matrices.diagonal(0, -2, -1).sum(-1))
+    changed = first + (rest * xp.flip(twice, (-1,))).sum(-1)
+    return size * changed + inverses.diagonal(0, -2, -1).sum(-1) * own
 
 
 def imtl_g(*, safe: bool = False, rtol: float | None = None) -> Aggregator:
