@@ -60,8 +60,7 @@ def _balanced(xp: Any, gramian: Array, tol: float, eps: float) -> tuple[Array, A
     pairs = xp.stack([present, rows.inverse, rows.norms, present]).reshape(2, 2, -1)
     pairs = xp.swapaxes(pairs, -1, -2)
     solved = inverses @ pairs
-    fixed = map(_host.constant, (matrices, inverses, pairs, solved))
-    rounding = eps * _changes(xp, *fixed, full_rank)
+    rounding = eps * _changes(xp, matrices, inverses, pairs, solved, full_rank)
     balanced = xp.where(full_rank[0], rows.inverse * solved[0, :, 0], solved[1, :, 0])
     return balanced, xp.where(full_rank[0], rounding[0], rounding[1])
 
@@ -75,6 +74,8 @@ def _changes(
     `a` and `b` have beyond the range, `n'E (A^+)^2 a + b'(A^+)^2 E r` (G. H. Golub, V. Pereyra,
     1973). `E` is as large as `A`; where the rank is full, as its entries.
     """
+    given = matrices, inverses, pairs, solved
+    matrices, inverses, pairs, solved = (_host.constant(x) for x in given)
     beyond = pairs - matrices @ solved
     beyond = beyond - matrices @ (inverses @ beyond)  # the first time leaves rounding
     beyond = xp.where(full_rank[:, None, None], 0.0, beyond)
