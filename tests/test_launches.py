@@ -29,7 +29,7 @@ FEW = {
 }
 MORE = {
     # Closed forms: each operation on `(m,)` is a launch, and compiled they are one kernel.
-    "cagrad": (60, "two candidates, measured on the rows"),
+    "cagrad": (68, "two candidates and the mean, measured on the rows"),
     "imtl_g": (66, "two pseudo-inverses, of the rows and of the unit rows, and their rounding"),
     "config": (58, "lengths, and what is rounding"),
     "config_momentum": (123, "moments of each leaf"),
