@@ -29,10 +29,10 @@ FEW = {
 }
 MORE = {
     # Closed forms: each operation on `(m,)` is a launch, and compiled they are one kernel.
-    "cagrad": (60, "two candidates, measured on the rows"),
-    "imtl_g": (50, "two pseudo-inverses, of the rows and of the unit rows"),
-    "config": (51, "lengths, and what is rounding"),
-    "config_momentum": (116, "moments of each leaf"),
+    "cagrad": (68, "two candidates and the mean, measured on the rows"),
+    "imtl_g": (66, "two pseudo-inverses, of the rows and of the unit rows, and their rounding"),
+    "config": (58, "lengths, and what is rounding"),
+    "config_momentum": (123, "moments of each leaf"),
     "pcd": (85, "an average, a quadratic program and a length"),
     "sdmgrad": (68, "eigenvalues, a shift and a min-norm point"),
     "sdmgrad[pgd]": (420, "twenty projections on the simplex"),

@@ -43,8 +43,10 @@ def weigh(
 
 def without_subnormal(gramian: Tensor) -> Tensor:
     """Return a Gramian with 0 for what is so short that its reciprocal is infinite."""
+    if gramian.dtype != torch.float64:
+        return gramian
     known = _host.numbers(gramian)
-    if gramian.dtype != torch.float64 or (known is not None and known.diagonal().min() >= TINY):
+    if known is not None and known.diagonal().min() >= TINY:
         return gramian
     shrunk = torch.nn.functional.hardshrink(gramian, TINY)
     if _host.unwatched(gramian):

@@ -194,7 +194,8 @@ def pairwise_cosine(gramian: Tensor) -> Tensor:
     """
     _check.matrix("gramian", gramian)
     squares = gramian.diagonal(dim1=-2, dim2=-1)
-    inverse = ratio(torch.ones_like(squares), squares).sqrt()
+    empty = squares <= 0
+    inverse = torch.where(empty, 0.0, torch.where(empty, 1.0, squares).rsqrt())
     return (gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).clamp(-1, 1)
 
 

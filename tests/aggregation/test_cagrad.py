@@ -103,3 +103,16 @@ def test_cagrad_mapped_problems_do_not_disturb_each_other():
     want = torch.stack([torch.stack(row) for row in want])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
     assert want.isfinite().all(-1).all(-1).tolist() == [True] * 4 + [False] * 2 + [True]
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-5, 1e-7, 1e-8, 1e-9, 1e-10])
+@pytest.mark.parametrize(("m", "n"), [(3, 2), (4, 9), (16, 16), (32, 19)])
+def test_cagrad_stays_in_a_ball_that_is_small_beside_the_rows(m, n, noise):
+    for seed in range(4):
+        rows = matrix("gaussian", m, n, seed)
+        jac = rows - rows.mean(0) + noise * matrix("gaussian", m, n, seed + 10)
+        mean = jac.mean(0)
+        for c in (0.4, 1.5):
+            for direction in (vector_of(jd.cagrad(c), jac), jac.T @ row_weights(jd.cagrad(c), jac)):
+                gone = (direction - mean).norm() / (c * mean.norm())
+                assert gone <= 1 + 1e-7 + 1e-13 * m / noise  # what rounds the mean

@@ -39,6 +39,39 @@ def test_imtl_g_edge_cases():
     assert_numbers(got[0] / got[1], 1.0, tol=1e-9)  # equal projections, whatever the norms
 
 
+def _flat(height: float) -> torch.Tensor:
+    """Return four unit rows of sum zero that are nearly on one line, turned in five dimensions."""
+    c = (1 - height**2) ** 0.5
+    rows = [[c, height, 0], [c, -height, 0], [-c, 0, height], [-c, 0, -height]]
+    turn = torch.linalg.qr(matrix("gaussian", 5, 5)).Q[:3]
+    return torch.tensor(rows, dtype=torch.float64) @ turn
+
+
+@pytest.mark.parametrize("decades", [0, 1, 2, 3, 4, 5])
+def test_what_balances_to_zero_gives_no_direction_however_ill_conditioned(decades):
+    rows = _flat(10.0**-decades * 0.5)
+    for turned in (rows, 3 * rows, rows[[2, 0, 3, 1]]):
+        assert_numbers(vector_of(jd.imtl_g(), turned), torch.zeros(5), tol=0.0)
+        scaled = turned * torch.tensor([[1.0], [0.2], [30.0], [4.0]], dtype=torch.float64)
+        assert_numbers(vector_of(jd.config(), scaled), torch.zeros(5), tol=0.0)
+    for m, n in ((3, 2), (5, 3), (6, 5)):
+        for seed in range(5):
+            scale = torch.logspace(0, -decades, n, dtype=torch.float64)
+            rows = matrix("gaussian", m, n, seed) * scale
+            rows = rows - rows.mean(0)
+            for factor in (1.0, 3.0):
+                assert_numbers(vector_of(jd.imtl_g(), factor * rows), torch.zeros(n), tol=0.0)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 0.0])
+def test_what_is_nearly_equal_is_no_rounding(noise):
+    for m in (2, 3, 5, 16):
+        rows = matrix("gaussian", 1, 8) + noise * matrix("gaussian", m, 8, seed=1)
+        for rule, factor in ((jd.imtl_g(), 1), (jd.config(), m)):
+            gap = vector_of(rule, rows) / factor - rows.mean(0)
+            assert gap.norm() <= 0.2 * rows.mean(0).norm()
+
+
 @pytest.mark.parametrize(
     ("scale", "want_a", "want_b"),
     [

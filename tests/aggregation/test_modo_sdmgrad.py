@@ -184,3 +184,21 @@ def test_numbers_may_be_tensors(factory, values):
 def test_numbers_out_of_range_are_named(make, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         make()
+
+
+def test_steps_of_pgd_are_differentiated_with_their_length():
+    jac = torch.cat([B, matrix("gaussian", 2, 3)])
+    rule = jd.weighted(jd.sdmgrad(solver="pgd", n_iter=3))
+    along, step = matrix("gaussian", 5, 3, seed=3), 1e-6
+
+    def weigh(jac):
+        return rule(jac)[0]
+
+    slope = torch.func.jvp(weigh, (jac,), (along,))[1]
+    want = (weigh(jac + step * along) - weigh(jac - step * along)) / (2 * step)
+    torch.testing.assert_close(slope, want, rtol=1e-5, atol=1e-6)
+    assert (
+        torch.autograd.functional.hessian(lambda x: weigh(x).sum(), torch.eye(3).double())
+        .isfinite()
+        .all()
+    )

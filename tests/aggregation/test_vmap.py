@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 import torchjd_func as jd
 from tests.matrices import matrix
-from tests.registry import METHODS, run
+from tests.registry import METHODS, fresh, losses_for, run
 
 
 @pytest.mark.parametrize("factory", [jd.upgrad, jd.dualproj, jd.constant])
@@ -24,3 +24,24 @@ def test_batches_nest(device):
     got = vmap(vmap(lambda jac: jd.upgrad()(jac)[0]))(batch)
     want = run(METHODS["upgrad"], jac, 3)
     torch.testing.assert_close(got, torch.stack([want, 2 * want]).unsqueeze(1))
+
+
+@pytest.mark.parametrize("name", [name for name, own in METHODS.items() if own.differentiable])
+def test_derivatives_can_be_mapped(name, device):
+    method = METHODS[name]
+    m = max(3, method.min_m)
+    batch = torch.stack([matrix("gaussian", m, 7, seed, device=device) for seed in range(2)])
+    along, losses = batch.flip(0), losses_for(method, m)
+    losses = None if losses is None else losses.to(device)
+    aggregator, state = fresh(method, batch[0], m)
+
+    def number(jac):
+        return aggregator(jac, state, losses=losses)[0].square().sum()
+
+    def pushed(jac, tangent):
+        return jvp(number, (jac,), (tangent,))[1]
+
+    slopes = torch.stack([grad(number)(jac) for jac in batch])
+    torch.testing.assert_close(vmap(grad(number))(batch), slopes)
+    got = vmap(pushed)(batch, along)
+    torch.testing.assert_close(got, (slopes * along).sum((-2, -1)))

@@ -158,6 +158,35 @@ def test_what_is_not_a_number_is_seen(make):
         assert directions(make(3, 2), jacs, wrong)[1].isnan().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_that_diverged_does_not_stop_the_others_of_a_front(value):
+    jacs, losses = problem(3, 2, 4)
+    wrong = losses.clone()
+    wrong[1, 0] = value
+    rule, others = jd.sets.hypervolume_gradient(torch.zeros(2)), torch.tensor([0, 2])
+    got = directions(rule, jacs, wrong)
+    assert got[1].isnan().all()
+    assert_trees_close(got[others], directions(rule, jacs[others], losses[others]))
+
+
+@pytest.mark.parametrize("exponent", [-150, -155, -158])
+def test_rows_whose_squares_are_subnormal(exponent):
+    jacs, losses = problem(3, 2, 4)
+    for rule in (jd.sets.moo_svgd(1.0), jd.sets.pareto_mtl(torch.eye(3, 2).double() + 0.1)):
+        got = rule.weighting((10.0**exponent * jacs) @ (10.0**exponent * jacs).mT, losses=losses)[0]
+        assert got.isfinite().all()
+    gramian = jacs[0] @ jacs[0].T
+    tiny = (10.0**exponent * jacs[0]) @ (10.0**exponent * jacs[0]).T
+    for fn in (
+        lambda g: jd.linalg.min_norm_point(g).value,
+        lambda g: jd.linalg.nnqp(g, -g[0]).value,
+        lambda g: jd.linalg.dual_cone_projection(g, torch.tensor([1.0, 0.0]).double()).value,
+        lambda g: jd.linalg.orthant_root(g).value * g.diagonal().sqrt(),
+        jd.metrics.pairwise_cosine,
+    ):
+        torch.testing.assert_close(fn(tiny), fn(gramian), rtol=1e-4, atol=1e-6)
+
+
 @each_rule
 def test_directions_can_be_differentiated(make):
     rule, (jacs, losses) = make(3, 2), problem(3, 2, 4)

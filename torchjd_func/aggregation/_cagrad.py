@@ -42,10 +42,10 @@ def _update(
     gramian = _sound.without_subnormal(_tree.gramian(jac))
     shares = _shares(preference, gramian, present)
     additions = _additions(gramian, shares, c)
-    vectors = _tree.row_sums(jac, additions)
+    vectors = _tree.row_sums(jac, torch.cat([additions, shares.unsqueeze(0)]))
     products = _tree.cross_gramian(vectors, jac)
-    lengths = safe_sqrt(_tree.gramian(vectors).diagonal())
-    weights = _total(gramian, shares, c, additions, products, lengths)
+    lengths = safe_sqrt(_tree.squared_norms(vectors))
+    weights = _total(gramian, shares, c * lengths[-1], additions, products[:-1], lengths[:-1])
     return _tree.weighted_sum(jac, _rescaled(weights, c, rescale)), state
 
 
@@ -62,10 +62,11 @@ def _weights(
     shares = _shares(preference, wide, present)
     additions = _additions(gramian, shares, c)
     products = additions @ wide.detach()
-    # Rounding may only make an addition seem longer, so that it stays in the ball.
-    longest = (additions @ safe_sqrt(wide.detach().diagonal())).square()
-    squares = torch.maximum((products * additions).sum(-1), rank_tol(gramian) * longest)
-    weights = _total(gramian, shares, c, additions, products, safe_sqrt(squares))
+    # Rounding may only make an addition seem longer, and the ball smaller, so that it stays in it.
+    norms, tol = safe_sqrt(wide.detach().diagonal()), rank_tol(gramian)
+    squares = torch.maximum((products * additions).sum(-1), tol * (additions @ norms).square())
+    mean = shares @ wide @ shares - tol * (shares.detach() @ norms).square()
+    weights = _total(gramian, shares, c * safe_sqrt(mean), additions, products, safe_sqrt(squares))
     return _rescaled(weights, c, rescale)
 
 
@@ -96,7 +97,7 @@ def _additions(gramian: Tensor, shares: Tensor, c: float | Tensor) -> Tensor:
 def _total(
     gramian: Tensor,
     shares: Tensor,
-    c: float | Tensor,
+    radius: Tensor,
     additions: Tensor,
     products: Tensor,
     lengths: Tensor,
@@ -106,7 +107,7 @@ def _total(
     Args:
         gramian: `(m, m)`.
         shares: `(m,)`, the weights of the mean gradient; 0 where a row is absent.
-        c: The radius, relative to the length of the mean gradient.
+        radius: `()`, of the ball.
         additions: `(2, m)`, the candidates.
         products: `(2, m)`, their inner products with the rows.
         lengths: `(2,)`, their lengths.
@@ -116,7 +117,6 @@ def _total(
     """
     wide = gramian.double()
     pushed = wide @ shares  # improvements under the mean gradient
-    radius = c * safe_sqrt(pushed @ shares)
     reach = (radius / lengths.masked_fill(lengths <= 0, torch.inf)).detach()
     steps = torch.stack([reach[0], reach[1].clamp(max=1)]).unsqueeze(-1)
     steepest, closest = additions * steps
@@ -129,7 +129,7 @@ def _total(
     )
     better = ~(other >= gain)
     added = torch.where(better, steepest, closest)
-    if not _host.unwatched(wide, c):
+    if not _host.unwatched(wide, radius):
         slack = ~better & (reach[1] >= 1)
         added = added + _derivative(wide, pushed, radius, added > 0, slack, rank_tol(gramian))
     return shares + added

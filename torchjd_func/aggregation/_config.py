@@ -31,16 +31,31 @@ def _weights(
     present: Tensor | None = None,
 ) -> Tensor:
     """Return the weights of the unit direction, times the length."""
-    rows, tol = rows_of(gramian.to(torch.float64)), rank_tol(gramian, rtol)
+    rows = rows_of(gramian.double())
     wanted = torch.where(rows.norms > 0, resolve(preference, rows.norms, present), 0.0)
-    inverse = pseudo_inverse(rows.cosines, tol)
+    inverse = pseudo_inverse(rows.cosines, rank_tol(gramian, rtol))
     solved = inverse @ wanted
-    square = wanted @ solved
-    # What the rounding of `wanted` alone would give: a direction this short is not one.
-    rounding = tol**2 * wanted.square().sum() * inverse.diagonal().sum()
-    defined = square.detach() > rounding.detach()
-    unit = solved * torch.where(defined, torch.where(defined, square, 1.0).rsqrt(), 0.0)
-    return _length(rows.norms, rows.cosines @ unit, length, present) * unit * rows.inverse
+    along = rows.cosines @ solved
+    square = solved @ along
+    fixed = (x.detach() for x in (rows.cosines, inverse, solved, wanted - along, wanted))
+    eps = len(gramian) * torch.finfo(gramian.dtype).eps
+    defined = square.detach() > _rounding(*fixed) * eps**2
+    scale = torch.where(defined, torch.where(defined, square, 1.0).rsqrt(), 0.0)
+    return _length(rows.norms, along * scale, length, present) * solved * scale * rows.inverse
+
+
+def _rounding(
+    cosines: Tensor, inverse: Tensor, solved: Tensor, beyond: Tensor, wanted: Tensor
+) -> Tensor:
+    """Return the squared length of `U'C^+ b` that a rounding of `C` and `b` by 1 may give.
+
+    A change `E` of `C` at a fixed rank changes it by `U'C^+ E C^+ b + U'(C^+)^2 E n`, with `n` the
+    part of `b` beyond the range (G. H. Golub, V. Pereyra, 1973).
+    """
+    beyond = beyond - cosines @ (inverse @ beyond)  # the first time leaves rounding
+    blown = inverse.diagonal().sum()
+    spread = torch.stack([wanted, solved, blown * beyond])
+    return blown * spread.square().sum()
 
 
 def _length(norms: Tensor, cosines: Tensor, length: str, present: Tensor | None) -> Tensor:

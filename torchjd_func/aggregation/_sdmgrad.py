@@ -21,7 +21,7 @@ from torchjd_func._types import Weighting
 from torchjd_func.aggregation._preference import resolve
 from torchjd_func.aggregation._rows import safe_sqrt
 from torchjd_func.linalg import project_simplex
-from torchjd_func.linalg._eigh import eigenvalues, eigh
+from torchjd_func.linalg._eigh import eigh
 from torchjd_func.linalg._nnqp import RIDGES, nearest, products_with
 
 # Eigenvalues below this part of the largest are rounding.
@@ -102,8 +102,10 @@ def _pgd(
     """Iterate projected gradient steps of length one over the norm of the matrix."""
     largest = matrix.detach().abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
-    unit = matrix.detach() / largest  # whose squares are in range
-    norm = eigenvalues(unit.mT @ unit)[-1].clamp(min=0).sqrt()
+    unit = matrix / largest  # whose squares are in range
+    # At a fixed vector of the largest gain, the gain has the derivative of the norm.
+    gain = unit @ eigh(unit.mT @ unit)[1][:, -1]
+    norm = safe_sqrt(gain @ gain)
     step = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0) / largest
     for _ in range(n_iter):
         moved = weights - step * (matrix @ (weights + pull))

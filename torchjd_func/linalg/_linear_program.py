@@ -82,8 +82,9 @@ def _vertex(a: Tensor, b: Tensor, basis: Tensor, feasible: Tensor, n_free: int) 
     safe = torch.where(feasible[..., None, None], chosen, identity)
     parts = factorized(safe, torch.where(feasible.unsqueeze(-1), b, 0.0))
     signed = torch.where(basis < n - n_free, parts.clamp(min=0), parts)
-    places = torch.nn.functional.one_hot(basis, n + k).to(a.dtype)
-    return (signed.unsqueeze(-2) @ places).squeeze(-2)[..., :n]
+    # Not by one_hot, which cannot be mapped (torch 2.13).
+    places = basis.unsqueeze(-1) == torch.arange(n, device=basis.device)
+    return (signed.unsqueeze(-2) @ places.to(a.dtype)).squeeze(-2)
 
 
 def _optimal(c: Tensor, a: Tensor, b: Tensor, n_free: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -112,7 +112,7 @@ def _solve(matrices: Array, which: Array, vectors: Array, ridge: float, solver: 
             return Answer(value, value > 0, ones > 0, ones, ones < 0)
     diagonal = matrices.diagonal(axis1=1, axis2=2)
     scales = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    unit = matrices * (scales[:, :, None] * scales[:, None, :])
+    unit = matrices * scales[:, :, None] * scales[:, None, :]  # one by one they are in range
     scale = scales if len(scales) == 1 else scales[which]
     linear = vectors * scale
     size = np.maximum(largest(linear), TINY)[:, None]

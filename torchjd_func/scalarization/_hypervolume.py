@@ -84,7 +84,7 @@ def _in_direction(
     m, along = count(losses, present), entries("direction", direction, losses, 1.0)
     inward = (entries("reference", reference, losses, 0.0) - losses) / along
     depth = only(present, inward, torch.inf).amin()
-    inside = depth > 0
+    inside = ~(depth <= 0)  # not-a-number stays
     safe = torch.where(inside, depth, 1.0)
     if transform == "log":
         return torch.where(inside, -m * safe.log(), torch.inf)

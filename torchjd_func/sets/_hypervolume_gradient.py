@@ -32,10 +32,11 @@ def _update(
     _check.stateless("hypervolume_gradient", state)
     _check.length("reference", reference, losses.shape[1])
     corner = _host.to(reference, losses)
+    sound = losses.isfinite().all(-1, keepdim=True)  # who diverged counts as outside
     if slack is not None:
-        worst = losses.amax(0)
+        worst = torch.where(sound, losses, -torch.inf).amax(0)
         corner = torch.maximum(corner, worst + (slack - 1) * worst.abs())
-    weights = facets(losses, corner)
+    weights = facets(torch.where(sound, losses, corner.detach()), corner)
     if not normalize:
         return weights, state
     length = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
