@@ -19,6 +19,8 @@ from torchjd_func._check._dependent import (
     inside_target,
     kept_buffers,
     not_hooked,
+    passed,
+    trained_state,
 )
 from torchjd_func._check._distributed import (
     at_most,
@@ -40,6 +42,7 @@ from torchjd_func._check._interop import (
     apart,
     assignable,
     grads_by_name,
+    grads_structure,
     independent_feature,
     leaf_parameter,
     local,
@@ -127,6 +130,7 @@ from torchjd_func._check._objectives import (
     one_for_each_example,
     one_loss,
     params,
+    reserved,
     same_aux,
     same_losses,
     same_shape,

@@ -142,6 +142,11 @@ _KNOWN = (
         "generate_vmap_rule = True.",
     ),
     (
+        ("backward() called inside",),
+        "return losses, and differentiate nothing by itself",
+        "Leave loss.backward() out: what jd.grad returns gives the gradients of all losses.",
+    ),
+    (
         ("requires_grad_()", "retain_grad()"),
         "take inner gradients by torch.func",
         "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or call "
