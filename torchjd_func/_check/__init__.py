@@ -110,6 +110,7 @@ from torchjd_func._check._numbers import (
     linear_program,
     metric,
     points,
+    recorded,
     records,
     same_size,
     shape,

@@ -273,11 +273,11 @@ def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
             fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
 
 
-def same_structure(name: str, same: bool) -> None:
+def same_structure(name: str, of: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
-        remedy = "Pass the pytree that jd.grad returned for these parameters."
-        fail(ValueError, f"`{name}`", "have the structure of the parameters", "another", remedy)
+        remedy = "Pass what came out of a step, and what went in, in the same order."
+        fail(ValueError, f"`{name}`", f"have the structure of `{of}`", "another", remedy)
 
 
 def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:
