@@ -72,7 +72,7 @@ def test_new_figures_are_dark_on_white_in_a_dark_style(name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_missing_library_is_named(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"torchjd_func\[plot\]"):
+    with pytest.raises(ImportError, match=r"'\.\[plot\]'"):
         PICTURES[name](None)
 
 
