@@ -167,6 +167,43 @@ def test_a_state_that_is_to_be_trained_is_named(name):
         STEPS[name](TRAINED._replace(log_variance=2 * TRAINED.log_variance))  # a past, no more
 
 
+LEARNED = {
+    "weights": lambda w: jd.constant(w),
+    "weights of a scalarizer": lambda w: jd.scalarizers.constant(w),
+    "a preference": lambda w: jd.upgrad(w),
+    "a preference by name": lambda w: jd.upgrad({"a": w[0], "b": w[1]}),
+    "a preference of groups": lambda w: jd.grouped(jd.upgrad(w), jd.by_tensor),
+    "a number": lambda w: jd.cagrad(w[0]),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_options_that_are_to_be_trained_are_named(name):
+    def objective(params, z):
+        return dict(zip("ab", on_features(params, z), strict=True))
+
+    def step(weights, of_losses=1.0):
+        rule = LEARNED[name](weights)
+        return jd.grad(lambda w, z: _scaled(objective(w, z), of_losses), rule)(None, W, TEACHER(X))
+
+    weights = torch.tensor([0.2, 0.7], requires_grad=True)
+    with pytest.warns(UserWarning, match=r"Options of the rule .* of shapes \[\(2,\)\]") as caught:
+        step(weights)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="Losses depend on tensors") as caught:
+        step(weights.detach(), weights[0])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(weights.detach())
+        with torch.no_grad():
+            step(weights)
+
+
+def _scaled(losses, by):
+    return {name: by * loss for name, loss in losses.items()}
+
+
 def frozen(params, x):
     return (features(params, x) - TEACHER(x)).square().mean(0)
 

@@ -20,6 +20,7 @@ from torchjd_func._check._dependent import (
     kept_buffers,
     not_hooked,
     passed,
+    trained_options,
     trained_state,
 )
 from torchjd_func._check._distributed import (

@@ -77,6 +77,16 @@ def trained_state(names: Sequence[str]) -> None:
     )
 
 
+def trained_options(shapes: Sequence[torch.Size]) -> None:
+    """Warn of options of a rule that are to be trained, where nothing trains them."""
+    _warn(
+        [tuple(shape) for shape in shapes],
+        "Options of the rule require a gradient, tensors of shapes {}, but what jd.grad returns is "
+        "a value, so nothing trains them. Multiply losses in the objective by weights that are "
+        "trained, and pass these beside the params; or make the rule with x.detach().",
+    )
+
+
 def inside(shapes: Sequence[torch.Size]) -> None:
     """Warn of tensors that plain autograd would train, and that are not differentiated."""
     _warn(

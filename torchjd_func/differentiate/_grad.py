@@ -15,7 +15,12 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._outside import check_inside, check_state, kept_buffers
+from torchjd_func.differentiate._outside import (
+    check_inside,
+    check_options,
+    check_state,
+    kept_buffers,
+)
 from torchjd_func.differentiate._pullback import vjp_aux
 from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import (
@@ -155,7 +160,10 @@ def grad_and_value(
             else:
                 grads, weights, state = _aggregated(linear, here, state, route, chunk_size)
                 grads = assemble(linear, grads, weights, here.processes)
-        return detached((grads, value(linear, has_aux), state))
+        result = grads, value(linear, has_aux), state
+        values = detached(result)
+        check_options(result, values, linear.losses)
+        return values
 
     return grad_and_value_fn
 
