@@ -52,6 +52,14 @@ def losses(params, x):
     return x @ params["w"]
 
 
+NORMAL = jd.functionalize(nn.LayerNorm(3))[1], X
+
+
+def applied(params, x):
+    """Return outputs and buffers."""
+    return jd.functionalize(nn.LayerNorm(3))[0](params, {}, x)
+
+
 def model_call(params=None, buffers=None):
     apply, good_params, good_buffers = jd.functionalize(nn.BatchNorm1d(3))
     return apply(
@@ -500,6 +508,31 @@ CASES = {
         TypeError,
         r"argument 0 must.*got list_iterator.*jd\.functionalize",
     ),
+    "outputs with buffers, subtracted": (
+        lambda: jd.jac(lambda p, x: applied(p, x) - x)(*NORMAL),
+        TypeError,
+        r"take tensors out of tuples.*\(outputs, buffers\).*apply\(params, buffers, x\)\[0\]",
+    ),
+    "outputs with buffers, in a loss": (
+        lambda: jd.jac(lambda p, x: nn.functional.mse_loss(x, applied(p, x)))(*NORMAL),
+        (TypeError, AttributeError, ValueError),
+        "take tensors out of tuples",
+    ),
+    "outputs with buffers, called upon": (
+        lambda: jd.jac(lambda p, x: applied(p, x).mean())(*NORMAL),
+        (TypeError, AttributeError, ValueError),
+        "take tensors out of tuples",
+    ),
+    "labels of groups in a word": (
+        lambda: jd.grouped(jd.upgrad(), "layer"),
+        TypeError,
+        r"`labels` must be a function.*got 'layer'\. Pass jd\.by_layer",
+    ),
+    "a measure that is a number": (
+        lambda: jd.monitored(jd.upgrad(), {"one": lambda seen: 1.0}).init(A),
+        TypeError,
+        r"`measures\['one'\]` must return a tensor, got float",
+    ),
     "an array for a Jacobian": (
         lambda: jd.upgrad()(A.cpu().numpy()),
         TypeError,
@@ -585,6 +618,13 @@ CASES = {
         lambda: jd.jac(lambda p, x: OldForm.apply(losses(p, x)))(PARAMS, X),
         ValueError,
         "no torch.autograd.Function without setup_context.*jd.interop.backward_",
+    ),
+    "gradients by an argument that requires one": (
+        lambda: jd.jac(lambda p, x: torch.autograd.grad(losses(p, x).sum(), x)[0].sum())(
+            PARAMS, X.clone().requires_grad_()
+        ),
+        ValueError,
+        r"inner gradients by torch\.func, got 'One of the differentiated Tensors.*backward_",
     ),
     "gradients of plain autograd inside": (
         lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),

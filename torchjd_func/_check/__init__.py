@@ -7,6 +7,8 @@ from torchjd_func._check._combinators import (
     grouping,
     label,
     labelled,
+    labels,
+    measure_value,
     measured,
     observed,
     weighting_present,
