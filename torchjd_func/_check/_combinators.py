@@ -81,7 +81,7 @@ def functions(name: str, value: Any) -> None:
 def measure_value(name: str, value: Any) -> Tensor:
     """Return what a measure returned, which is kept in the state."""
     if not isinstance(value, Tensor):
-        remedy = "Compute it from the observation by torch, without float() and .item()."
+        remedy = "Compute it from the observation by functions of torch alone."
         fail(TypeError, f"`measures[{name!r}]`", "return a tensor", describe(value), remedy)
     return value
 
