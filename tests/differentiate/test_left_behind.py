@@ -182,7 +182,7 @@ def test_options_that_are_to_be_trained_are_named(name):
     def objective(params, z):
         return dict(zip("ab", on_features(params, z), strict=True))
 
-    def step(weights, of_losses=1.0):
+    def step(weights, of_losses: torch.Tensor | float = 1.0):
         rule = LEARNED[name](weights)
         return jd.grad(lambda w, z: _scaled(objective(w, z), of_losses), rule)(None, W, TEACHER(X))
 
