@@ -619,17 +619,17 @@ CASES = {
         ValueError,
         "no torch.autograd.Function without setup_context.*jd.interop.backward_",
     ),
+    "gradients of plain autograd inside": (
+        lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),
+        ValueError,
+        r"inner gradients by torch\.func.*torch\.func\.grad",
+    ),
     "gradients by an argument that requires one": (
         lambda: jd.jac(lambda p, x: torch.autograd.grad(losses(p, x).sum(), x)[0].sum())(
             PARAMS, X.clone().requires_grad_()
         ),
         ValueError,
         r"inner gradients by torch\.func, got 'One of the differentiated Tensors.*backward_",
-    ),
-    "gradients of plain autograd inside": (
-        lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),
-        ValueError,
-        r"inner gradients by torch\.func.*torch\.func\.grad",
     ),
     "random numbers for each example": (
         lambda: jd.gramian(jd.per_example(lambda p, x: torch.rand_like(x).sum() * p["w"].sum()))(
