@@ -6,6 +6,7 @@
 import copy
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def losses(params, x):
     return x @ params["w"]
 
 
+NORMAL = jd.functionalize(nn.LayerNorm(3))[1], X
+
+
+def applied(params, x):
+    """Return outputs and buffers."""
+    return jd.functionalize(nn.LayerNorm(3))[0](params, {}, x)
+
+
 def model_call(params=None, buffers=None):
     apply, good_params, good_buffers = jd.functionalize(nn.BatchNorm1d(3))
     return apply(
@@ -58,6 +67,26 @@ def model_call(params=None, buffers=None):
         good_buffers if buffers is None else buffers,
         X,
     )
+
+
+def waits(params, x, size=None, *, present=None):
+    """Take keywords that a transformed function keeps for itself."""
+    return losses(params, x)
+
+
+class Waiting:
+    """An objective with such a keyword is a method."""
+
+    def losses(self, params, present=None):
+        return losses(params, X)
+
+
+def of_two_optimizers():
+    """An optimizer for matrices, and gradients for all."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.Muon([model.weight])
+    grads = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+    return partial(jd.interop.assign_grads_, model, grads, optimizer=optimizer)
 
 
 def hooked(register="register_full_backward_hook"):
@@ -449,6 +478,66 @@ CASES = {
         ValueError,
         "has_aux",
     ),
+    "a keyword of the step is one of the objective": (
+        lambda: jd.grad(waits, jd.upgrad())(None, PARAMS, X, present=torch.ones(4).bool()),
+        ValueError,
+        "the objective must have no argument of the name 'present'.*Rename it",
+    ),
+    "a keyword of the step is one of a bound objective": (
+        lambda: jd.grad(partial(waits, x=X), jd.upgrad())(None, PARAMS, size=4),
+        ValueError,
+        "no argument of the name 'size'.*by its position",
+    ),
+    "a keyword of the step is one of examples": (
+        lambda: jd.gramian(jd.per_example(waits))(PARAMS, X, present=torch.ones(4).bool()),
+        ValueError,
+        "no argument of the name 'present'",
+    ),
+    "a keyword of the step is one of a method": (
+        lambda: jd.jac(Waiting().losses)(PARAMS, present=torch.ones(4).bool()),
+        ValueError,
+        "no argument of the name 'present'",
+    ),
+    "an objective that differentiates": (
+        lambda: jd.jac(lambda p, x: losses(p, x).sum().backward())(PARAMS, X),
+        ValueError,
+        r"return losses, and differentiate nothing.*Leave loss\.backward\(\) out",
+    ),
+    "parameters that are an iterator": (
+        lambda: jd.jac(losses)(iter([X]), X),
+        TypeError,
+        r"argument 0 must.*got list_iterator.*jd\.functionalize",
+    ),
+    "outputs with buffers, subtracted": (
+        lambda: jd.jac(lambda p, x: applied(p, x) - x)(*NORMAL),
+        TypeError,
+        r"take tensors out of tuples.*\(outputs, buffers\).*apply\(params, buffers, x\)\[0\]",
+    ),
+    "outputs with buffers, in a loss": (
+        lambda: jd.jac(lambda p, x: nn.functional.mse_loss(x, applied(p, x)))(*NORMAL),
+        (TypeError, AttributeError, ValueError),
+        "take tensors out of tuples",
+    ),
+    "outputs with buffers, called upon": (
+        lambda: jd.jac(lambda p, x: applied(p, x).mean())(*NORMAL),
+        (TypeError, AttributeError, ValueError),
+        "take tensors out of tuples",
+    ),
+    "labels of groups in a word": (
+        lambda: jd.grouped(jd.upgrad(), "layer"),
+        TypeError,
+        r"`labels` must be a function.*got 'layer'\. Pass jd\.by_layer",
+    ),
+    "a measure that is a number": (
+        lambda: jd.monitored(jd.upgrad(), {"one": lambda seen: 1.0}).init(A),
+        TypeError,
+        r"`measures\['one'\]` must return a tensor, got float",
+    ),
+    "an array for a Jacobian": (
+        lambda: jd.upgrad()(A.cpu().numpy()),
+        TypeError,
+        r"Jacobian.*got ndarray.*torch\.as_tensor",
+    ),
     # arguments and mistakes that torch has words for
     "has_aux forgotten": (
         lambda: jd.jac(lambda p, b, x: (losses(p, x), b))(PARAMS, BUFFERS, X),
@@ -534,6 +623,13 @@ CASES = {
         lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),
         ValueError,
         r"inner gradients by torch\.func.*torch\.func\.grad",
+    ),
+    "gradients by an argument that requires one": (
+        lambda: jd.jac(lambda p, x: torch.autograd.grad(losses(p, x).sum(), x)[0].sum())(
+            PARAMS, X.clone().requires_grad_()
+        ),
+        ValueError,
+        r"inner gradients by torch\.func, got 'One of the differentiated Tensors.*backward_",
     ),
     "random numbers for each example": (
         lambda: jd.gramian(jd.per_example(lambda p, x: torch.rand_like(x).sum() * p["w"].sum()))(
@@ -778,6 +874,21 @@ CASES = {
         ValueError,
         r"`saved`.*got a tensor.*state_dict\(rule, state\)",
     ),
+    "a target for gradients": (
+        lambda: jd.interop.assign_grads_({"bias": X}, nn.Linear(1, 1)),
+        ValueError,
+        r"`grads` must have the structure of the target, got Linear for dict\. Pass what",
+    ),
+    "grads by name for parameters in a row": (
+        lambda: jd.interop.assign_grads_(nn.Linear(1, 1).parameters(), {"bias": X}),
+        ValueError,
+        r"got dict for tuple.*that is the module itself, as in assign_grads_\(model, grads\)",
+    ),
+    "grads for one of two optimizers": (
+        lambda: of_two_optimizers()(),
+        ValueError,
+        r"at 'bias' must be a parameter of `optimizer`.*Of several optimizers give each",
+    ),
     "grads of another structure": (
         lambda: jd.interop.assign_grads_(PARAMS, [X]),
         ValueError,
@@ -805,6 +916,41 @@ def test_error_names_the_argument_and_the_remedy(call, kind, message):
     assert "must" in text
     assert text.count(". ") >= 1, "a rule, then a remedy"
     assert text.endswith(".")
+
+
+MAKERS = {
+    "instancewise": jd.instancewise,
+    "per_example": jd.per_example,
+    "multitask": lambda fn: jd.multitask(fn, HEADS),
+    "a head": lambda fn: jd.multitask(losses, {"a": fn}),
+    "accumulate": lambda fn: jd.accumulate(fn, 2),
+    "cast_floating": lambda fn: jd.cast_floating(fn, torch.bfloat16),
+    "scaled": lambda fn: jd.loss_scale.scaled(fn, jd.loss_scale.init()),
+    "sharded": jd.distributed.sharded,
+    "grad": lambda fn: jd.grad(fn, jd.mean()),
+    "jac": lambda fn: jd.jac(fn)(PARAMS, X),
+    "gramian": lambda fn: jd.gramian(fn)(PARAMS, X),
+}
+NO_OBJECTIVES = {
+    "a module": lambda: nn.Linear(3, 1),
+    "a rule": jd.upgrad,
+    "losses": lambda: X,
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("given", NO_OBJECTIVES)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_is_no_objective_is_refused_where_it_is_given(maker, given):
+    with pytest.raises(TypeError, match="`fn` must be a function of parameters and a batch"):
+        MAKERS[maker](NO_OBJECTIVES[given]())
+
+
+def test_keywords_of_the_step_may_be_passed_to_an_objective_by_their_place():
+    flags = torch.tensor([True, False, True, True])
+    want = jd.jac(losses)(PARAMS, X, present=flags)
+    got = jd.jac(lambda p, x, present: losses(p, x))(PARAMS, X, flags, present=flags)
+    torch.testing.assert_close(got, want)
 
 
 def test_a_failed_assignment_changes_nothing():

@@ -70,6 +70,28 @@ def test_names_are_those_of_the_losses(name):
             _names.check_names(rule, paths)
 
 
+@pytest.mark.parametrize("rule", [jd.upgrad(NUMBERS), jd.scalarizers.constant(NUMBERS)])
+@pytest.mark.parametrize("names", [PATHS, ["depth", "edges", "words"], [0, 1, 2], None])
+def test_names_are_those_of_the_losses_of_a_step(rule, names):
+    def objective(x):
+        each = x.square()
+        return each if names is None else dict(zip(names, each, strict=True))
+
+    params = LOSSES.clone().requires_grad_()
+    steps = [
+        lambda: jd.grad(objective, rule)(None, LOSSES),
+        lambda: jd.init_state(rule, objective, LOSSES),
+        lambda: jd.interop.backward_(objective(params), params, rule),
+    ]
+    for step in steps:
+        if names == PATHS:
+            step()
+            continue
+        rule_ = "be a vector: the losses have no names" if names is None else "name the losses"
+        with pytest.raises(ValueError, match=rf"`(preference|weights)` must {rule_}"):
+            step()
+
+
 def test_names_reach_into_losses_that_nest():
     numbers = {"b": {"y": 3.0, "x": 2.0}, "a": 1.0}
     rule = jd.constant(numbers)

@@ -72,7 +72,7 @@ def test_new_figures_are_dark_on_white_in_a_dark_style(name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_missing_library_is_named(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"torchjd_func\[plot\]"):
+    with pytest.raises(ImportError, match=r"'\.\[plot\]'"):
         PICTURES[name](None)
 
 
@@ -209,6 +209,11 @@ ERRORS = {
         [{"losses": {"a": torch.rand(5)}}] * 3
     ),
     r"records`.*\(5, 2\) at 'weights'": lambda: plot.training([{"weights": torch.rand(5, 2)}] * 3),
+    r"log` must name some of the quantities .*got \['loss'\]": lambda: plot.training(
+        RECORDS, log=["loss"]
+    ),
+    "log`.*got 'losses'": lambda: plot.training(RECORDS, log="losses"),
+    r"units`.*got \['loss'\]": lambda: plot.training(RECORDS, units={"loss": "nats"}),
     "window": lambda: plot.training(RECORDS, window=0),
     "ax": lambda: plot.training(RECORDS, ax=pyplot.subplots()[1]),
 }
@@ -224,6 +229,16 @@ def test_errors_name_the_fault(name):
 def test_training_asks_for_a_dict_for_each_step(records):
     with pytest.raises(TypeError, match="`records` must be a list of dicts"):
         plot.training(records)
+
+
+def test_training_asks_for_numbers():
+    with pytest.raises(TypeError, match="`records` must hold numbers, got str at 'phase'"):
+        plot.training([{"phase": "warm-up"}])
+
+
+def test_cone_asks_for_directions_by_name():
+    with pytest.raises(TypeError, match="`directions` must be a dict by name, got a tensor"):
+        plot.cone(torch.eye(2), torch.ones(2))
 
 
 def test_front_fills_what_is_not_dominated():

@@ -57,6 +57,17 @@ def test_two_processes_train():
     assert "step    2: first" in done.stdout
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_modules_that_are_named_are_there(page):
+    text = PAGES[page].read_text()
+    files = re.findall(r"\b(?:tests|benchmarks|torchjd_func|notebooks)/[\w/.]+\.\w+", text)
+    modules = re.findall(r"-m ((?:tests|benchmarks)(?:\.\w+)*)", text)
+    paths = [readme.ROOT / name for name in files if "yours" not in name]
+    paths += [(readme.ROOT / name.replace(".", "/")) for name in modules]
+    missing = [path for path in paths if not (path.exists() or path.with_suffix(".py").exists())]
+    assert not missing
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if readme.blocks("python", PAGES[page])])
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

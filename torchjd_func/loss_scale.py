@@ -164,7 +164,7 @@ def keep(state: LossScaleState, new: PyTree, old: PyTree) -> PyTree:
         {'w': tensor([0.])}
     """
     _check.state_type("loss_scale", state, LossScaleState)
-    _check.same_structure("new", _tree.same_structure(new, old))
+    _check.same_structure("new", "old", _tree.same_structure(new, old))
     paths, leaves = _tree.paths(new), _tree.leaves(new)
     _check.tensors("new", paths, leaves)
     _check.tensors("old", paths, _tree.leaves(old))

@@ -250,7 +250,7 @@ def test_pytrees_of_labels_broadcast():
     assert_trees_close(
         jd.grouped(jd.upgrad(), prefix)(jac)[0], jd.grouped(jd.upgrad(), jd.by_layer)(jac)[0]
     )
-    assert_trees_close(jd.grouped(jd.upgrad(), "all")(jac)[0], jd.upgrad()(jac)[0])
+    assert_trees_close(jd.grouped(jd.upgrad(), {"": "all"})(jac)[0], jd.upgrad()(jac)[0])
     flat = named(jac)
     assert_trees_close(
         jd.grouped(jd.upgrad(), prefix)(flat)[0], named(jd.grouped(jd.upgrad(), prefix)(jac)[0])

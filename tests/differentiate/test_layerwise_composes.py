@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -254,6 +256,24 @@ def test_checks_the_claim_that_examples_are_independent() -> None:
         jd.check_instancewise(centred, params, x)
     with pytest.raises(TypeError, match="`fn` must be instance-wise"):
         jd.check_instancewise(losses, params, x)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("n_examples", [1, 4, 100])
+def test_checks_the_claim_where_an_example_has_several_losses(mixed: bool, n_examples: int) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    params = {key: value.detach() for key, value in net.named_parameters()}
+
+    @jd.instancewise
+    def losses(p, x):
+        outputs = functional_call(net, p, (x,)).square()
+        return outputs - outputs.mean(0) if mixed else outputs
+
+    check = partial(jd.check_instancewise, losses, params, torch.randn(B, 5), n_examples=n_examples)
+    if not mixed:
+        return check()
+    with pytest.raises(ValueError, match="depend on their own example alone"):
+        check()
 
 
 @pytest.mark.parametrize("name", ["transformer", "conv2d", "time first", "unused parameter"])

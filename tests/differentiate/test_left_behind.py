@@ -3,6 +3,7 @@
 That is what is closed over instead of passed, and running statistics that are not returned.
 """
 
+import re
 import warnings
 
 import pytest
@@ -103,6 +104,106 @@ def partly_frozen():
     jd.grad(lambda p, x: apply(p, buffers, x)[0].square().mean(0), jd.upgrad())(None, params, X)
 
 
+def on_features(params, z, *, scale=1.0):
+    return (z @ params["w"] * scale).square().mean(0)
+
+
+W = {"w": torch.ones(4, 2)}
+PAST = r"The arguments \['{}'\] of the objective were computed from tensors that require"
+COMPUTED = {
+    "by position": (lambda step: step(W, TRUNK(X)), "1"),
+    "in a tree": (lambda step: step(W, {"z": TRUNK(X)}["z"]), "1"),
+    "by name": (lambda step: step(W, X[:, :1].repeat(1, 4), scale=2 * SCALE), "scale"),
+    "for many models": (
+        lambda step: jd.ensemble.each(lambda w, z: step({"w": w}, z))(
+            torch.ones(2, 4, 2), torch.stack([TRUNK(X)] * 2)
+        ),
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", [jd.upgrad(), jd.scalarizers.mean()])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_arguments_that_were_computed_by_what_is_trained_are_named(name, rule):
+    call, path = COMPUTED[name]
+    step = jd.grad(on_features, rule)
+    with pytest.warns(UserWarning, match=PAST.format(path)) as caught:
+        call(lambda *args, **kwargs: step(None, *args, **kwargs)[0])
+    assert len(caught) == 1
+
+
+def test_they_are_named_by_init_state():
+    with pytest.warns(UserWarning, match=PAST.format("1")):
+        jd.init_state(jd.upgrad(), on_features, W, TRUNK(X))
+
+
+TRAINED = (
+    jd.scalarizers.uw().init(torch.zeros(2))._replace(log_variance=nn.Parameter(torch.ones(2)))
+)
+
+
+def weighed_in_a_loop(state):
+    w = nn.Parameter(torch.ones(4, 2))
+    return jd.interop.backward_(
+        on_features({"w": w}, X @ X.T[:, :4]), w, jd.scalarizers.uw(), state
+    )
+
+
+STEPS = {
+    "grad": lambda state: jd.grad(on_features, jd.scalarizers.uw())(state, W, X @ X.T[:, :4])[1],
+    "backward_": weighed_in_a_loop,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_state_that_is_to_be_trained_is_named(name):
+    with pytest.warns(UserWarning, match=r"\['log_variance'\] of the state require a gradient"):
+        state = STEPS[name](TRAINED)
+    assert not state.log_variance.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        STEPS[name](state)
+        STEPS[name](TRAINED._replace(log_variance=2 * TRAINED.log_variance))  # a past, no more
+
+
+LEARNED = {
+    "weights": lambda w: jd.constant(w),
+    "weights of a scalarizer": lambda w: jd.scalarizers.constant(w),
+    "a preference": lambda w: jd.upgrad(w),
+    "a preference by name": lambda w: jd.upgrad({"a": w[0], "b": w[1]}),
+    "a preference of groups": lambda w: jd.grouped(jd.upgrad(w), jd.by_tensor),
+    "a number": lambda w: jd.cagrad(w[0]),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_options_that_are_to_be_trained_are_named(name):
+    def objective(params, z):
+        return dict(zip("ab", on_features(params, z), strict=True))
+
+    def step(weights, of_losses: torch.Tensor | float = 1.0):
+        rule = LEARNED[name](weights)
+        return jd.grad(lambda w, z: _scaled(objective(w, z), of_losses), rule)(None, W, TEACHER(X))
+
+    weights = torch.tensor([0.2, 0.7], requires_grad=True)
+    with pytest.warns(UserWarning, match=r"Options of the rule .* of shapes \[\(2,\)\]") as caught:
+        step(weights)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="Losses depend on tensors") as caught:
+        step(weights.detach(), weights[0])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(weights.detach())
+        with torch.no_grad():
+            step(weights)
+
+
+def _scaled(losses, by):
+    return {name: by * loss for name, loss in losses.items()}
+
+
 def frozen(params, x):
     return (features(params, x) - TEACHER(x)).square().mean(0)
 
@@ -131,6 +232,13 @@ QUIET = {
         ].sum()
     )(SCALE.detach()),
     "a measurement": lambda: jd.gramian(by_module)(PARAMS, X),
+    "a measurement of features": lambda: jd.gramian(on_features)(W, TRUNK(X)),
+    "features that were cut off": lambda: jd.grad(on_features, jd.upgrad())(
+        None, W, TRUNK(X).detach()
+    ),
+    "parameters that were computed": lambda: jd.grad(on_features, jd.upgrad())(
+        None, {"w": HEAD.weight.T}, TEACHER(X)
+    ),
 }
 
 
@@ -191,7 +299,8 @@ def test_statistics_that_are_dropped_are_named(name):
     model = MODULES[name]()
     apply, params, buffers = jd.functionalize(model)
     step = jd.grad(lambda params, x: apply(params, buffers, x)[0].square().mean(0), jd.upgrad())
-    with pytest.warns(UserWarning, match=r"overwrote the buffers \['.*pass has_aux=True"):
+    names = re.escape(str(sorted(buffers)))
+    with pytest.warns(UserWarning, match=rf"overwrote the buffers {names}.*pass has_aux=True"):
         step(None, params, X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

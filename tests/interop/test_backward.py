@@ -99,7 +99,7 @@ def test_part_of_a_model_can_be_the_target():
     assert_trees_close({"2." + n: g for n, g in grads_of(model[2]).items()}, want, rtol=1e-12)
 
 
-LEFT_OUT = r"not in `target`, of shapes \[{}\], so nothing trains them"
+LEFT_OUT = r"not in `target`, of shapes \[{}\], so this call does not train them"
 
 
 @pytest.mark.parametrize("rule", [jd.upgrad(), jd.mean(), jd.config(), jd.scalarizers.mean()])

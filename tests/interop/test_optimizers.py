@@ -139,8 +139,8 @@ BAD = {
     "no leaf": (lambda: (2 * W.weight, torch.ones(1, 2)), "`target` must be a leaf"),
     "not a module": (lambda: ({"a": 3}, {"a": W.bias}), "`target` at 'a' must be a parameter or"),
     "another name": (lambda: ((W,), ({"nope": W.bias},)), "unknown \\['nope'\\]"),
-    "another structure": (lambda: ({"a": W}, [like(W)]), "structure of the parameters"),
-    "another length": (lambda: ([W, W], [like(W)]), "structure of the parameters"),
+    "another structure": (lambda: ({"a": W}, [like(W)]), "structure of the target"),
+    "another length": (lambda: ([W, W], [like(W)]), "structure of the target"),
     "another shape": (lambda: ((W,), ({"bias": W.weight},)), r"\(1,\) at '0.bias', got \(1, 2\)"),
     "no tensor": (lambda: (W.bias, 3.0), "`grads` must be a tensor or None"),
 }

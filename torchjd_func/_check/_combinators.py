@@ -48,6 +48,14 @@ def labelled(missing: Sequence[str], unused: Sequence[str]) -> None:
         fail(ValueError, "`labels`", rule, got, "Pass a function of the name to label all.")
 
 
+def labels(value: Any) -> None:
+    """Check that labels are no text, which would be one label for all."""
+    if isinstance(value, str):
+        rule = "be a function of the name of a parameter, or labels by name"
+        remedy = "Pass jd.by_layer, jd.by_network or jd.by_tensor; for one group jd.together."
+        fail(TypeError, "`labels`", rule, repr(value), remedy)
+
+
 def label(path: str, value: Any) -> Any:
     """Return a label that can be looked up."""
     if not isinstance(value, Hashable):
@@ -68,6 +76,14 @@ def functions(name: str, value: Any) -> None:
     if not isinstance(value, Mapping) or not all(callable(fn) for fn in value.values()):
         remedy = "Pass functions of a jd.Observation, such as jd.measures.weights."
         fail(TypeError, f"`{name}`", "be a dict of functions", repr(value), remedy)
+
+
+def measure_value(name: str, value: Any) -> Tensor:
+    """Return what a measure returned, which is kept in the state."""
+    if not isinstance(value, Tensor):
+        remedy = "Compute it from the observation by functions of torch alone."
+        fail(TypeError, f"`measures[{name!r}]`", "return a tensor", describe(value), remedy)
+    return value
 
 
 def observed(field: str, value: Tensor | None) -> Tensor:

@@ -56,14 +56,46 @@ def each_trains(by_features: Mapping[str, bool], by_own: Mapping[str, bool]) -> 
     )
 
 
+def passed(names: Sequence[str]) -> None:
+    """Warn of arguments with a past of plain autograd, through which nothing is trained."""
+    _warn(
+        names,
+        "The arguments {} of the objective were computed from tensors that require a gradient, "
+        "which a step does not train through them. Compute them in the objective, all modules by "
+        "one jd.functionalize((trunk, head)); or say that they are constants, by x.detach() or "
+        "torch.no_grad().",
+    )
+
+
+def trained_state(names: Sequence[str]) -> None:
+    """Warn of leaves of a state that are to be trained, where nothing trains them."""
+    _warn(
+        names,
+        "Tensors {} of the state require a gradient, but the parameters alone are differentiated, "
+        "so this trains no state. Differentiate rule(losses, state)[0] by both, as in the "
+        "docstring of jd.scalarizers.uw; or pass a state without, x.detach().",
+    )
+
+
+def trained_options(shapes: Sequence[torch.Size]) -> None:
+    """Warn of options of a rule that are to be trained, where nothing trains them."""
+    _warn(
+        [tuple(shape) for shape in shapes],
+        "Options of the rule require a gradient, tensors of shapes {}, but what jd.grad returns is "
+        "a value, so nothing trains them. Multiply losses in the objective by weights that are "
+        "trained, and pass these beside the params; or make the rule with x.detach().",
+    )
+
+
 def inside(shapes: Sequence[torch.Size]) -> None:
     """Warn of tensors that plain autograd would train, and that are not differentiated."""
     _warn(
         [tuple(shape) for shape in shapes],
         "Losses depend on tensors that require a gradient and are not differentiated, of shapes "
-        "{}, so nothing trains them. Make all that is trained an argument: all modules by one "
-        "jd.functionalize((trunk, head)), called by apply(params, ...), and weights of losses "
-        "beside the params. Declare what is a constant: requires_grad_(False), or torch.no_grad().",
+        "{}, so this step does not train them. Make all that is trained an argument: all modules "
+        "by one jd.functionalize((trunk, head)), called by apply(params, ...), and weights of "
+        "losses beside the params. Of a constant, or of a network that another step trains, say "
+        "so: by requires_grad_(False), torch.no_grad(), or a jd.functionalize of its own.",
     )
 
 
@@ -71,9 +103,10 @@ def inside_target(shapes: Sequence[torch.Size]) -> None:
     """Warn of parameters that `loss.backward()` would train, and that are not in the target."""
     _warn(
         [tuple(shape) for shape in shapes],
-        "Losses depend on parameters that are not in `target`, of shapes {}, so nothing trains "
-        "them. Pass all modules, as in (trunk, head); or requires_grad_(False) on what is not "
-        "trained here, or retain_graph=True where another pass trains it.",
+        "Losses depend on parameters that are not in `target`, of shapes {}, so this call does "
+        "not train them. Pass all modules, as in (trunk, head). What another step trains, as the "
+        "discriminator of a GAN, switch off while losses are computed, by requires_grad_(False); "
+        "of what another pass through the same losses trains, pass retain_graph=True.",
     )
 
 

@@ -68,6 +68,18 @@ def grads_by_name(value: Any, params: Iterable[str]) -> None:
     names("grads", value, params, partly=True)
 
 
+def grads_structure(grads: Any, target: Any, same: bool) -> None:
+    """Check that gradients have the structure of what is to have them."""
+    if not same:
+        kinds = describe(grads), describe(target)
+        got = f"{kinds[0]} for {kinds[1]}" if kinds[0] != kinds[1] else "other names"
+        remedy = (
+            "Pass what is trained, then what jd.grad returned for it: of a dict by the names of "
+            "jd.functionalize that is the module itself, as in assign_grads_(model, grads)."
+        )
+        fail(ValueError, "`grads`", "have the structure of the target", got, remedy)
+
+
 _FROZEN = "It was frozen since jd.functionalize: call that again, or leave it out of `grads`."
 _DETACHED = (
     "Pass the model itself: the parameters of jd.functionalize are detached from it, and no "
@@ -107,7 +119,8 @@ def owned(path: str, is_owned: bool) -> None:
     if not is_owned:
         remedy = (
             "Make the optimizer from these parameters, after model.to(...), or add them by its "
-            "add_param_group."
+            "add_param_group. Of several optimizers give each the gradients of its own, {name: "
+            "grads[name] for name in ...}, or leave `optimizer` out."
         )
         got = "one that it does not have"
         fail(ValueError, at("target", path), "be a parameter of `optimizer`", got, remedy)

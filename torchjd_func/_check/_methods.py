@@ -64,7 +64,9 @@ def jacobian(method: str, paths: Callable[[], Sequence[str]], leaves: Sequence[A
     first = leaves[0]
     if all(_is_rows(x) and len(x) == len(first) and x.device == first.device for x in leaves):
         return
-    differentiable(name, paths(), leaves, "Leave constants out of it.")
+    differentiable(
+        name, paths(), leaves, "Convert arrays by torch.as_tensor, and leave constants out."
+    )
     for path, leaf in zip(paths(), leaves, strict=True):
         if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
             rule, got = (

@@ -142,7 +142,23 @@ _KNOWN = (
         "generate_vmap_rule = True.",
     ),
     (
-        ("requires_grad_()", "retain_grad()"),
+        (
+            "'tuple' and 'Tensor'",
+            "'Tensor' and 'tuple'",
+            "must be Tensor, not tuple",
+            "'tuple' object",
+        ),
+        "take tensors out of tuples",
+        "What apply of jd.functionalize returns is (outputs, buffers): write "
+        "outputs, buffers = apply(params, buffers, x), or apply(params, buffers, x)[0].",
+    ),
+    (
+        ("backward() called inside",),
+        "return losses, and differentiate nothing by itself",
+        "Leave loss.backward() out: what jd.grad returns gives the gradients of all losses.",
+    ),
+    (
+        ("requires_grad_()", "retain_grad()", "does not require grad"),
         "take inner gradients by torch.func",
         "Write torch.func.grad(inner)(x) for x.requires_grad_() and torch.autograd.grad, or call "
         "jd.interop.backward_(losses, model, rule) on losses of plain autograd.",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,13 +66,25 @@ def records(value: Any, window: int) -> list[Any]:
     return first
 
 
+def recorded(name: str, given: Any, quantities: Sequence[Any]) -> None:
+    """Check that names are those of recorded quantities."""
+    several = not isinstance(given, str) and isinstance(given, Iterable)
+    if not several or not set(given) <= set(quantities):
+        rule = f"name some of the quantities {list(quantities)}"
+        got = repr(given) if isinstance(given, str) else list(given) if several else describe(given)
+        fail(ValueError, f"`{name}`", rule, got, "Pass a list of such names, or a dict by them.")
+
+
 def _drawable(name: str, quantity: Any) -> None:
     """Check that a quantity is a number, a vector, or a dict of numbers."""
     parts = quantity.items() if isinstance(quantity, Mapping) else [(None, quantity)]
     for part, x in parts:
+        where = f"{name!r}" if part is None else f"{name!r}, {part!r}"
+        if not isinstance(x, Tensor | np.ndarray | np.number | int | float | list | tuple):
+            got, remedy = f"{describe(x)} at {where}", "Leave texts and the like out."
+            fail(TypeError, "`records`", "hold numbers", got, remedy)
         size = getattr(x, "shape", ())
         if len(size) > (part is None) and math.prod(size) > 1:
-            where = f"{name!r}" if part is None else f"{name!r}, {part!r}"
             rule = "hold quantities that are numbers, vectors (m,) or dicts of numbers"
             remedy = (
                 "Of an ensemble, record one model, x[0], or the mean over the models, x.mean(0); "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +17,29 @@ def objective(value: Any) -> None:
     if isinstance(value, nn.Module):
         rule = "be a function of parameters and a batch that returns losses"
         fail(TypeError, "`fn`", rule, f"the module {type(value).__name__}", _FUNCTIONALIZE)
-    if not callable(value):
+    if not callable(value) or hasattr(value, "update_fn"):
         remedy = "Pass the objective, then its arguments."
         fail(TypeError, "`fn`", "be a function of parameters and a batch", describe(value), remedy)
+
+
+def reserved(fn: Any, name: str, n_args: int) -> None:
+    """Check that a keyword that transforms take is no argument that the objective waits for."""
+    inner = fn
+    while not hasattr(inner, "__code__"):
+        if isinstance(inner, partial):
+            n_args += len(inner.args)
+            inner = None if name in inner.keywords else inner.func
+        else:
+            example = getattr(inner, "example", None)
+            inner = getattr(inner, "fn", None) if example is None else example.fn
+        if inner is None:
+            return
+    code, bound = inner.__code__, hasattr(inner, "__self__")
+    by_place = code.co_varnames[: code.co_argcount][bound:]
+    by_name = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
+    if name in by_name or name in by_place[n_args:]:
+        rule = f"have no argument of the name {name!r}, which what jd.grad returns takes itself"
+        fail(ValueError, "the objective", rule, "one", "Rename it, or pass it by its position.")
 
 
 def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -29,7 +50,7 @@ def params(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
             "require a gradient; a step takes the state first: step(state, params, x)."
         )
         fail(ValueError, name, "hold at least one floating-point tensor", "an empty pytree", remedy)
-    modules = any(isinstance(leaf, nn.Module) for leaf in leaves)
+    modules = any(isinstance(leaf, nn.Module | Iterator) for leaf in leaves)
     differentiable(name, paths, leaves, _FUNCTIONALIZE if modules else _ARGUMENTS)
 
 
@@ -252,11 +273,11 @@ def tensors(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
             fail(TypeError, f"`{name}`", "hold tensors only", got, "Convert it, or leave it out.")
 
 
-def same_structure(name: str, same: bool) -> None:
+def same_structure(name: str, of: str, same: bool) -> None:
     """Check that two pytrees were found to have one structure."""
     if not same:
-        remedy = "Pass the pytree that jd.grad returned for these parameters."
-        fail(ValueError, f"`{name}`", "have the structure of the parameters", "another", remedy)
+        remedy = "Pass what came out of a step, and what went in, in the same order."
+        fail(ValueError, f"`{name}`", f"have the structure of `{of}`", "another", remedy)
 
 
 def same_shape(name: str, path: str, got: Tensor, want: Tensor) -> None:

@@ -278,5 +278,5 @@ def installed(package: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        remedy = f"Run: pip install 'torchjd_func[{extra}]'."
+        remedy = f"Run in a checkout: pip install -e '.[{extra}]'."
         fail(ImportError, f"`{package}`", f"be installed for {purpose}", "none", remedy)

@@ -256,6 +256,7 @@ def grouped(
         {'a': tensor([0.]), 'b': tensor([1., 1.])}
     """
     own = _checked(aggregator)
+    _check.labels(labels)
     methods, plan = _methods(own), partial(_plan, aggregator=own, labels=by_path(labels))
     name = f"grouped({', '.join(method.name for method in methods)})"
     apart = all(method.weighting is not None for method in methods)

@@ -269,7 +269,8 @@ def _forward_observe(
 
 def _zeros(measures: Measures, like: Observation) -> dict[str, Tensor]:
     """Return zeros of the shapes and dtypes of the values."""
-    return {name: torch.zeros_like(measure(like)) for name, measure in measures.items()}
+    values = {name: _check.measure_value(name, fn(like)) for name, fn in measures.items()}
+    return {name: torch.zeros_like(value) for name, value in values.items()}
 
 
 def _measured(

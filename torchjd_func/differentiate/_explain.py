@@ -165,7 +165,7 @@ jd.instancewise, or remove what mixes examples, such as normalisation over the b
         f"{name_of(recorded.uses[use].step.func)} (parameter {paths[leaf]!r})"
         for leaf, pieces in sorted(found.pieces.items())
         for use in {piece.use for piece in pieces}
-        if _strays(recorded, use, by_uses[use], chosen)
+        if _strays(recorded, use, by_uses[use], chosen // found.each)
     ]
     if guilty:
         name, rule = "`losses` of an instance-wise objective", "depend on their own example alone"
@@ -197,7 +197,7 @@ def _line(recorded: Recorded, found: Layers, leaf: int) -> tuple[str, str, int]:
 
 
 def _strays(recorded: Recorded, use: int, grads: Tensor, chosen: Tensor) -> bool:
-    """Say whether some losses, `grads` `(k, ...)`, move the output of a use for other examples."""
+    """Say whether losses of chosen examples move the output of a use for others, `(k, ...)`."""
     step, layout = recorded.uses[use].step, recorded.plan.layout
     apart = vmap(lambda grad: spread(grad, step.axis, layout))(grads)[..., None].flatten(2)
     own = torch.arange(apart.shape[1], device=apart.device) == chosen[:, None]

@@ -15,7 +15,12 @@ from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._jacobian import rows
 from torchjd_func.differentiate._linearized import Linearized, assemble, value
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._outside import check_inside, kept_buffers
+from torchjd_func.differentiate._outside import (
+    check_inside,
+    check_options,
+    check_state,
+    kept_buffers,
+)
 from torchjd_func.differentiate._pullback import vjp_aux
 from torchjd_func.differentiate._request import Request, Where
 from torchjd_func.differentiate._routes import (
@@ -140,7 +145,8 @@ def grad_and_value(
 
     def grad_and_value_fn(state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Return the update direction, the losses (and aux) and the next state."""
-        state = detached(state)
+        given, state = state, detached(state)
+        check_state(given, state)
         with kept_buffers(has_aux):
             linear = linearize(fn, args, kwargs, options, state)
         check_inside(linear.losses)
@@ -154,16 +160,18 @@ def grad_and_value(
             else:
                 grads, weights, state = _aggregated(linear, here, state, route, chunk_size)
                 grads = assemble(linear, grads, weights, here.processes)
-        return detached((grads, value(linear, has_aux), state))
+        result = grads, value(linear, has_aux), state
+        values = detached(result)
+        check_options(result, values, linear.losses)
+        return values
 
     return grad_and_value_fn
 
 
 def check_names(by_name: list[tuple[str, tuple[str, ...]]], losses: PyTree) -> None:
-    """Check that options by name name the losses, where these have names."""
-    if by_name and not isinstance(losses, Tensor):
-        for option, names in by_name:
-            _check.loss_names(option, names, _tree.paths(losses))
+    """Check that options by name name the losses."""
+    for option, names in by_name:
+        _check.loss_names(option, names, _tree.paths(losses))
 
 
 def _aggregated(

@@ -18,7 +18,7 @@ from torchjd_func.differentiate._grad import check_names
 from torchjd_func.differentiate._linearized import split_aux
 from torchjd_func.differentiate._numbered import numbered
 from torchjd_func.differentiate._objective import as_objective
-from torchjd_func.differentiate._outside import outside
+from torchjd_func.differentiate._outside import check_passed, outside
 from torchjd_func.differentiate._pullback import call
 from torchjd_func.differentiate._request import Request, bind
 from torchjd_func.differentiate._routes import validate
@@ -73,10 +73,10 @@ def init_state(
         ()
     """
     _check.rule(rule, (Aggregator, Scalarizer, Weighting))
-    _check.objective(fn)
     validate(route, None)
     _check.flag("has_aux", has_aux)
-    objective, args = as_objective(fn), detached(args)
+    objective, given, args = as_objective(fn), args, detached(args)
+    check_passed(given, {}, (args, {}), argnums)
     positions = _check.argnums(argnums, len(args))
     primals = tuple(args[i] for i in positions)
     primals = primals if isinstance(argnums, tuple) else primals[0]

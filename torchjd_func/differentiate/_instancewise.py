@@ -183,6 +183,7 @@ def instancewise(
         tensor([[4., 0.],
                 [0., 4.]])
     """
+    _check.objective(fn)
     if in_dims is not None:
         _check.in_dims(in_dims)
     return InstanceWise(fn, in_dims=in_dims, check=check)
@@ -209,6 +210,7 @@ def per_example(
         >>> objective(torch.ones(2), torch.eye(2))
         tensor([1., 1.])
     """
+    _check.objective(fn)
     _check.choice("randomness", randomness, ("error", "different", "same"))
     if in_dims is not None:
         _check.in_dims(in_dims)

@@ -233,4 +233,6 @@ def multitask(
                 [1., 1.]])
     """
     _check.heads(heads)
+    for fn in (trunk, *heads.values()):
+        _check.objective(fn)
     return MultiTask(trunk, dict(heads), has_aux, scale_heads)

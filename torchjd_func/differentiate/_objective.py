@@ -53,7 +53,10 @@ class Objective(Protocol):
 
 def as_objective(fn: Function | Objective) -> Any:
     """Return an objective that can linearize itself."""
-    return fn if hasattr(fn, "linearize") else Plain(fn)
+    if hasattr(fn, "linearize"):
+        return fn
+    _check.objective(fn)
+    return Plain(fn)
 
 
 def shown(fn: Any) -> str:

@@ -15,6 +15,7 @@ from torchjd_func.differentiate._autocast import around
 from torchjd_func.differentiate._detach import detached
 from torchjd_func.differentiate._linearized import Linearized, counting
 from torchjd_func.differentiate._objective import as_objective
+from torchjd_func.differentiate._outside import check_passed
 from torchjd_func.differentiate._request import Request
 
 PyTree = Any
@@ -33,15 +34,21 @@ def linearize(
     objective = as_objective(fn)
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)
+    for name, value in (("present", present), ("size", size)):
+        if value is not None:
+            _check.reserved(fn, name, len(args))
     _check.spans_once(options.spans, objective)
     spans = options.spans or objective.spans_processes
     _check.size(size, spans)
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
     check_devices((args, named))
+    values = detached(args), detached(named)
+    if not options.alone:
+        check_passed(args, named, values, options.argnums)
     request = options._replace(
-        args=detached(args),
-        kwargs=detached(named),
+        args=values[0],
+        kwargs=values[1],
         present=present,
         part=_part(args, named, options, state, size) if spans else Part(size),
         autocast=around(),

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check, _names, _tree
 from torchjd_func._lift import statistic_like
 from torchjd_func._shares import Part, Size, order, same
 from torchjd_func._types import Aggregator, Scalarizer
 from torchjd_func.interop import _heads, _targets
-from torchjd_func.interop._autograd import combined, rows
+from torchjd_func.interop._autograd import combined, detached, rows, values
 from torchjd_func.interop._heads import Grads, Split
 from torchjd_func.interop._losses import Batch, batch_of
 from torchjd_func.interop._optimizers import like_parameter
@@ -107,7 +107,7 @@ def backward_(
         parts = _parts(features, batch, target, tree, rule, part)
         _check.inside_target([x.shape for x in _left(parts, tree, retain_graph)])
         step = _Step(batch, parts, where, chunk_size, retain_graph)
-        before = _first(step, rule, key) if state is None else _tree.map(_detached, state)
+        before = _first(step, rule, key) if state is None else values(state)
         grads, after = _way(rule, where)(step, rule, before)
         if batch.scale is not None:
             grads, after = kept_if_finite(grads, after, before)
@@ -176,13 +176,9 @@ class _Step(NamedTuple):
         return _tree.map(lambda p: _tree.placeholder(p, (m, *p.shape)), self.parts.shared)
 
 
-def _detached(leaf: Any) -> Any:
-    """Return a tensor of the state without its past."""
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
 def _first(step: _Step, rule: Aggregator | Scalarizer, key: Tensor | None) -> State:
-    """Return the first state."""
+    """Return the first state; options by name are those of the losses."""
+    _names.check_names(rule, list(dict.fromkeys(step.batch.paths)))
     like = step.batch.vector if isinstance(rule, Scalarizer) else step.jac()
     return rule.init(like, key=key)
 
@@ -203,7 +199,7 @@ def _scalarized(step: _Step, rule: Scalarizer, state: State) -> tuple[Grads, Sta
         loss, state = rule(vector, state, present=step.batch.present)
         (weights,) = torch.autograd.grad(loss, vector)
     grads = _in_one_pass(step, weights)
-    return _averaged(rule, grads), _tree.map(_detached, state)
+    return _averaged(rule, grads), _tree.map(detached, state)
 
 
 def _weighted(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:

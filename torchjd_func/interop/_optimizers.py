@@ -18,9 +18,10 @@ def assign_grads_(
 ) -> None:
     """Set `.grad` of parameters, for a `torch.optim` optimiser to step with.
 
-    Gradients are copied, so that clipping and unscaling, which work in place, change no others.
-    `None` sets `.grad` to `None`, for an optimiser to skip the parameter: it is then neither moved
-    nor decayed, as the head of a task without examples should be.
+    Nothing is added to what `.grad` was, so nothing has to be zeroed before; `zero_grad()` after it
+    takes the gradients away. They are copied, so that clipping and unscaling, which work in place,
+    change no others. `None` sets `.grad` to `None`, for an optimiser to skip the parameter: it is
+    then neither moved nor decayed, as the head of a task without examples should be.
 
     Args:
         target: A module, a tree of modules such as `(trunk, {"a": head})`, or a tree of parameters.

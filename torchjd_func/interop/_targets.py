@@ -71,7 +71,8 @@ def pairs(target: PyTree, grads: PyTree, path: str = "") -> Iterator[tuple[str, 
         yield from ((start + name, params[name], grad) for name, grad in chosen.items())
     elif below is not None:
         parts = dict.fromkeys(below) if grads is None else _children(grads)
-        _check.same_structure("grads", parts is not None and parts.keys() == below.keys())
+        same = parts is not None and parts.keys() == below.keys()
+        _check.grads_structure(grads, target, same)
         for name, part in below.items():
             yield from pairs(part, (parts or {})[name], f"{start}{name}")
     elif target is not None:

@@ -1,4 +1,4 @@
-"""Pictures of gradients and of training, on matplotlib: `pip install 'torchjd_func[plot]'`.
+"""Pictures of gradients and of training, on matplotlib; in a checkout `pip install -e '.[plot]'`.
 
 Each function draws on `ax`, or on a new pyplot figure of its own style: white, whatever the style
 or the theme around it. What is drawn on `ax` follows the style of its owner.

@@ -45,7 +45,7 @@ def cone(
         ['dual cone', 'gradients', 'upgrad']
     """
     _check.in_the_plane("matrix", matrix, (2,))
-    found = directions or {}
+    found = {} if directions is None else directions
     _check.names("directions", found, found)
     for name, vector in found.items():
         _check.in_the_plane(f"directions[{name!r}]", vector, (1,))

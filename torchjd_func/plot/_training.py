@@ -57,6 +57,8 @@ def training(
     """
     _check.integer("window", window)
     quantities = _check.records(records, window)
+    _check.recorded("log", log, quantities)
+    _check.recorded("units", units or {}, quantities)
     losses = _sorted_keys(records[0].get("losses"))
     with canvas(ax, (4.2 * len(quantities), 3.2), len(quantities)) as axes:
         axes = tuple(axes) if hasattr(axes, "__len__") else (axes,)
