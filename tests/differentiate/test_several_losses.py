@@ -177,3 +177,12 @@ def test_a_head_that_is_a_constant_is_named():
     with pytest.warns(UserWarning, match=r"Losses \['lost'\] are constants"):
         step(None, params, torch.ones(2))
     step(None, params, torch.ones(2), present={"kept": True, "lost": False})
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_outputs_and_targets_of_two_shapes(size):
+    params, x, y = {"w": torch.randn(1, 3)}, torch.randn(size, 3), torch.randn(size)
+    objective = jd.instancewise(lambda p, x, y: (x @ p["w"].T - y).square())
+    for fn in (jd.gramian(objective), lambda *args: jd.init_state(jd.upgrad(), objective, *args)):
+        with pytest.raises(ValueError, match=r"as many losses for each example.*by squeeze"):
+            fn(params, x, y)

@@ -120,6 +120,7 @@ from torchjd_func._check._numbers import (
     whole,
 )
 from torchjd_func._check._objectives import (
+    as_many_losses,
     aux_pair,
     batches,
     carry_aux,

@@ -175,6 +175,23 @@ def one_for_each_example(losses: Any, several: bool = False) -> None:
         fail(ValueError, name, rule, describe(losses), remedy)
 
 
+def as_many_losses(m: int, size: int, several: int) -> None:
+    """Check that an example has as many losses in a batch as in one that is larger by one.
+
+    Args:
+        m: How many losses the batch has.
+        size: How many examples.
+        several: How many losses each example of the larger batch has.
+    """
+    if m != size * several:
+        name, rule = "an instance-wise objective", "return as many losses for each example"
+        got = f"{m} of {size} examples, and {several * (size + 1)} of {size + 1}"
+        remedy = (
+            "Outputs (b, 1) less targets (b,) are (b, b): bring both to one shape, as by squeeze."
+        )
+        fail(ValueError, name, rule, got, remedy)
+
+
 def one_loss(loss: Any) -> None:
     """Check the loss of one example."""
     if not (isinstance(loss, Tensor) and loss.ndim == 0):

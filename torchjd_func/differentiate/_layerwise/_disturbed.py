@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._decide import common_depth, depth
-from torchjd_func.differentiate._layerwise._functions import is_in_place
-from torchjd_func.differentiate._layerwise._gates import REFUSALS, answered, opened, some
-from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
+from torchjd_func.differentiate._layerwise._functions import is_in_place, named
+from torchjd_func.differentiate._layerwise._gates import answered, differ, opened
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._sources import instances_in, substitute, tensors_in
+from torchjd_func.differentiate._layerwise._sources import instances_in, substitute
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 _LARGE = 2**20
@@ -119,13 +117,14 @@ class Disturbed(Trace):
         """Return other numbers, and tensors made of such, where they meet what is traced."""
         if any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.nearby)
-        loose, meets = func in ELEMENTWISE, any(x.is_floating_point() for x in given)
-        if not (meets and self.operations.loosened) or (self.on_sources(given) and not loose):
+        if func in _ARITHMETIC and any(x.is_floating_point() for x in given):
+            return _renumbered((args, kwargs), (int, float))
+        if not self.operations.loosened or self.on_sources(given):
             return args, kwargs  # a form is for the numbers that it was found with
-        kinds = ((int, float), (float,)) if loose else ((float,),)
-        others = (_renumbered((args, kwargs), kind) for kind in kinds)
-        before = _results(func, args, kwargs)
-        return next((x for x in others if _alike(before, _results(func, *x))), (args, kwargs))
+        others = _renumbered((args, kwargs), (float,))
+        before = Operation(func, args, kwargs, given)
+        after = before._replace(args=others[0], kwargs=others[1])
+        return others if differ(before, after) else (args, kwargs)
 
     def opened(self, operation: Operation, out: Any) -> Any:
         """Return what an operation returns with its gates open."""
@@ -166,18 +165,6 @@ def _renumbered(tree: Any, kinds: tuple[type, ...]) -> Any:
     return tree
 
 
-def _results(func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor] | None:
-    """Return the tensors that an operation returns, `None` if it does not take its arguments."""
-    try:
-        with torch.no_grad():
-            return tensors_in(func(*args, **kwargs))
-    except REFUSALS:
-        return None
-
-
-def _alike(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
-    """Say whether results have the same shapes, and are finite where they were."""
-    if before is None or after is None or [x.shape for x in before] != [x.shape for x in after]:
-        return False
-    sound = (torch.isfinite(b) | ~torch.isfinite(a) for a, b in zip(before, after, strict=True))
-    return not any(some(~x) for x in sound)
+_ARITHMETIC = named(
+    "add sub subtract mul multiply div divide true_divide rsub lerp __radd__ __rsub__ __rmul__"
+)

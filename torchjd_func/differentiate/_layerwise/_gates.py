@@ -18,17 +18,31 @@ from torchjd_func.differentiate._layerwise._noise import scattered
 from torchjd_func.differentiate._layerwise._operations import Operation
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 
+_INFINITE = 1e8  # masks are often -1e9, or the least number of a dtype
 # What torch raises where an operation does not take its arguments.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def holds_back(operation: Operation, out: Any) -> bool:
     """Say whether entries of an argument that is made of parameters make no difference."""
-    func, args, kwargs, given = operation
-    traced = list(dict.fromkeys(x for x in given if x.requires_grad))
+    func, _, _, given = operation
     made = [x for x in _of(out) if x.requires_grad]
     if not made or is_in_place(func) or any(x.is_meta or _is_part(x, given) for x in made):
         return False
+    return any(some(grad == 0) for grad in _gradients(operation))
+
+
+def differ(first: Operation, second: Operation) -> bool:
+    """Say whether the derivative of an operation is another one with other numbers, but finite."""
+    pairs = list(zip(_gradients(first), _gradients(second), strict=False))
+    sound = not any(some(~torch.isfinite(b) & torch.isfinite(a)) for a, b in pairs)
+    return sound and any(some(a != b) for a, b in pairs)
+
+
+def _gradients(operation: Operation) -> list[Tensor]:
+    """Return gradients by the arguments that are made of parameters; none where that fails."""
+    func, args, kwargs, given = operation
+    traced = list(dict.fromkeys(x for x in given if x.requires_grad))
 
     def run(*values: Tensor) -> list[Tensor]:
         inner = _replaced((args, kwargs), traced, values)
@@ -37,10 +51,9 @@ def holds_back(operation: Operation, out: Any) -> bool:
 
     try:
         outs, pull = torch.func.vjp(run, *(x.detach() for x in traced))[:2]
-        grads = pull([scattered(x).to(x.dtype) for x in outs])
+        return list(pull([scattered(x).to(x.dtype) for x in outs]))
     except REFUSALS:
-        return False
-    return any(some(grad == 0) for grad in grads)
+        return []
 
 
 def opened(
@@ -82,8 +95,8 @@ def _elsewhere(
     """
     values = []
     for x in moved:
-        change = torch.where(torch.isfinite(x), x - x.detach(), 0)
-        values.append(change + ((1 + scattered(x)) / 2).to(x.dtype))
+        there = (x - x.detach()) + ((1 + scattered(x)) / 2).to(x.dtype)
+        values.append(torch.where(_is_mask(x), x, there))
     args, kwargs = _replaced((operation.args, operation.kwargs), moved, values)
     try:
         return _of(run(operation.func, *args, **kwargs))
@@ -109,10 +122,15 @@ def _more(x: Tensor, other: Tensor | None, traced: Sequence[Tensor]) -> Tensor:
     """Return an output with a little of another one, and of all arguments of its shape."""
     if not x.is_floating_point():
         return x
-    passed = [torch.where(torch.isfinite(y), y, 0) for y in traced if y.shape == x.shape]
+    passed = [torch.where(_is_mask(y), 0, y) for y in traced if y.shape == x.shape]
     if other is not None and other.shape == x.shape and not some(~torch.isfinite(other)):
         passed.append(other)
     return x + 0.1 * sum(passed)
+
+
+def _is_mask(x: Tensor) -> Tensor:
+    """Say which entries are infinite, or as good as that: what they leave out stays out."""
+    return ~(x.abs() < min(_INFINITE, torch.finfo(x.dtype).max / 2))
 
 
 def _is_part(x: Tensor, given: Sequence[Tensor]) -> bool:

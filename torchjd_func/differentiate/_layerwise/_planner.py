@@ -107,14 +107,16 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
 
 def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     """Watch the objective with two batches, decide, and prove the decisions."""
-    other, batched = None, problem.layout.kind == "batched"
+    other, several, batched = None, 0, problem.layout.kind == "batched"
     if batched:
-        size, other = _observe(problem, draws)
+        size, other, several = _observe(problem, draws)
         problem = problem._replace(layout=Layout("batched", size))
     draws.restore()
     seen = record(problem, other=other)
     mode = seen.mode
     assert isinstance(mode, Decider)
+    if other is not None:
+        _check.as_many_losses(seen.outputs.shape[0], problem.layout.size, several)
     order = mode.order
     plan = Plan(
         problem.layout,
@@ -190,8 +192,12 @@ def _warned(problem: Problem, plan: Plan, failing: dict[int, str]) -> Plan:
     return without(plan, set(failing), reasons)
 
 
-def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
-    """Run the objective with one example more, and list what it does."""
+def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None, int]:
+    """Run the objective with one example more, and list what it does.
+
+    Returns:
+        How many examples there are; the operations with one more, and losses of each then.
+    """
     sizes = []
     for size, call, inputs in problem.larger():
         sizes.append(size)
@@ -203,8 +209,8 @@ def _observe(problem: Problem, draws: Draws) -> tuple[int, Operations | None]:
         except REFUSALS:
             continue  # sizes that the objective checks, or constants of the batch's size
         if seen.outputs.shape[0] % (size + 1) == 0:
-            return size, seen.mode.operations
-    return (sizes or [0])[0], None
+            return size, seen.mode.operations, seen.outputs.shape[0] // (size + 1)
+    return (sizes or [0])[0], None, 0
 
 
 def _fits(recorded: Recorded) -> bool:
