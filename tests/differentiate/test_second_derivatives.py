@@ -17,7 +17,9 @@ PARAMS = (
     torch.tensor([0.5, 1.5, -1.0], dtype=torch.float64),
     torch.tensor([0.3, -0.4, 0.2], dtype=torch.float64),
 )
-Params = tuple[Tensor, Tensor, Tensor]
+STEPS = 1e-5, -1e-5
+weight_norm: Callable[..., Tensor] = vars(torch)["_weight_norm"]
+Params = tuple[Tensor, ...]
 NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "layer": lambda h, g, b: F.layer_norm(h.movedim(1, -1), (3,), g, b),
     "layer, scaled alone": lambda h, g, b: F.layer_norm(h.movedim(1, -1), (3,), weight=g) + b,
@@ -34,7 +36,7 @@ ROUTES = [("layerwise", None), ("jacobian", None), ("jacobian", 1), ("product", 
 
 def _weight_normalised(params: Params, x: Tensor) -> Tensor:
     v, g, b = params
-    return F.conv2d(x, torch._weight_norm(v, g[:, None, None, None], 0), b).sin().flatten(1).sum(1)
+    return F.conv2d(x, weight_norm(v, g[:, None, None, None], 0), b).sin().flatten(1).sum(1)
 
 
 def _of(name: str) -> Callable[[Params, Tensor], Tensor]:
@@ -58,12 +60,16 @@ def _product(losses: Callable[..., Tensor], *route: object) -> Callable[[Params]
     return read
 
 
-def _check(name: str, read: Callable[[Params], Tensor], grads: Params) -> None:
+def _check(read: Callable[[Params], Tensor], grads: Params) -> None:
     """Hold derivatives against finite differences."""
     ways = [torch.linspace(1, 3, p.numel(), dtype=p.dtype).cos().reshape(p.shape) for p in PARAMS]
-    ends = [read(tuple(p + t * w for p, w in zip(PARAMS, ways, strict=True))) for t in (1e-5, -1e-5)]
+    ends = [
+        read(tuple(p + t * w for p, w in zip(PARAMS, ways, strict=True))) for t in (1e-5, -1e-5)
+    ]
     slope = sum((g * w).sum() for g, w in zip(grads, ways, strict=True))
-    torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        slope, (ends[0] - ends[1]) / (STEPS[0] - STEPS[1]), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -71,17 +77,22 @@ def _check(name: str, read: Callable[[Params], Tensor], grads: Params) -> None:
 def test_derivatives_through_norms(name: str, route: tuple[str, int | None]) -> None:
     losses = _of(name) if name == "batch" else jd.instancewise(_of(name))
     read = _product(losses, *route)
-    _check(name, read, torch.func.grad(read)(PARAMS))
+    _check(read, torch.func.grad(read)(PARAMS))
 
 
 @pytest.mark.parametrize("route", ROUTES[:2])
-@pytest.mark.parametrize("name", ["layer", "instance", "batch", "weight"])
-def test_derivatives_through_norms_compiled(name: str, route: tuple[str, int | None]) -> None:
-    losses = _of(name) if name == "batch" else jd.instancewise(_of(name))
+@pytest.mark.parametrize("layout", ["batched", "per example", "shared"])
+def test_derivatives_of_compiled_gramians(layout: str, route: tuple[str, int | None]) -> None:
+    losses = _of("batch" if layout == "shared" else "layer")
+    if layout == "batched":
+        losses = jd.instancewise(losses)
+    elif layout == "per example":
+        one = losses
+        losses = jd.per_example(lambda params, x: one(params, x[None]).sum())
     read = _product(losses, *route)
     value = read(PARAMS)
     torch.testing.assert_close(compiled(read)[0](PARAMS), value)
-    _check(name, read, compiled(torch.func.grad(read))[0](PARAMS))
+    _check(read, compiled(torch.func.grad(read))[0](PARAMS))
 
 
 def test_running_statistics_move_where_derivatives_are_nested() -> None:

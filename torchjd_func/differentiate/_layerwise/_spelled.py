@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -152,7 +153,9 @@ def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     dtypes = {x.dtype for x in given}
     x = _first(args, kwargs)
-    run = functools.partial(_differentiable_twice, func)
+    alone = len(given) % 2 == 0  # weight or bias
+    again = torch.compiler.is_compiling() or alone or _is_nested()
+    run = functools.partial(_differentiable_twice, func) if again else func
     if len(dtypes) == 1 or (x.is_cuda and func in _CAST_ON_GPU):
         return run(*args, **kwargs)
     wide = functools.reduce(torch.promote_types, dtypes)
@@ -167,6 +170,9 @@ def _differentiable_twice(func: Callable[..., Any], *args: Any, **kwargs: Any) -
     Kernels keep mean and deviation, of which torch forgets in the gradient of the weight, where it
     is mapped over cotangents, that they depend on the input (torch 2.13). Nor has the gradient of a
     bias without a weight a derivative.
+
+    Returns:
+        What the operation returns.
     """
     name = str(name_of(func))
     given: dict[str, Any] = dict(zip(_NAMED[name], args, strict=False)) | kwargs
@@ -184,9 +190,10 @@ def _differentiable_twice(func: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 def _is_nested() -> bool:
     """Say whether derivatives of derivatives may be asked for."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    vmap = torch._C._functorch.TransformType.Vmap
-    return sum(level.key() != vmap for level in levels) > 1
+    if (maybe_current_level() or 0) < 2:
+        return False
+    levels = get_interpreter_stack() or ()
+    return sum(level.key() != TransformType.Vmap for level in levels) > 1
 
 
 def _is_cast(x: Tensor) -> bool:
@@ -202,7 +209,7 @@ def _affine(out: Tensor, weight: Tensor | None, bias: Tensor | None, last: bool)
     return out if bias is None else out + bias
 
 
-def _standardised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """Return numbers of mean 0 and variance 1, in the precision that kernels work in."""
     x = x.to(_tree.accumulation_dtype(x.dtype))
     centred = x - x.mean(dims, keepdim=True)
@@ -294,7 +301,7 @@ _BY_FUNCTION: dict[Any, Callable[..., Any]] = {  # these are handed the operatio
     F.scaled_dot_product_attention: _attention,
     Tensor.unflatten: _unflattened,
     F.embedding: _embedding,
-    torch._weight_norm: weight_norm,
+    **dict.fromkeys(named("_weight_norm").functions, weight_norm),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(named("select_scatter").functions, _written),
     **dict.fromkeys(named("prelu").functions, _prelu),
