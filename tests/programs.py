@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchjd_func as jd
+from torchjd_func.differentiate._layerwise import Spelled
 
 Body = Callable[[Tensor], Tensor]
 LAYOUTS = ("batched", "per example", "shared")
@@ -217,6 +218,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w.softmax(0),
         lambda: w.new_zeros(d, d).index_add(0, torch.arange(d, device=w.device), w),
         lambda: F.dropout(w, 0.3),
+        lambda: torch._weight_norm(w, draw(d, 1), 0),  # pyright: ignore
     ]
     return rng.choice(ways)()
 
@@ -265,6 +267,7 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         lambda: torch.addmm(v(), w(), h.reshape(-1, d).T).T.reshape(h.shape),
         lambda: F.layer_norm(h, (d,), v(), v()),
         lambda: F.rms_norm(h, (d,), v()),
+        lambda: _instances(h, v(), v()),
         lambda: (
             F.conv1d(h.reshape(-1, 1, d), draw(2, 1, 3), draw(2), padding=1).sum(1).reshape(h.shape)
         ),
@@ -288,6 +291,12 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     ]
     out = rng.choice(ways)()
     return out if out.shape == h.shape else out.squeeze(-1)
+
+
+def _instances(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise three numbers made of each entry."""
+    each = torch.stack([h, h.cos(), h.square()], -1).reshape(-1, h.shape[-1], 3)
+    return F.instance_norm(each, weight=weight, bias=bias)[..., 0].reshape(h.shape)
 
 
 class Choices:
@@ -472,6 +481,9 @@ def outcome(
         return "invalid"
     if not compiled:
         result = _compared(_step(made), params, given, expected, dtype)
+        twice = seed % 4 == 0 and dtype is torch.float64 and "_hooked" not in program.names
+        if twice and result == "right":
+            result = _second(made, whole, params, given)
         rounded = result.startswith("wrong") and _is_rounding(whole, params, given, expected)
         return "invalid" if rounded else result
     for flag in (0, 1):
@@ -497,6 +509,35 @@ def outcome(
         for a, b in zip(*pair, strict=True)
     ]
     return "invalid" if all(close) else result
+
+
+def _second(
+    made: Callable[..., Any], fn: Callable[..., Tensor], params: list[Tensor], x: Tensor
+) -> str:
+    """Hold the derivative of a Gramian against that of the length of a gradient.
+
+    Hooks are none of what torch.func differentiates, and many operations have no such derivative.
+    """
+    leaves = [p.detach().clone().requires_grad_() for p in params]
+    options: Any = {"allow_unused": True, "materialize_grads": True}
+    try:
+        with Spelled():  # the second derivative of weight norm is wrong (torch 2.13)
+            losses = fn(leaves, x, 0)
+        weights = torch.linspace(-1, 1.5, len(losses), dtype=x.dtype, device=x.device)
+        grads = torch.autograd.grad(losses @ weights, leaves, create_graph=True, **options)
+        length = torch.stack([grad.square().sum() for grad in grads]).sum()
+        expected = torch.autograd.grad(length, leaves, **options)
+    except RuntimeError:
+        return "right"
+
+    def read(params: list[Tensor]) -> Tensor:
+        return weights @ jd.gramian(made, route="layerwise")(params, x, 0) @ weights
+
+    found = torch.func.grad(read)(params)
+    scale = sum(grad.norm() for grad in expected) + length.detach() + 1e-3
+    gaps = [(a - b).norm() / scale for a, b in zip(found, expected, strict=True)]
+    worst = max(map(float, gaps), default=0.0)
+    return f"wrong: the derivative of the Gramian by {worst:.1e}" if worst > 1e-8 else "right"
 
 
 def _is_rounding(
