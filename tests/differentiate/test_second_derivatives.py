@@ -95,6 +95,25 @@ def test_derivatives_of_compiled_gramians(layout: str, route: tuple[str, int | N
     _check(read, compiled(torch.func.grad(read))[0](PARAMS))
 
 
+@pytest.mark.parametrize("name", ["layer", "instance", "batch", "group", "root mean square"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_derivatives_of_what_is_pushed_forward_through_norms(name: str, in_graph: bool) -> None:
+    inside = _of(name)
+
+    def losses(params: Params, x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: inside(params, x), (x,), (x.cos(),))[1]
+
+    objective = losses if name == "batch" else jd.instancewise(losses)
+
+    def step(params: Params) -> Params:
+        return jd.grad(objective, jd.constant(WEIGHTS))(None, params, X)[0]
+
+    grads = step(PARAMS)
+    _check(
+        lambda params: WEIGHTS @ losses(params, X), compiled(step)[0](PARAMS) if in_graph else grads
+    )
+
+
 def test_running_statistics_move_where_derivatives_are_nested() -> None:
     def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
         w, g, b = params

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from torchjd_func import _tree
@@ -35,9 +36,9 @@ def norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
 def _differentiable_twice(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Normalise so that derivatives have derivatives.
 
-    Kernels keep mean and deviation, of which torch forgets in the gradient of the weight, where it
-    is mapped over cotangents, that they depend on the input (torch 2.13). Nor has the gradient of a
-    bias without a weight a derivative.
+    Kernels keep mean and deviation, of which torch forgets that they depend on the input: in what
+    is pushed forward, and in the gradient of the weight, where it is mapped over cotangents (torch
+    2.13). Nor has the gradient of a bias without a weight a derivative.
 
     Returns:
         What the operation returns.
@@ -45,7 +46,7 @@ def _differentiable_twice(func: Callable[..., Any], *args: Any, **kwargs: Any) -
     name = str(name_of(func))
     given: dict[str, Any] = dict(zip(_NAMED[name], args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
-    if name in _STANDARDISED and not torch.compiler.is_compiling() and _is_nested():
+    if name in _STANDARDISED and _is_nested():
         return _STANDARDISED[name](**given)
     looks = weight is not None and torch.compiler.is_compiling() and name in _STANDARDISED
     if not looks and (weight is not None or bias is None):
@@ -63,8 +64,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _is_nested() -> bool:
-    """Say whether derivatives of derivatives may be asked for."""
-    if (maybe_current_level() or 0) < 2:
+    """Say whether derivatives of derivatives may be asked for; a compiler sees one kind."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or (maybe_current_level() or 0) < 2:
         return False
     levels = get_interpreter_stack() or ()
     return sum(level.key() != TransformType.Vmap for level in levels) > 1
@@ -143,6 +146,19 @@ def _instance_norm(
     return _affine(out, weight, bias, False).to(input.dtype)
 
 
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Spell `F.group_norm` out, which no graph pushes forward (torch 2.13)."""
+    groups = _standardised(input.unflatten(1, (num_groups, -1)).flatten(2), [2], eps)
+    out = _affine(groups.reshape(input.shape), weight, bias, False)
+    return out if _is_cast(input) else out.to(input.dtype)
+
+
 def _cast(x: Any, dtype: torch.dtype) -> Any:
     """Return a tensor in a precision, itself if it has it, and anything else as it is."""
     return x.to(dtype) if isinstance(x, Tensor) else x
@@ -152,6 +168,7 @@ _STANDARDISED = {
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
     "instance_norm": _instance_norm,
+    "group_norm": _group_norm,
 }
 _RUNNING = ("input", "running_mean", "running_var", "weight", "bias")
 _NAMED = {
