@@ -218,7 +218,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w.softmax(0),
         lambda: w.new_zeros(d, d).index_add(0, torch.arange(d, device=w.device), w),
         lambda: F.dropout(w, 0.3),
-        lambda: vars(torch)["_weight_norm"](w, draw(d, 1), 0),
+        lambda: WEIGHT_NORM(w, draw(d, 1), 0),
     ]
     return rng.choice(ways)()
 
@@ -435,7 +435,8 @@ class ByFormulas(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        return _FORMULAS.get(func, func)(*args, **(kwargs or {}))
+        run: Callable[..., Any] = _FORMULAS.get(func, func)
+        return run(*args, **(kwargs or {}))
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -444,10 +445,23 @@ def _standardised(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-_FORMULAS: dict[Any, Callable[..., Tensor]] = {
-    F.layer_norm: lambda x, shape, weight, bias: _standardised(x) * weight + bias,
-    F.instance_norm: lambda x, weight, bias: _standardised(x) * weight[:, None] + bias[:, None],
-    vars(torch)["_weight_norm"]: lambda v, g, dim: v * (g / v.norm(dim=1, keepdim=True)),
+def _layer_norm(x: Tensor, shape: Any, *, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    return _standardised(x) * weight + bias
+
+
+def _instance_norm(x: Tensor, *, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    return _standardised(x) * weight[:, None] + bias[:, None]
+
+
+def _weight_norm(v: Tensor, g: Tensor, _: int) -> Tensor:
+    return v * (g / v.norm(dim=1, keepdim=True))
+
+
+WEIGHT_NORM: Callable[..., Tensor] = vars(torch)["_weight_norm"]
+_FORMULAS: dict[Any, Callable[..., Tensor]] = {  # as modes are handed these: options by name
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    WEIGHT_NORM: _weight_norm,
 }
 
 
