@@ -435,7 +435,7 @@ class ByFormulas(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        run: Callable[..., Any] = _FORMULAS.get(func, func)
+        run = _FORMULAS[func] if func in _FORMULAS else func
         return run(*args, **(kwargs or {}))
 
 
