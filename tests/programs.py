@@ -435,8 +435,8 @@ class ByFormulas(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        run = _FORMULAS[func] if func in _FORMULAS else func
-        return run(*args, **(kwargs or {}))
+        run = _FORMULAS.get(func)
+        return (func if run is None else run)(*args, **(kwargs or {}))
 
 
 def _standardised(x: Tensor) -> Tensor:
