@@ -249,8 +249,6 @@ CASES = {
             parametrizations.weight_norm(nn.Linear(5, 4)),
             parametrizations.spectral_norm(nn.Linear(4, 3)),
         ),
-        slow=("jacobian",),
-        instead="`chunk_size=1`",
     ),
     "physics losses (derivatives inside)": Case(Physics, lambda: (torch.rand(4, 1),), rows=True),
     "complex parameters": Case(Complex, rows=True),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import torchjd_func as jd
 
@@ -217,6 +218,7 @@ def _weight(rng: Choices, draw: Callable[..., Tensor], d: int) -> Tensor:
         lambda: w.softmax(0),
         lambda: w.new_zeros(d, d).index_add(0, torch.arange(d, device=w.device), w),
         lambda: F.dropout(w, 0.3),
+        lambda: WEIGHT_NORM(w, draw(d, 1), 0),
     ]
     return rng.choice(ways)()
 
@@ -265,6 +267,7 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         lambda: torch.addmm(v(), w(), h.reshape(-1, d).T).T.reshape(h.shape),
         lambda: F.layer_norm(h, (d,), v(), v()),
         lambda: F.rms_norm(h, (d,), v()),
+        lambda: _instances(h, v(), v()),
         lambda: (
             F.conv1d(h.reshape(-1, 1, d), draw(2, 1, 3), draw(2), padding=1).sum(1).reshape(h.shape)
         ),
@@ -288,6 +291,12 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     ]
     out = rng.choice(ways)()
     return out if out.shape == h.shape else out.squeeze(-1)
+
+
+def _instances(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise three numbers made of each entry."""
+    each = torch.stack([h, h.cos(), h.square()], -1).reshape(-1, h.shape[-1], 3)
+    return F.instance_norm(each, weight=weight, bias=bias)[..., 0].reshape(h.shape)
 
 
 class Choices:
@@ -421,11 +430,48 @@ def objective(program: Program) -> Callable[..., Tensor]:
     return losses
 
 
+class ByFormulas(TorchFunctionMode):
+    """Computes norms by their formulas: of kernels torch forgets derivatives (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        run = _FORMULAS.get(func)
+        return (func if run is None else run)(*args, **(kwargs or {}))
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Return numbers of mean 0 and variance 1 along the last dimension."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def _layer_norm(x: Tensor, shape: Any, *, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    return _standardised(x) * weight + bias
+
+
+def _instance_norm(x: Tensor, *, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    return _standardised(x) * weight[:, None] + bias[:, None]
+
+
+def _weight_norm(v: Tensor, g: Tensor, _: int) -> Tensor:
+    return v * (g / v.norm(dim=1, keepdim=True))
+
+
+WEIGHT_NORM: Callable[..., Tensor] = vars(torch)["_weight_norm"]
+_FORMULAS: dict[Any, Callable[..., Tensor]] = {  # as modes are handed these: options by name
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    WEIGHT_NORM: _weight_norm,
+}
+
+
 def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Tensor:
     """Return the rows by one plain backward pass for each loss."""
     leaves = [p.detach().clone().requires_grad_() for p in params]
     rows = []
-    for loss in fn(leaves, *args):
+    with ByFormulas():
+        losses = fn(leaves, *args)
+    for loss in losses:
         if loss.requires_grad:
             options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
             rows.append(torch.autograd.grad(loss, leaves, **options))
@@ -472,6 +518,9 @@ def outcome(
         return "invalid"
     if not compiled:
         result = _compared(_step(made), params, given, expected, dtype)
+        twice = seed % 4 == 0 and dtype is torch.float64 and "_hooked" not in program.names
+        if twice and result == "right":
+            result = _second(made, whole, params, given)
         rounded = result.startswith("wrong") and _is_rounding(whole, params, given, expected)
         return "invalid" if rounded else result
     for flag in (0, 1):
@@ -497,6 +546,35 @@ def outcome(
         for a, b in zip(*pair, strict=True)
     ]
     return "invalid" if all(close) else result
+
+
+def _second(
+    made: Callable[..., Any], fn: Callable[..., Tensor], params: list[Tensor], x: Tensor
+) -> str:
+    """Hold the derivative of a Gramian against that of the length of a gradient.
+
+    Hooks are none of what torch.func differentiates, and many operations have no such derivative.
+    """
+    leaves = [p.detach().clone().requires_grad_() for p in params]
+    options: Any = {"allow_unused": True, "materialize_grads": True}
+    try:
+        with ByFormulas():
+            losses = fn(leaves, x, 0)
+        weights = torch.linspace(-1, 1.5, len(losses), dtype=x.dtype, device=x.device)
+        grads = torch.autograd.grad(losses @ weights, leaves, create_graph=True, **options)
+        length = torch.stack([grad.square().sum() for grad in grads]).sum()
+        expected = torch.autograd.grad(length, leaves, **options)
+    except RuntimeError:
+        return "right"
+
+    def read(params: list[Tensor]) -> Tensor:
+        return weights @ jd.gramian(made, route="layerwise")(params, x, 0) @ weights
+
+    found = torch.func.grad(read)(params)
+    scale = sum(grad.norm() for grad in expected) + length.detach() + 1e-3
+    gaps = [(a - b).norm() / scale for a, b in zip(found, expected, strict=True)]
+    worst = max(map(float, gaps), default=0.0)
+    return f"wrong: the derivative of the Gramian by {worst:.1e}" if worst > 1e-8 else "right"
 
 
 def _is_rounding(

@@ -31,6 +31,16 @@ def fused(params, x):
     )
 
 
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([X[:1], X[1:]], layout=torch.jagged)
+
+
+def strided() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([X[:1], X])
+
+
 class OldForm(torch.autograd.Function):
     """An identity that `torch.func` does not take."""
 
@@ -618,6 +628,37 @@ CASES = {
         lambda: jd.jac(lambda p, x: OldForm.apply(losses(p, x)))(PARAMS, X),
         ValueError,
         "no torch.autograd.Function without setup_context.*jd.interop.backward_",
+    ),
+    "samples of Dirichlet": (
+        lambda: jd.jac(lambda p, x: torch.distributions.Dirichlet(p["w"].exp()).rsample().sum())(
+            PARAMS, X
+        ),
+        ValueError,
+        r"no sample of Dirichlet or Beta.*Gamma.*g / g\.sum",
+    ),
+    "nested tensors of examples": (
+        lambda: jd.gramian(jd.instancewise(lambda p, nt: losses(p, nt.values())))(PARAMS, nested()),
+        ValueError,
+        r"no nested tensors.*Pad and mask",
+    ),
+    "nested tensors by strides": (
+        lambda: jd.gramian(jd.instancewise(losses))(PARAMS, strided()),
+        ValueError,
+        r"no nested tensors.*Pad and mask",
+    ),
+    "nested tensors inside": (
+        lambda: jd.jac(lambda p, x: losses(p, x) + (nested() * p["w"].sum()).values().sum())(
+            PARAMS, X
+        ),
+        ValueError,
+        r"no nested tensors.*Pad and mask",
+    ),
+    "arguments that are written to by `out`": (
+        lambda: jd.gramian(jd.instancewise(lambda p, x: losses(p, torch.add(x, 1, out=x))))(
+            PARAMS, X.clone()
+        ),
+        ValueError,
+        r"not overwrite.*`add` with `out`",
     ),
     "gradients of plain autograd inside": (
         lambda: jd.jac(lambda p, x: losses(p, (x * 1).requires_grad_()))(PARAMS, X),

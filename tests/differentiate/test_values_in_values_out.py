@@ -202,3 +202,21 @@ def test_some_losses_may_depend_on_nothing():
     jac = jd.jac(losses)(PARAMS, X)
     assert not jac["last"][3].any()
     assert_trees_close(_tree.map(lambda leaf: leaf[:3], jac), jd.jac(tree_losses)(PARAMS, X))
+
+
+@pytest.mark.parametrize("kind", ["taken out", "replaced"])
+def test_containers_are_those_of_one_run(kind):
+    """A run may take labels out of its batch; the first call has several runs."""
+
+    def losses(w, batch, items):
+        x = batch.pop("x") if kind == "taken out" else batch["x"]
+        items[0] = items[0] * 2
+        return (x @ w * items[0]).square()
+
+    x, factor = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    batch, items = {"x": x}, [factor]
+    for _ in range(2):
+        gramian = jd.gramian(jd.instancewise(losses))(torch.ones_like(factor), batch, items)
+        torch.testing.assert_close(gramian, 64 * x)
+    assert batch["x"] is x
+    assert items[0] is factor

@@ -85,7 +85,14 @@ from torchjd_func._check._methods import (
     takes_present,
     two_batch_weighting,
 )
-from torchjd_func._check._mistakes import attribute, explain, numbered, unmapped
+from torchjd_func._check._mistakes import (
+    attribute,
+    explain,
+    not_nested,
+    not_written,
+    numbered,
+    unmapped,
+)
 from torchjd_func._check._modules import (
     capturable,
     kept_once,

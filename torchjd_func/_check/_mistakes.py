@@ -27,10 +27,31 @@ def explain(error: Exception, paths: Sequence[str], leaves: Sequence[Any]) -> No
         floating = [(path, leaf) for path, leaf in tensors if leaf.is_floating_point()]
         remedy = "Convert the batch: x.to(torch.float32), or use jd.cast_floating."
         _differ(error, floating, "have one floating-point dtype", "dtype", remedy)
+    seen = f"{text} {_modules(error)}"
     for signs, rule, remedy in _KNOWN:
-        if any(sign in text for sign in signs):
+        if any(sign in seen for sign in signs):
             _say(error, "the objective", rule, f"{text.strip().splitlines()[0]!r}", remedy)
     raise error
+
+
+def not_nested(tensors: Sequence[Tensor]) -> None:
+    """Check that no tensor is nested."""
+    if any(x.is_nested for x in tensors):
+        fail(ValueError, "the objective", _NESTED_RULE, "one", _NESTED_REMEDY)
+
+
+def not_written(name: str) -> NoReturn:
+    """Raise since an operation writes to a tensor that was there before."""
+    fail(ValueError, "the objective", _WRITTEN_RULE, f"`{name}` with `out`", _WRITTEN_REMEDY)
+
+
+def _modules(error: Exception) -> str:
+    """Return the modules that an error came through."""
+    names, trace = [], error.__traceback__
+    while trace is not None:
+        names.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return " ".join(names)
 
 
 def numbered(operation: Any, tensors: Sequence[Tensor]) -> NoReturn:
@@ -87,7 +108,23 @@ def _say(error: Exception, name: str, rule: str, got: str, remedy: str) -> NoRet
         raise said from error
 
 
+_NESTED_RULE = "use no nested tensors, which torch.func does not differentiate"
+_NESTED_REMEDY = (
+    "Pad and mask sequences, or pass nt.values() and nt.offsets(), and sum over parts by index_add."
+)
+_WRITTEN_RULE = "not overwrite parameters, arguments or what it closes over"
+_WRITTEN_REMEDY = (
+    "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply."
+)
 _KNOWN = (
+    (("torch.nested", "NestedIntNode", "NestedTensor"), _NESTED_RULE, _NESTED_REMEDY),
+    (
+        ("torch.distributions.dirichlet",),
+        "draw no sample of Dirichlet or Beta that is differentiated, whose torch.autograd.Function "
+        "has no setup_context",
+        "Draw g = torch.distributions.Gamma(concentration, torch.ones_like(concentration))"
+        ".rsample(), and divide: g / g.sum(-1, keepdim=True).",
+    ),
     (
         ("_local_tensor", "'FSDPParam' object", "mixed torch.Tensor and DTensor"),
         "not call a module whose parameters are sharded, nor use such parameters as constants",
@@ -197,8 +234,8 @@ _KNOWN = (
     ),
     (
         ("in-place", "inplace", "mutate a captured", "match the broadcast shape", "`.data`"),
-        "not overwrite parameters, arguments or what it closes over",
-        "Write w = w + 1 for w += 1; buffers of a module come back from jd.functionalize's apply.",
+        _WRITTEN_RULE,
+        _WRITTEN_REMEDY,
     ),
     (
         ("required positional argument",),

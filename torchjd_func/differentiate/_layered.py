@@ -32,7 +32,7 @@ from torchjd_func.differentiate._layerwise import plan as plan_run
 from torchjd_func.differentiate._linearized import Jacobian, Leaves, Linearized, Seen, split_aux
 from torchjd_func.differentiate._mask import all_absent, masked
 from torchjd_func.differentiate._objective import Objective
-from torchjd_func.differentiate._pullback import basis, enlarged, unscaled
+from torchjd_func.differentiate._pullback import as_it_is, basis, enlarged, unscaled
 from torchjd_func.differentiate._pullback import call as invoke
 from torchjd_func.differentiate._request import Bound, Request, bind, chosen
 
@@ -140,7 +140,9 @@ def _problem(
         data: tuple[tuple[Any, ...], Any], present: Any, leaves: Sequence[Tensor], *example: Any
     ) -> Callable[[], Returned]:
         """Run the objective, and return what reads the losses as one vector (or that of one)."""
-        values, named = data
+        # In containers of its own: a run may take labels out of a batch, and there are several
+        named = _tree.map(as_it_is, data[1])
+        values = tuple([_own(x, place in positions) for place, x in enumerate(data[0])])
         values = values if batch is None else batch.fill(values, example)
         with as_called(request.autocast, watched=True):
             return partial(read, invoke(inner, bound.fill(leaves, values), named), present)
@@ -168,11 +170,13 @@ def _problem(
         data = _tree.map(lambda x: moved.get(x, x) if isinstance(x, Tensor) else x, given)
         return [(partial(call, data, request.present), _tree.tensors(data))]
 
+    inputs = _tree.tensors(given)
+    _check.not_nested(inputs)
     problem = Problem(
         call=partial(call, given, request.present),
         leaves=bound.leaves,
         layout=layout,
-        inputs=_tree.tensors(given),
+        inputs=inputs,
         batch=batch,
         larger=partial(_larger, fn, args, positions, call_with),
         noisy=noisy if layout.kind == "batched" else lambda change: [],
@@ -181,6 +185,11 @@ def _problem(
         generators={},
     )
     return problem, unpackers
+
+
+def _own(value: PyTree, differentiated: bool) -> PyTree:
+    """Return an argument in containers of its own; one that is differentiated gets such anyway."""
+    return value if differentiated else _tree.map(as_it_is, value)
 
 
 def _to_be_proven(fn: Objective, leaves: Sequence[Tensor]) -> bool:

@@ -30,6 +30,7 @@ class _Numbered(TorchFunctionMode):
         out = func(*args, **given)
         if isinstance(out, Tensor) and not out.is_meta:
             tensors = _tree.tensors([x for x in (*args, *given.values()) if _may_hold(x)])
+            tensors = [x for x in tensors if not x.is_nested]  # which use such themselves
             if any(x.is_meta for x in tensors) and not all(x.is_meta for x in tensors):
                 _check.numbered(func, tensors)
         return out

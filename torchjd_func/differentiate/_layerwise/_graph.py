@@ -24,6 +24,7 @@ from torchjd_func.differentiate._layerwise._operations import (
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Source,
+    build,
     instances_in,
     substitute,
     tensors_in,
@@ -208,9 +209,28 @@ def _listed(x: Any) -> Sequence[Any]:
 
 
 class Replay(Trace):
-    """Watches a run that is compiled, and does as planned."""
+    """Watches a run that is compiled, and does as planned.
+
+    Args:
+        handles: The parameters, as they are handed to the objective.
+        followed: Holds the operations against the plan.
+        plan: What operations become.
+        perturbations: Zeros to add to the outputs of uses.
+        frozen: The parameters for uses, if a derivative or transform is watching from without.
+    """
 
     operations: Followed
+
+    def __init__(
+        self,
+        handles: Sequence[Tensor],
+        followed: Followed,
+        plan: Plan,
+        perturbations: Sequence[Tensor],
+        frozen: Sequence[Tensor],
+    ) -> None:
+        super().__init__(handles, plan.layout, followed, plan, perturbations)
+        self.frozen = frozen
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
@@ -235,10 +255,12 @@ class Replay(Trace):
         def replace(x: Any) -> Any:
             if not isinstance(x, Tensor) or x not in self.sources:
                 return x
-            for leaf in self.sources[x].leaves:
+            source = self.sources[x]
+            for leaf in source.leaves:
                 if leaf in opaque:
                     return x
-            return x.detach()
+            # What is detached has no derivative at any level of torch.func
+            return build(source, [*self.frozen, *self.constants]) if self.frozen else x.detach()
 
         return substitute(tree, replace)
 

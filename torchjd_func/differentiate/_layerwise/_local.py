@@ -100,7 +100,7 @@ def rows(
         def run(value: Tensor) -> Tensor:
             filled = [value if i == chosen else other for i, other in enumerate(made)]
             args, kwargs = _fill(given, filled, parts)
-            return func(*args, **kwargs)
+            return spelled(func, True)(*args, **kwargs)
 
         out, pullback = torch.func.vjp(run, made[chosen])[:2]
         return pullback(cotangent.to(out.dtype))[0]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchjd_func import _check
 from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._functions import name_of
 from torchjd_func.differentiate._layerwise._local import ELEMENTWISE
@@ -79,6 +80,8 @@ class Operations:
         self.loosened = False
         described = tuple([self._describe(x, loose, index, given) for x in args])
         named = self._describe(kwargs, loose, False, given) if kwargs else ()
+        if kwargs and "out" in kwargs:
+            self.check_written(name, kwargs["out"])
         self.steps.append((name, torch.is_grad_enabled(), len(given), described, named))
         self.exactly = None
         if index and self.loosened:
@@ -103,6 +106,13 @@ class Operations:
                 x._operation = (self.token, number)  # pyright: ignore
             self.shapes.append(x.shape)
             self.steps.append(x.shape)
+
+    def check_written(self, name: str, out: Any) -> None:
+        """Check that an operation writes to tensors of this run alone; torch.func does not look."""
+        for x in tensors_in((out,)):
+            number = self.number(x)
+            if number is None or number < self.inputs:
+                _check.not_written(name)
 
     def close(self, outputs: Sequence[Tensor]) -> None:
         """Note what the run returns."""

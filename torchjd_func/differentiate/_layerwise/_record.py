@@ -133,6 +133,7 @@ def record(
     blanks = [partial(_blank, step, front) for step in steps]
     hidden = compiling or batch is not None  # whether the graph of autograd is out of reach
     zeros = [blank() for blank in blanks] if hidden else []
+    outer = frozen if compiling and torch._C._are_functorch_transforms_active() else []
     modes: list[Trace] = []
     inner: list[Any] = []
     dependent: list[bool] = []
@@ -144,7 +145,7 @@ def record(
         seen = inputs if batch is None else _tree.tensors(args)
         if compiling:
             assert plan is not None
-            mode = Replay(handles, layout, Followed(seen, plan), plan, perturbations)
+            mode = Replay(handles, Followed(seen, plan), plan, perturbations, outer)
         else:
             shifts = perturbations if hidden else None
             mode = _watcher(problem, plan, other, handles, seen, shifts, noisy, swap)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func.differentiate._layerwise._functions import name_of, named
+from torchjd_func.differentiate._layerwise._norms import NORMS, norm
 
 
 def scores_and_values(
@@ -58,8 +59,8 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return out if bias is None else out + bias
 
 
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Spell `torch._weight_norm` out, whose derivative does not vmap (torch 2.13)."""
+def weight_norm(func: Callable[..., Any], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Spell `torch._weight_norm` out, whose second derivative is wrong (torch 2.13)."""
     others = [d for d in range(v.ndim) if d != dim % v.ndim]
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
@@ -145,27 +146,6 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["input"]
 
 
-def _norm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Normalise in the widest precision of the arguments."""
-    # So do torch's kernels, but their backward passes take no mixture under vmap (torch 2.13, CPU).
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    dtypes = {x.dtype for x in given}
-    x = _first(args, kwargs)
-    if len(dtypes) == 1 or (x.is_cuda and func in _CAST_ON_GPU):
-        return func(*args, **kwargs)
-    wide = functools.reduce(torch.promote_types, dtypes)
-    args = tuple(_cast(x, wide) for x in args)
-    out = func(*args, **{name: _cast(x, wide) for name, x in kwargs.items()})
-    return out.to(x.dtype)
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    """Return a tensor in a precision, itself if it has it, and anything else as it is."""
-    return x.to(dtype) if isinstance(x, Tensor) else x
-
-
-_NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
-_CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
 _QUERY_TO_MASK = ("query", "key", "value", "attn_mask")
 _QUERY = (*_QUERY_TO_MASK, "dropout_p", "is_causal")
@@ -173,14 +153,14 @@ _AT_INDEX = named("index_select index_copy index_copy_ index_add index_add_ inde
 _MAPPED = {
     "scaled_dot_product_attention": scores_and_values,
     "bilinear": bilinear,
-    "_weight_norm": weight_norm,
 }
 _BY_FUNCTION: dict[Any, Callable[..., Any]] = {  # these are handed the operation first
     torch.cdist: _distances,
     F.scaled_dot_product_attention: _attention,
     Tensor.unflatten: _unflattened,
     F.embedding: _embedding,
-    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(named("_weight_norm").functions, weight_norm),
+    **dict.fromkeys(NORMS, norm),
     **dict.fromkeys(named("select_scatter").functions, _written),
     **dict.fromkeys(named("prelu").functions, _prelu),
     **dict.fromkeys(_AT_INDEX.functions, _at_index),
