@@ -465,13 +465,21 @@ _FORMULAS: dict[Any, Callable[..., Tensor]] = {  # as modes are handed these: op
 }
 
 
+def by_formulas(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function whose norms are computed by formulas."""
+
+    def run(*args: Any) -> Tensor:
+        with ByFormulas():
+            return fn(*args)
+
+    return run
+
+
 def by_loops(fn: Callable[..., Tensor], params: list[Tensor], *args: Any) -> Tensor:
     """Return the rows by one plain backward pass for each loss."""
     leaves = [p.detach().clone().requires_grad_() for p in params]
     rows = []
-    with ByFormulas():
-        losses = fn(leaves, *args)
-    for loss in losses:
+    for loss in fn(leaves, *args):
         if loss.requires_grad:
             options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
             rows.append(torch.autograd.grad(loss, leaves, **options))
@@ -508,6 +516,7 @@ def outcome(
         def whole(params, x, flag):
             return torch.stack([fn(params, row, flag) for row in x])
 
+    whole = by_formulas(whole)
     try:
         params = parameters(program, x)
         expected = [by_loops(whole, params, given, flag) for flag in (0, 1)]
@@ -521,7 +530,7 @@ def outcome(
         twice = seed % 4 == 0 and dtype is torch.float64 and "_hooked" not in program.names
         if twice and result == "right":
             result = _second(made, whole, params, given)
-        rounded = result.startswith("wrong") and _is_rounding(whole, params, given, expected)
+        rounded = result.startswith("wrong") and is_rounding(whole, params, given, expected)
         return "invalid" if rounded else result
     for flag in (0, 1):
         if first == "call":
@@ -577,7 +586,7 @@ def _second(
     return f"wrong: the derivative of the Gramian by {worst:.1e}" if worst > 1e-8 else "right"
 
 
-def _is_rounding(
+def is_rounding(
     fn: Callable[..., Tensor], params: list[Tensor], x: Tensor, expected: list[Tensor]
 ) -> bool:
     """Say whether rows are no numbers of their own: one rounding of the inputs changes them."""

@@ -215,8 +215,8 @@ def test_watching_changes_nothing(name):
     for _ in range(2):
         got, state = watched(jac, state, losses=losses)
         want, plain = inner(jac, plain, losses=losses)
-        # What sees the rows has more digits than what sees their Gramian, to the last ones.
-        assert_trees_close((got, state.inner), (want, plain), rtol=1e-13, atol=1e-15)
+        # What sees the rows has more digits than what sees their Gramian, and CAGrad's ball there.
+        assert_trees_close((got, state.inner), (want, plain), rtol=1e-10, atol=1e-12)
         assert_same_layout(state, start)
 
 

@@ -176,13 +176,7 @@ def one_for_each_example(losses: Any, several: bool = False) -> None:
 
 
 def as_many_losses(m: int, size: int, several: int) -> None:
-    """Check that an example has as many losses in a batch as in one that is larger by one.
-
-    Args:
-        m: How many losses the batch has.
-        size: How many examples.
-        several: How many losses each example of the larger batch has.
-    """
+    """Check that each example has as many of m losses as it has in a batch larger by one."""
     if m != size * several:
         name, rule = "an instance-wise objective", "return as many losses for each example"
         got = f"{m} of {size} examples, and {several * (size + 1)} of {size + 1}"

@@ -122,7 +122,8 @@ def _more(x: Tensor, other: Tensor | None, traced: Sequence[Tensor]) -> Tensor:
     """Return an output with a little of another one, and of all arguments of its shape."""
     if not x.is_floating_point():
         return x
-    passed = [torch.where(_is_mask(y), 0, y) for y in traced if y.shape == x.shape]
+    alike = [y for y in traced if y.shape == x.shape and y.dtype == x.dtype]
+    passed = [torch.where(_is_mask(y), 0, y) for y in alike]
     if other is not None and other.shape == x.shape and not some(~torch.isfinite(other)):
         passed.append(other)
     return x + 0.1 * sum(passed)
