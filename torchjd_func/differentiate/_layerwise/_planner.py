@@ -243,10 +243,8 @@ def _by_autograd(problem: Problem, reason: str = _UNSEEN) -> Plan:
 def plan(problem: Problem, plans: dict[Any, list[Plan]]) -> None:
     """Plan a run that a graph is to replay; random generators stay as they were."""
     draws = draws_of(problem.leaves, problem.generators).with_host()
-    known = plans.setdefault(_key(problem), [])
-    if not known:
-        known.append(make(problem, draws, _every(plans)))
-        draws.restore()
+    run(problem, plans)
+    draws.restore()
 
 
 def _every(plans: dict[Any, list[Plan]]) -> list[Plan]:
