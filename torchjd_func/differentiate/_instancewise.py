@@ -160,14 +160,15 @@ def instancewise(
 
     Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
     examples lie, and prove once for each new way that `fn` runs that what they found out is right.
-    What is not proven costs one backward pass for each loss, with a warning; it is never wrong.
+    What is not proven costs one backward pass for each loss, with a warning.
     A graph of `torch.compile` replays what `jd.init_state` or a call before it has proven, if it
     does the same operations.
 
     Args:
         fn: `fn(params, *batch) -> (b,)`, or `((b,), aux)`. Nothing may mix examples: no batch
             normalisation in training mode. Or `(b, k)`, k losses for each example, at k backward
-            passes: `m = b k` objectives, those of an example next to each other.
+            passes: `m = b k` objectives, those of an example next to each other, the same k for
+            every b.
         in_dims: Where the examples of each argument lie, as for `torch.func.vmap`; `None` for an
             argument without. By default dimension 0 of each tensor with as many entries as there
             are losses.
