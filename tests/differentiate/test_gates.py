@@ -131,6 +131,23 @@ def test_a_form_for_other_numbers(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_forms_for_two_numbers_are_planned_once_each():
+    fn, first, then = FORMS["alpha"]
+    runs = []
+
+    def counted(params, x, k):
+        runs.append(k)
+        return fn(params, x, k)
+
+    gramian = jd.gramian(jd.instancewise(counted))
+    for k in (first, then, first, then):
+        runs.clear()
+        found = gramian(PARAMS, X, float(k))
+        rows = by_loops(fn, PARAMS, X, float(k))
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    assert len(runs) <= 2
+
+
 def test_a_graph_for_other_numbers():
     fn, first, then = FORMS["alpha"]
     gramian = jd.gramian(jd.instancewise(fn))

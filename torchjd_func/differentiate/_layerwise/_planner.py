@@ -227,11 +227,12 @@ def _fits(recorded: Recorded) -> bool:
 
 
 def _matching(known: Sequence[Plan], recorded: Recorded | None) -> Plan | None:
-    """Return the latest plan, or that for the operations of a run that went another way."""
+    """Return the latest plan, or another for the operations of a run that it did not fit."""
     if recorded is None:
         return known[0] if known else None
-    operations = tuple(recorded.mode.operations.steps)
-    return next((plan for plan in known if plan.operations == operations), None)
+    operations, tried = tuple(recorded.mode.operations.steps), recorded.plan
+    others = (plan for plan in known if plan is not tried)
+    return next((plan for plan in others if plan.operations == operations), None)
 
 
 def _by_autograd(problem: Problem, reason: str = _UNSEEN) -> Plan:
