@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,9 +47,9 @@ def _differentiable_twice(func: Callable[..., Any], *args: Any, **kwargs: Any) -
     name = str(name_of(func))
     given: dict[str, Any] = dict(zip(_NAMED[name], args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
-    if name in _STANDARDISED and _is_nested():
+    if _is_nested():
         return _STANDARDISED[name](**given)
-    looks = weight is not None and torch.compiler.is_compiling() and name in _STANDARDISED
+    looks = weight is not None and torch.compiler.is_compiling()
     if not looks and (weight is not None or bias is None):
         return func(*args, **kwargs)
     x = given["input"]
@@ -93,6 +94,13 @@ def _standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
+def _channels(
+    x: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Standardise, then scale and shift channels."""
+    return _affine(_standardised(x, dims, eps), weight, bias, False).to(x.dtype)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -122,8 +130,7 @@ def _batch_norm(
         return F.batch_norm(input, *running, weight, bias, False, momentum, eps)
     if running_mean is not None:
         F.batch_norm(input.detach(), *running, None, None, True, momentum, eps)
-    out = _standardised(input, [0, *range(2, input.ndim)], eps)
-    return _affine(out, weight, bias, False).to(input.dtype)
+    return _channels(input, [0, *range(2, input.ndim)], weight, bias, eps)
 
 
 def _instance_norm(
@@ -142,8 +149,7 @@ def _instance_norm(
         return F.instance_norm(input, *running, weight, bias, False, momentum, eps)
     if running_mean is not None:
         F.instance_norm(input.detach(), *running, None, None, True, momentum, eps)
-    out = _standardised(input, [*range(2, input.ndim)], eps)
-    return _affine(out, weight, bias, False).to(input.dtype)
+    return _channels(input, [*range(2, input.ndim)], weight, bias, eps)
 
 
 def _group_norm(
@@ -170,12 +176,6 @@ _STANDARDISED = {
     "instance_norm": _instance_norm,
     "group_norm": _group_norm,
 }
-_RUNNING = ("input", "running_mean", "running_var", "weight", "bias")
-_NAMED = {
-    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
-    "batch_norm": (*_RUNNING, "training", "momentum", "eps"),
-    "instance_norm": (*_RUNNING, "use_input_stats", "momentum", "eps"),
-    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
-}
+_NAMED = {name: tuple(inspect.signature(fn).parameters) for name, fn in _STANDARDISED.items()}
 NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
 _CAST_ON_GPU = (F.layer_norm, F.group_norm)  # by autocast
