@@ -53,7 +53,8 @@ def check_state(state: PyTree, values: PyTree) -> None:
     """Warn of a state that requires a gradient, given that without; not in a graph."""
     if not torch.compiler.is_compiling() and values is not state:
         pairs = zip(_tree.names(state), _tree.leaves(state), strict=True)
-        tracked = [(path, x) for path, x in pairs if detach_plain(x) is not x]
+        leaves = [(path, x) for path, x in pairs if isinstance(x, Tensor)]
+        tracked = [(path, x) for path, x in leaves if detach_plain(x) is not x]
         _check.trained_state([path for path, x in tracked if not _is_computed(x)])
 
 

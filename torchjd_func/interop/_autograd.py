@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchjd_func import _check, _tree
+from torchjd_func import _check
 
 
 class Pull(NamedTuple):
@@ -64,19 +64,6 @@ def gradient(
     """Return the gradient for each parameter, dense; `None` where nothing depends on it."""
     grads = torch.autograd.grad(outputs, params, cotangents, retain_graph=retain, allow_unused=True)
     return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
-
-
-def values(state: Any) -> Any:
-    """Return a state without its past; warn if it is to be trained."""
-    pairs = zip(_tree.names(state), _tree.leaves(state), strict=True)
-    leaves = [(path, x) for path, x in pairs if isinstance(x, Tensor) and x.is_leaf]
-    _check.trained_state([path for path, x in leaves if x.requires_grad])
-    return _tree.map(detached, state)
-
-
-def detached(leaf: Any) -> Any:
-    """Return a tensor of a state without its past."""
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def ancestry(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> Ancestry:

@@ -12,8 +12,10 @@ from torchjd_func import _check, _names, _tree
 from torchjd_func._lift import statistic_like
 from torchjd_func._shares import Part, Size, order, same
 from torchjd_func._types import Aggregator, Scalarizer
+from torchjd_func.differentiate._detach import detached
+from torchjd_func.differentiate._outside import check_state
 from torchjd_func.interop import _heads, _targets
-from torchjd_func.interop._autograd import combined, detached, rows, values
+from torchjd_func.interop._autograd import combined, rows
 from torchjd_func.interop._heads import Grads, Split
 from torchjd_func.interop._losses import Batch, batch_of
 from torchjd_func.interop._optimizers import like_parameter
@@ -107,7 +109,7 @@ def backward_(
         parts = _parts(features, batch, target, tree, rule, part)
         _check.inside_target([x.shape for x in _left(parts, tree, retain_graph)])
         step = _Step(batch, parts, where, chunk_size, retain_graph)
-        before = _first(step, rule, key) if state is None else values(state)
+        before = _first(step, rule, key) if state is None else _given(state)
         grads, after = _way(rule, where)(step, rule, before)
         if batch.scale is not None:
             grads, after = kept_if_finite(grads, after, before)
@@ -176,6 +178,13 @@ class _Step(NamedTuple):
         return _tree.map(lambda p: _tree.placeholder(p, (m, *p.shape)), self.parts.shared)
 
 
+def _given(state: State) -> State:
+    """Return a state without its past; warn if it is to be trained."""
+    values = detached(state)
+    check_state(state, values)
+    return values
+
+
 def _first(step: _Step, rule: Aggregator | Scalarizer, key: Tensor | None) -> State:
     """Return the first state; options by name are those of the losses."""
     _names.check_names(rule, list(dict.fromkeys(step.batch.paths)))
@@ -199,7 +208,7 @@ def _scalarized(step: _Step, rule: Scalarizer, state: State) -> tuple[Grads, Sta
         loss, state = rule(vector, state, present=step.batch.present)
         (weights,) = torch.autograd.grad(loss, vector)
     grads = _in_one_pass(step, weights)
-    return _averaged(rule, grads), _tree.map(detached, state)
+    return _averaged(rule, grads), detached(state)
 
 
 def _weighted(step: _Step, rule: Aggregator, state: State) -> tuple[Grads, State]:
