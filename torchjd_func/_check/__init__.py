@@ -13,6 +13,7 @@ from torchjd_func._check._combinators import (
     observed,
     weighting_present,
 )
+from torchjd_func._check._costs import unordered, unplanned_graph, unproven
 from torchjd_func._check._dependent import (
     dependent,
     each_dependent,
@@ -152,8 +153,6 @@ from torchjd_func._check._objectives import (
     tensors,
     two_batches,
     unique_names,
-    unplanned_graph,
-    unproven,
 )
 from torchjd_func._check._options import (
     argnums,

@@ -130,28 +130,6 @@ def same_losses(sizes: Sequence[int]) -> None:
         fail(ValueError, "`fn`", rule, list(sizes), remedy)
 
 
-def unproven(names: Sequence[str], operations: Sequence[str]) -> str:
-    """Return the warning that a loss depends on more than its own example, or seems to."""
-    pairs = ", ".join(f"{name!r} ({where})" for name, where in zip(names, operations, strict=True))
-    return (
-        f"The Gramian of an instance-wise objective is not the sum over uses of {pairs}: losses "
-        "depend on other examples, or these operations are used in an unknown way. Their rows are "
-        "computed by one backward pass for each loss, which is right and slower. "
-        "jd.check_instancewise tells which examples are mixed; jd.explain_gramian shows the cost."
-    )
-
-
-def unplanned_graph(reason: str) -> str:
-    """Return the warning that a compiled function costs a backward pass for each loss."""
-    return (
-        f"An instance-wise objective is compiled without a plan that was proven: {reason}. So its "
-        "rows cost one backward pass for each loss. Call the function, or jd.init_state, once with "
-        "the same objective and shapes before compiling. If that was done, the objective goes "
-        "another way where torch.compiler.is_compiling(), as masks of transformers do: leave it no "
-        "choice, and pass the mask."
-    )
-
-
 def not_instancewise(name: str, fn: Any, kind: type) -> None:
     """Check that the losses of an objective are not one for each example."""
     if isinstance(fn, kind):

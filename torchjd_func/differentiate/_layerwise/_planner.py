@@ -138,6 +138,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
     if batched and seen.outputs.shape[0] % max(problem.layout.size, 1):
         return _by_autograd(problem)
     if order is not None and order.broken:
+        warnings.warn(_check.unordered(order.broken), UserWarning, stacklevel=2)
         reason = f"the order of examples depends on data at {order.broken}"
         return _by_autograd(problem, reason)._replace(proven=True)
     if batched and other is None:
