@@ -288,9 +288,20 @@ def _use(rng: Choices, h: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         lambda: h + v().exp().sum(),
         lambda: F.linear(Doubled.apply(h), w()),
         lambda: h - draw(1, d) * draw(d, 1)[0],
+        lambda: h.cos().mul_(v()).sub_(draw(())),
+        lambda: _added_in_place(h, v(), draw(4, 1)),
     ]
     out = rng.choice(ways)()
     return out if out.shape == h.shape else out.squeeze(-1)
+
+
+def _added_in_place(h: Tensor, first: Tensor, table: Tensor) -> Tensor:
+    """Add to parts of a tensor, too."""
+    g = h.cos()
+    g += table[torch.arange(h.shape[-1], device=h.device) % 4, 0]
+    g[..., 1:] += first[1:]
+    g.addcdiv_(first, 2 + h.cos())
+    return g
 
 
 def _instances(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import torchjd_func as jd
 from benchmarks._networks import CLASSES, WORDS, Transformer
 from benchmarks._public_models import build
-from torchjd_func.differentiate._layerwise import Listed
+from torchjd_func.differentiate._layerwise import Settled
 
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -80,6 +80,23 @@ def test_a_graph_is_of_the_plan_that_it_was_compiled_for():
     compiled(params, x)
     compiled(params, x)
     assert counter.frame_count == 1
-    known[0] = known[0]._replace(listed=Listed(known[0].entries))
+    known[0] = known[0]._replace(settled=Settled(known[0]))
     compiled(params, x)
     assert counter.frame_count == 2
+
+
+def test_graphs_of_several_objectives_in_one_process():
+    """Numbers of plans that differ from graph to graph are constants of each."""
+    params, x = {name: torch.rand(3, 3) for name in "abc"}, torch.rand(4, 3)
+    torch._dynamo.reset()
+    for order in ("abc", "cab", "ccb", "ba"):
+
+        def fn(params, x, order=order):
+            for name in order:
+                x = (x @ params[name]).tanh() + params["c"][0]
+            return x.sum(1)
+
+        gramian = jd.gramian(jd.instancewise(fn))
+        expected = gramian(params, x)
+        compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(params, x), expected)

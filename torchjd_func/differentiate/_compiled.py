@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchjd_func import _check
 from torchjd_func.differentiate._detach import detach_plain
-from torchjd_func.differentiate._layerwise import Listed
+from torchjd_func.differentiate._layerwise import Layout, Plan, Settled, Step
 
 
 @torch.compiler.allow_in_graph
@@ -20,10 +20,23 @@ def detach(x: Tensor) -> Tensor:
     return detach_plain(x)
 
 
+def plan_of(settled: Settled) -> Plan:
+    """Return the plan that graphs replay."""
+    layout, steps, opaque, entries = _parts(settled)
+    made = [Step(*[_plain(x) for x in step]) for step in steps]
+    return Plan(Layout(*layout), tuple(made), (*opaque,), {}, (), entries=entries)
+
+
+def _plain(x: Any) -> Any:
+    """Return a value that compares: constants of a graph do not (torch 2.12)."""
+    return (*x,) if isinstance(x, tuple) else x
+
+
 @torch.compiler.assume_constant_result
-def entries_of(listed: Listed) -> tuple[Any, ...]:
-    """Return operations as constants of the graph; torch guards which object holds them."""
-    return listed.entries
+def _parts(settled: Settled) -> Any:
+    """Return the parts of a plan as constants; torch guards which object holds them."""
+    # Numbers that differ from graph to graph would be taken as such that vary (torch 2.13)
+    return settled.parts
 
 
 @torch.compiler.assume_constant_result

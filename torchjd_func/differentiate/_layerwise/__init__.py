@@ -29,7 +29,7 @@ from torchjd_func.differentiate._layerwise._layers import (
     rule_names,
 )
 from torchjd_func.differentiate._layerwise._pieces import spread
-from torchjd_func.differentiate._layerwise._plan import Layout, Listed, Plan
+from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Settled, Step
 from torchjd_func.differentiate._layerwise._planner import plan, run
 from torchjd_func.differentiate._layerwise._ranks import Ranks, count, joined
 from torchjd_func.differentiate._layerwise._record import (
@@ -46,13 +46,14 @@ __all__ = [
     "Call",
     "Layers",
     "Layout",
-    "Listed",
     "Plan",
     "Problem",
     "Ranks",
     "Recorded",
     "Returned",
+    "Settled",
     "Spelled",
+    "Step",
     "combine",
     "count",
     "cross_gramians",

@@ -102,9 +102,7 @@ class Followed(Operations):
 
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
-        from torchjd_func.differentiate._compiled import entries_of
-
-        self.entries: tuple[Entry, ...] = entries_of(plan.listed) if plan.listed else ()
+        self.entries: tuple[Entry, ...] = plan.entries
         self.planned = {step.place: step for step in plan.steps}  # and not done so far
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
@@ -178,8 +176,8 @@ class Followed(Operations):
                 if number is None and value in self.hidden:
                     self.known[x] = number = int(value)
                 own = (unknown(x), tuple(x.shape)) if number is None else number + HALF
-                same = same and value == own
-            elif isinstance(x, (list, tuple, dict, slice)):
+                same = same and self._agree((own,), (value,))
+            elif isinstance(x, (list, tuple, dict, slice)):  # one by one: see `plan_of`
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)
                 same = same and alike and self._agree(inner, value)

@@ -188,6 +188,10 @@ ELEMENTWISE = named(
     "addcmul addcdiv atan2 hypot logaddexp fmod remainder __radd__ __rsub__ __rmul__ __rdiv__ "
     "__rtruediv__ __rpow__ xlogy clamp clip"
 )
+# By the names of the same in place: `x.add_(y)` writes `torch.add(x, y)` to x
+IN_PLACE = {
+    f"{name}_": getattr(Tensor, name) for name in ELEMENTWISE.names if hasattr(Tensor, f"{name}_")
+}
 _SUMS, _PRODUCTS = named("add __radd__"), named("mul multiply __rmul__")
 _JOINS = named("cat concat concatenate")
 _EXAMPLEWISE = named("instance_norm scaled_dot_product_attention")

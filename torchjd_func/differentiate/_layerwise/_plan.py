@@ -46,24 +46,6 @@ class Step(NamedTuple):
     copied: bool = False  # its output is a view, and written to: autograd forgets where it was
 
 
-class Listed:
-    """Holds operations that never change: graphs are guarded by which object it is, not by each.
-
-    Versions of torch before 2.13 pass only registered constants to what graphs cannot look into.
-    """
-
-    def __init__(self, entries: tuple[Any, ...]) -> None:
-        self.entries = entries
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
-
-
-register_constant(Listed)
-
-
 class Doubts(NamedTuple):
     """What one run does not show: tensors by their numbers, operations by their places."""
 
@@ -84,17 +66,38 @@ class Plan(NamedTuple):
     reasons: dict[int, str]  # why leaves are opaque, such as an operation without a known form
     operations: tuple[Any, ...]  # all operations of the run that was planned, to know it again
     proven: bool = False
-    listed: Listed | None = None  # the same, for graphs that replay the plan
+    entries: tuple[Any, ...] = ()  # the same, as graphs are held against them
     uncompilable: str = ""  # why no graph can replay it, if so
     along: tuple[Axis, ...] = ()  # where the examples of the inputs lie
     dtypes: frozenset[torch.dtype] = frozenset()  # of all that derivatives go through
     on_host: bool = False  # whether the generator of Python or NumPy draws numbers
     doubts: Doubts = Doubts()
+    settled: Settled | None = None  # the same plan, for graphs that replay it
 
-    @property
-    def entries(self) -> tuple[Any, ...]:
-        """The operations that graphs are held against."""
-        return self.listed.entries if self.listed else ()
+
+class Settled:
+    """Holds a plan that never changes: graphs are guarded by which object it is, not by each.
+
+    Versions of torch before 2.13 pass only registered constants to what graphs cannot look into.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        # Without functions: each comes with its arguments
+        steps = [(None, *step[1:]) for step in plan.steps]
+        self.parts = (tuple(plan.layout), tuple(steps), plan.opaque, plan.entries)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+register_constant(Settled)
+
+
+def settled(plan: Plan) -> Plan:
+    """Return a plan that graphs may replay as it is."""
+    return plan._replace(settled=Settled(plan._replace(settled=None)))
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:

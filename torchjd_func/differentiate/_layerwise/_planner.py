@@ -20,9 +20,9 @@ from torchjd_func.differentiate._layerwise._order import is_integer
 from torchjd_func.differentiate._layerwise._plan import (
     Doubts,
     Layout,
-    Listed,
     Plan,
     differ_in_sizes,
+    settled,
     without,
 )
 from torchjd_func.differentiate._layerwise._points import Point, points
@@ -68,7 +68,7 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         draws.restore()
         recorded = record(problem, plan)
         if _fits(recorded):
-            known.insert(0, plan)
+            known.insert(0, settled(plan))
             del known[MOST_PLANS:]
             return recorded
     draws.restore()
@@ -82,7 +82,7 @@ def _proven_late(
     if not problem.check:
         return recorded
     late = _proven(problem, plan, draws)
-    known[known.index(plan)] = late
+    known[known.index(plan)] = settled(late)
     draws.restore()
     return record(problem, late)
 
@@ -91,16 +91,16 @@ def _in_graph(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
     """Run an objective that is compiled as an eager run was planned and proven, or by autograd."""
     planned = plans.get(_key(problem), ())
     reason = next((known.uncompilable for known in planned if known.uncompilable), "")
+    from torchjd_func.differentiate._compiled import plan_of, warn_unplanned
+
     # Watching a function that no graph looks into is an error of the compiler.
     for known in () if reason else planned:
-        if known.proven:
-            recorded = record(problem, known)
+        if known.proven and known.settled:
+            recorded = record(problem, plan_of(known.settled))
             if not recorded.mode.changed:
                 return recorded
             reason = f"it does something else than was planned, from {recorded.mode.changed[0]} on"
     if problem.layout.kind != "shared":
-        from torchjd_func.differentiate._compiled import warn_unplanned
-
         warn_unplanned(reason or "no run with arguments of these shapes was planned")
     return record(problem, _by_autograd(problem))
 
@@ -124,7 +124,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         (),
         mode.reasons,
         tuple(mode.operations.steps),
-        listed=Listed(with_idle(entries(mode.operations.steps), len(mode.operations.shapes))),
+        entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if batched else (),
         dtypes=frozenset(mode.dtypes),

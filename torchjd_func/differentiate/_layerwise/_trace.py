@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torchjd_func._host import version_of
 from torchjd_func.differentiate._layerwise import _attention, _rules
 from torchjd_func.differentiate._layerwise._functions import attribute_of, is_getter, name_of
+from torchjd_func.differentiate._layerwise._local import IN_PLACE
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
@@ -104,6 +105,11 @@ class Trace(TorchFunctionMode):
             named = _attention.arguments(args, kwargs)
             if _attention.is_plain(named):
                 return _attention.attention(self.apply, named)
+        alone = IN_PLACE.get(name_of(func))
+        if alone is not None and self.may_write_parameters(*args, **kwargs):
+            # What a use was applied to must stay, to be differentiated
+            out = self.apply(alone, self.apply(Tensor.clone, args[0]), *args[1:], **kwargs)
+            return self.apply(Tensor.copy_, args[0], out)
         return self.apply(func, *args, **kwargs)
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +127,14 @@ class Trace(TorchFunctionMode):
         if self.ids.isdisjoint(map(id, given)):  # most, and fast
             return False
         return any([x in self.sources and self.source(x) is not None for x in given])
+
+    def may_write_parameters(self, target: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Say whether something made of parameters may go into another tensor, in place."""
+        given = tensors_in((args, kwargs))
+        real = all([x.is_floating_point() for x in (target, *given)])
+        # Alike with another batch: what all examples share is smaller, whatever it is made of
+        alone, size = self.layout.kind != "batched", target.numel()
+        return real and any([self.traced(x) and (alone or x.numel() < size) for x in given])
 
     def note(self, x: Tensor, source: Source) -> None:
         """Note what a tensor is made of."""
