@@ -196,7 +196,6 @@ def recurrent(kind: Callable[..., nn.Module]) -> Case:
         lambda: kind(5, 4, batch_first=True),
         features(2, 3, 5),
         fails={(ANY, "compiled"): "`model` must be a module that torch.compile can capture"},
-        rows=True,
         instead=f"compiled: a loop over `{getattr(kind, '__name__', kind)}Cell`",
     )
 
@@ -220,9 +219,9 @@ CASES = {
     "`RNN`": recurrent(nn.RNN),
     "`LSTM`": recurrent(nn.LSTM),
     "`GRU`": recurrent(nn.GRU),
-    "`RNNCell` in a loop": Case(lambda: Cells(nn.RNNCell), features(2, 3, 5), rows=True),
-    "`LSTMCell` in a loop": Case(lambda: Cells(nn.LSTMCell), features(2, 3, 5), rows=True),
-    "`GRUCell` in a loop": Case(lambda: Cells(nn.GRUCell), features(2, 3, 5), rows=True),
+    "`RNNCell` in a loop": Case(lambda: Cells(nn.RNNCell), features(2, 3, 5)),
+    "`LSTMCell` in a loop": Case(lambda: Cells(nn.LSTMCell), features(2, 3, 5)),
+    "`GRUCell` in a loop": Case(lambda: Cells(nn.GRUCell), features(2, 3, 5)),
     "`MultiheadAttention`": Case(
         lambda: Attention(False),
         features(2, 3, 4),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torchjd_func._host import version_of
-from torchjd_func.differentiate._layerwise import _attention, _rules
+from torchjd_func.differentiate._layerwise import _attention, _recurrent, _rules
 from torchjd_func.differentiate._layerwise._functions import attribute_of, is_getter, name_of
 from torchjd_func.differentiate._layerwise._local import IN_PLACE
 from torchjd_func.differentiate._layerwise._operations import Operations
@@ -105,7 +105,10 @@ class Trace(TorchFunctionMode):
             named = _attention.arguments(args, kwargs)
             if _attention.is_plain(named):
                 return _attention.attention(self.apply, named)
-        alone = IN_PLACE.get(name_of(func))
+        name = name_of(func)
+        if _recurrent.is_plain(name, args, kwargs):
+            return _recurrent.recurrent(self.apply, name, args)
+        alone = IN_PLACE.get(name)
         if alone is not None and self.may_write_parameters(*args, **kwargs):
             # What a use was applied to must stay, to be differentiated
             out = self.apply(alone, self.apply(Tensor.clone, args[0]), *args[1:], **kwargs)

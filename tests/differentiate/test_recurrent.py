@@ -1,0 +1,147 @@
+"""Recurrent layers are right, and have factors: they are spelled out step by step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchjd_func as jd
+from tests.programs import by_loops
+
+D, H, B, T = 4, 3, 5, 6
+KINDS: dict[str, nn.Module] = {
+    "lstm": nn.LSTM(D, H, batch_first=True),
+    "lstm, time first": nn.LSTM(D, H),
+    "lstm, two layers both ways": nn.LSTM(D, H, 2, bidirectional=True, batch_first=True),
+    "lstm, projected": nn.LSTM(D, H, 2, proj_size=2, bidirectional=True),
+    "lstm without biases, projected": nn.LSTM(D, H, bias=False, proj_size=2, batch_first=True),
+    "gru": nn.GRU(D, H, batch_first=True),
+    "gru, two layers both ways": nn.GRU(D, H, 2, bidirectional=True),
+    "gru without biases": nn.GRU(D, H, bias=False),
+    "tanh": nn.RNN(D, H, 2),
+    "relu, both ways": nn.RNN(D, H, nonlinearity="relu", bidirectional=True, batch_first=True),
+    "dropout": nn.LSTM(D, H, 3, dropout=0.4, batch_first=True),
+    "dropout, not training": nn.GRU(D, H, 2, dropout=0.4).eval(),
+}
+CELLS: dict[str, Any] = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "tanh": nn.RNNCell}
+
+
+def end(states: Any) -> Tensor:
+    """Return something of all states at the end, `(layers, b)`."""
+    parts = states if isinstance(states, tuple) else (states,)
+    return sum(part.sin().sum(-1) for part in parts)  # type: ignore[return-value]
+
+
+class Tagger(nn.Module):
+    """A recurrent layer, and its states at the end."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each example."""
+        first = self.layer.batch_first
+        outputs, states = self.layer(x if first else x.transpose(0, 1))
+        return outputs.cos().sum((1 if first else 0, 2)) + end(states).sum(0)
+
+
+class Steps(nn.Module):
+    """A cell in a loop."""
+
+    def __init__(self, kind: Any, bias: bool = True) -> None:
+        super().__init__()
+        self.cell = kind(D, H, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each example."""
+        states = None
+        for part in x.unbind(1):
+            states = self.cell(part, states)
+        return end(states)
+
+
+def check(net: nn.Module, x: Tensor) -> None:
+    """Hold Gramians and pullbacks against loops, for several batches."""
+    apply, params, buffers = jd.functionalize(net.double())
+    names = list(params)
+
+    def fn(values: list[Tensor], x: Tensor) -> Tensor:
+        return apply(dict(zip(names, values, strict=True)), buffers, x)[0]
+
+    values, objective = list(params.values()), jd.instancewise(fn)
+    for batch in (x, x[:2], 3 * x):
+        torch.manual_seed(0)
+        rows = by_loops(fn, values, batch)
+        torch.manual_seed(0)
+        _, gramian, vjp_fn = jd.gramian_vjp(objective, values, batch)
+        torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+        weights = torch.linspace(-1, 2, len(rows), dtype=rows.dtype)
+        flat = torch.cat([grad.flatten() for grad in vjp_fn(weights)])
+        torch.testing.assert_close(flat, weights @ rows, rtol=1e-9, atol=1e-11)
+    report = jd.explain_gramian(objective, values, x)
+    assert [line.path for line in report.leaves if line.contraction == "m backward passes"] == []
+
+
+def features(*shape: int) -> Tensor:
+    """Return inputs."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers(name):
+    check(Tagger(KINDS[name]), features(B, T, D))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name, bias):
+    check(Steps(CELLS[name], bias), features(B, T, D))
+
+
+def test_states_that_come_with_the_examples():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.start = nn.LSTM(D, H, batch_first=True), nn.Linear(D, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            start = self.start(x[:, 0])[None]
+            outputs, states = self.layer(x, (start, 2 * start))
+            return outputs.sum((1, 2)) + end(states)[0]
+
+    check(Decoder(), features(B, T, D))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "tanh"])
+def test_one_sequence_at_a_time(name):
+    layer = KINDS[name].double()
+    params = {name: value.detach() for name, value in layer.named_parameters()}
+    x, names = features(B, T, D), list(params)
+
+    def loss(values: list[Tensor], x: Tensor) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        outputs, states = torch.func.functional_call(layer, given, (x,))
+        return outputs.cos().sum() + end(states).sum()
+
+    values = list(params.values())
+    rows = by_loops(lambda p, x: torch.stack([loss(p, one) for one in x]), values, x)
+    gramian = jd.gramian(jd.per_example(loss, in_dims=(None, 0)))(values, x)
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+
+
+def test_derivatives_of_gramians():
+    apply, params, buffers = jd.functionalize(Tagger(nn.GRU(D, H, batch_first=True)).double())
+    x = features(3, 4, D)
+
+    def length(route: str, params: Any) -> Tensor:
+        objective = jd.instancewise(lambda params, x: apply(params, buffers, x)[0])
+        return jd.gramian(objective, route=route)(params, x).sum()
+
+    first, second = (
+        torch.func.grad(lambda p, route=route: length(route, p))(params)
+        for route in ("layerwise", "jacobian")
+    )
+    for name in params:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-10)

@@ -1,0 +1,123 @@
+"""Recurrent layers, spelled out step by step in operations whose rules are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Apply = Callable[..., Any]
+States = Sequence[Tensor]  # the hidden state, and the cell's if there is one
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction."""
+
+    given: Tensor
+    hidden: Tensor
+    given_bias: Tensor | None = None
+    hidden_bias: Tensor | None = None
+    projection: Tensor | None = None
+
+
+def is_plain(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether a function is a recurrent layer of padded sequences, or one step of it."""
+    if name not in _NAMES or kwargs or not isinstance(args[0], Tensor):
+        return False
+    if name.endswith("_cell"):
+        return args[0].ndim == 2
+    return isinstance(args[2], (list, tuple)) and args[0].ndim == 3
+
+
+def recurrent(apply: Apply, name: str, args: Sequence[Any]) -> Any:
+    """Compute what the function of that name does, each operation through `apply`."""
+    step, several = _STEPS[name.removesuffix("_cell")], name.startswith("lstm")
+    start = list(args[1]) if several else [args[1]]
+    if name.endswith("_cell"):
+        weights = Weights(*args[2:])
+        states = _next(apply, step, _projected(apply, step, args[0], weights), start, weights)
+        return tuple(states) if several else states[0]
+    x, _, flat, biased, count, dropout, training, both, batch_first = args
+    x = apply(torch.transpose, x, 0, 1) if batch_first else x
+    size = len(flat) // (count * (2 if both else 1))
+    ends: list[States] = []
+    for layer in range(count):
+        outputs = []
+        for backwards in (False, True) if both else (False,):
+            place = len(ends)
+            weights = _weights(flat[place * size : (place + 1) * size], biased)
+            states = [apply(Tensor.select, state, 0, place) for state in start]
+            output, end = _sequence(apply, step, x, states, weights, backwards)
+            outputs.append(output)
+            ends.append(end)
+        x = apply(torch.cat, outputs, -1) if both else outputs[0]
+        if dropout and training and layer < count - 1:
+            x = apply(F.dropout, x, dropout)
+    x = apply(torch.transpose, x, 0, 1) if batch_first else x
+    return x, *(apply(torch.stack, list(parts)) for parts in zip(*ends, strict=True))
+
+
+def _weights(flat: Sequence[Tensor], biased: bool) -> Weights:
+    """Return the parameters of a layer by name; that of a projection is the last."""
+    biases = (flat[2], flat[3]) if biased else (None, None)
+    projection = flat[-1] if len(flat) > (4 if biased else 2) else None
+    return Weights(flat[0], flat[1], *biases, projection)
+
+
+def _sequence(
+    apply: Apply, step: Apply, x: Tensor, states: States, weights: Weights, backwards: bool
+) -> tuple[Tensor, States]:
+    """Go through sequences `(t, b, d)`.
+
+    Returns:
+        The hidden states `(t, b, h)`, and the states at the end.
+    """
+    parts = list(apply(torch.unbind, _projected(apply, step, x, weights)))
+    outputs = []
+    for part in reversed(parts) if backwards else parts:
+        states = _next(apply, step, part, states, weights)
+        outputs.append(states[0])
+    return apply(torch.stack, outputs[::-1] if backwards else outputs), states
+
+
+def _projected(apply: Apply, step: Apply, x: Tensor, weights: Weights) -> Tensor:
+    """Return what is added at all steps."""
+    x = apply(F.linear, x, weights.given, weights.given_bias)
+    alone = weights.hidden_bias is None or step is _gru
+    return x if alone else apply(torch.add, x, weights.hidden_bias)
+
+
+def _next(apply: Apply, step: Apply, x: Tensor, states: States, weights: Weights) -> States:
+    """Return the states after one step, of two operations."""
+    bias = weights.hidden_bias if step is _gru else None  # of which a part is multiplied
+    states = apply(step, x, apply(F.linear, states[0], weights.hidden, bias), *states)
+    if weights.projection is None:
+        return states
+    return apply(F.linear, states[0], weights.projection), *states[1:]
+
+
+def _tanh(x: Tensor, hidden: Tensor, state: Tensor) -> States:
+    return (torch.tanh(x + hidden),)
+
+
+def _relu(x: Tensor, hidden: Tensor, state: Tensor) -> States:
+    return (torch.relu(x + hidden),)
+
+
+def _lstm(x: Tensor, hidden: Tensor, state: Tensor, cell: Tensor) -> States:
+    taken, kept, new, shown = (x + hidden).chunk(4, -1)
+    cell = kept.sigmoid() * cell + taken.sigmoid() * new.tanh()
+    return shown.sigmoid() * cell.tanh(), cell
+
+
+def _gru(x: Tensor, hidden: Tensor, state: Tensor) -> States:
+    (reset, kept, new), others = x.chunk(3, -1), hidden.chunk(3, -1)
+    new = torch.tanh(new + (reset + others[0]).sigmoid() * others[2])
+    return (torch.lerp(new, state, (kept + others[1]).sigmoid()),)
+
+
+_STEPS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
+_NAMES = frozenset(_STEPS) | {f"{name}_cell" for name in _STEPS}
