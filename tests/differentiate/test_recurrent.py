@@ -100,6 +100,17 @@ def test_cells(name, bias):
     check(Steps(CELLS[name], bias), features(B, T, D))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_in_graphs(name):
+    apply, params, buffers = jd.functionalize(Steps(CELLS[name]).double())
+    gramian = jd.gramian(jd.instancewise(lambda params, x: apply(params, buffers, x)[0]))
+    x = features(B, 3, D)
+    expected = gramian(params, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, x), expected, rtol=1e-9, atol=1e-11)
+
+
 def test_states_that_come_with_the_examples():
     class Decoder(nn.Module):
         def __init__(self):
@@ -112,6 +123,36 @@ def test_states_that_come_with_the_examples():
             return outputs.sum((1, 2)) + end(states)[0]
 
     check(Decoder(), features(B, T, D))
+
+
+def test_a_frozen_layer_stays_as_it_is(monkeypatch):
+    layer, w = nn.LSTM(D, H, batch_first=True).double(), features(D, D)
+    monkeypatch.setattr(torch, "unbind", None)
+
+    def fn(params: list[Tensor], x: Tensor) -> Tensor:
+        given = {name: value.detach() for name, value in layer.named_parameters()}
+        return torch.func.functional_call(layer, given, (x @ params[0],))[0].sum((1, 2))
+
+    x = features(B, T, D)
+    rows = by_loops(fn, [w], x)
+    gramian = jd.gramian(jd.instancewise(fn))([w], x)
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+
+
+def test_a_state_to_start_from_that_is_trained():
+    layer, start = nn.GRU(D, H, batch_first=True).double(), features(1, 1, H)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def fn(params: list[Tensor], x: Tensor) -> Tensor:
+        given = dict(zip(names, params[1:], strict=True))
+        args = x, params[0].expand(-1, len(x), -1).contiguous()
+        return torch.func.functional_call(layer, given, args)[0].sin().sum((1, 2))
+
+    params = [start, *(value.detach() for value in layer.parameters())]
+    x = features(B, T, D)
+    rows = by_loops(fn, params, x)
+    gramian = jd.gramian(jd.instancewise(fn))(params, x)
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "tanh"])

@@ -24,12 +24,16 @@ class Weights(NamedTuple):
 
 
 def is_plain(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Say whether a function is a recurrent layer of padded sequences, or one step of it."""
+    """Say whether a layer of padded sequences, or one step of it, is to be spelled out."""
     if name not in _NAMES or kwargs or not isinstance(args[0], Tensor):
         return False
-    if name.endswith("_cell"):
-        return args[0].ndim == 2
-    return isinstance(args[2], (list, tuple)) and args[0].ndim == 3
+    cell = name.endswith("_cell")
+    weights = args[2:] if cell else args[2]
+    if not isinstance(weights, (list, tuple)) or args[0].ndim != (2 if cell else 3):
+        return False
+    # What is frozen is faster as it is; autocast has rules of its own
+    trained = any([x is not None and x.requires_grad for x in weights])
+    return trained and not torch.is_autocast_enabled(args[0].device.type)
 
 
 def recurrent(apply: Apply, name: str, args: Sequence[Any]) -> Any:

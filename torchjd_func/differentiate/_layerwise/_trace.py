@@ -105,7 +105,7 @@ class Trace(TorchFunctionMode):
             named = _attention.arguments(args, kwargs)
             if _attention.is_plain(named):
                 return _attention.attention(self.apply, named)
-        name = name_of(func)
+        name = str(name_of(func))  # in graphs only then a text (torch 2.13)
         if _recurrent.is_plain(name, args, kwargs):
             return _recurrent.recurrent(self.apply, name, args)
         alone = IN_PLACE.get(name)
