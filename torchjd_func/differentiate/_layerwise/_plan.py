@@ -97,7 +97,7 @@ register_constant(Settled)
 
 def settled(plan: Plan) -> Plan:
     """Return a plan that graphs may replay as it is."""
-    return plan._replace(settled=Settled(plan._replace(settled=None)))
+    return plan._replace(settled=Settled(plan))
 
 
 def without(plan: Plan, leaves: set[int], reasons: dict[int, str]) -> Plan:
