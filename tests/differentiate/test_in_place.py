@@ -9,16 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchjd_func as jd
+from tests.differentiate.test_layerwise_kinds import rand
 from tests.programs import by_loops
 
 PLACES = torch.arange(3)[None]
 SIZES = ((4, 2), (3, 4), (4,))
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    """Return numbers in float64."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def added(p: Any, h: Tensor) -> Tensor:

@@ -90,13 +90,19 @@ def _sequence(
 def _projected(apply: Apply, step: Apply, x: Tensor, weights: Weights) -> Tensor:
     """Return what is added at all steps."""
     x = apply(F.linear, x, weights.given, weights.given_bias)
-    alone = weights.hidden_bias is None or step is _gru
-    return x if alone else apply(torch.add, x, weights.hidden_bias)
+    bias, _ = _hidden_biases(step, weights)
+    return x if bias is None else apply(torch.add, x, bias)
+
+
+def _hidden_biases(step: Apply, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    """Return the bias of hidden states that is added once for all steps, and that at each."""
+    bias = weights.hidden_bias
+    return (None, bias) if step is _gru else (bias, None)  # of a GRU's a part is multiplied
 
 
 def _next(apply: Apply, step: Apply, x: Tensor, states: States, weights: Weights) -> States:
     """Return the states after one step, of two operations."""
-    bias = weights.hidden_bias if step is _gru else None  # of which a part is multiplied
+    _, bias = _hidden_biases(step, weights)
     states = apply(step, x, apply(F.linear, states[0], weights.hidden, bias), *states)
     if weights.projection is None:
         return states
