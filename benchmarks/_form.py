@@ -95,6 +95,7 @@ def run(plan: Mapping[Benchmark, dict[str, Any]], folder: pathlib.Path) -> None:
             rows: list[Row] = []
             for label, measure in cells[benchmark]:
                 bar.set_description(f"{benchmark.name}, {label}")
+                torch.compiler.reset()  # which compiles what has one code only so often
                 rows += measure()
                 bar.update()
             tqdm.write(f"\n{benchmark.report(rows)}\n\n{save(benchmark, settings, rows, folder)}\n")

@@ -3,8 +3,8 @@
 The most telling come first, what Inductor compiles last, so that `python -m pytest
 tests/test_cuda.py tests/kernels` may be stopped at any time.
 
-Last run: 2026-11-27, NVIDIA H100 80GB HBM3, torch 2.11: all that ran passed, some of those that
-Inductor compiles in this run, the others in the one before.
+Last run: 2026-11-28, NVIDIA H100 80GB HBM3, torch 2.11: all passed, but for those that need two
+devices.
 """
 
 import gc
@@ -311,6 +311,59 @@ def test_half_precision_is_added_up_in_float32(dtype):
     wide = Outer(left.double(), right.double(), (24, 24))
     want = cross(wide, wide)
     assert_same(cross(rows, rows).double() / want.max(), want / want.max(), 1e-5)
+
+
+def recurrent(layer, device):
+    """Return losses of sequences by the parameters of a recurrent layer, these and a batch."""
+    torch.manual_seed(0)
+    apply, params, buffers = jd.functionalize(layer().double().to(device))
+    x = torch.randn(5, 7, 4, dtype=torch.float64).to(device)
+
+    def fn(params, x):
+        outputs, states = apply(params, buffers, x)[0]
+        end = states[0] if isinstance(states, tuple) else states
+        return outputs.sin().sum((1, 2)) + end.square().sum((0, 2))
+
+    return fn, params, x
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True),
+    "projected": lambda: nn.LSTM(4, 3, proj_size=2, batch_first=True),
+    "gru": lambda: nn.GRU(4, 3, batch_first=True),
+    "rnn": lambda: nn.RNN(4, 3, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers(name):
+    results = []
+    for device in ("cpu", "cuda"):
+        fn, params, x = recurrent(RECURRENT[name], device)
+        objective = jd.instancewise(fn)
+        by_route = [jd.gramian(objective, route=r)(params, x) for r in ("layerwise", "jacobian")]
+        whole = jd.grad(lambda params, x, fn=fn: fn(params, x)[:2], jd.upgrad())(None, params, x)
+        results.append((by_route, jd.jac(fn)(params, x), whole))
+    assert_same(results[1], results[0], 1e-7)
+
+
+def test_recurrent_layers_under_autocast():
+    fn, params, x = recurrent(RECURRENT["lstm"], "cuda")
+    params, x = {name: value.float() for name, value in params.items()}, x.float()
+    full = jd.gramian(jd.instancewise(fn))(params, x)
+    for route in ("layerwise", "jacobian"):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            got = jd.gramian(jd.instancewise(fn), route=route)(params, x)
+        assert torch.linalg.norm(got - full) < 0.05 * torch.linalg.norm(full)
+
+
+def test_weights_of_recurrent_layers_stay_where_they_are():
+    fn, params, x = recurrent(RECURRENT["lstm"], "cuda")
+    before = {name: value.data_ptr() for name, value in params.items()}
+    with torch.no_grad():
+        fn(params, x)
+    jd.gramian(jd.instancewise(fn))(params, x)
+    assert {name: value.data_ptr() for name, value in params.items()} == before
 
 
 def test_layers_share_their_products():

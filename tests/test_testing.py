@@ -87,7 +87,7 @@ GOOD = {
     "state": (weighting(remember, start), {"equivariant": True}),
     "random": (weighting(drawn, source), {"random": True}),
     "factory": (
-        lambda m: stateless(lambda gramian: torch.arange(1.0, m + 1.0).double()),
+        lambda m: stateless(lambda gramian: gramian.new_tensor([1.0 + i for i in range(m)])),
         {"present": False, "degree": 1, "linear_under_scaling": True},
     ),
     "numbers": (

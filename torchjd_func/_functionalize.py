@@ -79,6 +79,8 @@ class Apply:
         fresh = {name: buffers[name].clone() for name in self.overwritten}
         fresh = {name: fresh.get(name, buffer) for name, buffer in buffers.items()}
         tensors = {**params, **fresh}  # one dict: functional_call writes new buffers into it
+        if self.recurrent:  # whose weights torch moves to other memory on a GPU (2.13)
+            tensors |= {name: x.view_as(x) for name, x in params.items() if x.is_cuda}
         outputs = functional_call(self.model, tensors, inputs, kwargs, strict=True)
         after = {name: tensors[name] for name in fresh}
         if self.model.training and not torch.compiler.is_compiling():

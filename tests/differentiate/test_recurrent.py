@@ -1,5 +1,7 @@
 """Recurrent layers are right, and have factors: they are spelled out step by step."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 import torchjd_func as jd
 from tests.programs import by_loops
+from torchjd_func.differentiate._layerwise import _recurrent
 
 D, H, B, T = 4, 3, 5, 6
 KINDS: dict[str, nn.Module] = {
@@ -186,3 +189,86 @@ def test_derivatives_of_gramians():
     )
     for name in params:
         torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-10)
+
+
+@contextmanager
+def gpu() -> Generator[list[str]]:
+    """Let recurrent modules believe that they run on cuDNN, and note what is spelled out."""
+    spelled: list[str] = []
+
+    def spy(apply: Any, name: str, args: Any) -> Any:
+        spelled.append(name)
+        return recurrent(apply, name, args)
+
+    recurrent = _recurrent.recurrent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_recurrent, "recurrent", spy)
+        patch.setattr(Tensor, "is_cuda", True)
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
+        patch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 0)
+        yield spelled
+    assert spelled
+
+
+def on_numbers(net: nn.Module) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a module as a function of a list of parameters, and these."""
+    names = [name for name, _ in net.named_parameters()]
+
+    def fn(values: list[Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x,))
+
+    return fn, [value.detach() for value in net.parameters()]
+
+
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
+@pytest.mark.parametrize("name", ["lstm, projected", "gru", "tanh"])
+def test_on_a_gpu_gradients_of_cudnn_are_not_mapped(name, route):
+    fn, values = on_numbers(Tagger(KINDS[name]).double())
+    x = features(B, T, D)
+    rows = by_loops(fn, values, x)
+    objective = jd.instancewise(fn)
+    with gpu():
+        gramian = jd.gramian(objective, route=route)(values, x)
+        report = jd.explain_gramian(objective, values, x)
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+    assert not [line for line in report.leaves if line.contraction == "m backward passes"]
+    with gpu():
+        jac = jd.jac(fn)(values, x)
+    torch.testing.assert_close(torch.cat([each.flatten(1) for each in jac], 1), rows)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
+def test_a_frozen_layer_on_a_gpu(route):
+    layer, w = nn.LSTM(D, H, batch_first=True).double().requires_grad_(False), features(D, D)
+
+    def fn(params: list[Tensor], x: Tensor) -> Tensor:
+        return layer(x @ params[0])[0].sin().sum((1, 2))
+
+    x = features(B, T, D)
+    rows = by_loops(fn, [w], x)
+    with gpu():
+        gramian = jd.gramian(jd.instancewise(fn), route=route)([w], x)
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "jacobian"])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_autocast_on_a_gpu_casts_states_and_weights(name, route):
+    fn, values = on_numbers(Tagger(KINDS[name]).float())
+    x = features(B, T, D).float()
+    rows = by_loops(fn, values, x)
+    with gpu(), torch.autocast("cpu", dtype=torch.bfloat16):
+        gramian = jd.gramian(jd.instancewise(fn), route=route)(values, x)
+    error = torch.linalg.norm(gramian - rows @ rows.T) / torch.linalg.norm(rows @ rows.T)
+    assert 1e-5 < error < 0.03
+
+
+def test_addresses_of_what_is_followed_are_compared_and_not_read():
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        assert w.data_ptr() == w.view(-1).data_ptr() != x.data_ptr()
+        with pytest.raises(TypeError):
+            int(w.data_ptr())
+        return x @ w
+
+    jd.jac(fn)(torch.ones(3), torch.ones(2, 3))

@@ -74,6 +74,7 @@ def place(leaf: Tensor) -> tuple[int, int] | None:
     if torch.compiler.is_compiling() or not leaf.numel():
         return None
     try:
-        return leaf.data_ptr(), leaf.numel()
+        address = leaf.data_ptr()
     except RuntimeError:  # a tensor under torch.func.vmap has no memory of its own
         return None
+    return (address, leaf.numel()) if isinstance(address, int) else None  # in an objective

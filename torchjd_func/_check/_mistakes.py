@@ -162,7 +162,7 @@ _KNOWN = (
         "Set the environment variable PYTORCH_JIT=0 before Python starts: they run as Python.",
     ),
     (
-        ("have storage",),
+        ("have storage", "device type tensor to numpy"),
         "not read the memory of tensors, as x.numpy() and packed sequences do",
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
     ),

@@ -80,5 +80,5 @@ def attribute_of(func: Callable[..., Any] | None) -> str:
 READERS = named(
     "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
     "is_contiguous element_size get_device data_ptr item tolist __len__ __bool__ __format__ "
-    "__repr__ __hash__ is_same_size equal allclose"
+    "__repr__ __hash__ is_same_size equal allclose _cudnn_rnn_flatten_weight"
 )

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchjd_func import _tree
+from torchjd_func.differentiate._layerwise._functions import name_of
+
 Apply = Callable[..., Any]
 States = Sequence[Tensor]  # the hidden state, and the cell's if there is one
 
@@ -25,15 +28,48 @@ class Weights(NamedTuple):
 
 def is_plain(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Say whether a layer of padded sequences, or one step of it, is to be spelled out."""
-    if name not in _NAMES or kwargs or not isinstance(args[0], Tensor):
-        return False
-    cell = name.endswith("_cell")
-    weights = args[2:] if cell else args[2]
-    if not isinstance(weights, (list, tuple)) or args[0].ndim != (2 if cell else 3):
+    if not _is_padded(name, args, kwargs):
         return False
     # What is frozen is faster as it is; autocast has rules of its own
+    weights = args[2:] if name.endswith("_cell") else args[2]
     trained = any([x is not None and x.requires_grad for x in weights])
     return trained and not torch.is_autocast_enabled(args[0].device.type)
+
+
+def _is_padded(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether it is a layer or a step of padded sequences."""
+    if name not in RECURRENT or kwargs or not isinstance(args[0], Tensor):
+        return False
+    cell = name.endswith("_cell")
+    return args[0].ndim == (2 if cell else 3) and (cell or isinstance(args[2], (list, tuple)))
+
+
+def on_device(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Spell a layer out on a GPU, where gradients of cuDNN do not vmap (torch 2.13)."""
+    name = str(name_of(func))
+    if not (_is_padded(name, args, kwargs) and args[0].is_cuda):
+        return func(*args, **kwargs)
+    kind = args[0].device.type
+    if torch.is_autocast_enabled(kind):  # casts all of it, states too
+        dtype = torch.get_autocast_dtype(kind)
+        args = _tree.map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, args)
+    with torch.autocast(kind, enabled=False):
+        return recurrent(_plainly, name, args)
+
+
+def _plainly(func: Callable[..., Any], *args: Any) -> Any:
+    """Run an operation."""
+    return func(*args)
+
+
+def address(func: Callable[..., Any], x: Tensor) -> Any:
+    """Let addresses be compared, as recurrent layers on a GPU do, where none can be read."""
+    inner = torch.func.debug_unwrap(x)
+    return func(x) if inner is x else (func(inner),)
+
+
+def unmoved(func: Callable[..., Any], *args: Any) -> None:
+    """Leave weights where they are, which cuDNN would move to one piece of memory."""
 
 
 def recurrent(apply: Apply, name: str, args: Sequence[Any]) -> Any:
@@ -130,4 +166,4 @@ def _gru(x: Tensor, hidden: Tensor, state: Tensor) -> States:
 
 
 _STEPS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
-_NAMES = frozenset(_STEPS) | {f"{name}_cell" for name in _STEPS}
+RECURRENT = frozenset(_STEPS) | {f"{name}_cell" for name in _STEPS}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from torchjd_func.differentiate._layerwise import _recurrent
 from torchjd_func.differentiate._layerwise._functions import name_of, named
 from torchjd_func.differentiate._layerwise._norms import NORMS, norm
 
@@ -165,6 +166,9 @@ _BY_FUNCTION: dict[Any, Callable[..., Any]] = {  # these are handed the operatio
     **dict.fromkeys(named("prelu").functions, _prelu),
     **dict.fromkeys(_AT_INDEX.functions, _at_index),
     **dict.fromkeys(named("flip roll").functions, _moved),
+    **dict.fromkeys(named(" ".join(_recurrent.RECURRENT)).functions, _recurrent.on_device),
+    Tensor.data_ptr: _recurrent.address,
+    **dict.fromkeys(named("_cudnn_rnn_flatten_weight").functions, _recurrent.unmoved),
 }
 _SPELLED = _BY_FUNCTION | {name_of(func): spell for func, spell in _BY_FUNCTION.items()}
 
