@@ -47,7 +47,7 @@ def backward_(
         optimizer.step()
 
     For losses of plain autograd, and so for what `torch.func` cannot see: activation checkpointing
-    (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, recurrent layers of cuDNN,
+    (`use_reentrant=False`), hooks, `torch.autocast`, packed sequences, the kernels of cuDNN,
     custom functions and kernels, inner `torch.autograd.grad`. Rules and numbers are `jd.grad`'s.
 
     It costs `m` backward passes, and holds `m` gradients at once. A Scalarizer, and an Aggregator
