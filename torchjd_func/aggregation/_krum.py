@@ -55,9 +55,12 @@ def _select(
     finite = xp.isfinite(gramian)
     if present is not None:
         finite = finite & present & present[:, None]
-    near = finite & finite.diagonal() & finite.diagonal()[:, None]
-    norms = xp.where(near, gramian, 0.0).diagonal()
-    distances = xp.clip(norms[:, None] + norms - 2 * xp.where(near, gramian, 0.0), 0.0, None)
+    rows = finite.diagonal()
+    near = finite & rows & rows[:, None]
+    known = xp.where(near, gramian, 0.0)
+    norms = known.diagonal()
+    distances = norms[:, None] + norms - 2 * known
+    distances = xp.where(distances < 0, 0.0, distances)
     distances = distances if squared else xp.sqrt(distances)
     others = xp.where(near & (_host.identity(gramian) == 0), distances, xp.inf)  # (m, m)
     ordered = xp.sort(others, -1) if xp is np else xp.sort(others, -1).values
