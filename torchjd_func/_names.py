@@ -82,5 +82,5 @@ def _walk(option: str, value: Any) -> Iterator[tuple[str, Named]]:
     elif isinstance(value, Mapping | list | tuple):
         for member in value.values() if isinstance(value, Mapping) else value:
             yield from _walk(option, member)
-    elif hasattr(value, "update_fn"):
-        yield from _walk(option, value.update_fn)
+    elif not isinstance(value, int | float | Tensor) and hasattr(value, "update_fn"):
+        yield from _walk(option, value.update_fn)  # what a graph has as a number has no attributes

@@ -1,5 +1,6 @@
 """What no argument holds may change later: constants, thresholds, random generators, modes."""
 
+import math
 import random
 import warnings
 from functools import partial
@@ -67,6 +68,43 @@ def test_examples_that_a_constant_keeps_apart_for_now(name):
         found = jd.gramian(objective)(PARAMS, X)
     rows = by_loops(fn, PARAMS, X, held[0])
     torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+COEFFICIENTS = {
+    "of numpy": (lambda h, m, v: h + v * m, np.float64(1e-9), np.float64(1.0)),
+    "of numpy, single": (lambda h, m, v: h + v * m, np.float32(0.0), np.float32(1.0)),
+    "complex": (lambda h, m, v: h + (m * v).real, 0j, 1 + 0j),
+    "in place": (lambda h, m, v: h + m.clone().mul_(v), 0.0, 1.0),
+    "of a sum in place": (lambda h, m, v: h.clone().add_(m, alpha=v), 0.0, 1.0),
+    "between two in place": (lambda h, m, v: h.clone().lerp_(m, v), 0.0, 0.5),
+    "an infinite mask": (
+        lambda h, m, v: (h @ h.T).masked_fill(torch.eye(len(h)) == 0, v).softmax(1) @ h,
+        -math.inf,
+        0.0,
+    ),
+    "a mask of large numbers": (
+        lambda h, m, v: (h @ h.T).masked_fill(torch.eye(len(h)) == 0, v).softmax(1) @ h,
+        -1e9,
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_examples_that_a_number_keeps_apart_for_now(name):
+    mix, *values = COEFFICIENTS[name]
+
+    def fn(params, x):
+        h = hidden(params, x)
+        return mix(h, h.roll(1, 0), held[0]).square().sum(1)
+
+    objective, held = jd.instancewise(fn), [values[0]]
+    for held[0] in values:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = jd.gramian(objective)(PARAMS, X)
+        rows = by_loops(fn, PARAMS, X)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
 
 
 class Rolled(nn.Module):

@@ -196,3 +196,27 @@ def test_gates_within_an_example_keep_their_factors(name):
         found = jd.gramian(objective)(PARAMS, X)
         torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-12)
     assert "backward" not in str(jd.explain_gramian(objective, PARAMS, X))
+
+
+OF_PARAMETERS = {
+    "clipped": lambda w, m, g: w.clamp(-0.5, 0.5) + m,
+    "a bounded norm": lambda w, m, g: w * (g / w.norm(dim=0).clamp(min=3)),
+    "the largest": lambda w, m, g: w / w.amax(0) * g,
+    "rectified": lambda w, m, g: w + F.relu(m[:, :2]) @ m[:2],
+}
+
+
+@pytest.mark.parametrize("name", OF_PARAMETERS)
+def test_gates_of_parameters_alone_keep_factors(name):
+    """They hold no example back; a warning is an error."""
+    params = [torch.randn(3, 4).double(), torch.randn(3, 4).double(), rand(4)]
+
+    def fn(params, x):
+        return (x @ OF_PARAMETERS[name](*params)).tanh().sum(1)
+
+    x = rand(5, 3)
+    rows = by_loops(fn, params, x)
+    objective = jd.instancewise(fn)
+    torch.testing.assert_close(jd.gramian(objective)(params, x), rows @ rows.T)
+    lines = jd.explain_gramian(objective, params, x).leaves
+    assert not [line for line in lines if line.contraction == "m backward passes"]

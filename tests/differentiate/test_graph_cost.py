@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import torchjd_func as jd
 from benchmarks._networks import CLASSES, WORDS, Transformer
 from benchmarks._public_models import build
+from tests.programs import by_loops
 from torchjd_func.differentiate._layerwise import Settled
 
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
@@ -100,3 +101,31 @@ def test_graphs_of_several_objectives_in_one_process():
         expected = gramian(params, x)
         compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(params, x), expected)
+
+
+ATTRIBUTES = {
+    "T": lambda w, x: x @ w.T,
+    "mT": lambda w, x: x @ w.mT,
+    "H": lambda w, x: x @ w.H,
+    "several": lambda w, x: x @ w.T.mT.T + x @ w,
+    "of an index": lambda w, x: w.T[(x[:, 0] > 0.5).long()] * x,
+    "of what is made of it": lambda w, x: x @ (w.sin() @ w).T @ w.cos().T,
+    "of the losses": lambda w, x: (w @ x.T).T.sin(),
+    "data": lambda w, x: (x @ w) * w.data.sum(),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_parameters_are_found_in_graphs(name):
+    """A compiler reads them where nobody sees it."""
+    w, x = torch.rand(3, 3).double(), torch.rand(4, 3).double()
+
+    def fn(params, x):
+        return ATTRIBUTES[name](params[0], x).tanh().sum(1)
+
+    gramian = jd.gramian(jd.instancewise(fn))
+    rows = by_loops(fn, [w], x)
+    gramian([w], x)
+    torch._dynamo.reset()
+    compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")  # a warning is an error
+    torch.testing.assert_close(compiled([w], x), rows @ rows.T)

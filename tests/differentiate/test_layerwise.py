@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn import functional as F
 
 import torchjd_func as jd
+from tests.programs import by_loops
 from tests.zoo import ZOO, B, Specimen
 
 NAMES = sorted(ZOO)
@@ -159,3 +162,61 @@ def test_chunk_size_bounds_how_many_losses_share_a_pass_to_leaves_without_rules(
     found = gramian(params, x)
     assert len(calls) == passes
     torch.testing.assert_close(found, jd.gramian(losses, route="jacobian")(params, x))
+
+
+def penalty(params: list[Tensor], x: Tensor) -> Tensor:
+    """Return losses of a gradient by activations, by plain autograd."""
+    h = torch.tanh(x @ params[0])
+    loss = (h @ params[1]).square().sum()
+    (inner,) = torch.autograd.grad(loss, [h], create_graph=True)
+    return torch.stack([inner.square().sum(), loss])
+
+
+def tangent(params: list[Tensor], x: Tensor) -> Tensor:
+    """Return losses of a derivative along the inputs, by dual numbers."""
+    with forward_ad.dual_level():
+        out = torch.tanh(forward_ad.make_dual(x, 2 * x) @ params[0]) @ params[1]
+        value, along = forward_ad.unpack_dual(out)
+        return torch.stack([along.square().sum(), value.sum()])
+
+
+def adapted(params: list[Tensor], x: Tensor) -> Tensor:
+    """Return losses after a step of gradient descent on one of them."""
+    loss = (torch.tanh(x @ params[0]) @ params[1]).square().mean()
+    steps = torch.autograd.grad(loss, params, create_graph=True)
+    moved = [p - 0.1 * step for p, step in zip(params, steps, strict=True)]
+    return torch.stack([loss, (torch.tanh(x @ moved[0]) @ moved[1]).cos().mean()])
+
+
+@pytest.mark.parametrize("fn", [penalty, tangent, adapted])
+@pytest.mark.parametrize("route", ["layerwise", "auto"])
+def test_derivatives_inside_an_objective(fn, route):
+    """What they make of parameters comes by no operation that anybody sees."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 5), (5,), (3, 4))
+    *params, x = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    rows = by_loops(fn, params, x)
+    got = jd.gramian(fn, route=route)(params, x)
+    torch.testing.assert_close(got, rows @ rows.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_with_weights_for_each_input(packed):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 4), (4, 4), (4, 4), (4, 4), (3, 5, 4))
+    *params, x = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    ignored = torch.ones(12, 4).double() if packed else torch.empty(0).double()
+
+    def fn(params: list[Tensor], x: Tensor) -> Tensor:
+        q, k, v, out = params
+        mixed, _ = F.multi_head_attention_forward(
+            *(x.transpose(0, 1),) * 3,
+            *(4, 2, ignored, None, None, None, False, 0.0, out, None),
+            use_separate_proj_weight=True,
+            **{"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v},
+        )
+        return mixed.square().sum((0, 2))
+
+    rows = by_loops(fn, params, x)
+    got = jd.gramian(jd.instancewise(fn))(params, x)
+    torch.testing.assert_close(got, rows @ rows.T, rtol=1e-9, atol=1e-9)

@@ -183,3 +183,22 @@ def test_several_optimizers_are_told_apart():
 def test_a_gradient_of_a_real_parameter_is_real():
     with pytest.raises(TypeError, match=r"`grads` must be real at 'bias'.*complex64"):
         jd.interop.assign_grads_(nn.Linear(2, 1), {"bias": torch.ones(1, dtype=torch.complex64)})
+
+
+def test_what_was_frozen_stands_still():
+    """Also where the gradient of the last step before is still there."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.randn(4, 3)
+    for frozen in (False, True):
+        model[0].requires_grad_(not frozen)
+        apply, params, buffers = jd.functionalize(model)
+        before = model[0].weight.detach().clone()
+
+        def objective(params, apply=apply, buffers=buffers):
+            return apply(params, buffers, x)[0].square().mean(0)
+
+        grads, _ = jd.grad(objective, jd.upgrad())(None, params)
+        jd.interop.assign_grads_(model, grads, optimizer=optimizer)
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight.grad is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any
 
@@ -106,23 +105,31 @@ def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]
 
 
 def reached(
-    outs: Sequence[Tensor], handles: Sequence[Tensor], aliases: AbstractSet[Any] = frozenset()
+    outs: Sequence[Tensor], handles: Sequence[Tensor], around: Mapping[Any, Sequence[Any]] = {}
 ) -> set[int]:
-    """Return which handles autograd reaches, but for ways through aliases; not in a graph."""
+    """Return which handles autograd reaches, past nodes that stand for others; not in a graph."""
     number = {id(handle): leaf for leaf, handle in enumerate(handles)}
-    return {number[place] for place in origins(outs, aliases) if place in number}
+    return {number[place] for place in origins(outs, around) if place in number}
 
 
-def origins(outs: Sequence[Tensor], aliases: AbstractSet[Any] = frozenset()) -> dict[int, Tensor]:
-    """Return the leaves of autograd that tensors are, or depend on, by identity."""
+def origins(outs: Sequence[Tensor], around: Mapping[Any, Sequence[Any]] = {}) -> dict[int, Tensor]:
+    """Return the leaves of autograd that tensors are, or depend on, by identity.
+
+    Args:
+        outs: The tensors.
+        around: Nodes that are passed by, with those that come next.
+    """
     found = {id(x): x for x in outs if x.grad_fn is None}
-    seen = set(aliases)
+    seen: set[Any] = set()
     ahead: list[Any] = [x.grad_fn for x in outs]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node in around:
+            ahead.extend(around[node])
+            continue
         parents = node.next_functions
         if parents:
             ahead.extend([parent for parent, _ in parents])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchjd_func import _check, _tree
@@ -58,7 +59,8 @@ def bind(request: Request) -> Bound:
         places = chosen(request.where, paths)
     kept = [flat[i] for i in places]
     names = [paths[i] for i in places]
-    _check.params(f"argument {argnums}", names, kept)
+    compiling = torch.compiler.is_compiling()  # which writes no numbers that may change (2.13)
+    _check.params("the arguments" if compiling else f"argument {argnums}", names, kept)
 
     def spread(leaves: Sequence[Any], others: Sequence[Any]) -> PyTree:
         return rebuild(replaced(others, places, leaves))

@@ -26,9 +26,9 @@ def assign_grads_(
     Args:
         target: A module, a tree of modules such as `(trunk, {"a": head})`, or a tree of parameters.
         grads: For a module, a dict by the names of `jd.functionalize`; names left out keep their
-            `.grad`. A tree of such, or of gradients, for a tree. `None` for a parameter, or in the
-            place of a whole part, stands for no gradient. Where one parameter stands in two places,
-            its gradients are added.
+            `.grad`, but for what is frozen. A tree of such, or of gradients, for a tree. `None` for
+            a parameter, or in the place of a whole part, stands for no gradient. Where one
+            parameter stands in two places, its gradients are added.
         optimizer: The one that is to step; to check that it has all these parameters.
 
     Raises:
@@ -45,7 +45,8 @@ def assign_grads_(
         >>> model.bias.grad, model.weight.grad
         (tensor([1.]), None)
     """
-    found = list(_targets.pairs(_targets.listed(target), grads))
+    target = _targets.listed(target)
+    found = list(_targets.pairs(target, grads))
     owned = None if optimizer is None else _owned(optimizer)
     for path, param, grad in found:
         _check.leaf_parameter("target", path, param)
@@ -59,12 +60,20 @@ def assign_grads_(
         totals[id(param)] = param, _added(param, total, grad)
     for param, total in totals.values():
         param.grad = total
+    for param in _targets.frozen((target, _parameters(optimizer))):
+        param.grad = None  # an old one would move it
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
     """Return the identities of the parameters of an optimiser."""
     _check.optimizer(optimizer)
-    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return set(map(id, _parameters(optimizer)))
+
+
+def _parameters(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """Return the parameters of an optimiser."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [param for group in groups for param in group["params"]]
 
 
 def _added(param: Tensor, total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -35,6 +35,13 @@ def trainable(target: PyTree) -> PyTree:
     return tree
 
 
+def frozen(target: PyTree) -> Iterator[Tensor]:
+    """Yield the parameters that require no gradient."""
+    for node in _tree.leaves(target):
+        params = node.parameters() if isinstance(node, nn.Module) else [node]
+        yield from (param for param in params if not param.requires_grad)
+
+
 def listed(target: Any) -> PyTree:
     """Return a target that can be read twice, such as that of `model.parameters()`."""
     return tuple(target) if isinstance(target, Iterator) else target

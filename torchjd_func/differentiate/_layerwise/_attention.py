@@ -51,6 +51,7 @@ def _project(apply: Apply, given: Given) -> list[Tensor]:
     """Return queries, keys and values."""
     inputs = [given["query"], given["key"], given["value"]]
     weight, bias = given["in_proj_weight"], given["in_proj_bias"]
+    weight = None if given["use_separate_proj_weight"] else weight
     if weight is not None and inputs[0] is inputs[1] and inputs[1] is inputs[2]:
         packed = apply(F.linear, inputs[0], weight, bias)
         return list(apply(torch.chunk, packed, 3, -1))

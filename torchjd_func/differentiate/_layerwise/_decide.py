@@ -266,6 +266,7 @@ def use(trace: Decider, step: Step, given: list[Tensor], out: Tensor) -> Step:
     batched = trace.layout.kind == "batched"
     axis = trace.operations.axis_next(out) if batched else 0
     arrays = [x for x in given if x not in trace.sources]
+    trace.ended(out, arrays)
     axes = tuple(trace.operations.axis(x) for x in arrays) if batched else (None,) * len(arrays)
     shape = tuple(out.shape)
     return step._replace(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._decide import common_depth, depth
-from torchjd_func.differentiate._layerwise._functions import is_in_place, named
+from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of, named
 from torchjd_func.differentiate._layerwise._gates import answered, differ, opened
+from torchjd_func.differentiate._layerwise._local import IN_PLACE
 from torchjd_func.differentiate._layerwise._noise import near
-from torchjd_func.differentiate._layerwise._operations import Operation, Operations
+from torchjd_func.differentiate._layerwise._operations import Operation, Operations, python_number
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan
-from torchjd_func.differentiate._layerwise._sources import instances_in, substitute
+from torchjd_func.differentiate._layerwise._sources import instances_in, substitute, tensors_in
 from torchjd_func.differentiate._layerwise._trace import Trace
 
 _LARGE = 2**20
@@ -75,7 +77,7 @@ class Disturbed(Trace):
         given = self.operations.begin(func, args, kwargs)
         constant = self.noisy == 2 and not given and instances_in(float, args)
         # A schedule may change them, and they may be zero at first: plans do not say what they are.
-        if self.noisy == 2 and not is_in_place(func):
+        if self.noisy == 2:
             args, kwargs = self.elsewhere(func, given, args, kwargs)
         elif self.noisy in (4, 5) and any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.turned)
@@ -86,7 +88,8 @@ class Disturbed(Trace):
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
         place, operation = len(self.operations.names) - 1, Operation(func, args, kwargs, given)
-        if self.noisy == 3 and place in self.doubts.bounds:
+        derived = any(x in self.sources for x in tensors_in(out))  # of parameters, without examples
+        if self.noisy == 3 and place in self.doubts.bounds and not derived:
             out = self.opened(operation, out)
         elif self.noisy == 6 and place in self.doubts.answers and not is_in_place(func):
             out = answered(self.run, operation, out)
@@ -115,13 +118,19 @@ class Disturbed(Trace):
         self, func: Callable[..., Any], given: list[Tensor], args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Return other numbers, and tensors made of such, where they meet what is traced."""
+        if is_in_place(func):
+            alone = IN_PLACE.get(name_of(func))
+            if alone is None:
+                return args, kwargs
+            (_, *rest), kwargs = self.elsewhere(alone, given, args, kwargs)
+            return (args[0], *rest), kwargs  # it writes where it wrote
         if any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.nearby)
         if func in _ARITHMETIC and any(x.is_floating_point() for x in given):
-            return _renumbered((args, kwargs), (int, float))
+            return _renumbered((args, kwargs), whole=True)
         if not self.operations.loosened or self.on_sources(given):
             return args, kwargs  # a form is for the numbers that it was found with
-        others = _renumbered((args, kwargs), (float,))
+        others = _renumbered((args, kwargs), whole=False)
         before = Operation(func, args, kwargs, given)
         after = before._replace(args=others[0], kwargs=others[1])
         return others if differ(before, after) else (args, kwargs)
@@ -154,14 +163,15 @@ def _elsewhere(x: Any) -> Any:
     return 1.1 * x + 0.1
 
 
-def _renumbered(tree: Any, kinds: tuple[type, ...]) -> Any:
-    """Return arguments with other numbers."""
-    if type(tree) in kinds:
-        return _elsewhere(tree)
+def _renumbered(tree: Any, *, whole: bool) -> Any:
+    """Return arguments with other numbers, integers among them or not."""
+    if isinstance(tree, Number) and not isinstance(tree, bool):
+        tree = python_number(tree)
+        return _elsewhere(tree) if whole or not isinstance(tree, int) else tree
     if type(tree) is dict:
-        return {name: _renumbered(part, kinds) for name, part in tree.items()}
+        return {name: _renumbered(part, whole=whole) for name, part in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_renumbered(part, kinds) for part in tree)
+        return type(tree)(_renumbered(part, whole=whole) for part in tree)
     return tree
 
 

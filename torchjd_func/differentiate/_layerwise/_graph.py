@@ -25,6 +25,7 @@ from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Source,
     build,
+    derive,
     instances_in,
     substitute,
     tensors_in,
@@ -72,12 +73,7 @@ def _constants(part: Any) -> Any:
 def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
     """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`.
 
-    Args:
-        listed: The operations.
-        made: How many tensors are numbered.
-
-    Returns:
-        The operations.
+    `made` is how many tensors are numbered.
     """
     readers: dict[float, list[int]] = {}  # the places of what reads each tensor
     for place, entry in enumerate(listed):
@@ -107,6 +103,9 @@ class Followed(Operations):
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
+        self.unseen: dict[
+            float, tuple[Step, tuple[int, ...], Any]
+        ] = {}  # of which these are made of parameters
         self.changed: list[str] = []  # the operations that are other ones
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
@@ -153,7 +152,10 @@ class Followed(Operations):
                 return entry
             self.places.append(place)
             if place in self.planned:
-                self.changed.append(HIDES)
+                step = self.planned.pop(place)
+                if step.use:
+                    self.changed.append(HIDES)
+                self.unseen[len(self.shapes) + HALF] = step, entry.values[0]
             for shape in entry.shapes:
                 self.hidden.add(len(self.shapes) + HALF)
                 self.shapes.append(shape)
@@ -232,7 +234,25 @@ class Replay(Trace):
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
+        for x in given if self.operations.unseen else ():
+            found = self.unseen(self.operations.known.get(x, -1) + HALF)
+            if found is not None and x.requires_grad and x not in self.sources:
+                self.note(x, found)
         return self.operations.places[-1] in self.operations.planned
+
+    def unseen(self, number: Any) -> Source | None:
+        """Return what a tensor is made of where a compiler hides how: by attributes, as `w.T`."""
+        if number not in self.operations.unseen:
+            return None
+        step, argument = self.operations.unseen[number]
+        found, known = [self.unseen(argument)], self.operations.known
+        for x, source in self.sources.items():
+            itself = source.func is None and source.leaves == step.leaves  # a parameter
+            same = known.get(x, -1) + HALF == argument
+            found.append(source if (same if isinstance(argument, float) else itself) else None)
+        parents = [source for source in found if source is not None]
+        name: Any = step.func  # of the attribute, in a plan for graphs
+        return derive(getattr, (parents[0], name), {}, expanded=False) if name and parents else None
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
@@ -262,6 +282,9 @@ class Replay(Trace):
 
         return substitute(tree, replace)
 
+    def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
+        """Do nothing: a graph shows no nodes of autograd."""
+
     def finish(self, outputs: list[Tensor]) -> None:
         """Find out whether the run was the one that was planned."""
         self.operations.close(outputs)
@@ -273,4 +296,4 @@ HIDDEN = READERS.names | {
     *("__get__", "pad", "unbind", "_set_grad_enabled", "requires_grad_", "grad"),
     *("_make_dual", "_unpack_dual"),
 }
-HIDES = "an operation on parameters that a compiler hides, such as `.T` (write `.t()`)"
+HIDES = "an operation on parameters that a compiler hides"

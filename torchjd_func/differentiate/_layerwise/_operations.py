@@ -7,7 +7,7 @@ axis of a tensor whose length changes is that of the examples, or of as many par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral, Number
+from numbers import Integral, Number, Real
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -189,7 +189,9 @@ class Operations:
         if kind is int and index:
             self.loosened = True
             return ANY
-        if kind is float or (loose and (kind is int or kind in _PLAIN)):
+        if kind is float or kind is complex or (loose and (kind is int or kind in _PLAIN)):
+            if kind is float and abs(x) >= INFINITE:
+                return x  # a mask, under which all else is lost
             self.loosened = True
             return kind
         if kind is int or kind in _PLAIN:
@@ -203,11 +205,16 @@ class Operations:
         if kind is slice:
             ends = (x.start, x.stop, x.step)
             return (kind, *(self._describe(part, False, False, given) for part in ends))
-        if isinstance(x, Integral):  # of numpy, or of an enumeration
-            return self._describe(int(x), loose, index, given)
+        if isinstance(x, Number):  # of numpy, or of an enumeration
+            return self._describe(python_number(x), loose, index, given)
         if isinstance(x, torch.Generator) and x not in self.generators:
             self.generators[x] = x.get_state()
         return _value(x)
+
+
+def python_number(x: Any) -> Any:
+    """Return a number of another kind, such as one of numpy, as one of Python."""
+    return int(x) if isinstance(x, Integral) else float(x) if isinstance(x, Real) else complex(x)
 
 
 class _AnyInteger:
@@ -237,7 +244,7 @@ def _value(x: Any) -> Any:
         return x
     if isinstance(x, FunctionType):  # a hook
         return x.__code__
-    if isinstance(x, Number) or not hasattr(x, "tobytes"):
+    if not hasattr(x, "tobytes"):
         return type(x)
     array: Any = x
     return str(array.dtype), array.shape, array.tobytes()
@@ -262,5 +269,6 @@ def unknown(x: Tensor) -> str | None:
     return "traced" if x.requires_grad else None
 
 
+INFINITE = 1e8  # such large numbers leave out what they are added to
 HALF = 0.5  # tells the numbers of tensors from those that are arguments
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})

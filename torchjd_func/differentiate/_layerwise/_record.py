@@ -179,7 +179,7 @@ def record(
     kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
     aux = list(rest)
 
-    connected = set() if compiling else reached(inner[0][0], inner[0][2], mode.aliases)
+    connected = set() if compiling else reached(inner[0][0], inner[0][2], mode.around)
     values = [*frozen, *constants]
     if compiling:
         pull = partial(_pull_compiled, pullback)

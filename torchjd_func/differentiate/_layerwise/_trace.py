@@ -79,7 +79,7 @@ class Trace(TorchFunctionMode):
         self.ids: set[int] = set()
         for leaf, handle in enumerate(handles):
             self.note(handle, of_leaf(leaf))
-        self.aliases: set[Any] = set()  # nodes of autograd where uses begin
+        self.around: dict[Any, list[Any]] = {}  # the nodes where uses end, with those before them
         self.steps: list[Step] = []
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []  # the outputs of uses
@@ -188,6 +188,7 @@ class Trace(TorchFunctionMode):
             self.changed.append(name_of(func))
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
+        self.ended(out, self.uses[-1].arrays)
         if self.perturbations is not None:
             return out + self.perturbations[len(self.uses) - 1]
         self.edges.append(get_gradient_edge(out))
@@ -207,16 +208,12 @@ class Trace(TorchFunctionMode):
         return step if same and not self.changed else None
 
     def alias(self, tree: Any) -> Any:
-        """Return arguments with aliases for parameters, where autograd need not go on."""
+        """Return arguments of a use as they are: autograd is not asked for what is behind them."""
+        return tree
 
-        def replace(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x not in self.sources or not x.requires_grad:
-                return x
-            alias = x.view_as(x)
-            self.aliases.add(alias.grad_fn)
-            return alias
-
-        return substitute(tree, replace)
+    def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
+        """Note the way past a use: what comes to its parameters by another is no use of theirs."""
+        self.around[out.grad_fn] = [x.grad_fn for x in arrays]
 
     def mark(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
         """Return the arguments with sources and places for tensors, and the tensors there."""
