@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -172,11 +174,11 @@ def penalty(params: list[Tensor], x: Tensor) -> Tensor:
     return torch.stack([inner.square().sum(), loss])
 
 
-def tangent(params: list[Tensor], x: Tensor) -> Tensor:
+def tangent(params: list[Tensor], x: Tensor) -> Any:
     """Return losses of a derivative along the inputs, by dual numbers."""
     with forward_ad.dual_level():
         out = torch.tanh(forward_ad.make_dual(x, 2 * x) @ params[0]) @ params[1]
-        value, along = forward_ad.unpack_dual(out)
+        value, along = cast(Any, forward_ad.unpack_dual(out))
         return torch.stack([along.square().sum(), value.sum()])
 
 
@@ -209,12 +211,10 @@ def test_attention_with_weights_for_each_input(packed):
 
     def fn(params: list[Tensor], x: Tensor) -> Tensor:
         q, k, v, out = params
-        mixed, _ = F.multi_head_attention_forward(
-            *(x.transpose(0, 1),) * 3,
-            *(4, 2, ignored, None, None, None, False, 0.0, out, None),
-            use_separate_proj_weight=True,
-            **{"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v},
-        )
+        given: Any = (*[x.transpose(0, 1)] * 3, 4, 2, ignored, *[None] * 3, False, 0.0, out, None)
+        weights: Any = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
+        attend = F.multi_head_attention_forward
+        mixed, _ = attend(*given, use_separate_proj_weight=True, **weights)
         return mixed.square().sum((0, 2))
 
     rows = by_loops(fn, params, x)

@@ -71,10 +71,8 @@ def _constants(part: Any) -> Any:
 
 
 def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
-    """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`.
-
-    `made` is how many tensors are numbered.
-    """
+    """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`."""
+    # `made` is how many tensors are numbered
     readers: dict[float, list[int]] = {}  # the places of what reads each tensor
     for place, entry in enumerate(listed):
         for number in instances_in(float, entry.values):
@@ -103,9 +101,7 @@ class Followed(Operations):
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
-        self.unseen: dict[
-            float, tuple[Step, tuple[int, ...], Any]
-        ] = {}  # of which these are made of parameters
+        self.unseen: dict[float, tuple[Step, Any]] = {}  # and of what, if of parameters
         self.changed: list[str] = []  # the operations that are other ones
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
