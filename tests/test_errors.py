@@ -381,6 +381,11 @@ CASES = {
     ),
     "cast to ints": (lambda: jd.cast_floating(losses, torch.int8), ValueError, "dtype.*bfloat16"),
     "cast to a name": (lambda: jd.cast_floating(losses, "half"), ValueError, "dtype"),
+    "where as a list of names": (
+        lambda: jd.grad(losses, jd.upgrad(), where=["w"])(None, PARAMS, X),  # type: ignore
+        TypeError,
+        r"where.*got list.*lambda path:",
+    ),
     "where names nothing": (
         lambda: jd.grad(losses, jd.upgrad(), where=lambda path: path == "v")(None, PARAMS, X),
         ValueError,

@@ -110,3 +110,44 @@ def test_numbers_that_change_are_captured(by_name):
     fast = torch.compile(step, fullgraph=True, backend="eager")
     for share in (0.25, 0.5, 0.75):
         torch.testing.assert_close(fast(share), step(share))
+
+
+NUMBERS = {
+    "cagrad": jd.cagrad,
+    "fairgrad": lambda value: jd.fairgrad(value + 0.5),
+    "smoothed": lambda value: jd.smoothed(jd.mgda(), value),
+    "stch": lambda value: jd.scalarizers.stch(value + 0.1),
+    "upgrad": lambda value: jd.upgrad([value + 0.1, 1 - value]),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_may_change_in_a_compiled_step(name):
+    """It compiles again."""
+
+    def objective(params, x):
+        return (x @ params).square().mean(0) + 0.1
+
+    def step(params, x, value):
+        return jd.grad(objective, NUMBERS[name](value))(None, params, x)[0]
+
+    params, x = torch.randn(3, 2).double(), torch.randn(5, 3).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for value in (0.0, 0.25, 0.5):
+        torch.testing.assert_close(compiled(params, x, value), step(params, x, value))
+
+
+@pytest.mark.parametrize("route", ["auto", "layerwise", "product"])
+def test_sizes_may_change_in_a_compiled_step(route):
+    def objective(params, x):
+        return (x @ params).square().mean(0)
+
+    step = jd.grad_and_value(objective, jd.upgrad(), route=route)
+    params = torch.randn(3, 2).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for size in (8, 3, 5):
+        x = torch.randn(size, 3).double()
+        for got, expected in zip(compiled((), params, x), step((), params, x), strict=True):
+            torch.testing.assert_close(got, expected)

@@ -102,7 +102,8 @@ def functionalize(model: PyTree) -> tuple[PyTree, PyTree, PyTree]:
 
     Returns:
         `(apply, params, buffers)`. `apply(params, buffers, *inputs, **kwargs)` returns
-        `(outputs, buffers)` and changes nothing: running statistics come back as new buffers.
+        `(outputs, buffers)` and changes nothing: running statistics come back as new buffers. While
+        it runs the module holds what it is given: no other thread may use the module then.
         `params` holds the parameters that require a gradient now; those that do not (LoRA's base
         weights) are constants, and with the buffers. Both are dicts of detached tensors that share
         memory with the module, so call this after `model.to(...)`, and again after what replaces

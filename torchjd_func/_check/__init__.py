@@ -176,6 +176,7 @@ from torchjd_func._check._options import (
     shares,
     solver,
     vector,
+    where,
 )
 from torchjd_func._check._returned import (
     dependent_loss,

@@ -37,11 +37,16 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def function(name: str, value: Any) -> Any:
+def function(name: str, value: Any, remedy: str = "Pass e.g. torch.abs.") -> Any:
     """Return a function, or `None`."""
     if value is not None and not callable(value):
-        fail(TypeError, f"`{name}`", "be a function or None", _shown(value), "Pass e.g. torch.abs.")
+        fail(TypeError, f"`{name}`", "be a function or None", _shown(value), remedy)
     return value
+
+
+def where(value: Any) -> Any:
+    """Return a predicate of the paths of leaves, or `None`."""
+    return function("where", value, "Pass e.g. lambda path: path.startswith('trunk').")
 
 
 def interval(

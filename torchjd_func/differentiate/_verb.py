@@ -30,7 +30,7 @@ def linearize(
 ) -> Linearized:
     """Let an objective linearize itself at some arguments, with the options of a transform."""
     _check.flag("has_aux", options.has_aux)
-    _check.function("where", options.where)
+    _check.where(options.where)
     objective = as_objective(fn)
     named = dict(kwargs)
     present, size = named.pop("present", None), named.pop("size", None)

@@ -151,7 +151,7 @@ def _check_options(rule: Any, chunk_size: int | None, where: Any, scaler: Any, s
     """Check the rule, and what goes with it."""
     _check.rule(rule, (Aggregator, Scalarizer))
     _check.chunk_size(chunk_size)
-    _check.function("where", where)
+    _check.where(where)
     _check.size(size, rule.processes is not None)
     if where is not None:
         _check.combinable("where", rule, (Aggregator,))
