@@ -964,6 +964,16 @@ def test_error_names_the_argument_and_the_remedy(call, kind, message):
     assert text.endswith(".")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a graph
+def test_linearize_inside_is_refused():
+    def linearized(params, x):
+        out, along = torch.func.linearize(lambda h: h.sin().sum(1), x @ params)
+        return out + along(x)
+
+    with pytest.raises(ValueError, match=r"no torch\.func\.linearize.*torch\.func\.jvp"):
+        jd.gramian(jd.instancewise(linearized))(torch.eye(2), torch.ones(3, 2))
+
+
 MAKERS = {
     "instancewise": jd.instancewise,
     "per_example": jd.per_example,

@@ -162,6 +162,11 @@ _KNOWN = (
         "Set the environment variable PYTORCH_JIT=0 before Python starts: they run as Python.",
     ),
     (
+        ("convert all Tensors to FakeTensors",),
+        "use no torch.func.linearize, which takes what others differentiate for constants",
+        "Write torch.func.jvp(f, (x,), (v,)).",
+    ),
+    (
         ("have storage", "device type tensor to numpy"),
         "not read the memory of tensors, as x.numpy() and packed sequences do",
         "Make arrays outside, convert with x.tolist(), and pad and mask sequences.",
