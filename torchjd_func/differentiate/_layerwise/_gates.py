@@ -15,10 +15,9 @@ from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._functions import is_in_place
 from torchjd_func.differentiate._layerwise._noise import scattered
-from torchjd_func.differentiate._layerwise._operations import Operation
+from torchjd_func.differentiate._layerwise._operations import INFINITE, Operation
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
 
-_INFINITE = 1e8  # masks are often -1e9, or the least number of a dtype
 # What torch raises where an operation does not take its arguments.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
@@ -131,7 +130,7 @@ def _more(x: Tensor, other: Tensor | None, traced: Sequence[Tensor]) -> Tensor:
 
 def _is_mask(x: Tensor) -> Tensor:
     """Say which entries are infinite, or as good as that: what they leave out stays out."""
-    return ~(x.abs() < min(_INFINITE, torch.finfo(x.dtype).max / 2))
+    return ~(x.abs() < min(INFINITE, torch.finfo(x.dtype).max / 2))
 
 
 def _is_part(x: Tensor, given: Sequence[Tensor]) -> bool:

@@ -25,7 +25,6 @@ from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Source,
     build,
-    derive,
     instances_in,
     substitute,
     tensors_in,
@@ -101,7 +100,6 @@ class Followed(Operations):
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
-        self.unseen: dict[float, tuple[Step, Any]] = {}  # and of what, if of parameters
         self.changed: list[str] = []  # the operations that are other ones
 
     def begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
@@ -148,10 +146,7 @@ class Followed(Operations):
                 return entry
             self.places.append(place)
             if place in self.planned:
-                step = self.planned.pop(place)
-                if step.use:
-                    self.changed.append(HIDES)
-                self.unseen[len(self.shapes) + HALF] = step, entry.values[0]
+                self.changed.append(HIDES)
             for shape in entry.shapes:
                 self.hidden.add(len(self.shapes) + HALF)
                 self.shapes.append(shape)
@@ -230,25 +225,7 @@ class Replay(Trace):
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
-        for x in given if self.operations.unseen else ():
-            found = self.unseen(self.operations.known.get(x, -1) + HALF)
-            if found is not None and x.requires_grad and x not in self.sources:
-                self.note(x, found)
         return self.operations.places[-1] in self.operations.planned
-
-    def unseen(self, number: Any) -> Source | None:
-        """Return what a tensor is made of where a compiler hides how: by attributes, as `w.T`."""
-        if number not in self.operations.unseen:
-            return None
-        step, argument = self.operations.unseen[number]
-        found, known = [self.unseen(argument)], self.operations.known
-        for x, source in self.sources.items():
-            itself = source.func is None and source.leaves == step.leaves  # a parameter
-            same = known.get(x, -1) + HALF == argument
-            found.append(source if (same if isinstance(argument, float) else itself) else None)
-        parents = [source for source in found if source is not None]
-        name: Any = step.func  # of the attribute, in a plan for graphs
-        return derive(getattr, (parents[0], name), {}, expanded=False) if name and parents else None
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
@@ -284,7 +261,10 @@ class Replay(Trace):
     def finish(self, outputs: list[Tensor]) -> None:
         """Find out whether the run was the one that was planned."""
         self.operations.close(outputs)
-        self.changed.extend(self.operations.changed)
+        late = list(self.changed)
+        self.changed.clear()
+        self.changed.extend(self.operations.changed)  # which say why
+        self.changed.extend(late)
 
 
 # Whose outputs are told by where they are used, and which use no parameters (torch 2.13)
@@ -292,4 +272,4 @@ HIDDEN = READERS.names | {
     *("__get__", "pad", "unbind", "_set_grad_enabled", "requires_grad_", "grad"),
     *("_make_dual", "_unpack_dual"),
 }
-HIDES = "an operation on parameters that a compiler hides"
+HIDES = "an operation on parameters that a compiler hides, such as `.T` (write `.t()`)"

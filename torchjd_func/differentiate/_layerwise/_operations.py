@@ -269,6 +269,6 @@ def unknown(x: Tensor) -> str | None:
     return "traced" if x.requires_grad else None
 
 
-INFINITE = 1e8  # such large numbers leave out what they are added to
+INFINITE = 1e8  # a mask: it is often -1e9, or the least number of a dtype
 HALF = 0.5  # tells the numbers of tensors from those that are arguments
 _PLAIN = frozenset({bool, str, type(None), torch.dtype})

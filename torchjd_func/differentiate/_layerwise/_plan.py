@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import register_constant
 
-from torchjd_func.differentiate._layerwise._functions import attribute_of
 from torchjd_func.differentiate._layerwise._sources import instances_in
 
 Axis = int | None
@@ -83,8 +82,8 @@ class Settled:
     """
 
     def __init__(self, plan: Plan) -> None:
-        # Without functions, which come with their arguments, but for what reads an attribute
-        steps = [(attribute_of(step.func), *step[1:]) for step in plan.steps]
+        # Without functions: each comes with its arguments
+        steps = [(None, *step[1:]) for step in plan.steps]
         self.parts = (tuple(plan.layout), tuple(steps), plan.opaque, plan.entries)
 
     def __eq__(self, other: object) -> bool:

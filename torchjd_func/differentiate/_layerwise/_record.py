@@ -180,6 +180,7 @@ def record(
     aux = list(rest)
 
     connected = set() if compiling else reached(inner[0][0], inner[0][2], mode.around)
+    mode.around.clear()  # they hold what autograd has saved
     values = [*frozen, *constants]
     if compiling:
         pull = partial(_pull_compiled, pullback)

@@ -155,10 +155,7 @@ class Trace(TorchFunctionMode):
 
     def traced(self, x: Tensor) -> bool:
         """Say whether autograd traces a tensor back to parameters."""
-        if x.requires_grad or self.layout.kind != "vmapped":
-            return x.requires_grad
-        inner = torch.func.debug_unwrap(x, recurse=False)
-        return inner.ndim > x.ndim and inner.requires_grad  # vmap hides it
+        return x.requires_grad or self.mapped(x).requires_grad
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an operation in a form that torch differentiates right."""
@@ -213,7 +210,14 @@ class Trace(TorchFunctionMode):
 
     def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
         """Note the way past a use: what comes to its parameters by another is no use of theirs."""
-        self.around[out.grad_fn] = [x.grad_fn for x in arrays]
+        self.around[self.mapped(out).grad_fn] = [self.mapped(x).grad_fn for x in arrays]
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """Return the examples that a tensor is one of, if `vmap` hides them."""
+        if self.layout.kind != "vmapped":
+            return x
+        inner = torch.func.debug_unwrap(x, recurse=False)
+        return inner if inner.ndim > x.ndim else x
 
     def mark(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
         """Return the arguments with sources and places for tensors, and the tensors there."""
