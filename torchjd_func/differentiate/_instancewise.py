@@ -160,7 +160,8 @@ def instancewise(
 
     Layer-by-layer routes watch `fn` run with this batch and with one example more, to see where
     examples lie, and prove once for each new way that `fn` runs that what they found out is right.
-    What is not proven costs one backward pass for each loss, with a warning.
+    What is not proven costs one backward pass for each loss, with a warning; so does, without one,
+    what runs with no other number of examples, as `jd.explain_gramian` says.
     A graph of `torch.compile` replays what `jd.init_state` or a call before it has proven, if it
     does the same operations.
 
