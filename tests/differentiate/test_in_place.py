@@ -93,9 +93,12 @@ def test_what_is_written_in_place_for_one_example(name):
     fn, params, x = objective(name), [rand(*size, seed=1) for size in SIZES], rand(5, 3, 2)
     if name == "looked up, and added":
         pytest.skip("its places are of a batch")
-    gramian = jd.gramian(jd.per_example(fn, in_dims=(None, 0)))(params, x)
+    gramian = jd.gramian(jd.per_example(fn, in_dims=(None, 0)))
     rows = by_loops(lambda p, x: torch.stack([fn(p, one) for one in x]), params, x)
-    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gramian(params, x), rows @ rows.T, rtol=1e-9, atol=1e-11)
+    torch._dynamo.reset()
+    compiled = torch.compile(gramian, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params, x), rows @ rows.T, rtol=1e-9, atol=1e-11)
 
 
 def test_what_torch_refuses_to_write_is_refused():

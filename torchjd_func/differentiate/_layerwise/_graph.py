@@ -135,14 +135,19 @@ class Followed(Operations):
                 self.known[given[alias]] = len(self.shapes)
             self.shapes.append(shape)
 
+    def upcoming(self) -> str:
+        """Return the name of the next operation of the plan that no compiler hides."""
+        place = self.places[-1] + 1
+        while _may_hide(self.entries[place]):
+            place += 1
+        return self.entries[place].head[0]
+
     def skip(self, name: str) -> Entry:
         """Pass by what a compiler hides or leaves away, unless that uses parameters."""
         while True:
             place = self.places[-1] + 1
             entry = self.entries[place]
-            planned, _, tensors = entry.head
-            made = planned and not tensors  # of numbers alone: torch 2.11 traces that as a constant
-            if planned == name or not (entry.idle or made or planned in HIDDEN):
+            if entry.head[0] == name or not _may_hide(entry):
                 return entry
             self.places.append(place)
             if place in self.planned:
@@ -177,6 +182,13 @@ class Followed(Operations):
             else:
                 same = same and (value is ... or x == value)
         return same
+
+
+def _may_hide(entry: Entry) -> bool:
+    """Say whether a graph may do without an operation, or do it where nobody sees it."""
+    name, _, tensors = entry.head
+    made = name and not tensors  # of numbers alone: torch 2.11 traces that as a constant
+    return bool(entry.idle or made or name in HIDDEN)
 
 
 def _expected(entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -226,6 +238,10 @@ class Replay(Trace):
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
         return self.operations.places[-1] in self.operations.planned
+
+    def may_write_parameters(self, target: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Say whether the plan copies what an operation in place gives: no graph sees past vmap."""
+        return self.operations.upcoming() == "clone"
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
