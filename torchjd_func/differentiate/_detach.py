@@ -31,5 +31,5 @@ def detach_plain(x: Tensor) -> Tensor:
     """Detach a tensor, or one of the batch in `vmap`, that requires plain gradients alone."""
     # What grad, vjp and jvp wrap is left alone, since detaching would cut what is tracked.
     batch = whole_batch(x)
-    plain = debug_unwrap(batch, recurse=False) is batch and batch.requires_grad
+    plain = batch.requires_grad and debug_unwrap(batch, recurse=False) is batch
     return x.detach() if plain else x

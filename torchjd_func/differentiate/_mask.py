@@ -15,9 +15,9 @@ Flags = list[bool | Tensor]
 
 def masked(losses: PyTree, present: Any) -> tuple[Tensor, Tensor | None]:
     """Return the losses as one vector, zeros for those that are absent, and which there are."""
-    flat = [leaf.reshape(-1) for leaf in _tree.leaves(losses)]
     if present is None:
-        return _tree.ravel(flat), None
+        return _tree.ravel(losses), None
+    flat = [leaf.reshape(-1) for leaf in _tree.leaves(losses)]
     flags = _flags(losses, present, [leaf.numel() for leaf in flat])
     # A constant in the place of a loss that is known to be absent: no pull-back goes through it.
     pairs = list(zip(flags, flat, strict=True))

@@ -43,7 +43,7 @@ def linearize(
     if not objective.spans_processes:
         _check_whole(args, options.argnums)
     check_devices((args, named))
-    values = detached(args), detached(named)
+    values = detached((args, named))
     if not options.alone:
         check_passed(args, named, values, options.argnums)
     request = options._replace(

@@ -175,7 +175,7 @@ def used(trace: Decider, step: Step, operation: Operation) -> tuple[Step, Any]:
     func, args, kwargs, given = operation
     # Without a rule it runs again for its rows, and must do the same.
     repeats = repeatable(given) if _rules.rule_of(func) is None else lambda: True
-    out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
+    out = trace.run(func, *args, **kwargs)
     plain = isinstance(out, Tensor) and trace.traced(out) and not is_nested(trace, [out])
     if not (repeats() and plain and recognises(trace, operation, out)):
         trace.deny(display_name(func), set(step.leaves))
@@ -193,7 +193,7 @@ def moved(trace: Decider, step: Step, operation: Operation, out: Tensor) -> tupl
     moves = _moves.moves((func, args, kwargs), parameter, expanded, axis, trace.layout.size)
     if not moves:
         return step, out
-    out = trace.run(func, *trace.alias(args), **trace.alias(kwargs))
+    out = trace.run(func, *args, **kwargs)
     numbers = numbers_in((args, kwargs))
     return use(trace, step, given, out)._replace(moves=moves, numbers=numbers), out
 

@@ -199,10 +199,12 @@ def _inner(a: Form, b: Form) -> Tensor:
         return torch.where(same, products, 0).reshape(shape).sum((1, 3))
     assert isinstance(a, Outer) and isinstance(b, Outer)
     first = (_rotated(a.left), _rotated(a.right))
-    left, right = map(_pairs, first, first if a is b else (_rotated(b.left), _rotated(b.right)))
-    products = left * right
-    alone = products.shape[0] == products.shape[2] == products.shape[4] == 1
-    return products.squeeze((0, 2, 4)) if alone else products.sum((0, 2, 4))
+    second = first if a is b else (_rotated(b.left), _rotated(b.right))
+    if all([x.shape[1] == x.shape[2] == 1 for x in (*first, *second)]):  # one position
+        left, right = [x[:, 0, 0] @ y[:, 0, 0].mT for x, y in zip(first, second, strict=True)]
+        return left * right
+    left, right = map(_pairs, first, second)
+    return (left * right).sum((0, 2, 4))
 
 
 def _looked_up(a: Outer, b: Lookup) -> Tensor:

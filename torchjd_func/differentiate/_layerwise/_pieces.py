@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise import _local, _moves, _rules
-from torchjd_func.differentiate._layerwise._forms import Dense, Form, Lookup
+from torchjd_func.differentiate._layerwise._forms import Arguments, Dense, Form, Lookup
 from torchjd_func.differentiate._layerwise._plan import Layout
-from torchjd_func.differentiate._layerwise._rule import bind
+from torchjd_func.differentiate._layerwise._rule import Rule, bind
 from torchjd_func.differentiate._layerwise._sources import Place, Source, build, sources_in
 from torchjd_func.differentiate._layerwise._trace import Use
 
@@ -24,25 +24,34 @@ class Piece(NamedTuple):
 
     use: int
     source: Source
-    name: str  # the argument's name, for a use that has a rule
     occurrence: int  # which of the sources among the arguments
+    rule: Rule | None = None  # of the use, if it has one
+    name: str = ""  # of the argument
+    given: Arguments | None = None  # all of them, by name
 
 
 def index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]]:
     """Return the uses of each leaf that has rules."""
     found: dict[int, list[Piece]] = {}
     for place, use in enumerate(uses):
-        rule = _rules.rule_of(use.step.func)
-        named = [("", source) for source in sources_in((use.args, use.kwargs))]
-        if use.step.moves:
-            named = named[:1]
-        elif rule is not None:
-            given = bind(rule, use.args, use.kwargs)
-            named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
-        for occurrence, (name, source) in enumerate(named):
-            for leaf in frozenset(source.leaves) - opaque:
-                found.setdefault(leaf, []).append(Piece(place, source, name, occurrence))
+        for piece in _pieces(place, use):
+            for leaf in frozenset(piece.source.leaves) - opaque:
+                found.setdefault(leaf, []).append(piece)
     return found
+
+
+def _pieces(place: int, use: Use) -> list[Piece]:
+    """Return the parameters of one use."""
+    rule = None if use.step.moves else _rules.rule_of(use.step.func)
+    if rule is None:
+        sources = sources_in((use.args, use.kwargs))
+        sources = sources[:1] if use.step.moves else sources
+        return [Piece(place, source, number) for number, source in enumerate(sources)]
+    given = bind(rule, use.args, use.kwargs)
+    named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
+    return [
+        Piece(place, part, number, rule, name, given) for number, (name, part) in enumerate(named)
+    ]
 
 
 def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
@@ -51,16 +60,15 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if use.step.moves:
         return _moved(found, piece, cotangent)
     arrays = found.arrays[piece.use]
-    if not piece.name:
+    rule = piece.rule
+    if rule is None or piece.given is None:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
-    rule = _rules.rule_of(use.step.func)
-    assert rule is not None
-    arguments = bind(rule, use.args, use.kwargs)
+    arguments = dict(piece.given)
     for name, part in arguments.items():
         if isinstance(part, Place):
-            x = arrays[part.number] if name in rule.batched else arrays[part.number][0]
-            arguments[name] = x.to(cotangent.dtype) if x.is_floating_point() else x  # by autocast
+            x = arrays[part.number]
+            arguments[name] = x if name in rule.batched else x[0]
     shape = tuple(build(piece.source, found.values).shape)
     return rule.forms[piece.name](arguments, cotangent, shape)
 

@@ -58,10 +58,10 @@ def run(problem: Problem, plans: dict[Any, list[Plan]]) -> Recorded:
         plan = _matching(known, recorded)
         if plan is None:
             break
-        draws.restore()
         recorded = record(problem, plan)
         if _fits(recorded):
             return recorded if plan.proven else _proven_late(problem, plan, draws, known, recorded)
+        draws.restore()
     draws = draws if draws.host else draws.with_host()
     for _ in range(2):
         plan = make(problem, draws, _every(plans))

@@ -169,9 +169,8 @@ def record(
         dependent.append(any([x.requires_grad for x in outs]))
         return out
 
-    primals = [leaf.view_as(leaf) for leaf in frozen]
     with _differentiated(compiling):
-        result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
+        result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
     rest = iter(rest)

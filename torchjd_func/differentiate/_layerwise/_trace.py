@@ -2,10 +2,10 @@
 
 The run is ordinary: autograd differentiates whatever the objective does, and is right about hooks,
 modes, writes by index and functions of one's own. Beside it, operations whose derivative by
-parameters has a known form are taken out: their parameters come as aliases, which end what autograd
-traces, and gradients by their outputs are wanted instead: by the places of these in the graph of
-autograd, or by zeros that are added to them, where that graph is out of reach (compiled, mapped). A
-parameter that autograd reaches on another way than through such aliases has rows by autograd.
+parameters has a known form are taken out, and gradients by their outputs are wanted instead: by the
+places of these in the graph of autograd, or by zeros that are added to them, where that graph is
+out of reach (compiled, mapped). A parameter that autograd reaches on another way than through such
+uses has rows by autograd.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Trace(TorchFunctionMode):
             if step.derives:
                 self.derived(step, args, kwargs, out)
             return out
-        out = self.run(func, *self.alias(args), **self.alias(kwargs))
+        out = self.run(func, *args, **kwargs)
         out = out.clone() if step.copied else out
         lost = self.perturbations is None and not out.requires_grad
         if out.shape != step.shape or lost or not _has(step.numbers, args, kwargs):
@@ -203,10 +203,6 @@ class Trace(TorchFunctionMode):
         self.checked = len(done)
         same = self.plan.operations[since : len(done)] == tuple(done[since:])
         return step if same and not self.changed else None
-
-    def alias(self, tree: Any) -> Any:
-        """Return arguments of a use as they are: autograd is not asked for what is behind them."""
-        return tree
 
     def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
         """Note the way past a use: what comes to its parameters by another is no use of theirs."""
