@@ -417,11 +417,37 @@ def test_other_sizes_are_not_proven_again(monkeypatch):
     monkeypatch.setattr(_proof, "failing", lambda recorded: proofs.append(1) or failing(recorded))
     params = [rand(3, 3), rand(3, 3)]
     step = jd.gramian(jd.instancewise(attention))
-    for sizes in ((3, 4, 3), (3, 5, 3), (2, 5, 3), (4, 2, 3)):
+    for sizes in ((3, 4, 3), (3, 5, 3), (2, 5, 3), (4, 2, 3), (5, 4, 3)):
         x = rand(*sizes)
         rows = by_loops(attention, params, x)
         torch.testing.assert_close(step(params, x), rows @ rows.T, rtol=1e-10, atol=1e-12)
-        assert len(proofs) == 5
+        assert len(proofs) == (5 if sizes[0] == 3 else 10)  # two numbers of examples
+
+
+CONSTANT = {  # what mixes examples unless there are as many as a number in the code, or fewer
+    "roll": lambda h: h.roll(4, 0)[:, 0] * h[:, 1],
+    "tril": lambda h: torch.tril(h @ h.mT, -4).sum(1),
+    "pad": lambda h: F.pad(h, (0, 0, 4, 0))[: len(h)].sum(1),
+    "groups": lambda h: (
+        F.pad(h, (0, 0, 0, -len(h) % 4)).unflatten(0, (-1, 4)).roll(1, 0).flatten(0, 1)[: len(h), 0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The Gramian of an instance-wise")
+@pytest.mark.parametrize("sizes", [(4, 8, 6), (4, 6, 9), (3, 7)])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_number_of_examples_proves_nothing_of_another(name, sizes):
+    def fn(p, x):
+        h = F.linear(x, p[0]).tanh()
+        return total(h) + 0.3 * CONSTANT[name](h)
+
+    step, params = jd.gramian(jd.instancewise(fn)), [rand(3, 2)]
+    for size in sizes:
+        rows = by_loops(fn, params, rand(size, 2))
+        torch.testing.assert_close(
+            step(params, rand(size, 2)), rows @ rows.T, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_keywords_have_plans_of_their_own():
@@ -581,7 +607,19 @@ GATES = {  # which let all examples through, or none: `(what mixes, what does no
     "threshold": lambda a, b, on: b + F.threshold(a, 0.0 if on else 1e3, 0.0),
     "clamp": lambda a, b, on: b + a.clamp(0.0, 1e3 if on else 0.0),
     "dropout": lambda a, b, on: b + F.dropout(a, 0.0 if on else 1.0),
+    "clamp in place": lambda a, b, on: b + (1 * a).clamp_(0.0, 1e3 if on else 0.0),
+    "clamp_max in place": lambda a, b, on: b + (1 * a).clamp_max_(1e3 if on else -1e3),
+    "relu in place": lambda a, b, on: b + torch.relu_(input=a - (0.0 if on else 1e3)),
+    "threshold in place": lambda a, b, on: b + F.threshold(1 * a, 0.0 if on else 1e3, 0.0, True),
+    "dropout in place": lambda a, b, on: b + F.dropout(1 * a, 0.0 if on else 1.0, inplace=True),
+    "what is written": lambda a, b, on: b + rectified(a - (0.0 if on else 1e3)),
 }
+
+
+def rectified(x):
+    """Return a tensor that an activation wrote to through a view."""
+    x[None].relu_()
+    return x
 
 
 STEPS = {  # of which some are late

@@ -22,6 +22,7 @@ from torchjd_func.differentiate._layerwise._functions import (
     is_torchs_own,
     name_of,
 )
+from torchjd_func.differentiate._layerwise._gates import unwritten
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import LOST, Layout, Step
@@ -71,13 +72,13 @@ class Decider(Trace):
         assert self.order is not None
         given = self.operations.begin(func, args, kwargs)
         operation = Operation(func, args, kwargs, given)
-        copies = self.order.copies(operation)
+        copies, before = self.order.copies(operation), unwritten(operation)
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
         else:
             out = self.run(func, *args, **kwargs)
         self.operations.end(out, given)
-        self.order.hold(operation, copies, out)
+        self.order.hold(operation, copies, out, before)
         self.order.compare(operation, out)
         return out
 

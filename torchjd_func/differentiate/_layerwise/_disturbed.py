@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._decide import common_depth, depth
-from torchjd_func.differentiate._layerwise._functions import is_in_place, name_of, named
-from torchjd_func.differentiate._layerwise._gates import answered, differ, opened
+from torchjd_func.differentiate._layerwise._functions import is_in_place, may_write, name_of, named
+from torchjd_func.differentiate._layerwise._gates import answered, differ, opened, unwritten
 from torchjd_func.differentiate._layerwise._local import IN_PLACE
 from torchjd_func.differentiate._layerwise._noise import near
 from torchjd_func.differentiate._layerwise._operations import Operation, Operations, python_number
@@ -81,15 +81,18 @@ class Disturbed(Trace):
             args, kwargs = self.elsewhere(func, given, args, kwargs)
         elif self.noisy in (4, 5) and any(x.requires_grad for x in given):
             args, kwargs = substitute((args, kwargs), self.turned)
+        place, operation = len(self.operations.names) - 1, Operation(func, args, kwargs, given)
+        gated = self.noisy == 3 and place in self.doubts.bounds
         if self.on_sources(given):
             out = self.on_parameters(func, args, kwargs, given)
+        elif gated and may_write(func, args, kwargs):
+            return self.opened_in_place(operation)
         else:
             out = self.run(func, *args, **kwargs)
         if constant and isinstance(out, Tensor) and out.is_floating_point():
             out = _elsewhere(out)
-        place, operation = len(self.operations.names) - 1, Operation(func, args, kwargs, given)
         derived = any(x in self.sources for x in tensors_in(out))  # of parameters, without examples
-        if self.noisy == 3 and place in self.doubts.bounds and not derived:
+        if gated and not derived:
             out = self.opened(operation, out)
         elif self.noisy == 6 and place in self.doubts.answers and not is_in_place(func):
             out = answered(self.run, operation, out)
@@ -139,6 +142,15 @@ class Disturbed(Trace):
         """Return what an operation returns with its gates open."""
         traced = [x for x in operation.given if x.requires_grad and x not in self.sources]
         return opened(self.run, operation, out, list(dict.fromkeys(traced)))
+
+    def opened_in_place(self, operation: Operation) -> Any:
+        """Run an operation that may write to its first argument, and write with its gates open."""
+        given, written = operation.given, unwritten(operation)
+        out = self.run(written.func, *written.args, **written.kwargs)
+        more = self.opened(unwritten(operation), out)
+        out = self.run(Tensor.copy_, given[0], more) if out is written.given[0] else more
+        self.operations.end(out, given)
+        return out
 
     def nearby(self, x: Any) -> Any:
         """Return another number for a tensor of one, and noise in others that may change."""

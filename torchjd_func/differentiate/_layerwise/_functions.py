@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -62,6 +62,11 @@ def is_in_place(func: Callable[..., Any]) -> bool:
     name = name_of(func)
     special = name.endswith("__")
     return name == "__setitem__" or name.startswith("__i") if special else name.endswith("_")
+
+
+def may_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether a function may write to its first argument: by its name, or as it is told."""
+    return is_in_place(func) or any(x is True for x in (*args, *kwargs.values()))
 
 
 _BUILTIN = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchjd_func.differentiate._layerwise._functions import is_in_place
+from torchjd_func.differentiate._layerwise._functions import may_write
 from torchjd_func.differentiate._layerwise._noise import scattered
 from torchjd_func.differentiate._layerwise._operations import INFINITE, Operation
 from torchjd_func.differentiate._layerwise._sources import substitute, tensors_in
@@ -22,11 +22,20 @@ from torchjd_func.differentiate._layerwise._sources import substitute, tensors_i
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
+def unwritten(operation: Operation) -> Operation:
+    """Return an operation with a copy of what it may write to, made of parameters as that is."""
+    func, args, kwargs, given = operation
+    if not given or not may_write(func, args, kwargs):
+        return operation
+    copy = given[0].clone()
+    args, kwargs = _replaced((args, kwargs), given[:1], [copy])
+    return Operation(func, args, kwargs, [copy, *given[1:]])
+
+
 def holds_back(operation: Operation, out: Any) -> bool:
     """Say whether entries of an argument that is made of parameters make no difference."""
-    func, _, _, given = operation
     made = [x for x in _of(out) if x.requires_grad]
-    if not made or is_in_place(func) or any(x.is_meta or _is_part(x, given) for x in made):
+    if not made or any(x.is_meta or _is_part(x, operation.given) for x in made):
         return False
     return any(some(grad == 0) for grad in _gradients(operation))
 
@@ -44,7 +53,7 @@ def _gradients(operation: Operation) -> list[Tensor]:
     traced = list(dict.fromkeys(x for x in given if x.requires_grad))
 
     def run(*values: Tensor) -> list[Tensor]:
-        inner = _replaced((args, kwargs), traced, values)
+        inner = _replaced((args, kwargs), traced, [x.clone() for x in values])
         found = tensors_in(func(*inner[0], **inner[1]))
         return [x for x in found if x.is_floating_point() or x.is_complex()]
 

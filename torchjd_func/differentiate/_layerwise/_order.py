@@ -124,8 +124,21 @@ class Order:
         names = [self.pooled.get(self.operations.number(x), "") for x in outputs]
         self.mixed = next(filter(None, names), "")
 
-    def hold(self, operation: Operation, copies: tuple[Any, Any] | None, out: Any) -> None:
-        """Hold what an operation returned, or wrote to, against what it does with other data."""
+    def hold(
+        self,
+        operation: Operation,
+        copies: tuple[Any, Any] | None,
+        out: Any,
+        before: Operation | None = None,
+    ) -> None:
+        """Hold what an operation returned, or wrote to, against what it does with other data.
+
+        Args:
+            operation: It, and what it was applied to.
+            copies: To try it with.
+            out: What it returned.
+            before: The same, with what it wrote to as it was.
+        """
         func, _, _, given = operation
         results, place = tensors_in(out) or list(given[:1]), len(self.operations.names) - 1
         known, drawn = any(self.operations.number(x) in self.data for x in given), self._drawn()
@@ -139,7 +152,7 @@ class Order:
             self.counts.add(place)
         if known and any(map(is_integer, results)) and any(x.is_floating_point() for x in given):
             self.answers.add(place)
-        if not self._is_bound(given) and holds_back(operation, out):
+        if not self._is_bound(given) and holds_back(before or operation, out):
             self.bounds.add(place)
         if drawn:  # the same again, to see that
             self.draws = self.draws.again()
