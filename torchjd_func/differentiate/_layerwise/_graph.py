@@ -247,7 +247,8 @@ class Replay(Trace):
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
         step = self.operations.planned.pop(self.operations.places[-1])
         leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
-        same = not self.operations.changed and sorted(leaves) == sorted(step.leaves)
+        changed = self.changed or self.operations.changed
+        same = not changed and sorted(leaves) == sorted(step.leaves)
         return step if same else None
 
     def note(self, x: Tensor, source: Source) -> None:

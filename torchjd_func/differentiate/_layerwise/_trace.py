@@ -178,7 +178,7 @@ class Trace(TorchFunctionMode):
             if step.derives:
                 self.derived(step, args, kwargs, out)
             return out
-        out = self.run(func, *args, **kwargs)
+        out = self.run(func, *self.alias(args), **self.alias(kwargs))
         out = out.clone() if step.copied else out
         lost = self.perturbations is None and not out.requires_grad
         if out.shape != step.shape or lost or not _has(step.numbers, args, kwargs):
@@ -203,6 +203,10 @@ class Trace(TorchFunctionMode):
         self.checked = len(done)
         same = self.plan.operations[since : len(done)] == tuple(done[since:])
         return step if same and not self.changed else None
+
+    def alias(self, tree: Any) -> Any:
+        """Return arguments of a use as they are: autograd is not asked for what is behind them."""
+        return tree
 
     def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
         """Note the way past a use: what comes to its parameters by another is no use of theirs."""
