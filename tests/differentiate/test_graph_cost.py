@@ -113,3 +113,61 @@ def test_a_graph_says_which_attributes_a_compiler_hides(attribute):
     compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match=r"such as `\.T` \(write `\.t\(\)`\)"):
         torch.testing.assert_close(compiled([w], x), expected)
+
+
+def _biased(w, v, rows, x):
+    return torch.tanh(F.linear(x, v, w))
+
+
+def _between_others(w, v, rows, x):
+    return torch.tanh(torch.einsum("...i,i,i,ij->...j", x, rows[0], w, v))
+
+
+def _before_and_after(w, v, rows, x):
+    return torch.tanh(torch.einsum("...i,i,ij->...j", x, w, v)) * rows[1]
+
+
+@pytest.mark.parametrize("use", [_biased, _between_others, _before_and_after])
+@pytest.mark.parametrize("layout", ["batched", "per example"])
+def test_graphs_replay_uses_of_what_was_written_to(use, layout):
+    """No graph shows that a copy of a parameter was written to, so the plan says it."""
+
+    def losses(params, x):
+        v, rows, table = params
+        w = rows[0].clone()
+        w[0] = 0.3
+        h = use(w, v, rows, x)
+        return (h + F.embedding((h > 0).long(), table).sum(-1)).sum(-1)
+
+    torch.manual_seed(0)
+    params = [torch.rand(size, 3).double() for size in (3, 2, 2)]
+    x = torch.randn(4, 3).double()
+    made = jd.instancewise(losses)
+    if layout == "per example":
+        made = jd.per_example(losses, in_dims=(None, 0))
+    gramian = jd.gramian(made)
+    expected = jd.gramian(made, route="jacobian")(params, x)
+    torch.testing.assert_close(gramian(params, x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, x), expected)
+
+
+def test_graphs_that_leave_the_plan_before_other_uses_take_rows():
+    first = ["a"]
+
+    def losses(params, x):
+        h = torch.tanh(x @ params[first[0]])
+        return (h + F.embedding((h > 0).long(), params["c"]).sum(-1)).sum(1)
+
+    torch.manual_seed(0)
+    params = {name: torch.rand(3, 3).double() for name in "ab"} | {"c": torch.rand(2, 3).double()}
+    x = torch.randn(4, 3).double()
+    gramian = jd.gramian(jd.instancewise(losses))
+    gramian(params, x)
+    first[0] = "b"
+    torch._dynamo.reset()
+    compiled = torch.compile(gramian, fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="something else than was planned, from matmul on"):
+        found = compiled(params, x)
+    torch.testing.assert_close(found, gramian(params, x))

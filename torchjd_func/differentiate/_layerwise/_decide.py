@@ -113,9 +113,10 @@ class Decider(Trace):
 def decide(trace: Decider, operation: Operation) -> Any:
     """Run an operation, and decide what it becomes when it runs again."""
     func, args, kwargs, given = operation
+    made = tuple([x in trace.sources for x in given])
     sources = [trace.sources[x] for x in given if x in trace.sources]
     leaves = {leaf for source in sources for leaf in source.leaves}
-    step = Step(func, leaves=tuple(leaves), place=len(trace.operations.names) - 1)
+    step = Step(func, leaves=tuple(leaves), made=made, place=len(trace.operations.names) - 1)
     seen = torch.is_grad_enabled() and not is_nested(trace, given)
     if seen and may_derive(trace, operation, sources):
         step, out = derived(trace, step, operation)

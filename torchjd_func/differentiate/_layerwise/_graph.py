@@ -234,6 +234,7 @@ class Replay(Trace):
     ) -> None:
         super().__init__(handles, plan.layout, followed, plan, perturbations)
         self.frozen = frozen
+        self.changed = followed.changed
 
     def on_sources(self, given: list[Tensor]) -> bool:
         """Say whether parameters are used, where the plan says so."""
@@ -246,10 +247,13 @@ class Replay(Trace):
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
         step = self.operations.planned.pop(self.operations.places[-1])
+        if self.changed:
+            return None
+        for x, made in zip(given, step.made, strict=True):
+            if not made:  # or no more, as it was written to: a graph shows no versions
+                self.sources.pop(x, None)
         leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
-        changed = self.changed or self.operations.changed
-        same = not changed and sorted(leaves) == sorted(step.leaves)
-        return step if same else None
+        return step if sorted(leaves) == sorted(step.leaves) else None
 
     def note(self, x: Tensor, source: Source) -> None:
         """Note what a tensor is made of; where a graph writes to it otherwise, a plan says."""
@@ -274,14 +278,6 @@ class Replay(Trace):
 
     def ended(self, out: Tensor, arrays: Sequence[Tensor]) -> None:
         """Do nothing: a graph shows no nodes of autograd."""
-
-    def finish(self, outputs: list[Tensor]) -> None:
-        """Find out whether the run was the one that was planned."""
-        self.operations.close(outputs)
-        late = list(self.changed)
-        self.changed.clear()
-        self.changed.extend(self.operations.changed)  # which say why
-        self.changed.extend(late)
 
 
 # Whose outputs are told by where they are used, and which use no parameters (torch 2.13)

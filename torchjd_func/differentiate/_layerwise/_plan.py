@@ -41,6 +41,7 @@ class Step(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     leaves: tuple[int, ...] = ()  # that it is applied to
+    made: tuple[bool, ...] = ()  # which tensors it is applied to are made of them alone
     place: int = 0  # among the operations of the run
     numbers: tuple[float, ...] = ()  # its arguments, which alone its form may be for
     copied: bool = False  # its output is a view, and written to: autograd forgets where it was
