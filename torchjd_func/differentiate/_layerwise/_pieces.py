@@ -19,15 +19,21 @@ if TYPE_CHECKING:
     from torchjd_func.differentiate._layerwise._layers import Layers
 
 
+class Argument(NamedTuple):
+    """Which argument of a rule a parameter is."""
+
+    rule: Rule
+    name: str
+    given: Arguments  # all of them
+
+
 class Piece(NamedTuple):
     """One parameter of one use."""
 
     use: int
     source: Source
     occurrence: int  # which of the sources among the arguments
-    rule: Rule | None = None  # of the use, if it has one
-    name: str = ""  # of the argument
-    given: Arguments | None = None  # all of them, by name
+    argument: Argument | None = None  # of the rule of the use, if it has one
 
 
 def index(uses: Sequence[Use], opaque: frozenset[int]) -> dict[int, list[Piece]]:
@@ -50,7 +56,8 @@ def _pieces(place: int, use: Use) -> list[Piece]:
     given = bind(rule, use.args, use.kwargs)
     named = [(name, part) for name, part in given.items() if isinstance(part, Source)]
     return [
-        Piece(place, part, number, rule, name, given) for number, (name, part) in enumerate(named)
+        Piece(place, part, number, Argument(rule, name, given))
+        for number, (name, part) in enumerate(named)
     ]
 
 
@@ -60,17 +67,17 @@ def form_of(found: Layers, piece: Piece, cotangent: Tensor) -> Form:
     if use.step.moves:
         return _moved(found, piece, cotangent)
     arrays = found.arrays[piece.use]
-    rule = piece.rule
-    if rule is None or piece.given is None:
+    if piece.argument is None:
         given = (use.args, use.kwargs)
         return _local.rows(use.step.func, given, arrays, cotangent, piece.occurrence, found.values)
-    arguments = dict(piece.given)
-    for name, part in arguments.items():
+    rule, own, given = piece.argument
+    arguments = dict(given)
+    for name, part in given.items():
         if isinstance(part, Place):
             x = arrays[part.number]
             arguments[name] = x if name in rule.batched else x[0]
     shape = tuple(build(piece.source, found.values).shape)
-    return rule.forms[piece.name](arguments, cotangent, shape)
+    return rule.forms[own](arguments, cotangent, shape)
 
 
 def spread_arrays(use: Use, layout: Layout, each: int) -> list[Tensor]:
