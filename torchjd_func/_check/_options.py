@@ -146,7 +146,9 @@ def positions(name: str, value: Any, n_args: int, remedy: str) -> tuple[int, ...
     if not all(-n_args <= index < n_args for index in wanted):
         rule = f"name some of the {n_args} positional arguments"
         fail(ValueError, f"`{name}`", rule, value, remedy)
-    return tuple(index % n_args for index in wanted)
+    # Integers of Python, of which `in` is right where a compiler takes others as symbols
+    places = range(n_args)
+    return tuple(place for index in wanted for place in places if place == index % n_args)
 
 
 def argnums(value: Any, n_args: int) -> tuple[int, ...]:

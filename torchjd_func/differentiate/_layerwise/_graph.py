@@ -1,7 +1,8 @@
 """Replay a plan in a graph, if what is compiled does what the plan was made for.
 
 A compiler hides some operations from those who watch. So a run is held against the operations of
-the plan, one by one: the same, applied to the same, with the same shapes.
+the plan, one by one: the same, applied to the same, with the same shapes. Those that use no
+parameters may be missing; what they return is then told by where it is used.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor
 
 from torchjd_func.differentiate._layerwise._functions import READERS, name_of
+from torchjd_func.differentiate._layerwise._local import IN_PLACE
 from torchjd_func.differentiate._layerwise._operations import (
     ANY,
     HALF,
     Operations,
     Stranger,
-    unknown,
 )
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import (
     Source,
     build,
-    instances_in,
     substitute,
     tensors_in,
 )
@@ -40,7 +40,6 @@ class Entry(NamedTuple):
     named: tuple[tuple[str, Any], ...]  # those of them that came by name
     shapes: list[tuple[int, ...]]  # of what it returns
     aliased: list[int | None]  # which argument an output is
-    idle: bool = False  # whether only decisions of the objective look at what it returns
 
 
 def entries(operations: Sequence[Any]) -> tuple[Entry, ...]:
@@ -69,23 +68,6 @@ def _constants(part: Any) -> Any:
     return ... if part is ANY or isinstance(part, (type, CodeType)) else part
 
 
-def with_idle(listed: Sequence[Entry], made: int) -> tuple[Entry, ...]:
-    """Mark the operations that a graph, whose decisions are made, may do without: `mask.all()`."""
-    # `made` is how many tensors are numbered
-    readers: dict[float, list[int]] = {}  # the places of what reads each tensor
-    for place, entry in enumerate(listed):
-        for number in instances_in(float, entry.values):
-            readers.setdefault(number, []).append(place)
-    found: set[int] = set()
-    for place in reversed(range(len(listed))):
-        made -= len(listed[place].shapes)
-        uses = [readers.get(made + i + HALF, [-1]) for i in range(len(listed[place].shapes))]
-        unused = bool(uses) and found.issuperset(user for group in uses for user in group)
-        if listed[place].head[0] in READERS.names or unused:
-            found.add(place)
-    return tuple(entry._replace(idle=place in found) for place, entry in enumerate(listed))
-
-
 class Followed(Operations):
     """Holds operations against those of a plan; tensors have the numbers that they had there.
 
@@ -96,7 +78,8 @@ class Followed(Operations):
     def __init__(self, inputs: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(inputs)
         self.entries: tuple[Entry, ...] = plan.entries
-        self.planned = {step.place: step for step in plan.steps}  # and not done so far
+        done = [step for step in plan.steps if step.use or any(step.derives)]
+        self.planned = {step.place: step for step in done}  # those that are not done so far
         self.places = [-1]  # among the entries, of what was done
         self.begun: list[Entry] = []
         self.hidden: set[float] = set()  # the numbers of what hidden operations returned
@@ -106,17 +89,15 @@ class Followed(Operations):
         """Find an operation in the plan."""
         parts, name = (*args, *kwargs.values()), name_of(func)
         given = tensors_in(parts)
-        if name not in READERS.names and not self.changed:
-            entry = self.entries[self.places[-1] + 1]
-            if entry.head[0] != name:
-                entry = self.skip(name)
-            self.places.append(self.places[-1] + 1)
-            self.begun.append(entry)
-            head = (name, torch.is_grad_enabled(), len(given))
-            expected = _expected(entry, args, kwargs)
-            alike = [a == b for a, b in zip(entry.head, head, strict=True)]
-            if not all(alike) or expected is None or not self._agree(parts, expected):
-                self.changed.append(name)
+        if name in READERS.names or self.changed:
+            return given
+        head = (name, torch.is_grad_enabled(), len(given))
+        while not self.fits(head, args, kwargs):
+            if not self.hide():
+                self.changed.append(_instead(name, self.upcoming().head[0]))
+                return given
+        self.begun.append(self.upcoming())
+        self.places.append(self.places[-1] + 1)
         return given
 
     def end(self, out: Any, given: Sequence[Tensor]) -> None:
@@ -135,34 +116,44 @@ class Followed(Operations):
                 self.known[given[alias]] = len(self.shapes)
             self.shapes.append(shape)
 
-    def upcoming(self) -> str:
-        """Return the name of the next operation of the plan that no compiler hides."""
-        place = self.places[-1] + 1
-        while _may_hide(self.entries[place]):
-            place += 1
-        return self.entries[place].head[0]
+    def upcoming(self) -> Entry:
+        """Return the next operation of the plan."""
+        return self.entries[self.places[-1] + 1]
 
-    def skip(self, name: str) -> Entry:
-        """Pass by what a compiler hides or leaves away, unless that uses parameters."""
-        while True:
-            place = self.places[-1] + 1
-            entry = self.entries[place]
-            if entry.head[0] == name or not _may_hide(entry):
-                return entry
-            self.places.append(place)
-            if place in self.planned:
-                self.changed.append(HIDES)
-            for shape in entry.shapes:
-                self.hidden.add(len(self.shapes) + HALF)
-                self.shapes.append(shape)
+    def fits(self, head: tuple[str, bool, int], args: Sequence[Any], kwargs: Any) -> bool:
+        """Say whether an operation is the next one of the plan."""
+        entry = self.upcoming()
+        if not all([a == b for a, b in zip(entry.head, head, strict=True)]):
+            return False
+        expected = _expected(entry, args, kwargs)
+        return expected is not None and self._agree((*args, *kwargs.values()), expected)
+
+    def hide(self) -> bool:
+        """Pass by the next operation, as a compiler may hide it, or do without; not by uses."""
+        place = self.places[-1] + 1
+        if place in self.planned or place == len(self.entries) - 1:
+            return False
+        self.places.append(place)
+        for shape in self.entries[place].shapes:
+            self.hidden.add(len(self.shapes) + HALF)
+            self.shapes.append(shape)
+        return True
+
+    def copies(self) -> bool:
+        """Say whether the plan copies what the next operation in place gives."""
+        names = [entry.head[0] for entry in self.entries[self.places[-1] + 1 :]]
+        found = [name for name in names if name == "clone" or name in IN_PLACE]
+        return found[:1] == ["clone"]
 
     def close(self, outputs: Sequence[Tensor]) -> None:
         """Hold what the run returns against the plan."""
         if self.changed:
             return
-        entry = self.skip("")
-        alike = not (entry.head[0] or self.planned) and len(outputs) == len(entry.values)
-        if not (alike and self._agree(outputs, entry.values)):
+        while self.hide():
+            pass
+        values = self.upcoming().values
+        alike = not self.planned and len(outputs) == len(values)
+        if not (alike and self._agree(outputs, values)):
             self.changed.append("the losses")
 
     def _agree(self, parts: Sequence[Any], expected: Sequence[Any]) -> bool:
@@ -170,25 +161,29 @@ class Followed(Operations):
         same = True
         for x, value in zip(parts, expected, strict=True):
             if isinstance(x, Tensor):
-                number = self.known.get(x)
-                if number is None and value in self.hidden:
-                    self.known[x] = number = int(value)
-                own = (unknown(x), tuple(x.shape)) if number is None else number + HALF
-                same = same and self._agree((own,), (value,))
+                number, shape = self.known.get(x), tuple(x.shape)
+                if number is not None:
+                    same = same and value == number + HALF
+                elif value in self.hidden:
+                    same = same and shape == (*self.shapes[int(value)],)
+                    self.known[x] = int(value)
+                else:  # some stranger
+                    same = same and isinstance(value, tuple) and value[1:] == (shape,)
             elif isinstance(x, (list, tuple, dict, slice)):  # one by one: see `plan_of`
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)
                 same = same and alike and self._agree(inner, value)
             else:
-                same = same and (value is ... or x == value)
+                # Of arrays of numpy a graph shows no values, which the plan has as a tuple
+                same = same and (value is ... or (not isinstance(value, tuple) and x == value))
         return same
 
 
-def _may_hide(entry: Entry) -> bool:
-    """Say whether a graph may do without an operation, or do it where nobody sees it."""
-    name, _, tensors = entry.head
-    made = name and not tensors  # of numbers alone: torch 2.11 traces that as a constant
-    return bool(entry.idle or made or name in HIDDEN)
+def _instead(name: str, planned: str) -> str:
+    """Return what a warning says of an operation that is not the planned one."""
+    if planned == "__get__":
+        return HIDES
+    return name if planned in ("", name) else f"{name} (in place of {planned})"
 
 
 def _expected(entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -242,7 +237,7 @@ class Replay(Trace):
 
     def may_write_parameters(self, target: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Say whether the plan copies what an operation in place gives: no graph sees past vmap."""
-        return self.operations.upcoming() == "clone"
+        return not self.changed and self.operations.copies()
 
     def next_step(self, func: Callable[..., Any], given: Sequence[Tensor]) -> Step | None:
         """Return what the plan makes of the operation here, if it is applied to the same leaves."""
@@ -280,9 +275,5 @@ class Replay(Trace):
         """Do nothing: a graph shows no nodes of autograd."""
 
 
-# Whose outputs are told by where they are used, and which use no parameters (torch 2.13)
-HIDDEN = READERS.names | {
-    *("__get__", "pad", "unbind", "_set_grad_enabled", "requires_grad_", "grad"),
-    *("_make_dual", "_unpack_dual"),
-}
 HIDES = "an operation on parameters that a compiler hides, such as `.T` (write `.t()`)"
+STRAY = "an operation on other parameters (perhaps hidden by the compiler, as `.T` is)"

@@ -261,12 +261,8 @@ class Stranger(NamedTuple):
 def stranger(x: Tensor) -> Stranger:
     """Return what is listed of a tensor that no operation made."""
     strides = x.stride() if x.layout == torch.strided else ()
-    return Stranger(unknown(x), tuple(x.shape), (x.dtype, x.layout, *strides))
-
-
-def unknown(x: Tensor) -> str | None:
-    """Return what is listed of a tensor that no operation made: parameters are traced."""
-    return "traced" if x.requires_grad else None
+    traced = "traced" if x.requires_grad else None  # as parameters are
+    return Stranger(traced, tuple(x.shape), (x.dtype, x.layout, *strides))
 
 
 INFINITE = 1e8  # a mask: it is often -1e9, or the least number of a dtype

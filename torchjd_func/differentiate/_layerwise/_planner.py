@@ -14,7 +14,7 @@ from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
 from torchjd_func.differentiate._layerwise._gates import REFUSALS
-from torchjd_func.differentiate._layerwise._graph import entries, with_idle
+from torchjd_func.differentiate._layerwise._graph import entries
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import is_integer
 from torchjd_func.differentiate._layerwise._plan import (
@@ -124,7 +124,7 @@ def make(problem: Problem, draws: Draws, known: Sequence[Plan]) -> Plan:
         (),
         mode.reasons,
         tuple(mode.operations.steps),
-        entries=with_idle(entries(mode.operations.steps), len(mode.operations.shapes)),
+        entries=entries(mode.operations.steps),
         uncompilable=_FUNCTIONS if "custom_function_call" in mode.operations.names else "",
         along=mode.operations.along() if batched else (),
         dtypes=frozenset(mode.dtypes),

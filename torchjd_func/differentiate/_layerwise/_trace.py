@@ -181,7 +181,8 @@ class Trace(TorchFunctionMode):
         out = self.run(func, *self.alias(args), **self.alias(kwargs))
         out = out.clone() if step.copied else out
         lost = self.perturbations is None and not out.requires_grad
-        if out.shape != step.shape or lost or not _has(step.numbers, args, kwargs):
+        other = out.shape != step.shape or out.dtype != step.dtype
+        if other or lost or not _has(step.numbers, args, kwargs):
             self.changed.append(name_of(func))
             return out
         self.uses.append(Use(step, *self.mark(args, kwargs)))
