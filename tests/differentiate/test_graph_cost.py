@@ -127,7 +127,14 @@ def _before_and_after(w, v, rows, x):
     return torch.tanh(torch.einsum("...i,i,ij->...j", x, w, v)) * rows[1]
 
 
-@pytest.mark.parametrize("use", [_biased, _between_others, _before_and_after])
+def _beside_a_product(w, v, rows, x):
+    return torch.tanh(F.linear(x, v * rows[0], w))
+
+
+WAYS = [_before_and_after, _beside_a_product, _between_others, _biased]
+
+
+@pytest.mark.parametrize("use", WAYS)
 @pytest.mark.parametrize("layout", ["batched", "per example"])
 def test_graphs_replay_uses_of_what_was_written_to(use, layout):
     """No graph shows that a copy of a parameter was written to, so the plan says it."""

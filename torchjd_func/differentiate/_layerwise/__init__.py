@@ -7,10 +7,10 @@ The way of a call:
    `_order` whether integers of the data may change that), and `_decide` what each operation on
    parameters becomes: a use whose derivative has a form, a function of parameters alone
    (`_sources`), or nothing known.
-2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`, in graphs by `_graph`.
-   A parameter that autograd reaches on another way than through uses has all its rows by autograd.
-   Attention and recurrent layers are spelled out (`_attention`, `_recurrent`). A run that goes
-   another way than planned (`_plan`) is planned again.
+2. `_record` runs the objective inside `torch.func.vjp`, watched by `_trace`, in graphs by `_graph`,
+   which holds it against the plan (`_followed`). A parameter that autograd reaches on another way
+   than through uses has all its rows by autograd. Attention and recurrent layers are spelled out
+   (`_attention`, `_recurrent`). A run that goes another way than its `_plan` is planned again.
 3. `_proof` holds a new plan against plain backward passes, at `_points` where noise (`_noise`,
    `_disturbed`) leaves nothing to coincidence. What fails is left to autograd.
 4. `_layers` pulls ones back through activations alone. The rows of a use (`_pieces`) are a form

@@ -13,8 +13,8 @@ from torchjd_func.differentiate._layerwise import _proof
 from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._draws import Draws
 from torchjd_func.differentiate._layerwise._draws import draws as draws_of
+from torchjd_func.differentiate._layerwise._followed import entries
 from torchjd_func.differentiate._layerwise._gates import REFUSALS
-from torchjd_func.differentiate._layerwise._graph import entries
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import is_integer
 from torchjd_func.differentiate._layerwise._plan import (

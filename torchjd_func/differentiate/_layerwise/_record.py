@@ -16,7 +16,8 @@ from torchjd_func import _tree
 from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._disturbed import Disturbed, Swap
 from torchjd_func.differentiate._layerwise._draws import States
-from torchjd_func.differentiate._layerwise._graph import STRAY, Followed, Replay
+from torchjd_func.differentiate._layerwise._followed import Followed
+from torchjd_func.differentiate._layerwise._graph import Replay, differentiated
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -158,13 +159,11 @@ def record(
         arrays = [x for use in mode.uses for x in use.arrays]
         return outputs, [*mode.constants, *arrays, *aux]
 
-    watch = run if plan is None or not (compiling and watched) else _followed(run, plan, modes)
-
     def mapped(perturbations: list[Tensor], primals: list[Tensor]) -> Any:
         if batch is None:
-            out = watch(perturbations, primals)
+            out = run(perturbations, primals)
         else:
-            out = batch.map(tracked_inside(watch), (perturbations, primals), (0, None))
+            out = batch.map(tracked_inside(run), (perturbations, primals), (0, None))
         uses = perturbations if hidden else modes[0].edges
         outs = _tree.leaves(out[0])
         inner.append((outs, uses, primals))
@@ -172,8 +171,13 @@ def record(
         return out
 
     with _differentiated(compiling):
-        result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
-    outputs, pullback, rest = result
+        if compiling and watched:
+            opaque = () if plan is None else plan.opaque
+            outputs, pullback, rest, stray = differentiated(mapped, zeros, frozen, opaque)
+            modes[0].changed.extend(stray)
+        else:
+            result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
+            outputs, pullback, rest = result
     mode = modes[0]
     rest = iter(rest)
     constants = [next(rest) for _ in mode.constants]
@@ -190,29 +194,6 @@ def record(
         pull = partial(_pull, outs, (perturbed, blanks), (handles, frozen))
     planned = Plan(layout, (), (), {}, ()) if plan is None else plan
     return Recorded(outputs, aux, planned, kept, values, pull, mode, connected, dependent[0])
-
-
-def _followed(run: Callable[..., Any], plan: Plan, modes: Sequence[Trace]) -> Callable[..., Any]:
-    """Return `run`, with a look in graphs at whether losses depend on leaves by uses alone.
-
-    Uses take leaves as constants. So what still depends on one took another way, which a compiler
-    may hide.
-    """
-
-    def followed(perturbations: list[Tensor], primals: list[Tensor], *args: Any) -> Any:
-        """Run inside a level of derivatives that nothing asks for."""
-        own = [leaf for leaf in range(len(primals)) if leaf not in plan.opaque]
-
-        def inside(some: list[Tensor]) -> Any:
-            out = run(perturbations, replaced(primals, own, some), *args)
-            if any([x.requires_grad for x in _tree.leaves(out[0])]):
-                modes[0].changed.append(STRAY)
-            return out
-
-        result: Any = torch.func.vjp(inside, [primals[leaf] for leaf in own], has_aux=True)
-        return result[0], result[2]
-
-    return followed
 
 
 def _watcher(
