@@ -58,6 +58,16 @@ def _within_one_operation(p, x):
     return torch.einsum("...i,ij,jk->...k", *factors).tanh().sum(-1)
 
 
+def _untied_within_one_operation(p, x):
+    how = "bi,ij,jk->bk" if x.ndim == 2 else "i,ij,jk->k"
+    return torch.einsum(how, x, p["w"], FIXED if ON[0] else p["w"]).tanh().sum(-1)
+
+
+def _made_of_activations(p, x):
+    m = torch.tanh(F.linear(x, p["v"])).sum(-1, keepdim=True).expand(x.shape) if ON[0] else FIXED[0]
+    return (x * (F.tanh(m) * p["w"][0])).tanh().sum(-1)
+
+
 def _mapped(p, x):
     h = _layer(p, x)
     s = torch.vmap(torch.sin)(p["v"] if ON[0] else HELD)
@@ -82,12 +92,14 @@ CHANGING = [
     _held,
     _iterated,
     _longer,
+    _made_of_activations,
     _made_of_numbers,
     _mapped,
     _of_another_dtype,
     _padded,
     _transposed,
     _transposed_of_held,
+    _untied_within_one_operation,
     _within_one_operation,
     _written,
 ]
@@ -162,6 +174,34 @@ def test_what_a_compiler_hides_between_uses_keeps_factors(between, layout):
         return F.linear(HIDDEN[between](F.linear(x, p["w"])), p["v"], p["u"][0]).tanh().sum(-1)
 
     args, objective = _arguments(), _objective(losses, layout)
+    expected = jd.gramian(objective)(*args)
+    torch.testing.assert_close(_compiled(objective)(*args), expected)
+
+
+def _data(h):
+    return h.data
+
+
+def _written_data(h):
+    g = h * 1
+    g.data.mul_(2.0)
+    return g
+
+
+def _if_traced(h):
+    return h * 2 if h.requires_grad else h
+
+
+def _if_leaf(h):
+    return h * 2 if h.is_leaf else h
+
+
+@pytest.mark.parametrize("between", [_data, _if_leaf, _if_traced, _written_data])
+def test_activations_are_traced_in_graphs_as_they_are_without(between):
+    def losses(p, x):
+        return F.linear(between(F.linear(x, p["w"])), p["v"], p["u"][0]).tanh().sum(-1)
+
+    args, objective = _arguments(), jd.instancewise(losses)
     expected = jd.gramian(objective)(*args)
     torch.testing.assert_close(_compiled(objective)(*args), expected)
 

@@ -157,7 +157,7 @@ class Followed(Operations):
                     same = same and shape == (*self.shapes[int(value)],)
                     self.known[x] = int(value)
                 else:  # some stranger
-                    same = same and isinstance(value, tuple) and value[1:] == (shape,)
+                    same = same and isinstance(value, tuple) and (*value[-1],) == shape
             elif isinstance(x, (list, tuple, dict, slice)):  # one by one: see `plan_of`
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)

@@ -13,7 +13,6 @@ from torchjd_func.differentiate._layerwise._followed import Followed
 from torchjd_func.differentiate._layerwise._plan import Plan, Step
 from torchjd_func.differentiate._layerwise._sources import Source, build, substitute
 from torchjd_func.differentiate._layerwise._trace import Trace
-from torchjd_func.differentiate._pullback import replaced
 
 
 class Replay(Trace):
@@ -58,8 +57,11 @@ class Replay(Trace):
         for x, made in zip(given, step.made, strict=True):
             if not made:  # or no more, as it was written to: a graph shows no versions
                 self.sources.pop(x, None)
-        leaves = {leaf for x in given if x in self.sources for leaf in self.sources[x].leaves}
-        return step if sorted(leaves) == sorted(step.leaves) else None
+        sources = [self.sources[x] for x in given if x in self.sources]
+        leaves = {leaf for source in sources for leaf in source.leaves}
+        same = len(sources) == sum(step.made) and sorted(leaves) == sorted(step.leaves)
+        traced = any(step.derives) and any([self.traced(x) for x in given if x not in self.sources])
+        return step if same and not traced else None
 
     def note(self, x: Tensor, source: Source) -> None:
         """Note what a tensor is made of; where a graph writes to it otherwise, a plan says."""
@@ -89,34 +91,29 @@ class Replay(Trace):
         """Do nothing: a graph shows no nodes of autograd."""
 
 
-def differentiated(
-    mapped: Callable[..., Any],
-    zeros: list[Tensor],
-    frozen: list[Tensor],
-    opaque: Sequence[int],
-) -> tuple[Any, Callable[[Any], Any], Any, list[str]]:
-    """Run `mapped(zeros, frozen)` in a graph, and see whether outputs depend on leaves but by uses.
+def reaches(pullback: Callable[[Any], Any], outputs: Any, leaves: Sequence[int]) -> bool:
+    """Say in a graph whether outputs depend on some of the leaves otherwise than by uses.
 
     Uses take leaves as constants. So what still depends on one took another way, which a compiler
-    may hide. A level of derivatives that nothing asks for tells that.
+    may hide. A gradient that is there depends on the cotangent, and one that is not does not.
+
+    Args:
+        pullback: Of the outputs, to the outputs of uses and to all leaves.
+        outputs: The losses.
+        leaves: Those that have rules.
 
     Returns:
-        Outputs, their pullback and what comes beside; what is not as planned, if anything.
+        Whether they do.
     """
-    own = [leaf for leaf in range(len(frozen)) if leaf not in opaque]
-    pullbacks: list[Callable[[Any], Any]] = []
-    stray: list[str] = []
+    seen: list[bool] = []
 
-    def run(some: list[Tensor]) -> Any:
-        primals = replaced(frozen, own, [x.view_as(x) for x in some])
-        result: Any = torch.func.vjp(mapped, zeros, primals, has_aux=True)
-        pullbacks.append(result[1])
-        if any([x.requires_grad for x in _tree.leaves(result[0])]):
-            stray.append(STRAY)
-        return result[0], result[2]
+    def pulled(cotangent: Any) -> Any:
+        by_leaves = pullback(cotangent)[1]
+        seen.append(any([by_leaves[leaf].requires_grad for leaf in leaves]))
+        return cotangent
 
-    result: Any = torch.func.vjp(run, [frozen[leaf] for leaf in own], has_aux=True)
-    return result[0], pullbacks[0], result[2], stray
+    torch.func.vjp(pulled, _tree.map(torch.ones_like, outputs))
+    return seen[0]
 
 
 STRAY = "an operation on other parameters (perhaps hidden by the compiler, as `.T` is)"

@@ -17,7 +17,7 @@ from torchjd_func.differentiate._layerwise._decide import Decider
 from torchjd_func.differentiate._layerwise._disturbed import Disturbed, Swap
 from torchjd_func.differentiate._layerwise._draws import States
 from torchjd_func.differentiate._layerwise._followed import Followed
-from torchjd_func.differentiate._layerwise._graph import Replay, differentiated
+from torchjd_func.differentiate._layerwise._graph import STRAY, Replay, reaches
 from torchjd_func.differentiate._layerwise._operations import Operations
 from torchjd_func.differentiate._layerwise._order import Order
 from torchjd_func.differentiate._layerwise._plan import Layout, Plan, Step
@@ -171,14 +171,13 @@ def record(
         return out
 
     with _differentiated(compiling):
-        if compiling and watched:
-            opaque = () if plan is None else plan.opaque
-            outputs, pullback, rest, stray = differentiated(mapped, zeros, frozen, opaque)
-            modes[0].changed.extend(stray)
-        else:
-            result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
-            outputs, pullback, rest = result
+        result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
+    outputs, pullback, rest = result
     mode = modes[0]
+    if compiling and plan is not None and watched:
+        own = [leaf for leaf in range(len(leaves)) if leaf not in plan.opaque]
+        if reaches(pullback, outputs, own):
+            mode.changed.append(STRAY)
     rest = iter(rest)
     constants = [next(rest) for _ in mode.constants]
     kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
