@@ -156,8 +156,8 @@ class Followed(Operations):
                 elif value in self.hidden:
                     same = same and shape == (*self.shapes[int(value)],)
                     self.known[x] = int(value)
-                else:  # some stranger
-                    same = same and isinstance(value, tuple) and (*value[-1],) == shape
+                else:
+                    same = same and _is_stranger(value) and (*value[1],) == shape
             elif isinstance(x, (list, tuple, dict, slice)):  # one by one: see `plan_of`
                 inner = _listed(x)
                 alike = isinstance(value, tuple) and len(inner) == len(value)
@@ -166,6 +166,11 @@ class Followed(Operations):
                 # Of arrays of numpy a graph shows no values, which the plan has as a tuple
                 same = same and (value is ... or (not isinstance(value, tuple) and x == value))
         return same
+
+
+def _is_stranger(value: Any) -> bool:
+    """Say whether a plan has a tensor there that no operation made."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], tuple)
 
 
 def _instead(name: str, planned: str) -> str:
