@@ -113,10 +113,8 @@ def changing():
 
 
 def _objective(losses, layout):
-    return jd.instancewise(losses) if layout == "batched" else _of_one(losses)
-
-
-def _of_one(losses):
+    if layout == "batched":
+        return jd.instancewise(losses)
     return jd.per_example(losses, in_dims=(None, 0))
 
 
@@ -230,3 +228,61 @@ def test_plans_under_autocast_are_not_for_runs_without(layout):
     expected = jd.gramian(_objective(losses, layout), route="jacobian")(*args)
     torch.testing.assert_close(jd.gramian(objective)(*args), expected)
     torch.testing.assert_close(_compiled(objective)(*args), expected)
+
+
+def _biased(w, v, rows, x):
+    return torch.tanh(F.linear(x, v, w))
+
+
+def _between_others(w, v, rows, x):
+    return torch.tanh(torch.einsum("...i,i,i,ij->...j", x, rows[0], w, v))
+
+
+def _before_and_after(w, v, rows, x):
+    return torch.tanh(torch.einsum("...i,i,ij->...j", x, w, v)) * rows[1]
+
+
+def _beside_a_product(w, v, rows, x):
+    return torch.tanh(F.linear(x, v * rows[0], w))
+
+
+WAYS = [_before_and_after, _beside_a_product, _between_others, _biased]
+
+
+@pytest.mark.parametrize("use", WAYS)
+@pytest.mark.parametrize("layout", ["batched", "per example"])
+def test_graphs_replay_uses_of_what_was_written_to(use, layout):
+    """No graph shows that a copy of a parameter was written to, so the plan says it."""
+
+    def losses(params, x):
+        v, rows, table = params
+        w = rows[0].clone()
+        w[0] = 0.3
+        h = use(w, v, rows, x)
+        return (h + F.embedding((h > 0).long(), table).sum(-1)).sum(-1)
+
+    torch.manual_seed(0)
+    params = [torch.rand(size, 3).double() for size in (3, 2, 2)]
+    x = torch.randn(4, 3).double()
+    objective = _objective(losses, layout)
+    expected = jd.gramian(objective, route="jacobian")(params, x)
+    torch.testing.assert_close(jd.gramian(objective)(params, x), expected)
+    torch.testing.assert_close(_compiled(objective)(params, x), expected)
+
+
+def test_graphs_that_leave_the_plan_before_other_uses_take_rows():
+    first = ["a"]
+
+    def losses(params, x):
+        h = torch.tanh(x @ params[first[0]])
+        return (h + F.embedding((h > 0).long(), params["c"]).sum(-1)).sum(1)
+
+    torch.manual_seed(0)
+    params = {name: torch.rand(3, 3).double() for name in "ab"} | {"c": torch.rand(2, 3).double()}
+    x = torch.randn(4, 3).double()
+    objective = jd.instancewise(losses)
+    jd.gramian(objective)(params, x)
+    first[0] = "b"
+    with pytest.warns(UserWarning, match="something else than was planned, from matmul on"):
+        found = _compiled(objective)(params, x)
+    torch.testing.assert_close(found, jd.gramian(objective)(params, x))

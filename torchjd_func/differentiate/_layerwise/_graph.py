@@ -82,7 +82,8 @@ class Replay(Trace):
             if not (any(by_autograd) or self.frozen):
                 return x.detach()  # which has no derivative at any level of torch.func
             fixed = self.frozen or [handle.detach() for handle in self.handles]
-            values = [x if i in opaque else fixed[i] for i, x in enumerate(self.handles)]
+            pairs = enumerate(zip(self.handles, fixed, strict=True))
+            values = [own if leaf in opaque else other for leaf, (own, other) in pairs]
             return build(source, [*values, *self.constants])
 
         return substitute(tree, replace)
@@ -91,8 +92,8 @@ class Replay(Trace):
         """Do nothing: a graph shows no nodes of autograd."""
 
 
-def reaches(pullback: Callable[[Any], Any], outputs: Any, leaves: Sequence[int]) -> bool:
-    """Say in a graph whether outputs depend on some of the leaves otherwise than by uses.
+def reaches(pullback: Callable[[Any], Any], outputs: Any, opaque: Sequence[int]) -> bool:
+    """Say in a graph whether outputs depend on leaves that have rules otherwise than by uses.
 
     Uses take leaves as constants. So what still depends on one took another way, which a compiler
     may hide. A gradient that is there depends on the cotangent, and one that is not does not.
@@ -100,7 +101,7 @@ def reaches(pullback: Callable[[Any], Any], outputs: Any, leaves: Sequence[int])
     Args:
         pullback: Of the outputs, to the outputs of uses and to all leaves.
         outputs: The losses.
-        leaves: Those that have rules.
+        opaque: The leaves that have none.
 
     Returns:
         Whether they do.
@@ -109,7 +110,8 @@ def reaches(pullback: Callable[[Any], Any], outputs: Any, leaves: Sequence[int])
 
     def pulled(cotangent: Any) -> Any:
         by_leaves = pullback(cotangent)[1]
-        seen.append(any([by_leaves[leaf].requires_grad for leaf in leaves]))
+        rest = [x for leaf, x in enumerate(by_leaves) if leaf not in opaque]
+        seen.append(any([x.requires_grad for x in rest]))
         return cotangent
 
     torch.func.vjp(pulled, _tree.map(torch.ones_like, outputs))

@@ -174,10 +174,9 @@ def record(
         result: Any = torch.func.vjp(mapped, zeros, frozen, has_aux=True)
     outputs, pullback, rest = result
     mode = modes[0]
-    if compiling and plan is not None and watched:
-        own = [leaf for leaf in range(len(leaves)) if leaf not in plan.opaque]
-        if reaches(pullback, outputs, own):
-            mode.changed.append(STRAY)
+    followed = compiling and watched and not mode.changed
+    if plan is not None and followed and reaches(pullback, outputs, plan.opaque):
+        mode.changed.append(STRAY)
     rest = iter(rest)
     constants = [next(rest) for _ in mode.constants]
     kept = [use._replace(arrays=[next(rest) for _ in use.arrays]) for use in mode.uses]
